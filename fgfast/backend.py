@@ -1,0 +1,96 @@
+"""Which implementation of an operation runs: the choice, its scope, and why a backend is missing."""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+BACKENDS = ("auto", "reference", "torch", "triton", "native")
+
+_chosen = os.environ.get("FGFAST_BACKEND", "auto")
+
+
+def missing(backend: str) -> str | None:
+    """Why ``backend`` cannot run in this process, as half a sentence, or None when it can.
+
+    Example:
+        >>> missing("torch") is None
+        True
+    """
+    if backend == "triton":
+        from fgfast import kernels
+
+        if not kernels.OPERATIONS:
+            return "this version of fgfast ships no Triton kernel"
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+            return "no CUDA or ROCm device was found and TRITON_INTERPRET is not 1"
+    if backend == "native" and importlib.util.find_spec("fgfast._native") is None:
+        return "the compiled extension fgfast._native is not part of this installation"
+    return None
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}: choose one of {', '.join(BACKENDS)}.")
+    reason = missing(name)
+    if reason is not None:
+        raise RuntimeError(f"Backend {name!r} cannot run because {reason}: choose 'auto' or 'torch'.")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the operations inside the block with one backend.
+
+    The choice holds for the whole process, applies to the operations that have the backend, and leaves the others on
+    "auto". The environment variable FGFAST_BACKEND sets the same thing from outside. A per-call ``backend=`` wins and
+    is strict. An operation remembers the backend of its forward pass for its backward pass.
+
+    Args:
+        name: "auto", "reference", "torch", "triton" or "native".
+
+    Raises:
+        ValueError: the name is none of these.
+        RuntimeError: the backend cannot run in this process; the message says what is missing.
+
+    Example:
+        >>> import torch, fgfast
+        >>> with fgfast.use_backend("reference"):
+        ...     pool = fgfast.part_pool(torch.ones(1, 4, 2), torch.zeros(1, 4, dtype=torch.int64), 1)
+        >>> pool.area.item()
+        4.0
+    """
+    global _chosen
+    before, _chosen = _chosen, _checked(name, "The backend")
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def resolve(op: str, requested: str | None, available: tuple[str, ...]) -> str:
+    """The backend that runs ``op``: the strict per-call request, else the chosen one where the operation has it.
+
+    Args:
+        op: name of the operation, for the message.
+        requested: the per-call ``backend=``; None means "not asked for".
+        available: backends that the operation has, the one that "auto" takes first.
+
+    Raises:
+        ValueError: the operation has no such backend.
+        RuntimeError: the backend cannot run in this process.
+    """
+    if requested is not None and requested != "auto":
+        if requested in BACKENDS and requested not in available:
+            _checked(requested, "backend")
+            raise ValueError(f"{op} has no backend {requested!r}: choose one of {', '.join(available)}.")
+        return _checked(requested, "backend")
+    if requested is None and _chosen != "auto":
+        _checked(_chosen, "FGFAST_BACKEND")
+        if _chosen in available:
+            return _chosen
+    return available[0]

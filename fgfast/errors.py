@@ -1,0 +1,8 @@
+"""The one exception that means "you can mend this yourself"."""
+
+
+class UserError(Exception):
+    """A mistake of the user: the message is one sentence that names the thing and the remedy.
+
+    The command line prints the message without a traceback and exits with status 2 (``--debug`` shows the traceback).
+    """
