@@ -1,4 +1,4 @@
-# make demo: the main job, set-up included. make test, make lint, make bench likewise. make clean removes what they made.
+# make demo: the main job, set-up included. make test, make lint, make bench likewise. make clean removes the set-up and caches, never runs/.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
@@ -33,5 +33,5 @@ $(INSTALLED): pyproject.toml setup.py
 	touch $@
 
 clean:
-	rm -rf .venv runs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks *.egg-info
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
