@@ -1,0 +1,296 @@
+"""Pictures for people: part ids over photographs, captioned grids, nearest neighbours."""
+
+import os
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from fgfast.report.palette import label_colours
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_SAME = (0, 114, 178)  # blue and vermillion are told apart by all eyes; the caption says the same in words
+_OTHER = (213, 94, 0)
+_INK = (32, 33, 36)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of a grid.
+
+    Args:
+        image: uint8 [H, W, 3], sRGB.
+        caption: a few words under it; may be empty.
+    """
+
+    image: NDArray[np.uint8]
+    caption: str = ""
+
+
+def denormalise(
+    x: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> NDArray[np.uint8]:
+    """Turn what a network is fed back into a picture: round(255 (x std + mean)), clipped to 0..255.
+
+    Args:
+        x: [..., 3, H, W], any float dtype and device.
+        mean, std: three numbers each, those that the loader normalised with.
+
+    Returns:
+        uint8 [..., H, W, 3].
+
+    Raises:
+        ValueError: x does not end in three channels, height and width.
+
+    Example:
+        >>> denormalise(torch.zeros(3, 1, 1), mean=(0.5, 0.5, 0.5)).tolist()
+        [[[128, 128, 128]]]
+    """
+    if x.ndim < 3 or x.shape[-3] != 3:
+        raise ValueError(f"x has shape {tuple(x.shape)}: pictures are [..., 3, H, W].")
+    shape = (3, 1, 1)
+    x = x.detach().float().cpu()
+    x = x * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+    return (x.nan_to_num(0.0) * 255).round().clamp(0, 255).byte().movedim(-3, -1).contiguous().numpy()
+
+
+def _pixels(image: Tensor | NDArray[Any]) -> NDArray[np.uint8]:
+    """``image`` as uint8 [H, W, 3]: a normalised float [3, H, W], or uint8 in either order of axes."""
+    if isinstance(image, Tensor) and image.is_floating_point():
+        return denormalise(image)
+    array = image.cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
+    if array.dtype == np.uint8 and array.ndim == 3:
+        if array.shape[-1] == 3:
+            return array
+        if array.shape[0] == 3:
+            return array.transpose(1, 2, 0)
+    raise ValueError(
+        f"image is {array.dtype} {array.shape}: "
+        "give a normalised float tensor [3, H, W], or uint8 [H, W, 3] or [3, H, W]."
+    )
+
+
+def overlay(
+    image: Tensor | NDArray[np.uint8],
+    labels: Tensor | NDArray[np.integer[Any]],
+    alpha: float = 0.55,
+    n_parts: int | None = None,
+) -> NDArray[np.uint8]:
+    """Paint part ids over a photograph: tinted inside, solid along borders; absent pixels as they are.
+
+    Args:
+        image: normalised float tensor [3, H, W] (ImageNet's mean and std), or uint8 [H, W, 3] or [3, H, W].
+        labels: integer [h, w], -1 = absent; another resolution is enlarged to the picture's without interpolation.
+        alpha: weight of the colour, 0 (photograph alone) to 1 (colour alone).
+        n_parts: number of ids, where the palette should not follow from the largest label; ids have the same colour
+            either way.
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        ValueError: a shape or alpha is not as above, or a label is n_parts or more.
+
+    Example:
+        >>> grey = np.full((4, 4, 3), 128, dtype=np.uint8)
+        >>> overlay(grey, np.array([[0, -1]]), alpha=1.0)[0].tolist()
+        [[230, 159, 0], [230, 159, 0], [128, 128, 128], [128, 128, 128]]
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha is {alpha}: it is a share from 0 to 1.")
+    pixels = _pixels(image)
+    ids = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"labels is {ids.dtype} {ids.shape}: an id map is integer [h, w].")
+    n_parts = int(ids.max(initial=-1)) + 1 if n_parts is None else n_parts
+    if ids.max(initial=-1) >= n_parts:
+        raise ValueError(f"labels holds the id {ids.max()}, but n_parts is {n_parts}: ids are -1 to n_parts - 1.")
+    height, width = pixels.shape[:2]
+    if 0 in ids.shape or 0 in (height, width):
+        return pixels.copy()
+    ids = ids[np.arange(height) * ids.shape[0] // height][:, np.arange(width) * ids.shape[1] // width]
+    painted = np.zeros_like(pixels) if n_parts == 0 else label_colours(n_parts)[ids.clip(0)]
+    edge = np.zeros(ids.shape, dtype=bool)
+    # One pixel a border: the later of two parts carries it, and a part carries it towards absent pixels.
+    for rows, ahead, behind in ((edge, ids[1:], ids[:-1]), (edge.T, ids.T[1:], ids.T[:-1])):
+        rows[1:] |= (ahead != behind) & (ahead >= 0)
+        rows[:-1] |= (ahead != behind) & (ahead < 0)
+    weight = np.where(edge & (alpha > 0), max(alpha, 0.9), alpha) * (ids >= 0)
+    mixed = pixels + weight[..., None] * (painted.astype(np.float64) - pixels)
+    return np.asarray(mixed.round().astype(np.uint8))
+
+
+@lru_cache(maxsize=4)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    from matplotlib import get_data_path  # the DejaVu font that comes with it has most of the world's letters
+
+    return ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
+
+
+def _caption_lines(caption: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    letters = max(4, int(width / font.getlength("n")))
+    lines = [line for part in caption.splitlines() for line in textwrap.wrap(part, letters) or [""]]
+    if len(lines) > 3:
+        lines = [*lines[:2], lines[2][: letters - 1] + "…"]
+    return lines
+
+
+def in_rows(panels: Sequence[Panel], columns: int) -> list[list[Panel]]:
+    """Break a list of panels into rows of ``columns``; the last row may be shorter.
+
+    Example:
+        >>> [len(row) for row in in_rows([Panel(np.zeros((1, 1, 3), np.uint8))] * 5, 2)]
+        [2, 2, 1]
+    """
+    return [list(panels[i : i + columns]) for i in range(0, len(panels), columns)]
+
+
+def compose(rows: Sequence[Sequence[Panel]], cell: int = 160) -> NDArray[np.uint8]:
+    """Lay panels out on white: pictures enlarged or reduced to fit a square cell, captions under them.
+
+    Args:
+        rows: panels row by row; rows may differ in length.
+        cell: side of a cell in pixels, at least 16.
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        ValueError: there is no panel, or the cell is too small.
+    """
+    if cell < 16:
+        raise ValueError(f"cell is {cell}: give at least 16 pixels.")
+    if not any(len(row) for row in rows):
+        raise ValueError("The grid has no panel: give at least one row with one panel.")
+    gap, font = max(4, cell // 20), _font(max(10, cell // 13))
+    line_height = int(font.size * 1.35)
+    text = [[_caption_lines(panel.caption, font, cell) for panel in row] for row in rows]
+    heights = [cell + gap + line_height * max((len(lines) for lines in row), default=0) for row in text]
+    width = gap + max(len(row) for row in rows) * (cell + gap)
+    canvas = Image.new("RGB", (width, gap + sum(heights) + gap * (len(rows) - 1)), "white")
+    draw = ImageDraw.Draw(canvas)
+    y = gap
+    for row, captions, height in zip(rows, text, heights, strict=True):
+        for column, (panel, lines) in enumerate(zip(row, captions, strict=True)):
+            x = gap + column * (cell + gap)
+            picture = Image.fromarray(_pixels(panel.image))
+            scale = cell / max(picture.size)
+            size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+            # Small pictures keep their pixels, so that one sees what the network saw.
+            how = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
+            canvas.paste(picture.resize(size, how), (x + (cell - size[0]) // 2, y + (cell - size[1]) // 2))
+            for i, line in enumerate(lines):
+                draw.text((x + cell // 2, y + cell + gap // 2 + i * line_height), line, _INK, font, anchor="ma")
+        y += height + gap
+    return np.asarray(canvas)
+
+
+def save_png(image: NDArray[np.uint8], path: Path, description: str = "") -> Path:
+    """Write a PNG atomically; ``description`` travels inside it and becomes its caption and alt text in the report."""
+    info = PngInfo()
+    if description:
+        info.add_itxt("Description", description)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        Image.fromarray(image).save(temporary, format="PNG", pnginfo=info, optimize=True)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def grid(rows: Sequence[Sequence[Panel]], path: Path, *, cell: int = 160, description: str = "") -> Path:
+    """Write rows of captioned panels to one PNG file: :func:`compose`, then :func:`save_png`.
+
+    Example:
+        >>> import tempfile
+        >>> panel = Panel(np.zeros((8, 8, 3), np.uint8), "black")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     grid([[panel, panel]], Path(folder, "pair.png"), description="Two black squares").name
+        'pair.png'
+    """
+    return save_png(compose(rows, cell), path, description)
+
+
+def framed(image: NDArray[np.uint8], colour: tuple[int, int, int], share: float = 0.04) -> NDArray[np.uint8]:
+    """``image`` with a frame drawn inside its border, at least one pixel wide."""
+    out = np.array(image)
+    width = max(1, round(share * min(out.shape[:2])))
+    out[:width] = out[-width:] = colour
+    out[:, :width] = out[:, -width:] = colour
+    return out
+
+
+def neighbours(
+    images: Tensor | Sequence[NDArray[np.uint8]] | NDArray[np.uint8],
+    features: Tensor,
+    k: int = 5,
+    *,
+    queries: Sequence[int] | None = None,
+    targets: Sequence[int] | Tensor | NDArray[np.integer[Any]] | None = None,
+    classes: Sequence[str] | None = None,
+) -> list[list[Panel]]:
+    """Rows of a query and its k nearest pictures by cosine similarity of the features; the query itself left out.
+
+    Args:
+        images: normalised float tensor [N, 3, H, W], or N uint8 pictures [H, W, 3].
+        features: float [N, D], any device.
+        k: neighbours of a row, 1 to N - 1.
+        queries: rows to draw; the first eight unless given.
+        targets: class ids [N]; neighbours of the query's class get a blue frame and a tick, others an orange frame and
+            a cross.
+        classes: name of each class id, for the captions.
+
+    Returns:
+        one row of k + 1 panels a query.
+
+    Raises:
+        ValueError: counts do not agree, or k is out of range.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
+        >>> rows = neighbours(torch.zeros(3, 3, 8, 8), x, 1, queries=[0], targets=[4, 4, 7])
+        >>> [panel.caption for panel in rows[0]]
+        ['class 4', '✓ class 4']
+    """
+    n = len(features)
+    if len(images) != n or (targets is not None and len(targets) != n):
+        counts = f"{len(images)} images, {n} features" + ("" if targets is None else f", {len(targets)} targets")
+        raise ValueError(f"neighbours got {counts}: give one of each for every picture.")
+    if not 1 <= k < n:
+        raise ValueError(f"k is {k}: among {n} pictures there are 1 to {n - 1} neighbours.")
+    chosen = list(range(min(8, n))) if queries is None else [int(q) for q in queries]
+    unit = torch.nn.functional.normalize(features.detach().float(), dim=1)
+    similarity = unit[chosen] @ unit.T
+    similarity[torch.arange(len(chosen)), chosen] = -torch.inf
+    nearest = similarity.topk(k, dim=1).indices.tolist()
+    ids = None if targets is None else [int(t) for t in targets]
+
+    def name(i: int) -> str:
+        if ids is None:
+            return f"picture {i}"
+        return f"class {ids[i]}" if classes is None else classes[ids[i]].replace("_", " ")
+
+    def panel(query: int, i: int) -> Panel:
+        pixels = _pixels(images[i])
+        if ids is None:
+            return Panel(pixels, name(i))
+        same = ids[i] == ids[query]
+        return Panel(framed(pixels, _SAME if same else _OTHER), f"{'✓' if same else '✗'} {name(i)}")
+
+    return [
+        [Panel(_pixels(images[q]), name(q)), *(panel(q, i) for i in row)]
+        for q, row in zip(chosen, nearest, strict=True)
+    ]

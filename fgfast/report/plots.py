@@ -1,0 +1,244 @@
+"""Curves of a run and comparisons of runs, as matplotlib figures without global state."""
+
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
+
+
+Row = Mapping[str, Any]
+
+INK, FAINT, GRID = "#202124", "#5f6368", "#e8eaed"
+# Lines need more contrast with white than areas do: Okabe and Ito's colours, dark ones first, the yellow left out.
+LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#202124")
+
+# What a row of metrics.jsonl holds besides the terms of the loss.
+NOT_LOSS = frozenset(
+    "step epoch round loss lr grad_norm images_per_s data_wait memory_mb ema knn weight_decay time seconds skipped".split()
+)
+
+
+def series(rows: Sequence[Row], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Steps and values of the rows that hold a number under ``key``; NaN stays, and leaves a gap in the line.
+
+    Example:
+        >>> series([{"step": 1, "loss": 2.0}, {"step": 2, "knn": 0.5}], "loss")[0].tolist()
+        [1.0]
+    """
+    pairs = [(row["step"], row[key]) for row in rows if _is_number(row.get("step")) and _is_number(row.get(key))]
+    steps, values = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+    return steps, values
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def loss_terms(rows: Sequence[Row]) -> list[str]:
+    """Names of the loss terms in ``rows``: every number that is not one of the trainer's own keys.
+
+    Example:
+        >>> loss_terms([{"step": 1, "loss": 3.0, "part": 2.0, "lr": 0.1}])
+        ['part']
+    """
+    return list(dict.fromkeys(k for row in rows for k, v in row.items() if k not in NOT_LOSS and _is_number(v)))
+
+
+def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
+    """Centred running mean over ``window`` values, shorter at both ends; values that are not finite count nothing."""
+    finite = np.isfinite(values)
+    kernel = np.ones(min(window, len(values)))
+    total = np.convolve(np.where(finite, values, 0.0), kernel, mode="same")
+    count = np.convolve(finite.astype(np.float64), kernel, mode="same")
+    return np.where(finite, total / np.maximum(count, 1.0), np.nan)
+
+
+def _tidy(axes: Axes, title: str, unit: str = "") -> None:
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
+    if unit:
+        axes.set_title(unit, loc="right", fontsize=8, color=FAINT)
+    axes.grid(True, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=FAINT, labelsize=8, length=0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(FAINT)
+
+
+def _short(value: float, _: object = None) -> str:
+    return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
+
+
+def _draw(axes: Axes, rows: Sequence[Row], keys: Sequence[str], *, scale: float = 1.0, smoothed: bool = False) -> None:
+    for colour, key in zip(LINES * (1 + len(keys) // len(LINES)), keys, strict=False):
+        steps, values = series(rows, key)
+        values = values * scale
+        window = max(1, len(values) // 40) if smoothed else 1
+        if window > 1:
+            axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
+        # A line of one or two points is invisible: mark points where there are few.
+        marker = "o" if len(values) <= 25 else None
+        axes.plot(steps, smooth(values, window), color=colour, linewidth=1.6, marker=marker, markersize=3, label=key)
+    if len(keys) > 1:
+        axes.legend(fontsize=8, frameon=False, labelcolor=INK)
+
+
+def curves(rows: Sequence[Row]) -> Figure | None:
+    """Draw how a run went: loss, its terms, kNN accuracy, learning rate, gradient norm, speed, data wait, memory.
+
+    A panel is drawn for what the rows hold; noisy quantities are smoothed over a fortieth of the run, with the raw
+    values faint behind.
+
+    Args:
+        rows: rows of metrics.jsonl: "step" and any of "loss", further loss terms, "lr", "grad_norm", "images_per_s",
+            "data_wait" (share of the step, 0 to 1), "memory_mb", "ema", "knn" (accuracy, 0 to 1).
+
+    Returns:
+        the figure, or None when there is nothing to draw.
+
+    Example:
+        >>> figure = curves([{"step": s, "loss": 5.0 / s, "lr": 0.1} for s in range(1, 50)])
+        >>> [axes.get_title(loc="left") for axes in figure.axes]
+        ['Loss', 'Learning rate']
+    """
+    panels: list[tuple[str, str, list[str], float, bool]] = [  # title, unit, keys, scale, smoothed
+        ("Loss", "", ["loss"], 1.0, True),
+        ("Terms of the loss", "", loss_terms(rows), 1.0, True),
+        ("kNN accuracy", "%", ["knn"], 100.0, False),
+        ("Learning rate", "", ["lr"], 1.0, False),
+        ("Gradient norm", "before clipping", ["grad_norm"], 1.0, True),
+        ("Speed", "images/s", ["images_per_s"], 1.0, True),
+        ("Waiting for data", "% of the step", ["data_wait"], 100.0, True),
+        ("Peak memory", "MB", ["memory_mb"], 1.0, False),
+        ("Momentum of the target", "", ["ema"], 1.0, False),
+    ]
+    drawn = []
+    for panel in panels:
+        keys = [key for key in panel[2] if np.isfinite(series(rows, key)[1]).any()]
+        if keys:
+            drawn.append((*panel[:2], keys, *panel[3:]))
+    if not drawn:
+        return None
+    columns = min(3, len(drawn))
+    lines = math.ceil(len(drawn) / columns)
+    figure = Figure(figsize=(3.8 * columns, 2.5 * lines), facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, (title, unit, keys, scale, smoothed) in enumerate(drawn):
+        axes = figure.add_subplot(lines, columns, i + 1)
+        _draw(axes, rows, keys, scale=scale, smoothed=smoothed)
+        _tidy(axes, title, unit)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(_short))
+        if title in ("Speed", "Waiting for data", "Peak memory"):
+            axes.set_ylim(bottom=0)
+        if i + columns >= len(drawn):
+            axes.set_xlabel("step", fontsize=8, color=FAINT)
+    return figure
+
+
+def bars(
+    results: Sequence[Row],
+    *,
+    value: str = "top1",
+    low: str = "low",
+    high: str = "high",
+    label: str = "method",
+    group: str = "data",
+    unit: str = "top-1, %",
+    scale: float = 100.0,
+) -> Figure:
+    """Compare results: a panel for each group, a bar with its interval for each label, labels in order of appearance.
+
+    Several rows with one label in one group are seeds of one thing: the bar is their mean, dots show each seed, and
+    the whisker goes from the lowest to the highest of them. A single row has the whisker of its own interval, if it has one.
+
+    Args:
+        results: rows, for instance of compare.csv; numbers may be strings.
+        value, low, high: keys of the number and the ends of its interval.
+        label, group: keys of the bar's name and of the panel's; a row without a group key goes to one common panel.
+        unit: what the axis says.
+        scale: factor on every number, 100 for shares drawn as per cent.
+
+    Returns:
+        the figure.
+
+    Raises:
+        ValueError: there is no row.
+
+    Example:
+        >>> figure = bars([{"method": "simclr", "top1": 0.31, "low": 0.29, "high": 0.33}, {"method": "particle", "top1": "0.36"}])
+        >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
+        ['simclr', 'particle']
+    """
+    if not results:
+        raise ValueError("There is no result to compare: give at least one row.")
+    groups: dict[str, dict[str, list[Row]]] = {}
+    for row in results:
+        groups.setdefault(str(row.get(group, "")), {}).setdefault(str(row[label]), []).append(row)
+    labels = list(dict.fromkeys(str(row[label]) for row in results))
+    colours = {name: LINES[i % len(LINES)] for i, name in enumerate(labels)}
+    height = 0.9 + 0.38 * max(len(members) for members in groups.values())
+    figure = Figure(figsize=(min(12.0, 5.0 * len(groups) + 1.0), height), facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, (title, members) in enumerate(groups.items()):
+        axes = figure.add_subplot(1, len(groups), i + 1)
+        names = [name for name in labels if name in members]
+        for y, name in enumerate(names):
+            _bar(axes, y, colours[name], [_scaled(row, (value, low, high), scale) for row in members[name]])
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlim(left=0)
+        _tidy(axes, title)
+        axes.grid(False, axis="y")
+        axes.tick_params(axis="y", labelcolor=INK, labelsize=9)
+        axes.set_xlabel(unit, fontsize=8, color=FAINT)
+        axes.margins(x=0.15)
+    return figure
+
+
+def _scaled(row: Row, keys: tuple[str, str, str], scale: float) -> tuple[float, float, float]:
+    """Value and interval of ``row``, NaN for what is absent or empty."""
+    value, low, high = (math.nan if row.get(key) in (None, "") else float(row[key]) * scale for key in keys)
+    return value, low, high
+
+
+def _bar(axes: Axes, y: int, colour: str, seeds: Sequence[tuple[float, float, float]]) -> None:
+    values = np.array([seed[0] for seed in seeds])
+    mean = float(values.mean())
+    low, high = (values.min(), values.max()) if len(seeds) > 1 else seeds[0][1:]
+    axes.barh(y, mean, height=0.62, color=colour, alpha=0.85)
+    if len(seeds) > 1:
+        axes.plot(values, np.full(len(values), y), "o", color="white", markeredgecolor=INK, markersize=4, zorder=4)
+    right = mean
+    if math.isfinite(low) and math.isfinite(high):
+        axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], color=INK, capsize=3, linewidth=1.2, zorder=3)
+        right = max(mean, float(high))
+    axes.annotate(f"{mean:.1f}", (right, y), (5, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
+
+
+def png_bytes(figure: Figure, dpi: int = 150) -> bytes:
+    """The figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def save(figure: Figure, path: Path, dpi: int = 150) -> Path:
+    """Write the figure to a PNG file, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(png_bytes(figure, dpi))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
