@@ -1,0 +1,55 @@
+"""What every operation needs around its arithmetic: dtype, value checks, autocast, precision."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+TILE = 1 << 21  # elements of a tile: 8 MiB of float32
+
+
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    """float64 accumulates in itself, every other float dtype in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def values_checked(x: Tensor) -> bool:
+    """Whether the contents of ``x`` may be looked at: free on the CPU, a device sync elsewhere (FGFAST_CHECKS=1)."""
+    return x.device.type == "cpu" or os.environ.get("FGFAST_CHECKS") == "1"
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise on a negative or non-finite weight where looking costs no device sync."""
+    if values_checked(weight) and weight.numel() and not bool(((weight >= 0) & weight.isfinite()).all()):
+        raise ValueError("weight holds a negative or non-finite number: use 0 to leave a pixel out.")
+
+
+def check_float(name: str, x: Tensor) -> None:
+    """Raise unless ``x`` has one of the four float dtypes."""
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} has dtype {x.dtype}: use float16, bfloat16, float32 or float64.")
+
+
+def check_device(name: str, x: Tensor, device: torch.device) -> None:
+    """Raise unless ``x`` lies on ``device``."""
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device} but the features are on {device}: move it there.")
+
+
+@contextmanager
+def exact(device: torch.device, precision: str = "ieee") -> Iterator[None]:
+    """Autocast off, and fp32 products on the device as ``precision`` says, while an operation runs."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        matmul = torch.backends.cuda.matmul
+        before, matmul.allow_tf32 = matmul.allow_tf32, precision == "tf32"
+        try:
+            yield
+        finally:
+            matmul.allow_tf32 = before
