@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from fgfast.data._attributes import COLOURS, RGB, Traits
 
@@ -286,17 +286,16 @@ def _occluders(s: Sketch, own: list[RGB], nuisance: float, rng: np.random.Genera
     return front
 
 
-def _backdrop(size: int, own: list[RGB], nuisance: float, rng: np.random.Generator) -> np.ndarray:
-    """Two smooth random fields of random coarseness that mix three colours, float32 [S, S, 3]."""
-    first = np.array(_scene_colour(own, rng), np.float32)
-    colours = [first + 0.8 * min(nuisance, 1.0) * (np.array(_scene_colour(own, rng)) - first) for _ in range(2)]
-    picture = np.broadcast_to(first, (size, size, 3)).copy()
-    for colour in colours:
+def _backdrop(size: int, own: list[RGB], nuisance: float, rng: np.random.Generator) -> Image.Image:
+    """Two smooth random fields of random coarseness that mix three colours."""
+    first = np.array(_scene_colour(own, rng))
+    layers = []
+    for _ in range(2):
+        away = min(nuisance, 1.0) * (np.array(_scene_colour(own, rng)) - first)
         grid = int(rng.choice([2, 3, 6, 12, 24]))
-        coarse = Image.fromarray(rng.integers(0, 256, (grid, grid), dtype=np.uint8))
-        field_ = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), np.float32)
-        picture += field_[..., None] * ((colour - first) / 255).astype(np.float32)
-    return picture
+        coarse = np.clip(first + away * rng.uniform(-0.2, 1.4, (grid, grid, 1)), 0, 255).astype(np.uint8)
+        layers.append(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
+    return Image.blend(layers[0], layers[1], 0.5)
 
 
 def _paint(draw: ImageDraw.ImageDraw, shapes: list[tuple[np.ndarray, int, float]], scale: float) -> None:
@@ -344,8 +343,8 @@ def _camera(picture: np.ndarray, nuisance: float, rng: np.random.Generator) -> I
     """Sensor noise, exposure, gamma and colour cast, blur."""
     size = len(picture)
     noise = rng.integers(0, 256, (size, size, 1), dtype=np.uint8).astype(np.float32) - 127.5
-    picture = picture + noise * (0.05 * nuisance * rng.uniform())
-    image = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+    picture += noise * np.float32(0.05 * nuisance * rng.uniform())
+    image = Image.fromarray(np.clip(picture, 0, 255, out=picture).astype(np.uint8))
     gain = np.exp(nuisance * (0.18 * rng.uniform(-1, 1) + 0.09 * rng.uniform(-1, 1, 3)))
     gamma = math.exp(0.22 * nuisance * rng.uniform(-1, 1))
     ramp = (np.arange(256) / 255) ** gamma
@@ -388,10 +387,10 @@ def draw(
     parts = np.full(256, ABSENT, np.uint8)
     parts[: len(bird.parts)] = bird.parts
     labels = parts[np.asarray(canvas)[1::2, 1::2]]
-    clear = np.asarray(canvas.point([255] + [0] * 255).reduce(2), np.float32) / 255
+    clear = canvas.point([255] + [0] * 255).reduce(2)
     canvas.putpalette(np.clip(np.array(bird.colours), 0, 255).astype(np.uint8).tobytes())
-    picture = np.asarray(canvas.convert("RGB").reduce(2), np.float32)
-    picture = picture + clear[..., None] * _backdrop(size, own, nuisance, rng)
+    backdrop = ImageChops.multiply(_backdrop(size, own, nuisance, rng), Image.merge("RGB", (clear, clear, clear)))
+    picture = np.asarray(ImageChops.add(canvas.convert("RGB").reduce(2), backdrop), np.float32)
     centre = complex(to_picture(np.array(0j)))
     image = _camera(picture * _light(labels, centre, nuisance, rng)[..., None], nuisance, rng)
 

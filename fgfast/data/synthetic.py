@@ -30,8 +30,8 @@ VERSION = 1  # goes up when the same settings give other pictures
 _SETTINGS_FILE = "synthetic.json"
 # fmt: off
 _KINDS = (
-    "Northern", "Southern", "Eastern", "Western", "River", "Meadow", "Forest", "Hill", "Marsh", "Island", "Desert", "Coast",
-    "Valley", "Alpine", "Steppe", "Prairie", "Heath", "Lake", "Canyon", "Garden",
+    "Northern", "Southern", "Eastern", "Western", "River", "Meadow", "Forest", "Hill", "Marsh", "Island", "Desert",
+    "Coast", "Valley", "Alpine", "Steppe", "Prairie", "Heath", "Lake", "Canyon", "Garden",
 )
 _BIRDS = (
     "Finch", "Warbler", "Thrush", "Jay", "Bunting", "Tanager", "Starling", "Lark", "Pipit", "Wren", "Shrike", "Oriole",
