@@ -65,8 +65,22 @@ def denormalise(
     return (x.nan_to_num(0.0) * 255).round().clamp(0, 255).byte().movedim(-3, -1).contiguous().numpy()
 
 
-def _pixels(image: Tensor | NDArray[Any]) -> NDArray[np.uint8]:
-    """``image`` as uint8 [H, W, 3]: a normalised float [3, H, W], or uint8 in either order of axes."""
+def to_uint8(image: Tensor | NDArray[Any]) -> NDArray[np.uint8]:
+    """One picture as uint8 [H, W, 3], whatever form it has.
+
+    Args:
+        image: float tensor [3, H, W], normalised with ImageNet's mean and std, or uint8 [H, W, 3] or [3, H, W].
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        ValueError: it is none of these.
+
+    Example:
+        >>> to_uint8(torch.zeros(3, 2, 4)).shape
+        (2, 4, 3)
+    """
     if isinstance(image, Tensor) and image.is_floating_point():
         return denormalise(image)
     array = image.cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
@@ -109,7 +123,7 @@ def overlay(
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha is {alpha}: it is a share from 0 to 1.")
-    pixels = _pixels(image)
+    pixels = to_uint8(image)
     ids = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"labels is {ids.dtype} {ids.shape}: an id map is integer [h, w].")
@@ -184,7 +198,7 @@ def compose(rows: Sequence[Sequence[Panel]], cell: int = 160) -> NDArray[np.uint
     for row, captions, height in zip(rows, text, heights, strict=True):
         for column, (panel, lines) in enumerate(zip(row, captions, strict=True)):
             x = gap + column * (cell + gap)
-            picture = Image.fromarray(_pixels(panel.image))
+            picture = Image.fromarray(to_uint8(panel.image))
             scale = cell / max(picture.size)
             size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
             # Small pictures keep their pixels, so that one sees what the network saw.
@@ -284,13 +298,13 @@ def neighbours(
         return f"class {ids[i]}" if classes is None else classes[ids[i]].replace("_", " ")
 
     def panel(query: int, i: int) -> Panel:
-        pixels = _pixels(images[i])
+        pixels = to_uint8(images[i])
         if ids is None:
             return Panel(pixels, name(i))
         same = ids[i] == ids[query]
         return Panel(framed(pixels, _SAME if same else _OTHER), f"{'✓' if same else '✗'} {name(i)}")
 
     return [
-        [Panel(_pixels(images[q]), name(q)), *(panel(q, i) for i in row)]
+        [Panel(to_uint8(images[q]), name(q)), *(panel(q, i) for i in row)]
         for q, row in zip(chosen, nearest, strict=True)
     ]

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-
 Row = Mapping[str, Any]
 
 INK, FAINT, GRID = "#202124", "#5f6368", "#e8eaed"
@@ -22,9 +21,10 @@ INK, FAINT, GRID = "#202124", "#5f6368", "#e8eaed"
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#202124")
 
 # What a row of metrics.jsonl holds besides the terms of the loss.
-NOT_LOSS = frozenset(
-    "step epoch round loss lr grad_norm images_per_s data_wait memory_mb ema knn weight_decay time seconds skipped".split()
-)
+NOT_LOSS = frozenset({
+    "step", "epoch", "round", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_mb", "ema", "knn",
+    "passes_per_s", "weight_decay", "time", "seconds", "skipped",
+})  # fmt: skip
 
 
 def series(rows: Sequence[Row], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -118,7 +118,7 @@ def curves(rows: Sequence[Row]) -> Figure | None:
         ("Gradient norm", "before clipping", ["grad_norm"], 1.0, True),
         ("Speed", "images/s", ["images_per_s"], 1.0, True),
         ("Waiting for data", "% of the step", ["data_wait"], 100.0, True),
-        ("Peak memory", "MB", ["memory_mb"], 1.0, False),
+        ("Peak memory", "MiB", ["memory_mb"], 1.0, False),
         ("Momentum of the target", "", ["ema"], 1.0, False),
     ]
     drawn = []
@@ -159,7 +159,7 @@ def bars(
     """Compare results: a panel for each group, a bar with its interval for each label, labels in order of appearance.
 
     Several rows with one label in one group are seeds of one thing: the bar is their mean, dots show each seed, and
-    the whisker goes from the lowest to the highest of them. A single row has the whisker of its own interval, if it has one.
+    the whisker goes from the lowest to the highest of them. A single row has the whisker of its own interval, if any.
 
     Args:
         results: rows, for instance of compare.csv; numbers may be strings.
@@ -175,7 +175,8 @@ def bars(
         ValueError: there is no row.
 
     Example:
-        >>> figure = bars([{"method": "simclr", "top1": 0.31, "low": 0.29, "high": 0.33}, {"method": "particle", "top1": "0.36"}])
+        >>> rows = [{"method": "simclr", "top1": 0.31, "low": 0.29, "high": 0.33}, {"method": "particle", "top1": 0.36}]
+        >>> figure = bars(rows)
         >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
         ['simclr', 'particle']
     """

@@ -1,0 +1,297 @@
+"""One self-contained HTML page about a run: what was run, what it gained, how it went, what it sees."""
+
+import base64
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from PIL import Image
+
+from fgfast import __version__
+from fgfast.errors import UserError
+from fgfast.report import plots
+
+CHECKPOINTS = {"init": "before", "last": "after"}
+PROTOCOLS = {"knn": "kNN", "linear": "Linear probe"}
+ALT = {"parts": "Photographs with the discovered parts painted over them, one colour a part"}
+PACKAGES = ("torch", "torchvision", "timm", "triton", "nvidia-dali-cuda130", "numpy", "scikit-learn", "pillow")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of the page: where its bytes come from has no part in it."""
+
+    title: str
+    alt: str
+    source: str  # a data: URI
+
+
+@dataclass
+class Page:
+    """What the template draws; whatever the run folder lacks is empty here and absent from the page."""
+
+    title: str
+    subtitle: str = ""
+    tiles: list[tuple[str, str, str]] = field(default_factory=list)  # name, value, remark
+    config: list[tuple[str, str]] = field(default_factory=list)
+    checkpoints: list[str] = field(default_factory=list)
+    results: list[dict[str, Any]] = field(default_factory=list)
+    gains: bool = False
+    curves: Picture | None = None
+    pictures: list[Picture] = field(default_factory=list)
+    versions: list[tuple[str, str]] = field(default_factory=list)
+    versions_from_run: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Read the rows of a metrics.jsonl, whatever happened to the run that wrote it.
+
+    A run that is killed while it writes leaves a broken line, and one that is resumed repeats the steps since its last
+    checkpoint: broken lines are left out and reported, and of a repeated stretch the later rows count.
+
+    Args:
+        path: the file.
+
+    Returns:
+        the rows in order of step, and the numbers of the lines that could not be read (from 1).
+    """
+    rows: list[dict[str, Any]] = []
+    broken: list[int] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            broken.append(number)
+            continue
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int | float):
+            broken.append(number)
+            continue
+        if rows and rows[-1]["step"] > row["step"]:
+            rows = [earlier for earlier in rows if earlier["step"] < row["step"]]
+        rows.append(row)
+    return rows, broken
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Items of nested tables under dotted names.
+
+    Example:
+        >>> list(flat({"method": "particle", "optimiser": {"lr": 0.1}}))
+        [('method', 'particle'), ('optimiser.lr', 0.1)]
+    """
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _find(config: list[tuple[str, Any]], key: str) -> Any:
+    """The value called ``key`` at the lowest depth of the flattened configuration, or None."""
+    found = [(name.count("."), value) for name, value in config if name.rsplit(".", 1)[-1] == key]
+    return min(found, key=lambda item: item[0])[1] if found else None
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(_text(v) for v in value)
+    return str(value)
+
+
+def _percent(share: object) -> str:
+    return f"{100 * share:.1f}" if isinstance(share, int | float) and math.isfinite(share) else ""
+
+
+def _results(page: Page, rows: list[dict[str, Any]]) -> None:
+    """Fill the table: a line for each protocol, a cell for each checkpoint; the latest of repeated results counts."""
+    cells: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault(str(row["protocol"]), {})[str(row["checkpoint"])] = row
+    seen = {str(row["checkpoint"]) for row in rows}
+    ordered = [name for name in CHECKPOINTS if name in seen] + sorted(seen - set(CHECKPOINTS))
+    page.checkpoints = [CHECKPOINTS.get(name, name) for name in ordered]
+    for protocol, by_checkpoint in cells.items():
+        line: dict[str, Any] = {"protocol": PROTOCOLS.get(protocol, protocol), "cells": [], "gain": "", "n": ""}
+        for name in ordered:
+            row = by_checkpoint.get(name, {})
+            low, high = _percent(row.get("low")), _percent(row.get("high"))
+            line["cells"].append((_percent(row.get("top1")), (low, high) if low and high else None))
+            line["n"] = row.get("n", line["n"])
+        before, after = (by_checkpoint.get(name, {}).get("top1") for name in CHECKPOINTS)
+        if before is not None and after is not None:
+            line["gain"] = f"{100 * (after - before):+.1f}"
+            page.gains = True
+        page.results.append(line)
+
+
+def _median(rows: list[dict[str, Any]], key: str) -> float | None:
+    values = sorted(v for v in plots.series(rows, key)[1].tolist() if math.isfinite(v))
+    return values[len(values) // 2] if values else None
+
+
+def _tiles(page: Page, rows: list[dict[str, Any]]) -> None:
+    knn = [v for v in plots.series(rows, "knn")[1].tolist() if math.isfinite(v)]
+    if knn:
+        page.tiles.append(
+            ("kNN while training", f"{100 * knn[-1]:.1f} %", f"first {100 * knn[0]:.1f} %, best {100 * max(knn):.1f} %")
+        )
+    loss = [v for v in plots.series(rows, "loss")[1].tolist() if math.isfinite(v)]
+    if loss:
+        page.tiles.append(("Loss", f"{loss[-1]:.3g}", f"at first {loss[0]:.3g}"))
+    if rows:
+        epoch = rows[-1].get("epoch")
+        page.tiles.append(("Steps", f"{int(rows[-1]['step']):,}", "" if epoch is None else f"epoch {_text(epoch)}"))
+    if (speed := _median(rows, "images_per_s")) is not None:
+        page.tiles.append(("Speed", f"{speed:,.0f} images/s", "median"))
+    if (wait := _median(rows, "data_wait")) is not None:
+        page.tiles.append(("Waiting for data", f"{100 * wait:.1f} %", "of the step, median"))
+    memory = plots.series(rows, "memory_mb")[1]
+    if memory.size:
+        page.tiles.append(("Memory", f"{memory.max():,.0f} MiB", "peak"))
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def _pictures(page: Page, run: Path) -> None:
+    for path in [run / "parts.png", *sorted((run / "pictures").glob("*.png"))]:
+        if not path.is_file():
+            continue
+        try:
+            with Image.open(path) as image:
+                image.load()
+                description = str(image.info.get("Description", ""))
+        except (OSError, SyntaxError) as error:  # what Pillow raises for a PNG that was cut short
+            page.notes.append(f"{path.relative_to(run)} is not a readable PNG and was left out ({error}).")
+            continue
+        name = path.stem.replace("_", " ").replace("-", " ")
+        alt = description or ALT.get(path.stem, f"Picture called {name}")
+        page.pictures.append(Picture(description or name[:1].upper() + name[1:], alt, _data_uri(path.read_bytes())))
+
+
+def versions() -> list[tuple[str, str]]:
+    """Versions of what this process runs on: Python, fgfast, the packages that matter, the device.
+
+    Example:
+        >>> dict(versions())["fgfast"] == __version__
+        True
+    """
+    out = [("python", platform.python_version()), ("fgfast", __version__)]
+    for name in PACKAGES:
+        try:
+            out.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    return [*out, ("device", device), ("system", f"{platform.system()} {platform.machine()}")]
+
+
+def _parse_error(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} cannot be read ({error}): mend the file, or delete it and the report leaves it out.")
+
+
+def _read_config(page: Page, path: Path) -> None:
+    try:
+        config = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise _parse_error(path, error) from error
+    environment = config.pop("environment", None)
+    if isinstance(environment, dict):
+        page.versions = [(name, _text(value)) for name, value in flat(environment)]
+        page.versions_from_run = True
+    items = list(flat(config))
+    page.config = [(name, _text(value)) for name, value in items]
+    if (method := _find(items, "method")) is not None:
+        page.title = str(method)
+    parts = [
+        ("on", Path(str(_find(items, "data") or "")).name),
+        ("with", _find(items, "model")),
+        ("from", _find(items, "init")),
+    ]
+    words = [f"{word} {value}" for word, value in parts if value not in (None, "")]
+    page.subtitle = " ".join(words).replace("from none", "from random weights")
+
+
+def _read_results(page: Page, path: Path) -> None:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        _results(page, rows)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _parse_error(path, error) from error
+
+
+def write_report(run: Path) -> Path:
+    """Write RUN/report.html from whatever the run folder holds.
+
+    Read are config.toml, metrics.jsonl, eval.json (a list of {"protocol", "checkpoint", "top1", "low", "high", "n"},
+    accuracies 0 to 1), parts.png and pictures/*.png; what is missing is left out. The page needs nothing outside
+    itself: pictures are inside it, there is no script and no link. It is written atomically.
+
+    Args:
+        run: the run folder.
+
+    Returns:
+        path of the page.
+
+    Raises:
+        UserError: the folder is missing, or config.toml or eval.json cannot be parsed.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_report(Path(folder)).name
+        'report.html'
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise UserError(f"{run} is not a folder: give the run folder that fgfast pretrain --out made.")
+    page = Page(title=run.resolve().name)
+    if (run / "config.toml").is_file():
+        _read_config(page, run / "config.toml")
+    if (run / "eval.json").is_file():
+        _read_results(page, run / "eval.json")
+    if (run / "metrics.jsonl").is_file():
+        rows, broken = read_metrics(run / "metrics.jsonl")
+        if broken:
+            lines = ", ".join(map(str, broken[:8])) + (" and more" if len(broken) > 8 else "")
+            page.notes.append(
+                f"metrics.jsonl: line {lines} could not be read, as after a run that was killed, and is left out."
+            )
+        _tiles(page, rows)
+        if (figure := plots.curves(rows)) is not None:
+            titles = ", ".join(axes.get_title(loc="left").lower() for axes in figure.axes)
+            page.curves = Picture("Curves", f"Curves over training steps: {titles}", _data_uri(plots.png_bytes(figure)))
+    _pictures(page, run)
+    page.versions = page.versions or versions()
+
+    template = resources.files("fgfast.report").joinpath("report.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    text = environment.from_string(template).render(page=page, run=str(run))
+    path = run / "report.html"
+    temporary = run / f".report.html.{os.getpid()}.tmp"
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,192 @@
+"""The HTML report, on made-up run folders."""
+
+import json
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from fgfast.errors import UserError
+from fgfast.report.html import read_metrics, write_report
+from fgfast.report.pictures import save_png
+from tests.report import runs
+
+
+class Tags(HTMLParser):
+    """Every tag with its attributes, the visible text, and tags that were left open."""
+
+    VOID = ("meta", "img", "br", "hr")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def images(self) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.tags if tag == "img"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return runs.make_run(tmp_path / "first_run")
+
+
+def read(path: Path) -> Tags:
+    page = Tags(path.read_text(encoding="utf-8"))
+    assert page.open == []
+    return page
+
+
+def test_a_whole_run_gives_every_section(run: Path) -> None:
+    page = read(write_report(run))
+    for words in (
+        "particle",
+        "on synthetic with resnet18 from random weights",
+        "Linear probe",
+        "kNN",
+        "before",
+        "after",
+    ):
+        assert words in page.text
+    assert "34.8" in page.text
+    assert "32.8 \u2013 36.8" in page.text
+    assert "+23.6" in page.text
+    assert "n_parts" in page.text
+    assert "torch" in page.text
+    assert len(page.images()) == 4  # parts, two pictures, curves
+    assert "Notes" not in page.text
+
+
+def test_nothing_outside_the_page_is_needed(run: Path) -> None:
+    text = write_report(run).read_text(encoding="utf-8")
+    page = Tags(text)
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "iframe", "object")
+        for name in ("src", "href", "srcset", "data"):
+            assert re.match(r"data:image/png;base64,", attributes.get(name) or "data:image/png;base64,")
+    assert not re.search(r"url\(|@import|https?:", text)
+
+
+def test_every_picture_has_an_alt_text(run: Path) -> None:
+    images = read(write_report(run)).images()
+    assert all(image["alt"] for image in images)
+    assert "Parts found in eight photographs" in [image["alt"] for image in images]
+
+
+def test_light_and_dark_are_both_styled(run: Path) -> None:
+    assert "prefers-color-scheme: dark" in write_report(run).read_text(encoding="utf-8")
+
+
+def test_captions_settings_and_names_are_escaped(run: Path) -> None:
+    evil = '<script>alert("x")</script>'
+    save_png(runs.photograph(), run / "pictures" / "a<b>&.png", description=evil)
+    save_png(runs.photograph(), run / "pictures" / "c<i>d.png")
+    (run / "config.toml").write_text(f"method = '{evil}'\nmodel = '{evil}'")
+    (run / "eval.json").write_text(json.dumps([{"protocol": evil, "checkpoint": evil, "top1": 0.5}]))
+    path = write_report(run)
+    page = read(path)
+    assert not {"script", "b", "i"} & {tag for tag, _ in page.tags}
+    assert (
+        page.text.count(evil) == 7
+    )  # page title, heading, subtitle, caption, setting twice, and once more in the table
+    assert evil in [image["alt"] for image in page.images()]
+
+
+@pytest.mark.parametrize("missing", ["config.toml", "eval.json", "metrics.jsonl", "parts.png", "pictures"])
+def test_what_is_missing_is_left_out(run: Path, missing: str) -> None:
+    os.rename(run / missing, run.parent / "elsewhere")
+    page = read(write_report(run))
+    sections = {"config.toml": "What was run", "eval.json": "Results", "metrics.jsonl": "How it went"}
+    for name, heading in sections.items():
+        assert (heading in page.text) == (name != missing)
+
+
+def test_an_empty_folder_gives_a_page(tmp_path: Path) -> None:
+    page = read(write_report(tmp_path))
+    assert tmp_path.name in page.text
+    assert page.images() == []
+
+
+def test_a_missing_folder_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a folder"):
+        write_report(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("config.toml", "method = "), ("eval.json", "[{]"), ("eval.json", '[{"n": 3}]')]
+)
+def test_a_file_that_does_not_parse_is_named(run: Path, name: str, text: str) -> None:
+    before = write_report(run).read_bytes()
+    (run / name).write_text(text)
+    with pytest.raises(UserError, match=re.escape(name)):
+        write_report(run)
+    assert (run / "report.html").read_bytes() == before
+
+
+def test_the_last_line_of_a_killed_run_is_tolerated_and_named(run: Path) -> None:
+    rows = runs.metrics(50)
+    runs.write_jsonl(run / "metrics.jsonl", rows, tail='{"step": 55, "lo')
+    assert read_metrics(run / "metrics.jsonl") == (rows, [len(rows) + 1])
+    assert f"line {len(rows) + 1} could not be read" in read(write_report(run)).text
+
+
+def test_steps_that_a_resumed_run_repeats_count_once(tmp_path: Path) -> None:
+    first = [{"step": step, "loss": 1.0} for step in (10, 20, 30)]
+    again = [{"step": step, "loss": 2.0} for step in (20, 30, 40)]
+    runs.write_jsonl(tmp_path / "metrics.jsonl", first + again)
+    rows, broken = read_metrics(tmp_path / "metrics.jsonl")
+    assert rows == [first[0], *again]
+    assert broken == []
+
+
+def test_lines_that_are_no_rows_are_reported(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('3\n{"loss": 1}\n\n{"step": 1}\n\x00\n')
+    assert read_metrics(tmp_path / "metrics.jsonl") == ([{"step": 1}], [1, 2, 5])
+
+
+def test_a_picture_cut_short_is_left_out_and_named(run: Path) -> None:
+    (run / "pictures" / "views.png").write_bytes((run / "pictures" / "views.png").read_bytes()[:500])
+    page = read(write_report(run))
+    assert len(page.images()) == 3
+    assert "pictures/views.png is not a readable PNG" in page.text
+
+
+def test_a_loss_that_is_not_finite_does_not_stop_the_report(tmp_path: Path) -> None:
+    nan = [{"step": step, "loss": float("nan"), "grad_norm": float("inf")} for step in range(5)]
+    runs.write_jsonl(tmp_path / "metrics.jsonl", nan)
+    assert read(write_report(tmp_path)).images() == []
+
+
+def test_a_checkpoint_that_was_not_evaluated_leaves_its_cell_empty(tmp_path: Path) -> None:
+    (tmp_path / "eval.json").write_text(json.dumps(runs.EVALUATION[1:]))
+    text = read(write_report(tmp_path)).text
+    assert "\u2013" in text
+    assert "+23.6" in text
+    assert "+18.8" not in text
+
+
+def test_no_temporary_file_stays(run: Path) -> None:
+    write_report(run)
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_the_environment_of_the_run_is_preferred(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('method = "simclr"\n[environment]\ntorch = "9.9.9"\n')
+    text = read(write_report(tmp_path)).text
+    assert "Versions of the run" in text
+    assert "9.9.9" in text

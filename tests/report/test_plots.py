@@ -1,0 +1,86 @@
+"""Curves and bars."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fgfast.report import plots
+from tests.report import runs
+
+
+def titles(rows: list[dict[str, object]]) -> list[str]:
+    figure = plots.curves(rows)
+    return [] if figure is None else [axes.get_title(loc="left") for axes in figure.axes]
+
+
+def test_curves_have_a_panel_for_everything_logged() -> None:
+    assert titles(runs.metrics()) == [
+        "Loss", "Terms of the loss", "kNN accuracy", "Learning rate", "Gradient norm", "Speed", "Waiting for data",
+        "Peak memory", "Momentum of the target",
+    ]  # fmt: skip
+
+
+def test_curves_leave_out_what_is_absent_or_never_finite() -> None:
+    assert titles([{"step": 1, "loss": 1.0, "grad_norm": float("nan")}]) == ["Loss"]
+    assert titles([]) == []
+    assert titles([{"step": 1}]) == []
+
+
+def test_terms_are_what_is_not_the_trainers_own() -> None:
+    assert plots.loss_terms(runs.metrics()) == ["part", "consistency"]
+    assert plots.loss_terms([{"step": 1, "note": "text", "flag": True}]) == []
+
+
+def test_smoothing_keeps_a_constant_and_leaves_a_gap_at_nan() -> None:
+    values = np.array([2.0, 2.0, np.nan, 2.0, 2.0])
+    np.testing.assert_allclose(plots.smooth(values, 3), values)
+    np.testing.assert_allclose(plots.smooth(np.array([1.0, 5.0]), 10), 3.0)
+
+
+def test_curves_draw_in_the_order_of_steps_with_smoothing() -> None:
+    figure = plots.curves(runs.metrics(2000))
+    assert figure is not None
+    faint, line = figure.axes[0].lines
+    assert len(faint.get_xdata()) == len(line.get_xdata()) == 400
+    assert np.std(np.diff(line.get_ydata())) < np.std(np.diff(faint.get_ydata()))
+
+
+def test_bars_have_a_panel_a_group_and_a_bar_a_label() -> None:
+    rows = [
+        {"data": data, "method": method, "top1": 0.1 * i, "low": 0.1 * i - 0.01, "high": 0.1 * i + 0.01}
+        for data in ("synthetic", "cub")
+        for i, method in enumerate(("random", "simclr", "particle"))
+    ]
+    figure = plots.bars(rows)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["synthetic", "cub"]
+    assert [len(axes.patches) for axes in figure.axes] == [3, 3]
+    assert figure.axes[0].patches[2].get_width() == pytest.approx(20.0)
+
+
+def test_bars_average_seeds_and_take_strings() -> None:
+    rows = [{"method": "simclr", "top1": top1, "low": "", "high": ""} for top1 in ("0.2", "0.3", "0.4")]
+    axes = plots.bars(rows).axes[0]
+    assert axes.patches[0].get_width() == pytest.approx(30.0)
+    assert axes.texts[0].get_text() == "30.0"
+
+
+def test_bars_of_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at least one row"):
+        plots.bars([])
+
+
+def test_saved_figures_are_white_pngs(tmp_path: Path) -> None:
+    figure = plots.curves(runs.metrics(100))
+    assert figure is not None
+    path = plots.save(figure, tmp_path / "a" / "curves.png")
+    with Image.open(path) as image:
+        assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+    assert [p.name for p in path.parent.iterdir()] == ["curves.png"]
+
+
+def test_no_global_state_of_pyplot_is_touched() -> None:
+    assert "matplotlib.pyplot" not in Path(plots.__file__).read_text()
+    assert sys.modules[plots.__name__].Figure is not None
