@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from fgfast.data._attributes import COLOURS, RGB, Traits
+from fgfast.data.maps import ABSENT
 
 PARTS = ("beak", "crest", "head", "breast", "body", "wing", "tail", "legs")
 BEAK, CREST, HEAD, BREAST, BODY, WING, TAIL, LEGS = range(len(PARTS))
-ABSENT = 255
 # A key point is visible where its own part shows at its pixel.
 KEYPOINTS = {
     "back": BODY, "beak": BEAK, "belly": BODY, "breast": BREAST, "crest": CREST, "crown": HEAD, "eye": HEAD,

@@ -23,7 +23,8 @@ import numpy as np
 from PIL import Image
 
 from fgfast.data._attributes import design_classes, individual, level_names
-from fgfast.data._drawing import ABSENT, KEYPOINTS, PARTS, draw
+from fgfast.data._drawing import KEYPOINTS, PARTS, draw
+from fgfast.data.maps import ABSENT
 from fgfast.errors import UserError
 
 VERSION = 1  # goes up when the same settings give other pictures

@@ -1,0 +1,69 @@
+"""Frozen features of a set of pictures: one row a picture, from the whole picture without augmentation."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fgfast.data.layouts import ImageSet
+from fgfast.data.loader import make_loader
+from fgfast.data.views import ViewSpec
+from fgfast.errors import UserError
+
+
+@torch.no_grad()
+def extract(
+    encoder: Callable[[Tensor], Tensor],
+    images: ImageSet,
+    size: int,
+    *,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    center: float | None = None,
+    threads: int | None = None,
+    loader: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Features and classes of every picture that decodes, in the order of the set.
+
+    A module is put into evaluation mode and back. Broken pictures have no row.
+
+    Args:
+        encoder: maps pictures [B, 3, S, S] (normalised, on ``device``) to features [B, D].
+        images: the pictures.
+        size: side S in pixels.
+        batch_size: pictures at a time.
+        device: where the encoder is.
+        center: share of the short side that a centre crop keeps before resizing; None squashes the whole picture.
+        threads: decoding threads; None = the loader's choice.
+        loader: backend of the loader: "auto", "dali" or "torchvision".
+
+    Returns:
+        Features float32 [N, D] and classes int64 [N], both on the CPU.
+
+    Raises:
+        UserError: no picture is left, or a feature is not finite.
+    """
+    spec = ViewSpec(whole=size, center=center)
+    batches = make_loader(
+        images, spec, batch_size, shuffle=False, drop_last=False, device=str(device), threads=threads, backend=loader
+    )
+    training = isinstance(encoder, torch.nn.Module) and encoder.training
+    if isinstance(encoder, torch.nn.Module):
+        encoder.eval()
+    rows, targets, order = [], [], []
+    try:
+        for batch in batches:
+            valid = batch.valid.cpu()
+            rows.append(encoder(batch.whole).float()[valid.to(device)].cpu())
+            targets.append(batch.target.cpu()[valid])
+            order.append(batch.index.cpu()[valid])
+    finally:
+        batches.close()
+        if training:
+            encoder.train()  # type: ignore[attr-defined]
+    if not rows or not sum(map(len, rows)):
+        raise UserError(f"No picture under {images.root} could be read: check the data folder.")
+    features, place = torch.cat(rows), torch.cat(order).argsort()
+    if not features.isfinite().all():
+        raise UserError("The features are not finite: the network's weights have diverged, take an earlier checkpoint.")
+    return features[place], torch.cat(targets)[place]
