@@ -159,7 +159,7 @@ def _tiles(page: Page, rows: list[dict[str, Any]]) -> None:
         epoch = rows[-1].get("epoch")
         page.tiles.append(("Steps", f"{int(rows[-1]['step']):,}", "" if epoch is None else f"epoch {_text(epoch)}"))
     if (speed := _median(rows, "images_per_s")) is not None:
-        page.tiles.append(("Speed", f"{speed:,.0f} images/s", "median"))
+        page.tiles.append(("Speed", f"{speed:,.0f}", "images a second, median"))
     if (wait := _median(rows, "data_wait")) is not None:
         page.tiles.append(("Waiting for data", f"{100 * wait:.1f} %", "of the step, median"))
     memory = plots.series(rows, "memory_mb")[1]

@@ -1,6 +1,7 @@
 """Pictures for people: part ids over photographs, captioned grids, nearest neighbours."""
 
 import os
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -295,7 +296,9 @@ def neighbours(
     def name(i: int) -> str:
         if ids is None:
             return f"picture {i}"
-        return f"class {ids[i]}" if classes is None else classes[ids[i]].replace("_", " ")
+        if classes is None:
+            return f"class {ids[i]}"
+        return re.sub(r"^\d+\.", "", classes[ids[i]]).replace("_", " ")  # CUB's "001.Black_footed_Albatross"
 
     def panel(query: int, i: int) -> Panel:
         pixels = to_uint8(images[i])

@@ -54,9 +54,11 @@ def loss_terms(rows: Sequence[Row]) -> list[str]:
 
 
 def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Centred running mean over ``window`` values, shorter at both ends; values that are not finite count nothing."""
+    """Centred running mean over an odd number of values, at most ``window``, fewer at both ends; NaN stays where it is."""
+    if not len(values):
+        return values
     finite = np.isfinite(values)
-    kernel = np.ones(min(window, len(values)))
+    kernel = np.ones((min(window, len(values)) + 1) // 2 * 2 - 1)
     total = np.convolve(np.where(finite, values, 0.0), kernel, mode="same")
     count = np.convolve(finite.astype(np.float64), kernel, mode="same")
     return np.where(finite, total / np.maximum(count, 1.0), np.nan)
@@ -197,12 +199,11 @@ def bars(
             _bar(axes, y, colours[name], [_scaled(row, (value, low, high), scale) for row in members[name]])
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
-        axes.set_xlim(left=0)
+        axes.set_xlim(min(0.0, axes.get_xlim()[0]), axes.get_xlim()[1] * 1.1)  # room for the numbers
         _tidy(axes, title)
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", labelcolor=INK, labelsize=9)
         axes.set_xlabel(unit, fontsize=8, color=FAINT)
-        axes.margins(x=0.15)
     return figure
 
 
@@ -221,7 +222,7 @@ def _bar(axes: Axes, y: int, colour: str, seeds: Sequence[tuple[float, float, fl
         axes.plot(values, np.full(len(values), y), "o", color="white", markeredgecolor=INK, markersize=4, zorder=4)
     right = mean
     if math.isfinite(low) and math.isfinite(high):
-        axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], color=INK, capsize=3, linewidth=1.2, zorder=3)
+        axes.errorbar((low + high) / 2, y, xerr=(high - low) / 2, color=INK, capsize=3, linewidth=1.2, zorder=3)
         right = max(mean, float(high))
     axes.annotate(f"{mean:.1f}", (right, y), (5, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
 

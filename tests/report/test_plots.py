@@ -37,7 +37,8 @@ def test_terms_are_what_is_not_the_trainers_own() -> None:
 def test_smoothing_keeps_a_constant_and_leaves_a_gap_at_nan() -> None:
     values = np.array([2.0, 2.0, np.nan, 2.0, 2.0])
     np.testing.assert_allclose(plots.smooth(values, 3), values)
-    np.testing.assert_allclose(plots.smooth(np.array([1.0, 5.0]), 10), 3.0)
+    np.testing.assert_allclose(plots.smooth(np.array([1.0, 2.0, 6.0, 7.0]), 4), [1.5, 3.0, 5.0, 6.5])
+    assert plots.smooth(np.array([]), 1).size == 0
 
 
 def test_curves_draw_in_the_order_of_steps_with_smoothing() -> None:
