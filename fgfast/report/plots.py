@@ -54,7 +54,7 @@ def loss_terms(rows: Sequence[Row]) -> list[str]:
 
 
 def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Centred running mean over an odd number of values, at most ``window``, fewer at both ends; NaN stays where it is."""
+    """Centred running mean over an odd number of values, at most ``window``, fewer at both ends; NaN stays NaN."""
     if not len(values):
         return values
     finite = np.isfinite(values)
@@ -84,7 +84,7 @@ def _draw(axes: Axes, rows: Sequence[Row], keys: Sequence[str], *, scale: float 
     for colour, key in zip(LINES * (1 + len(keys) // len(LINES)), keys, strict=False):
         steps, values = series(rows, key)
         values = values * scale
-        window = max(1, len(values) // 40) if smoothed else 1
+        window = max(1, len(values) // 25) if smoothed else 1
         if window > 1:
             axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
         # A line of one or two points is invisible: mark points where there are few.
@@ -97,7 +97,7 @@ def _draw(axes: Axes, rows: Sequence[Row], keys: Sequence[str], *, scale: float 
 def curves(rows: Sequence[Row]) -> Figure | None:
     """Draw how a run went: loss, its terms, kNN accuracy, learning rate, gradient norm, speed, data wait, memory.
 
-    A panel is drawn for what the rows hold; noisy quantities are smoothed over a fortieth of the run, with the raw
+    A panel is drawn for what the rows hold; noisy quantities are smoothed over a 25th of the run, with the raw
     values faint behind.
 
     Args:

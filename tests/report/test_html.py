@@ -101,9 +101,8 @@ def test_captions_settings_and_names_are_escaped(run: Path) -> None:
     path = write_report(run)
     page = read(path)
     assert not {"script", "b", "i"} & {tag for tag, _ in page.tags}
-    assert (
-        page.text.count(evil) == 7
-    )  # page title, heading, subtitle, caption, setting twice, and once more in the table
+    # Title of the page, heading, subtitle, caption, two settings, protocol and checkpoint.
+    assert page.text.count(evil) == 8
     assert evil in [image["alt"] for image in page.images()]
 
 
