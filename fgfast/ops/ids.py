@@ -1,0 +1,28 @@
+"""The three integers that a row or column of a contrast carries."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Ids(NamedTuple):
+    """Which image, part and view a vector comes from.
+
+    Two vectors are a positive pair when image and part agree and view differs; they are the same thing when all three
+    agree. Part -1 means "absent": the vector takes part in nothing.
+
+    Args:
+        image: integer [N], any values; unique over all ranks when a process group is used.
+        part: integer [N], 0 and up, or -1 for absent.
+        view: integer [N], any values.
+
+    Example:
+        >>> import torch
+        >>> ids = Ids(image=torch.tensor([0, 1]), part=torch.tensor([0, 0]), view=torch.tensor([0, 0]))
+        >>> ids.image.shape
+        torch.Size([2])
+    """
+
+    image: Tensor
+    part: Tensor
+    view: Tensor

@@ -1,0 +1,90 @@
+"""The definition of the contrastive loss: the whole logit matrix, one line a rule, for tests to compare with."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fgfast.ops.ids import Ids
+
+
+def contrastive_loss(
+    query: Tensor,
+    key: Tensor,
+    *,
+    query_ids: Ids,
+    key_ids: Ids,
+    temperature: float | Tensor = 0.1,
+    negatives: str = "all",
+    weight: Tensor | None = None,
+    normalize: bool = True,
+    bank: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Contrast of parts, as ``fgfast.contrastive_loss`` documents it, without checks and with every logit in memory.
+
+    .. math:: \ell_i = \log \sum_{j \in C_i} e^{s_{ij}} - \frac{1}{|P_i|} \sum_{j \in P_i} s_{ij}, \qquad
+              s_{ij} = \langle q_i, k_j \rangle / T
+
+    where C_i holds the positives P_i, the allowed negatives and the bank. Absent rows and columns are selected away
+    before the first product, so that NaN in them reaches neither value nor gradient. float64 is accumulated in
+    float64, everything else in float32.
+
+    Example:
+        >>> q = torch.eye(2)
+        >>> ids = lambda view: Ids(torch.arange(2), torch.zeros(2, dtype=torch.int64), torch.full((2,), view))
+        >>> loss = contrastive_loss(q, q, query_ids=ids(0), key_ids=ids(1), temperature=1.0)
+        >>> round(loss.item(), 4)  # log(e + 1) - 1
+        0.3133
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        row_present, column_present = query_ids.part >= 0, key_ids.part >= 0
+        q = torch.where(row_present[:, None], query, 0).to(dtype)
+        k = torch.where(column_present[:, None], key, 0).to(dtype)
+        columns = k if bank is None else torch.cat([k, bank.to(dtype)])  # [T + Q, D]
+        if normalize:
+            q, columns = F.normalize(q, dim=1), F.normalize(columns, dim=1)
+        logits = q @ columns.T / temperature  # [M, T + Q]
+
+        same_image = query_ids.image[:, None] == key_ids.image
+        same_part = same_image & (query_ids.part[:, None] == key_ids.part)
+        same_view = query_ids.view[:, None] == key_ids.view
+        positive = same_part & ~same_view & column_present & row_present[:, None]
+        if negatives == "other_images":
+            counted = positive | (~same_image & column_present)
+        elif negatives == "same_image":
+            counted = same_image & ~(same_part & same_view) & column_present
+        else:
+            counted = ~(same_part & same_view) & column_present
+        if bank is not None:
+            of_bank = counted.new_ones(len(q), len(bank))
+            counted, positive = torch.cat([counted, of_bank], 1), torch.cat([positive, ~of_bank], 1)
+
+        if logits.shape[1] == 0:  # one column that never counts, for logsumexp has no value over nothing
+            logits, counted, positive = (F.pad(t, (0, 1)) for t in (logits, counted, positive))
+        n_positives = positive.sum(1)
+        valid = n_positives > 0
+        counted = counted | ~valid[:, None]  # a row without a positive keeps a finite log-sum-exp; it is not used
+        lse = torch.where(counted, logits, -torch.inf).logsumexp(1)
+        mean_positive = torch.where(positive, logits, 0).sum(1) / n_positives.clamp(min=1)
+        loss = torch.where(valid, lse - mean_positive, 0)
+    return reduce(loss, valid, weight, reduction)
+
+
+def reduce(loss: Tensor, valid: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """Weight the losses [M] of rows and reduce them; ``valid`` [M] says which rows have a positive.
+
+    Example:
+        >>> reduce(torch.tensor([1.0, 0.0]), torch.tensor([True, False]), None, "mean_valid").item()
+        1.0
+    """
+    if weight is not None:
+        weight = weight.detach()
+        loss = torch.where(valid, loss * weight.to(loss.dtype), 0)
+        valid = valid & (weight > 0)
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    divisor = valid.sum().clamp(min=1) if reduction == "mean_valid" else max(len(loss), 1)
+    return loss.sum() / divisor

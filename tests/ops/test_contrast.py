@@ -1,0 +1,390 @@
+"""contrastive_loss: the tiled backend against the definition, and the invariants of the definition."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fgfast.ops import _contrast_tiled as tiled
+from fgfast.ops.contrast import contrastive_loss
+from fgfast.ops.ids import Ids
+
+NEGATIVES = ("all", "other_images", "same_image")
+BACKENDS = ("torch", "reference")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 8 and ranges of 4, so that a field of 30 has inner, ragged, shared and skipped tiles."""
+    monkeypatch.setitem(tiled.TILE, "cpu", 8)
+    monkeypatch.setattr(tiled, "RANGE", 4)
+
+
+class Field:
+    """Random vectors and ids; ``loss`` evaluates, ``values`` evaluates with gradients."""
+
+    def __init__(self, seed: int, m: int = 21, t: int = 30, d: int = 5, bank: int | None = 9, *, same: bool = False,
+                 sort: bool = True, absent: bool = True, dtype: torch.dtype = torch.float64):  # fmt: skip
+        g = torch.Generator().manual_seed(seed)
+
+        def ids(n: int) -> Ids:
+            image = torch.randint(0, 5, (n,), generator=g)
+            part = torch.randint(-1 if absent else 0, 3, (n,), generator=g)
+            return Ids(image.sort().values if sort else image, part, torch.randint(0, 2, (n,), generator=g))
+
+        self.query, self.query_ids = torch.randn(m, d, generator=g, dtype=dtype), ids(m)
+        self.key, self.key_ids = torch.randn(t, d, generator=g, dtype=dtype), ids(t)
+        if same:
+            self.key, self.key_ids = self.query, self.query_ids
+        self.bank = None if bank is None else torch.randn(bank, d, generator=g, dtype=dtype)
+        self.weight = torch.rand(m, generator=g, dtype=dtype) * (torch.rand(m, generator=g) > 0.3)
+        self.options: dict[str, Any] = {"temperature": 0.1}
+
+    def loss(self, **options: Any) -> Tensor:
+        given = {"query": self.query, "key": self.key, "query_ids": self.query_ids, "key_ids": self.key_ids,
+                 "bank": self.bank, "weight": self.weight}  # fmt: skip
+        merged = given | self.options | options
+        return contrastive_loss(merged.pop("query"), merged.pop("key"), **merged)
+
+    def values(self, **options: Any) -> list[Tensor]:
+        """Loss and the gradients of query, key, bank and temperature."""
+        query = self.query.clone().requires_grad_()
+        key = query if self.key is self.query else self.key.clone().requires_grad_()
+        bank = None if self.bank is None else self.bank.clone().requires_grad_()
+        temperature = torch.tensor((self.options | options)["temperature"], dtype=query.dtype, requires_grad=True)
+        loss = self.loss(**options | {"query": query, "key": key, "bank": bank, "temperature": temperature})
+        inputs = [query, temperature] + ([] if key is query else [key]) + ([] if bank is None else [bank])
+        return [loss.detach(), *torch.autograd.grad((loss * torch.arange(1, loss.numel() + 1)).sum(), inputs)]
+
+
+def assert_same(a: list[Tensor], b: list[Tensor], rtol: float = 1e-8) -> None:
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=rtol, atol=rtol)
+
+
+fields = st.builds(
+    Field,
+    st.integers(0, 10_000),
+    st.sampled_from([1, 7, 8, 21]),
+    st.sampled_from([1, 9, 30]),
+    st.sampled_from([1, 5, 16]),
+    st.sampled_from([None, 0, 9]),
+    same=st.booleans(),
+    sort=st.booleans(),
+    absent=st.booleans(),
+)
+options = st.fixed_dictionaries(
+    {
+        "negatives": st.sampled_from(NEGATIVES),
+        "reduction": st.sampled_from(["mean", "mean_valid", "sum", "none"]),
+        "normalize": st.booleans(),
+        "temperature": st.sampled_from([1.0, 0.1, 0.01]),  # 0.01 leaves the bounded path
+    }
+)
+quick = settings(max_examples=60, deadline=None)
+few = settings(max_examples=15, deadline=None)
+seeds = st.integers(0, 10_000)
+
+
+@quick
+@given(fields, options)
+def test_tiles_equal_the_definition_in_value_and_every_gradient(field: Field, options: dict[str, Any]) -> None:
+    assert_same(field.values(**options, backend="torch"), field.values(**options, backend="reference"))
+
+
+@few
+@given(fields, options)
+def test_a_single_tile_equals_the_definition(field: Field, options: dict[str, Any]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiled.TILE, "cpu", 1024)
+        assert_same(field.values(**options, backend="torch"), field.values(**options, backend="reference"))
+
+
+@few
+@given(fields, options)
+def test_without_ranges_of_ids_as_on_a_gpu_nothing_changes(field: Field, options: dict[str, Any]) -> None:
+    expected = field.values(**options)
+    with pytest.MonkeyPatch.context() as patch:
+        make = tiled.make_side
+
+        def blind(x: Tensor, ids: Any, normalize: bool, dtype: torch.dtype) -> tiled.Side:
+            side = make(x, ids, normalize, dtype)
+            side.ranges = None
+            return side
+
+        patch.setattr(tiled, "make_side", blind)
+        assert_same(field.values(**options), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@few
+@given(seed=seeds, negatives=st.sampled_from(NEGATIVES))
+def test_permuting_rows_permutes_losses(backend: str, seed: int, negatives: str) -> None:
+    field = Field(seed)
+    order = torch.randperm(21, generator=torch.Generator().manual_seed(seed))
+    loss = field.loss(negatives=negatives, reduction="none", backend=backend)
+    moved = field.loss(
+        query=field.query[order], query_ids=Ids(*(i[order] for i in field.query_ids)), weight=field.weight[order],
+        negatives=negatives, reduction="none", backend=backend,
+    )  # fmt: skip
+    torch.testing.assert_close(moved, loss[order])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@few
+@given(
+    seed=seeds, negatives=st.sampled_from(NEGATIVES), normalize=st.booleans(), temperature=st.sampled_from([0.1, 0.01])
+)
+def test_contents_of_absent_vectors_reach_nothing(
+    backend: str, seed: int, negatives: str, normalize: bool, temperature: float
+) -> None:
+    field = Field(seed)
+    chosen = {"negatives": negatives, "normalize": normalize, "temperature": temperature, "backend": backend}
+    expected = field.values(**chosen)
+    for junk in (torch.nan, torch.inf, 1e30):
+        field.query = torch.where(field.query_ids.part[:, None] < 0, junk, field.query)
+        field.key = torch.where(field.key_ids.part[:, None] < 0, junk, field.key)
+        got = field.values(**chosen)
+        assert_same(got, expected)
+        assert not got[1][field.query_ids.part < 0].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@few
+@given(seed=seeds, same=st.booleans())
+def test_absent_vectors_change_only_the_divisor_of_mean(backend: str, seed: int, same: bool) -> None:
+    field = Field(seed, absent=False, same=same)
+    n = 3
+    more = torch.full((n, 5), torch.nan, dtype=torch.float64)
+    gone = torch.full((n,), -1)
+    query = torch.cat([more, field.query])
+    query_ids = Ids(*(torch.cat([gone, i]) for i in field.query_ids))
+    added = {
+        "query": query,
+        "query_ids": query_ids,
+        "weight": torch.cat([torch.ones(n), field.weight]),
+        "backend": backend,
+    }
+    added |= {"key": query, "key_ids": query_ids} if same else {}
+    for reduction, factor in (("mean", 21 / 24), ("mean_valid", 1.0), ("sum", 1.0)):
+        before = field.loss(reduction=reduction, backend=backend)
+        torch.testing.assert_close(field.loss(**added, reduction=reduction), before * factor)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@few
+@given(seed=seeds)
+def test_negatives_moved_from_key_to_bank_change_nothing(backend: str, seed: int) -> None:
+    field = Field(seed, absent=False)
+    far = torch.randn(11, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
+    ids = Ids(*(torch.cat([i, torch.full((11,), 77)]) for i in field.key_ids))
+    in_key = field.loss(key=torch.cat([field.key, far]), key_ids=ids, backend=backend)
+    assert field.bank is not None
+    torch.testing.assert_close(field.loss(bank=torch.cat([field.bank, far]), backend=backend), in_key)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@few
+@given(seed=seeds, factor=st.floats(0.1, 10))
+def test_scaling_weights_scales_the_loss(backend: str, seed: int, factor: float) -> None:
+    field = Field(seed)
+    for reduction in ("mean", "mean_valid", "sum", "none"):
+        scaled = field.loss(weight=field.weight * factor, reduction=reduction, backend=backend)
+        torch.testing.assert_close(scaled, field.loss(reduction=reduction, backend=backend) * factor)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@few
+@given(seed=seeds, negatives=st.sampled_from(NEGATIVES))
+def test_ids_may_be_renamed(backend: str, seed: int, negatives: str) -> None:
+    field = Field(seed)
+    names = torch.tensor([10**12, -4, 7, 2**62, -(2**63)])
+
+    def rename(ids: Ids) -> Ids:
+        part = torch.where(ids.part < 0, -1, 100 - ids.part)
+        return Ids(names[ids.image], part.to(torch.int32), 9 - ids.view)
+
+    renamed = field.loss(
+        query_ids=rename(field.query_ids), key_ids=rename(field.key_ids), negatives=negatives, backend=backend
+    )
+    torch.testing.assert_close(renamed, field.loss(negatives=negatives, backend=backend))
+
+
+@few
+@given(seed=seeds)
+def test_length_of_vectors_does_not_matter_when_normalised(seed: int) -> None:
+    field = Field(seed)
+    torch.testing.assert_close(field.loss(query=field.query * 7, key=field.key / 3), field.loss())
+
+
+@few
+@given(seed=seeds, same=st.booleans())
+def test_no_positive_gives_zero_loss_and_zero_gradient(seed: int, same: bool) -> None:
+    field = Field(seed, same=same)
+    one = Ids(field.query_ids.image, field.query_ids.part, torch.zeros_like(field.query_ids.view))
+    ids = {"query_ids": one, "key_ids": one if same else Ids(*(i * 0 + 50 for i in field.key_ids))}
+    for values in (field.values(**ids, backend=backend) for backend in BACKENDS):
+        assert not any(v.any() for v in values)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.01], ids=["bounded", "online"])
+@pytest.mark.parametrize("same", [False, True])
+def test_gradcheck_in_float64(temperature: float, same: bool) -> None:
+    field = Field(3, m=10, t=12, d=3, bank=4, same=same)
+
+    def loss(query: Tensor, key: Tensor, bank: Tensor, temperature: Tensor) -> Tensor:
+        return field.loss(query=query, key=query if same else key, bank=bank, temperature=temperature)
+
+    assert field.bank is not None
+    inputs = [
+        x.clone().requires_grad_() for x in (field.query, field.key, field.bank, torch.tensor(temperature).double())
+    ]
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("same", [False, True])
+def test_low_precision_is_rounded_only_in_the_gradients_returned(dtype: torch.dtype, same: bool) -> None:
+    field = Field(5, dtype=dtype, same=same)
+    exact = Field(5, dtype=dtype, same=same)
+    exact.query, exact.weight = field.query.double(), field.weight.double()
+    exact.key = exact.query if same else field.key.double()
+    assert field.bank is not None
+    exact.bank = field.bank.double()
+    temperature = float(torch.tensor(0.1, dtype=dtype))
+    got, expected = field.values(temperature=temperature), exact.values(temperature=temperature)
+    assert got[0].dtype == torch.float32
+    assert got[1].dtype == dtype
+    torch.testing.assert_close(got[0].double(), expected[0], rtol=1e-6, atol=1e-6 * 11)  # float32 sums, 1 + 1/T
+    half_ulp = torch.finfo(dtype).eps / 2
+    for g, e in zip(got[1:], expected[1:], strict=True):
+        torch.testing.assert_close(g.double(), e, rtol=1.01 * half_ulp, atol=1e-5 * float(e.abs().max()))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_float32_keeps_its_stated_error_bound(normalize: bool) -> None:
+    field = Field(6, m=200, t=300, d=32, dtype=torch.float32)
+    exact = Field(6, m=200, t=300, d=32, dtype=torch.float32)
+    exact.query, exact.key, exact.weight = field.query.double(), field.key.double(), field.weight.double()
+    assert field.bank is not None
+    exact.bank = field.bank.double()
+    temperature = float(torch.tensor(0.1))
+    got = field.values(temperature=temperature, normalize=normalize)
+    expected = exact.values(temperature=temperature, normalize=normalize)
+    assert abs(got[0] - expected[0]) <= 1e-6 * (11 + abs(expected[0]))
+    for g, e in zip(got[1:], expected[1:], strict=True):
+        assert (g - e).abs().max() <= 1e-5 * e.abs().max()
+
+
+def test_large_logits_do_not_overflow() -> None:
+    field = Field(2, dtype=torch.float32)
+    for sign in (1, -1):
+        values = field.values(temperature=1e-3)
+        assert all(v.isfinite().all() for v in values)
+        big = field.loss(query=field.query * 100 * sign, key=field.key * 100, normalize=False)
+        assert big.isfinite()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("m", "t"), [(0, 0), (0, 5), (5, 0)])
+def test_empty_inputs_give_zero(backend: str, m: int, t: int) -> None:
+    field = Field(0, m=m, t=t)
+    for reduction in ("mean", "mean_valid", "sum"):
+        values = field.values(reduction=reduction, backend=backend)
+        assert values[0] == 0
+        assert not any(v.any() for v in values)
+
+
+def test_strides_do_not_matter() -> None:
+    field = Field(8)
+    wide = torch.randn(30, 5, 3, dtype=torch.float64)
+    wide[..., 1] = field.key
+    strided = field.loss(query=field.query.T.contiguous().T, key=wide[..., 1])
+    torch.testing.assert_close(strided, field.loss())
+
+
+def test_a_detached_key_in_the_same_memory_gets_no_gradient() -> None:
+    field = Field(4, same=True)
+    for backend in BACKENDS:
+        query = field.query.clone().requires_grad_()
+        field.loss(query=query, key=query.detach(), backend=backend).backward()
+        other = field.query.clone().requires_grad_()
+        field.loss(query=other, key=field.query.clone(), backend="reference").backward()
+        torch.testing.assert_close(query.grad, other.grad)
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_opcheck(same: bool) -> None:
+    field = Field(1, m=10, t=12, same=same)
+    query = field.query.requires_grad_()
+    key = (None, None, None, None) if same else (field.key.requires_grad_(), *field.key_ids)
+    temperature = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    args = (query, *field.query_ids, *key, field.bank, temperature, 1.0, "all", True, "ieee", True, "torch")
+    torch.library.opcheck(torch.ops.fgfast.contrast, args)
+    grads = [torch.randn(10, dtype=torch.float64), *(x.detach() for x in torch.ops.fgfast.contrast(*args)[1:])]
+    detached = [x.detach() if isinstance(x, Tensor) else x for x in args]
+    for needs in ([True, not same, True, True], [False, not same, True, False]):
+        torch.library.opcheck(torch.ops.fgfast.contrast_backward, (*grads, needs, *detached))
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_compiled_fullgraph_gives_the_same_numbers(same: bool) -> None:
+    field = Field(9, same=same)
+
+    def loss(query: Tensor, key: Tensor, bank: Tensor | None) -> Tensor:
+        return field.loss(query=query, key=key, bank=bank)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    results = []
+    for f in (loss, compiled):
+        query = field.query.clone().requires_grad_()
+        key = query if same else field.key.clone().requires_grad_()
+        value = f(query, key, field.bank)
+        results.append([value.detach(), *torch.autograd.grad(value, [query] if same else [query, key])])
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_does_not_lower_the_arithmetic(backend: str) -> None:
+    field = Field(7, dtype=torch.float32)
+    expected = field.loss(backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(field.loss(backend=backend), expected)
+        mixed = field.loss(query=field.query.bfloat16(), backend=backend)
+    torch.testing.assert_close(mixed, field.loss(query=field.query.bfloat16().float(), backend=backend))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"query": torch.zeros(21)}, ValueError, "query has shape"),
+        ({"query": torch.zeros(21, 5, dtype=torch.int64)}, TypeError, "query has dtype"),
+        ({"key": torch.zeros(30, 4, dtype=torch.float64)}, ValueError, "key has 4 channels"),
+        ({"key": torch.zeros(30, 5)}, TypeError, "convert one of them"),
+        ({"key": torch.zeros(30, 5, dtype=torch.float64, device="meta")}, ValueError, "key is on meta"),
+        ({"bank": torch.zeros(2, 3, dtype=torch.float64)}, ValueError, "bank has 3 channels"),
+        ({"weight": torch.ones(20)}, ValueError, "weight has shape"),
+        ({"weight": -torch.ones(21)}, ValueError, "negative or non-finite"),
+        ({"weight": torch.full((21,), torch.nan)}, ValueError, "negative or non-finite"),
+        ({"temperature": 0}, ValueError, "temperature is 0"),
+        ({"temperature": -0.1}, ValueError, "temperature is -0.1"),
+        ({"temperature": float("nan")}, ValueError, "temperature is nan"),
+        ({"temperature": torch.tensor(-1.0)}, ValueError, "temperature is -1.0"),
+        ({"temperature": torch.ones(2)}, ValueError, "0-d"),
+        ({"negatives": "some"}, ValueError, "negatives is 'some'"),
+        ({"reduction": "max"}, ValueError, "reduction is 'max'"),
+        ({"precision": "bf16"}, ValueError, "precision is 'bf16'"),
+        ({"backend": "native"}, (ValueError, RuntimeError), "native"),
+        ({"query_ids": Ids(*torch.zeros(3, 20, dtype=torch.int64))}, ValueError, "query_ids.image has shape"),
+        ({"query_ids": Ids(*torch.zeros(3, 21))}, TypeError, "give integers"),
+        ({"query_ids": Ids(*torch.full((3, 21), -2))}, ValueError, "query_ids.part holds -2"),
+    ],
+)
+def test_bad_input_is_one_clear_error(change: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words) as caught:
+        Field(0).loss(**change)
+    assert str(caught.value).count(".") >= 1
+    assert "\n" not in str(caught.value)
