@@ -1,0 +1,453 @@
+"""The DALI loader: reading, decoding, windows and id maps run in DALI's threads (or on the GPU), colour in torch.
+
+One pipeline serves both devices. A window is fn.resize with a region of interest, so that cropping, flipping (the
+region's ends exchanged) and resizing are one pass; an id map goes through the same region with nearest neighbour.
+Where all decoded pictures fit into ``memory_mb``, they are decoded once and stay in memory with halved copies
+(mip levels): a view is then cut from the smallest level that is still no smaller than the view, so that the resize
+reads at most four pixels for each one it writes. DALI's own random operators are not used: what happens to a picture
+is drawn on the host (``sampling``), which is what makes resuming exact.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import re
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import nvidia.dali as dali
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from fgfast.data.base import Loader, Source, replace_failed
+from fgfast.data.manifest import convert, read_picture
+from fgfast.data.maps import ABSENT, map_path, read_map
+from fgfast.data.photometric import photometric
+from fgfast.data.sampling import Draw
+from fgfast.data.views import Batch
+
+fn: Any = dali.fn  # DALI makes its operators and constants at run time: no checker can see them
+types: Any = dali.types
+Pipeline: Any = dali.Pipeline
+
+_DECODE_BATCH = 32
+
+
+@dataclass
+class _Job:
+    """One batch between being fed to the pipeline and being delivered; keeps the fed arrays alive."""
+
+    epoch: int
+    batch: int
+    rows: np.ndarray
+    valid: np.ndarray
+    draws: list[Draw] = field(default_factory=list)
+    inputs: dict[str, list[np.ndarray] | np.ndarray] = field(default_factory=dict)
+
+
+class DaliLoader(Loader):
+    """See ``make_loader``; ``memory_mb`` bounds the decoded pictures kept in memory, 0 keeps none."""
+
+    backend = "dali"
+
+    def __init__(
+        self, source: Source, *, device: torch.device, threads: int, prefetch: int = 2, memory_mb: int = 1024
+    ) -> None:
+        """Build nothing yet: pipeline and thread start with the first iteration."""
+        super().__init__(source)
+        self.device = device
+        self._threads = threads
+        self._depth = max(1, prefetch)
+        self._files = list(source.records.files)
+        self._sides = [crop.size for crop in source.spec.crops]
+        self._whole = source.spec.whole
+        pixels = int(np.prod(source.records.sizes, axis=1, dtype=np.int64).sum()) * 4  # RGB and a third for the levels
+        # A pass in file order reads each picture once: there is nothing to keep.
+        self._keep = source.shuffle and pixels <= memory_mb * 2**20
+        self._levels: list[list[np.ndarray]] = []
+        self._maps: list[np.ndarray] = []
+        self._pipe: Pipeline | None = None
+        self._jobs: deque[_Job] = deque()
+        self._producer: _Producer | None = None
+
+    # ---- one epoch -------------------------------------------------------------------------------------------------
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        for batch in range(start, len(self)):
+            if self._producer is None or self._producer.next != (epoch, batch):
+                self._restart(epoch, batch)
+            assert self._producer is not None
+            yield self._deliver(*self._producer.get())
+
+    def _restart(self, epoch: int, batch: int) -> None:
+        self._stop()
+        self._producer = _Producer(self._run(epoch, batch), (epoch, batch), len(self), self._depth)
+
+    def _stop(self) -> None:
+        if self._producer is not None:
+            self._producer.close()
+            self._producer = None
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go to where ``state`` was taken; what was prefetched is thrown away."""
+        self._stop()
+        super().load_state_dict(state)
+
+    def close(self) -> None:
+        """Stop the thread and free pipeline and pictures."""
+        self._stop()
+        self._pipe, self._levels, self._maps = None, [], []
+        self._jobs.clear()
+
+    def _run(self, epoch: int, start: int) -> Iterator[tuple[_Job, list[Tensor]]]:
+        """Everything that happens in the background thread: feed the pipeline ahead, hand its outputs on."""
+        if self._keep and not self._levels:
+            self._decode_all()
+        while self._jobs:  # scheduled for an iteration that was given up
+            self._outputs()
+        schedule = self._schedule(epoch, start)
+        ahead: deque[tuple[int, int]] = deque()
+        while True:
+            while len(ahead) < self._depth:
+                following = next(schedule, None)
+                if following is None:
+                    break
+                ahead.append(following)
+            if not ahead:
+                return
+            try:
+                self._feed(ahead)
+                done = self._outputs()
+            except RuntimeError as error:
+                self._recover(error)
+                continue
+            ahead.popleft()
+            yield done
+
+    def _schedule(self, epoch: int, start: int) -> Iterator[tuple[int, int]]:
+        while True:
+            yield from ((epoch, batch) for batch in range(start, len(self)))
+            if not self.source.shuffle:
+                return
+            epoch, start = epoch + 1, 0
+
+    # ---- feeding the pipeline --------------------------------------------------------------------------------------
+
+    def _feed(self, ahead: deque[tuple[int, int]]) -> None:
+        """Schedule what is in ``ahead`` and not yet in the pipeline."""
+        first = self._pipe is None
+        if self._pipe is None:
+            self._pipe = self._build()
+        waiting = list(ahead)[len(self._jobs) :]
+        for epoch, batch in waiting:
+            self._push(self._job(epoch, batch))
+            if not first:
+                self._pipe.schedule_run()
+        if first:  # the first call runs the pipeline as often as its queue is deep
+            for _ in range(self._depth - len(waiting)):
+                self._push(self._job(*ahead[-1]))
+                ahead.append(ahead[-1])
+            self._pipe.schedule_run()
+
+    def _push(self, job: _Job) -> None:
+        assert self._pipe is not None
+        for name, values in job.inputs.items():
+            self._pipe.feed_input(name, values)
+        self._jobs.append(job)
+
+    def _job(self, epoch: int, batch: int) -> _Job:
+        source = self.source
+        rows, valid = source.rows(epoch, batch)
+        rows, valid = replace_failed(rows, valid, self._failed, len(source.records))
+        job = _Job(epoch, batch, rows, valid, source.draws(epoch, batch, rows))
+        windows = [draw.window.astype(np.float32) for draw in job.draws]
+        flips = [draw.flip for draw in job.draws]
+        if self._whole is not None:
+            windows.append(source.whole(rows))
+            flips.append(np.zeros(len(rows), bool))
+        if not self._keep:
+            job.inputs["files"] = [_text(self._files[row]) for row in rows]
+            if source.maps is not None:
+                job.inputs["map_files"] = [_text(str(map_path(source.maps, source.rel(row)))) for row in rows]
+        elif source.maps is not None:
+            job.inputs["maps"] = [self._maps[row] for row in rows]
+        for v, (window, flip) in enumerate(zip(windows, flips, strict=True)):
+            shrink = np.ones((len(rows), 1), np.float32)
+            if self._keep:
+                shrink, job.inputs[f"pixels{v}"] = self._pick(rows, window, [*self._sides, self._whole][v] or 1)
+            job.inputs[f"low{v}"], job.inputs[f"high{v}"] = _region(window / shrink, flip)
+            if self._has_map(v):
+                assert source.map_sizes is not None
+                scale = source.map_sizes[rows] / source.records.sizes[rows].astype(np.float64)
+                job.inputs[f"map_low{v}"], job.inputs[f"map_high{v}"] = _region(
+                    window * np.concatenate([scale, scale], 1), flip
+                )
+        return job
+
+    def _pick(self, rows: np.ndarray, window: np.ndarray, side: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The smallest kept copy of each picture whose window is no smaller than the view."""
+        level = np.log2(np.maximum(window[:, 2:].min(1) / side, 1)).astype(np.int64)
+        level = np.minimum(level, [len(self._levels[row]) - 1 for row in rows])
+        shrink = (2.0**level)[:, None].astype(np.float32)
+        return shrink, [self._levels[row][at] for row, at in zip(rows, level, strict=True)]
+
+    def _has_map(self, view: int) -> bool:
+        return self.source.spec.masks if view < len(self._sides) else self.source.spec.whole_masks
+
+    def _build(self) -> Pipeline:
+        gpu = self.device.type == "cuda"
+        pipe = Pipeline(
+            self.source.batch_size,
+            self._threads,
+            (self.device.index or 0) if gpu else None,
+            prefetch_queue_depth=self._depth,
+        )
+        sides = self._sides if self._whole is None else [*self._sides, self._whole]
+
+        def put(name: str, layout: str | None = None) -> Any:
+            return fn.external_source(name=name, layout=layout, no_copy=not gpu)
+
+        with pipe:
+            outputs = []
+            if not self._keep:
+                encoded = fn.io.file.read(put("files"))
+                pixels = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB)
+            if self.source.maps is not None:
+                if self._keep:
+                    maps = put("maps", "HWC")
+                else:
+                    maps = fn.decoders.image(fn.io.file.read(put("map_files")), output_type=types.GRAY)
+                maps = maps.gpu() if gpu else maps
+            for v, side in enumerate(sides):
+                if self._keep:
+                    pixels = put(f"pixels{v}", "HWC")
+                    pixels = pixels.gpu() if gpu else pixels
+                outputs.append(
+                    fn.resize(
+                        pixels,
+                        size=[side, side],
+                        roi_start=put(f"low{v}"),
+                        roi_end=put(f"high{v}"),
+                        interp_type=types.INTERP_LINEAR,
+                        antialias=True,
+                    )
+                )
+            for v, side in enumerate(sides):
+                if self._has_map(v):
+                    outputs.append(
+                        fn.resize(
+                            maps,
+                            size=[side, side],
+                            roi_start=put(f"map_low{v}"),
+                            roi_end=put(f"map_high{v}"),
+                            interp_type=types.INTERP_NN,
+                        )
+                    )
+            pipe.set_outputs(*outputs)
+        pipe.build()
+        return pipe
+
+    # ---- taking its outputs ----------------------------------------------------------------------------------------
+
+    def _outputs(self) -> tuple[_Job, list[Tensor]]:
+        assert self._pipe is not None
+        tensors = [from_dlpack(out.as_tensor()) for out in self._pipe.outputs()]
+        job = self._jobs.popleft()
+        job.inputs = {}
+        if self.device.type == "cpu":
+            tensors = self._finish(job, tensors)
+        return job, tensors
+
+    def _finish(self, job: _Job, tensors: list[Tensor]) -> list[Tensor]:
+        """Colours and label types; on the CPU in the background thread, on a GPU in the stream of the caller."""
+        spec = self.source.spec
+        views = len(self._sides) + (self._whole is not None)
+        draws = [*job.draws, None][:views]
+        pictures = [photometric(x, draw, spec.mean, spec.std) for x, draw in zip(tensors, draws, strict=False)]
+        labels = [x.squeeze(-1).to(torch.int64) for x in tensors[views:]]
+        return [*pictures, *(x.masked_fill_(x == ABSENT, -1) for x in labels)]
+
+    def _deliver(self, job: _Job, tensors: list[Tensor]) -> Batch:
+        source = self.source
+        if self.device.type != "cpu":
+            tensors = self._finish(job, tensors)
+        views = len(self._sides)
+        at = views + (self._whole is not None)
+        index = source.records.index[job.rows]
+        sizes = source.records.sizes[job.rows]
+        boxes = [draw.boxes(sizes) for draw in job.draws]
+        batch = Batch(
+            views=tensors[:views],
+            boxes=torch.from_numpy(np.stack(boxes, 1)) if boxes else torch.zeros(len(index), 0, 5),
+            labels=tensors[at : at + views] if source.spec.masks else [],
+            whole=tensors[views] if self._whole is not None else None,
+            whole_labels=tensors[-1] if source.spec.whole_masks else None,
+            target=torch.from_numpy(source.records.images.targets[index]),
+            index=torch.from_numpy(index),
+            valid=torch.from_numpy(job.valid),
+        )
+        return batch if self.device.type == "cpu" else batch.to(self.device)
+
+    # ---- pictures kept in memory, and files that break -------------------------------------------------------------
+
+    def _decode_all(self) -> None:
+        from PIL import Image
+
+        smallest = min([*self._sides, *([self._whole] if self._whole is not None else [])])
+        n = len(self._files)
+        levels: list[list[np.ndarray]] = [[] for _ in range(n)]
+        todo = [row for row in range(n) if row not in self._failed]
+        pipe = None
+        while todo:
+            chunk = todo[:_DECODE_BATCH]
+            try:
+                pipe = pipe or _decoder(_DECODE_BATCH, self._threads)
+                pipe.feed_input("files", [_text(self._files[row]) for row in chunk])
+                pipe.schedule_run()
+                decoded = pipe.outputs()[0]
+            except RuntimeError as error:
+                pipe = None
+                self._diagnose(chunk, error)
+                todo = [row for row in todo if row not in self._failed]
+                continue
+            for i, row in enumerate(chunk):
+                levels[row] = [np.array(decoded.at(i))]
+                image = Image.fromarray(levels[row][0])
+                while min(image.size) >= 2 * smallest:
+                    image = image.reduce(2)
+                    levels[row].append(np.array(image))
+            todo = todo[_DECODE_BATCH:]
+        if self.source.maps is not None:
+            self._maps = [read_map(self.source.maps, self.source.rel(row))[:, :, None] for row in range(n)]
+        self._levels = levels
+
+    def _recover(self, error: RuntimeError) -> None:
+        """The pipeline is lost: find the file, leave it out, and build a new pipeline for the same batches."""
+        rows = sorted({int(row) for job in self._jobs for row in job.rows})
+        self._pipe = None
+        self._jobs.clear()
+        if self._keep:  # no file is read any more, so no file is at fault
+            raise error
+        self._diagnose(rows, error)
+
+    def _diagnose(self, rows: list[int], error: RuntimeError) -> None:
+        found = False
+        for row in rows:
+            file = self._files[row]
+            try:
+                read_picture(file)
+                if self.source.maps is not None:
+                    read_map(self.source.maps, self.source.rel(row))
+                if not _decodes(file):  # PIL is more lenient than DALI
+                    self._files[row] = convert(file)
+                    found = True
+            except OSError as reason:
+                self._fail(row, str(reason))
+                found = True
+        if not found:
+            raise RuntimeError(f"DALI failed on a batch in which every file decodes alone: {_first(error)}") from error
+
+
+class _Producer:
+    """Runs an iterator of batches in a thread, a few ahead of whoever takes them."""
+
+    def __init__(
+        self, items: Iterator[tuple[_Job, list[Tensor]]], start: tuple[int, int], length: int, depth: int
+    ) -> None:
+        self.next = start
+        self._length = length
+        self._items = items
+        self._queue: queue.Queue = queue.Queue(depth)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="fgfast-data", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        _one_thread()
+        try:
+            for item in self._items:
+                if not self._put(item):
+                    return
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: object) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def get(self) -> tuple[_Job, list[Tensor]]:
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        epoch, batch = self.next
+        self.next = (epoch, batch + 1) if batch + 1 < self._length else (epoch + 1, 0)
+        return item
+
+    def close(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+
+def _one_thread() -> None:
+    """Keep torch's operations of this thread on one core: the team of OpenMP threads belongs to the training.
+
+    omp_set_num_threads holds for the calling thread alone, while torch.set_num_threads changes the whole process.
+    """
+    try:
+        with open("/proc/self/maps") as maps:
+            paths = set(re.findall(r"(/\S*lib[gi]omp\S*\.so\S*)", maps.read()))
+    except OSError:
+        return
+    for path in paths:
+        if os.path.exists(path):
+            ctypes.CDLL(path).omp_set_num_threads(1)
+
+
+def _region(window: np.ndarray, flip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Start and end (y, x) of a window (y, x, h, w); a flip exchanges the ends in x."""
+    low, high = window[:, :2], window[:, :2] + window[:, 2:]
+    start = np.stack([low[:, 0], np.where(flip, high[:, 1], low[:, 1])], 1)
+    end = np.stack([high[:, 0], np.where(flip, low[:, 1], high[:, 1])], 1)
+    return start.astype(np.float32), end.astype(np.float32)
+
+
+def _text(path: str) -> np.ndarray:
+    return np.frombuffer(path.encode(), np.uint8)
+
+
+def _first(error: RuntimeError) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if "rror" in line]
+    return lines[0] if lines else str(error)
+
+
+def _decoder(batch_size: int, threads: int) -> Pipeline:
+    pipe = Pipeline(batch_size, threads, None, prefetch_queue_depth=1)
+    with pipe:
+        encoded = fn.io.file.read(fn.external_source(name="files"))
+        pipe.set_outputs(fn.decoders.image(encoded, output_type=types.RGB))
+    pipe.build()
+    return pipe
+
+
+def _decodes(file: str) -> bool:
+    try:
+        pipe = _decoder(1, 1)
+        pipe.feed_input("files", [_text(file)])
+        pipe.schedule_run()
+        pipe.outputs()
+        return True
+    except RuntimeError:
+        return False

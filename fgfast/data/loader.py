@@ -1,0 +1,98 @@
+"""make_loader: the one way to get batches, whichever library makes them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+from fgfast.data.base import Loader, default_threads, make_source
+from fgfast.data.layouts import ImageSet
+from fgfast.data.views import ViewSpec
+from fgfast.errors import UserError
+
+__all__ = ["BACKENDS", "Loader", "make_loader"]
+
+BACKENDS = ("auto", "dali", "torchvision")
+
+
+def make_loader(
+    images: ImageSet,
+    spec: ViewSpec,
+    batch_size: int,
+    *,
+    shuffle: bool = True,
+    drop_last: bool = False,
+    seed: int = 0,
+    maps: Path | None = None,
+    device: torch.device | str = "cpu",
+    threads: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+    backend: str = "auto",
+    prefetch: int = 2,
+    check: bool = True,
+    memory_mb: int = 1024,
+) -> Loader:
+    """A loader that deals out the views of ``spec`` for the pictures of ``images``.
+
+    Args:
+        images: the records; ``Batch.index`` counts in it.
+        spec: what a batch holds.
+        batch_size: B on this rank, >= 1.
+        shuffle: a new order each epoch, the same on every rank.
+        drop_last: leave out an incomplete last batch; otherwise it is padded (valid False).
+        seed: of order and augmentation, >= 0.
+        maps: folder of id maps; needed where the spec asks for masks.
+        device: where the batches lie; a CUDA device decodes and resizes there too (DALI).
+        threads: decoding threads or worker processes; None = one a usable core, at most eight.
+        rank: number of this process.
+        world: number of processes; rank r takes every world-th picture of the common order.
+        backend: "dali", "torchvision" or "auto" (DALI where it is installed).
+        prefetch: batches made ahead, >= 1.
+        check: decode every new or changed file in full first, so that broken ones are skipped.
+        memory_mb: DALI keeps the decoded pictures of a shuffled loader in memory where they fit into this many MiB;
+            0 decodes again each epoch.
+
+    Raises:
+        UserError: a picture or a map is missing, too many are broken, a library is not installed, or no batch is full.
+        ValueError: an unknown backend, or numbers that cannot be.
+
+    Example:
+        >>> loader = make_loader(open_images("birds"), ViewSpec(crops=(Crop(), Crop())), 128)  # doctest: +SKIP
+        >>> for batch in loader:  # doctest: +SKIP
+        ...     batch.views[0].shape
+        torch.Size([128, 3, 64, 64])
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"The loader backend is {backend!r}: choose one of {', '.join(BACKENDS)}.")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}: give a number >= 0.")
+    has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    if backend == "auto":
+        backend = "dali" if has_dali else "torchvision"
+    needed = "nvidia.dali" if backend == "dali" else "torchvision"
+    if not has_dali if backend == "dali" else importlib.util.find_spec("torchvision") is None:
+        raise UserError(f"The {backend} loader needs the package {needed}: pip install 'fgfast[train]'.")
+    threads = default_threads(threads)
+    source = make_source(
+        images,
+        spec,
+        batch_size,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        seed=seed,
+        maps=None if maps is None else Path(maps),
+        rank=rank,
+        world=world,
+        check=check,
+        threads=threads,
+    )
+    if backend == "dali":
+        from fgfast.data.dali import DaliLoader
+
+        return DaliLoader(source, device=torch.device(device), threads=threads, prefetch=prefetch, memory_mb=memory_mb)
+    from fgfast.data.torchvision_loader import TorchvisionLoader
+
+    return TorchvisionLoader(source, device=torch.device(device), threads=threads, prefetch=prefetch)

@@ -1,0 +1,109 @@
+"""Every random choice of the data path, drawn on the host from (seed, epoch, rank, batch): no state to save.
+
+Both loaders apply these draws, so that they cut the same windows, and a resumed run draws what it would have drawn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from fgfast.data.views import Crop
+
+_ATTEMPTS = 10
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What happens to one crop of B pictures.
+
+    Args:
+        window: (y, x, h, w) in pixels of the upright picture, int32 [B, 4].
+        flip: bool [B].
+        colour: factors of brightness, contrast and saturation, and the turn of hue (share of a circle), float32
+            [B, 4]; (1, 1, 1, 0) changes nothing, saturation 0 is grey.
+        sigma: standard deviation of the blur in pixels, float32 [B]; 0 = none.
+        solarize: bool [B].
+    """
+
+    window: np.ndarray
+    flip: np.ndarray
+    colour: np.ndarray
+    sigma: np.ndarray
+    solarize: np.ndarray
+
+    def boxes(self, sizes: np.ndarray) -> np.ndarray:
+        """(y0, x0, h, w, flip) in [0, 1], float32 [B, 5], for picture sizes (H, W) [B, 2]."""
+        window = self.window / np.concatenate([sizes, sizes], 1)
+        return np.concatenate([window, self.flip[:, None]], 1).astype(np.float32)
+
+
+def generator(seed: int, epoch: int, rank: int, batch: int) -> np.random.Generator:
+    """The random numbers of one batch, the same whenever it is asked for."""
+    return np.random.default_rng([seed, epoch, rank, batch])
+
+
+@lru_cache(maxsize=8)
+def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """The order of n records in an epoch, int64 [n], read-only, the same on every rank."""
+    order = np.random.default_rng(seed + epoch).permutation(n) if shuffle else np.arange(n)
+    order.flags.writeable = False
+    return order
+
+
+def draw_crop(crop: Crop, sizes: np.ndarray, rng: np.random.Generator) -> Draw:
+    """Draw one crop of each of B pictures.
+
+    The window is torchvision's RandomResizedCrop: ten attempts at an area and a ratio, then the largest centred
+    window whose ratio is allowed.
+
+    Args:
+        crop: the ranges and probabilities.
+        sizes: (H, W) of the upright pictures, [B, 2].
+        rng: where the numbers come from.
+    """
+    batch = len(sizes)
+    height, width = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
+    area = height * width * rng.uniform(*crop.scale, (batch, _ATTEMPTS))
+    ratio = np.exp(rng.uniform(np.log(crop.ratio[0]), np.log(crop.ratio[1]), (batch, _ATTEMPTS)))
+    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (w >= 1) & (h >= 1) & (w <= width) & (h <= height)
+    rows, first = np.arange(batch), fits.argmax(1)
+    narrow, wide = width[:, 0] / height[:, 0] < crop.ratio[0], width[:, 0] / height[:, 0] > crop.ratio[1]
+    spare_h = np.where(narrow, np.maximum(1, np.rint(width[:, 0] / crop.ratio[0])), height[:, 0])
+    spare_w = np.where(wide, np.maximum(1, np.rint(height[:, 0] * crop.ratio[1])), width[:, 0])
+    found = fits[rows, first]
+    h = np.where(found, h[rows, first], np.minimum(spare_h, height[:, 0]))
+    w = np.where(found, w[rows, first], np.minimum(spare_w, width[:, 0]))
+    place = rng.random((batch, 2))
+    y = np.where(found, np.floor(place[:, 0] * (height[:, 0] - h + 1)), (height[:, 0] - h) // 2)
+    x = np.where(found, np.floor(place[:, 1] * (width[:, 0] - w + 1)), (width[:, 0] - w) // 2)
+
+    chance = rng.random((batch, 5))  # flip, jitter, grey, blur, solarise: drawn always, so that views never shift
+    strength = np.asarray(crop.jitter)
+    turn = rng.uniform(-1, 1, (batch, 4)) * strength
+    colour = np.concatenate([np.maximum(0, 1 + turn[:, :3]), turn[:, 3:]], 1)
+    colour[:, :3] = np.where(
+        strength[:3] > 1, rng.random((batch, 3)) * (1 + strength[:3]), colour[:, :3]
+    )  # [max(0, 1 - s), 1 + s]
+    colour = np.where(chance[:, 1:2] < crop.jitter_p, colour, [1.0, 1.0, 1.0, 0.0])
+    colour[:, 2] *= chance[:, 2] >= crop.grayscale
+    sigma = rng.uniform(*crop.blur_sigma, batch) * (chance[:, 3] < crop.blur)
+    return Draw(
+        window=np.stack([y, x, h, w], 1).astype(np.int32),
+        flip=chance[:, 0] < crop.flip,
+        colour=colour.astype(np.float32),
+        sigma=sigma.astype(np.float32),
+        solarize=chance[:, 4] < crop.solarize,
+    )
+
+
+def whole_window(sizes: np.ndarray, center: float | None) -> np.ndarray:
+    """The window of the unaugmented view, float32 [B, 4] in pixels: everything, or a centred square."""
+    sizes = sizes.astype(np.float32)
+    if center is None:
+        return np.concatenate([np.zeros_like(sizes), sizes], 1)
+    side = np.repeat(center * sizes.min(1, keepdims=True), 2, 1)
+    return np.concatenate([(sizes - side) / 2, side], 1)

@@ -1,0 +1,172 @@
+"""The torchvision loader: the same batches by PIL and torchvision.transforms.v2 in worker processes, where DALI has no wheel.
+
+It applies the same draws as the DALI loader (same windows, flips and factors), with torchvision's own formulas for
+colour and blur; only the hue (HSV instead of YIQ) and the rounding to 8 bits between the steps differ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from fgfast.data.base import Loader, Source, replace_failed
+from fgfast.data.manifest import read_picture
+from fgfast.data.maps import ABSENT, read_map
+from fgfast.data.sampling import Draw
+from fgfast.data.views import Batch, warp_labels
+
+
+class TorchvisionLoader(Loader):
+    """See ``make_loader``; ``threads`` worker processes make one batch each at a time."""
+
+    backend = "torchvision"
+
+    def __init__(self, source: Source, *, device: torch.device, threads: int, prefetch: int = 2) -> None:
+        """Start no process yet."""
+        super().__init__(source)
+        self.device = device
+        self._order = _Order()
+        self._loader = DataLoader(
+            _Batches(source),
+            batch_size=None,
+            sampler=self._order,
+            num_workers=threads,
+            prefetch_factor=max(1, prefetch),
+            persistent_workers=True,
+            pin_memory=device.type == "cuda",
+            collate_fn=_as_is,
+        )
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        failed = tuple(sorted(self._failed))
+        self._order.keys = [(epoch, batch, failed) for batch in range(start, len(self))]
+        for batch, broken in self._loader:
+            for row, reason in broken:
+                self._fail(row, reason)
+            yield batch if self.device.type == "cpu" else batch.to(self.device)
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._order.keys = []
+        del self._loader
+
+
+class _Order(Sampler):
+    """The batches that the next epoch consists of; the loader sets ``keys`` before it starts one."""
+
+    def __init__(self) -> None:
+        self.keys: list[tuple[int, int, tuple[int, ...]]] = []
+
+    def __iter__(self) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        return iter(self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+class _Batches(Dataset):
+    """Whole batches by (epoch, batch, failed records)."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __getitem__(self, key: tuple[int, int, tuple[int, ...]]) -> tuple[Batch, list[tuple[int, str]]]:
+        epoch, number, known = key
+        failed, broken = set(known), []
+        rows, valid = self.source.rows(epoch, number)
+        while True:
+            rows, valid = replace_failed(rows, valid, failed, len(self.source.records))
+            try:
+                pictures = []
+                for row in rows:
+                    pictures.append(torch.from_numpy(np.array(read_picture(self.source.records.files[row]))))
+                break
+            except OSError as error:
+                failed.add(int(row))
+                broken.append((int(row), str(error)))
+                if len(failed) == len(self.source.records):
+                    raise
+        return self._batch(epoch, number, rows, valid, [p.permute(2, 0, 1) for p in pictures]), broken
+
+    def _batch(self, epoch: int, number: int, rows: np.ndarray, valid: np.ndarray, pictures: list[Tensor]) -> Batch:
+        source, spec = self.source, self.source.spec
+        draws = source.draws(epoch, number, rows)
+        sizes = source.records.sizes[rows]
+        boxes = torch.zeros(len(rows), len(draws), 5)
+        for v, draw in enumerate(draws):
+            boxes[:, v] = torch.from_numpy(draw.boxes(sizes))
+        maps = []
+        if source.maps is not None:
+            for row in rows:
+                ids = torch.from_numpy(read_map(source.maps, source.rel(row))).long()
+                maps.append(ids.masked_fill_(ids == ABSENT, -1)[None])  # [1, H, W]
+        views = [
+            self._stack([_augment(x, draw, i, crop.size) for i, x in enumerate(pictures)])
+            for crop, draw in zip(spec.crops, draws, strict=True)
+        ]
+        labels = []
+        if spec.masks:
+            for v, crop in enumerate(spec.crops):
+                labels.append(torch.cat([warp_labels(m, boxes[i : i + 1, v], crop.size) for i, m in enumerate(maps)]))
+        whole, whole_labels = None, None
+        if spec.whole is not None:
+            windows = source.whole(rows)
+            whole = self._stack([_resized(x, window, spec.whole) for x, window in zip(pictures, windows, strict=True)])
+            if spec.whole_masks:
+                full = np.concatenate([windows / np.concatenate([sizes, sizes], 1), np.zeros((len(rows), 1))], 1)
+                box = torch.from_numpy(full.astype(np.float32))
+                whole_labels = torch.cat([warp_labels(m, box[i : i + 1], spec.whole) for i, m in enumerate(maps)])
+        index = source.records.index[rows]
+        return Batch(
+            views=views,
+            boxes=boxes,
+            labels=labels,
+            whole=whole,
+            whole_labels=whole_labels,
+            target=torch.from_numpy(source.records.images.targets[index]),
+            index=torch.from_numpy(index),
+            valid=torch.from_numpy(valid),
+        )
+
+    def _stack(self, pictures: list[Tensor]) -> Tensor:
+        """Normalised float32 [B, 3, S, S], channels_last."""
+        batch = F.to_dtype(torch.stack(pictures), torch.float32, scale=True)
+        mean, std = list(self.source.spec.mean), list(self.source.spec.std)
+        return F.normalize(batch, mean, std).contiguous(memory_format=torch.channels_last)
+
+
+def _resized(picture: Tensor, window: np.ndarray, size: int) -> Tensor:
+    y, x, h, w = (round(float(value)) for value in window)
+    return F.resized_crop(picture, y, x, max(1, h), max(1, w), [size, size], InterpolationMode.BILINEAR, antialias=True)
+
+
+def _augment(picture: Tensor, draw: Draw, i: int, size: int) -> Tensor:
+    """One view, uint8 [3, size, size]."""
+    view = _resized(picture, draw.window[i], size)
+    if draw.flip[i]:
+        view = F.horizontal_flip(view)
+    brightness, contrast, saturation, hue = (float(value) for value in draw.colour[i])
+    if (brightness, contrast, hue) != (1.0, 1.0, 0.0) or saturation not in (0.0, 1.0):
+        view = F.adjust_brightness(view, brightness)
+        view = F.adjust_contrast(view, contrast)
+        view = F.adjust_saturation(view, saturation)
+        view = F.adjust_hue(view, hue)
+    elif saturation == 0.0:
+        view = F.rgb_to_grayscale(view, 3)
+    sigma = float(draw.sigma[i])
+    if sigma > 0:
+        radius = min(math.ceil(3 * sigma), size - 1)
+        view = F.gaussian_blur(view, [2 * radius + 1] * 2, [sigma, sigma])
+    return F.solarize(view, 128) if draw.solarize[i] else view

@@ -1,0 +1,194 @@
+"""What a data pipeline must deliver: the crops of one picture, a batch of them, and id maps that follow their crop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One random view of a picture: a window, a flip, and changes of colour.
+
+    The order is fixed: window and flip, brightness, contrast, saturation, hue, grey, blur, solarise, normalise. The
+    resize is bilinear with antialiasing (torchvision v2's default; the PARTICLE release used bicubic).
+
+    Args:
+        size: side of the square view in pixels, >= 1.
+        scale: range of the share of the picture's area that the window covers, in (0, 1].
+        ratio: range of the window's width / height, drawn uniformly in the logarithm.
+        flip: probability of a left-right flip.
+        jitter: strengths (brightness, contrast, saturation, hue); the first three draw a factor from
+            [max(0, 1 - s), 1 + s], hue turns the colour circle by a share in [-s, s], s <= 0.5.
+        jitter_p: probability that the four colour changes happen at all.
+        grayscale: probability of dropping the colour.
+        blur: probability of a Gaussian blur.
+        blur_sigma: range of its standard deviation in pixels of the view.
+        solarize: probability of inverting every value from 128 up.
+
+    Raises:
+        ValueError: a probability outside [0, 1] or an empty range; the message names the field.
+
+    Example:
+        >>> Crop(size=32, blur=1.0).size
+        32
+    """
+
+    size: int = 64
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    jitter_p: float = 0.8
+    grayscale: float = 0.0
+    blur: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse values that no view can have."""
+        if self.size < 1:
+            raise ValueError(f"Crop.size is {self.size}: give a side of at least 1 pixel.")
+        for name in ("flip", "jitter_p", "grayscale", "blur", "solarize"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"Crop.{name} is {getattr(self, name)}: give a probability in [0, 1].")
+        for name, top in (("scale", 1.0), ("ratio", float("inf")), ("blur_sigma", float("inf"))):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= top:
+                raise ValueError(f"Crop.{name} is ({low}, {high}): give a range with 0 < low <= high <= {top:g}.")
+        if len(self.jitter) != 4 or min(self.jitter) < 0 or self.jitter[3] > 0.5:
+            raise ValueError(f"Crop.jitter is {self.jitter}: give four strengths >= 0, the last (hue) at most 0.5.")
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """Everything that one batch must hold; a method's ``views()`` returns one.
+
+    Args:
+        crops: the random views, each drawn independently.
+        masks: id maps of a maps folder travel with each crop (same window, same flip, nearest).
+        whole: side of an unaugmented view of the whole picture, squashed to a square; None for none.
+        whole_masks: the id map of the whole picture too, at that side.
+        center: the whole view is a centred square of this share of the short side instead; None squashes.
+        mean: mean of each channel for values in [0, 1].
+        std: standard deviation of each channel for values in [0, 1].
+
+    Raises:
+        ValueError: nothing to deliver, or ``whole_masks`` or ``center`` without ``whole``.
+
+    Example:
+        >>> ViewSpec(crops=(Crop(), Crop(solarize=0.2)), masks=True).needs_maps
+        True
+    """
+
+    crops: tuple[Crop, ...] = ()
+    masks: bool = False
+    whole: int | None = None
+    whole_masks: bool = False
+    center: float | None = None
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        """Refuse a specification that delivers nothing or contradicts itself."""
+        if not self.crops and self.whole is None:
+            raise ValueError("ViewSpec delivers nothing: give at least one crop or a side for whole.")
+        if self.whole is None and (self.whole_masks or self.center is not None):
+            raise ValueError("ViewSpec.whole_masks and ViewSpec.center describe the whole view: give whole a side.")
+        if self.whole is not None and self.whole < 1:
+            raise ValueError(f"ViewSpec.whole is {self.whole}: give a side of at least 1 pixel.")
+        if self.center is not None and not 0 < self.center <= 1:
+            raise ValueError(f"ViewSpec.center is {self.center}: give a share in (0, 1].")
+        if self.masks and not self.crops:
+            raise ValueError("ViewSpec.masks asks for id maps of crops: give at least one crop.")
+
+    @property
+    def needs_maps(self) -> bool:
+        """Whether a maps folder must be given."""
+        return self.masks or self.whole_masks
+
+
+@dataclass
+class Batch:
+    """One batch of B pictures in V views.
+
+    Args:
+        views: V tensors [B, 3, S, S], float32, normalised, channels_last in memory.
+        boxes: float32 [B, V, 5]: window (y0, x0, h, w) in [0, 1] of the upright picture, then 1 where flipped.
+        labels: V id maps int64 [B, S, S], -1 = absent; empty without maps.
+        whole: the unaugmented picture, float32 [B, 3, W, W], or None.
+        whole_labels: its id map, int64 [B, W, W], or None.
+        target: class, int64 [B].
+        index: record number in the image set, int64 [B].
+        valid: bool [B]; False marks padding, which no loss and no score may count.
+
+    Example:
+        >>> batch = Batch(target=torch.zeros(2, dtype=torch.int64))
+        >>> len(batch), len(batch.to("cpu"))
+        (2, 2)
+    """
+
+    views: list[Tensor] = field(default_factory=list)
+    boxes: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 5))
+    labels: list[Tensor] = field(default_factory=list)
+    whole: Tensor | None = None
+    whole_labels: Tensor | None = None
+    target: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    index: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    valid: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+
+    def __len__(self) -> int:
+        """B, padding included."""
+        return len(self.target)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+        """The batch on ``device``; tensors that are there already are not copied."""
+
+        def move(value: object) -> object:
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=non_blocking)
+            return [move(item) for item in value] if isinstance(value, list) else value
+
+        return Batch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
+
+
+def warp_labels(labels: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Cut the window of a view out of the id map of the whole picture, by nearest neighbour.
+
+    Output cell (i, j) takes the map at row floor((y0 + (i + 0.5) / size * h) * H) and column
+    floor((x0 + (j' + 0.5) / size * w) * W), j' = size - 1 - j where the view is flipped. Nothing is interpolated, and
+    nothing waits for the device.
+
+    Args:
+        labels: id map of the whole picture, [B, H, W], any integer type; the result has the same.
+        boxes: windows, float [B, 5] as in ``Batch.boxes[:, v]``.
+        size: side of the view, >= 1.
+
+    Returns:
+        [B, size, size].
+
+    Raises:
+        ValueError: shapes that do not belong together.
+
+    Example:
+        >>> ids = torch.arange(16).reshape(1, 4, 4)
+        >>> warp_labels(ids, torch.tensor([[0.0, 0.5, 0.5, 0.5, 1.0]]), 2).tolist()
+        [[[3, 2], [7, 6]]]
+    """
+    if labels.ndim != 3 or boxes.shape != (labels.shape[0], 5):
+        raise ValueError(
+            f"warp_labels got labels {tuple(labels.shape)} and boxes {tuple(boxes.shape)}: give [B, H, W] and [B, 5]."
+        )
+    batch, height, width = labels.shape
+    step = (torch.arange(size, device=labels.device, dtype=torch.float32) + 0.5) / size  # [S]
+    box = boxes.to(device=labels.device, dtype=torch.float32)
+    across = torch.where(box[:, 4:] > 0.5, 1 - step, step)  # [B, S]
+    rows = ((box[:, 0:1] + step * box[:, 2:3]) * height).long().clamp_(0, height - 1)  # [B, S]
+    columns = ((box[:, 1:2] + across * box[:, 3:4]) * width).long().clamp_(0, width - 1)  # [B, S]
+    flat = rows[:, :, None] * width + columns[:, None, :]  # [B, S, S]
+    return labels.reshape(batch, -1).gather(1, flat.reshape(batch, -1)).reshape(batch, size, size)
