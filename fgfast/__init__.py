@@ -1,10 +1,26 @@
 """fgfast: cluster pixels into parts, pool them, contrast them. The public names; importing this loads torch alone."""
 
 from fgfast.backend import use_backend
+from fgfast.ops.assign_and_pool import assign_and_pool
 from fgfast.ops.contrast import contrastive_loss
 from fgfast.ops.ids import Ids
+from fgfast.ops.kmeans import KMeansResult, kmeans
+from fgfast.ops.kmeans_step import KMeansStep, kmeans_step
 from fgfast.ops.part_pool import PartPool, labels_to_grid, part_pool
 
 __version__ = "0.1.0"
 
-__all__ = ["Ids", "PartPool", "__version__", "contrastive_loss", "labels_to_grid", "part_pool", "use_backend"]
+__all__ = [
+    "Ids",
+    "KMeansResult",
+    "KMeansStep",
+    "PartPool",
+    "__version__",
+    "assign_and_pool",
+    "contrastive_loss",
+    "kmeans",
+    "kmeans_step",
+    "labels_to_grid",
+    "part_pool",
+    "use_backend",
+]

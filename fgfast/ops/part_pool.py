@@ -51,7 +51,7 @@ def _tiles(features: Tensor, n_parts: int) -> list[tuple[slice, slice]]:
     return [(slice(b, b + images), slice(y, y + rows)) for b in range(0, batch, images) for y in range(0, height, rows)]
 
 
-def _pool(features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, mean: bool) -> tuple[Tensor, Tensor]:
+def pool(features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, mean: bool) -> tuple[Tensor, Tensor]:
     """The tiled path on [B, D, h, w]: pooled in the dtype of the features, area in the accumulation dtype."""
     batch, channels = features.shape[:2]
     wide = accumulation(features.dtype)
@@ -74,7 +74,7 @@ def _part_pool(
     if weight is not None:
         check_weight(weight)
     with exact(features.device):
-        return _pool(features, labels, n_parts, weight, mean)
+        return pool(features, labels, n_parts, weight, mean)
 
 
 @_part_pool.register_fake
@@ -94,7 +94,7 @@ def _empty_grad(grad: Tensor, labels: Tensor, pixel_major: bool) -> Tensor:
 
 
 @torch.library.custom_op("fgfast::part_pool_backward", mutates_args=())
-def _part_pool_backward(
+def part_pool_backward(
     grad: Tensor, labels: Tensor, weight: Tensor | None, area: Tensor, mean: bool, pixel_major: bool
 ) -> Tensor:
     out = _empty_grad(grad, labels, pixel_major)
@@ -119,24 +119,24 @@ def _part_pool_backward(
     return out
 
 
-@_part_pool_backward.register_fake
+@part_pool_backward.register_fake
 def _(grad: Tensor, labels: Tensor, weight: Tensor | None, area: Tensor, mean: bool, pixel_major: bool) -> Tensor:
     return _empty_grad(grad, labels, pixel_major)
 
 
-def _is_pixel_major(features: Tensor) -> bool:
+def is_pixel_major(features: Tensor) -> bool:
     return features.stride(1) == 1 and features.shape[2] * features.shape[3] > 1
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     features, labels, _, weight, ctx.mean = inputs
-    ctx.pixel_major = _is_pixel_major(features)
+    ctx.pixel_major = is_pixel_major(features)
     ctx.save_for_backward(labels, weight, output[1])
 
 
 def _backward(ctx, grad: Tensor, grad_area: Tensor):  # type: ignore[no-untyped-def]
     labels, weight, area = ctx.saved_tensors
-    return _part_pool_backward(grad, labels, weight, area, ctx.mean, ctx.pixel_major), None, None, None, None
+    return part_pool_backward(grad, labels, weight, area, ctx.mean, ctx.pixel_major), None, None, None, None
 
 
 _part_pool.register_autograd(_backward, setup_context=_setup)

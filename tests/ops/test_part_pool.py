@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from fgfast.ops.part_pool import _labels_to_grid, _part_pool, _part_pool_backward, labels_to_grid, part_pool
+from fgfast.ops.part_pool import _labels_to_grid, _part_pool, part_pool_backward, labels_to_grid, part_pool
 from fgfast.reference import part_pool as reference
 
 # (B, D, h, w, K): odd sizes, one pixel, one channel, no image, no pixel
@@ -106,7 +106,7 @@ def test_opcheck():
         opcheck(_part_pool, (y.detach(), labels, 3, None, False))
     grad, area = torch.randn(2, 3, 3), torch.rand(2, 3)
     for pixel_major in (False, True):
-        opcheck(_part_pool_backward, (grad, labels, weight, area, True, pixel_major))
+        opcheck(part_pool_backward, (grad, labels, weight, area, True, pixel_major))
     opcheck(_labels_to_grid, (labels, 2, 2, 3))
 
 

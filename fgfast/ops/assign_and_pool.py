@@ -1,0 +1,123 @@
+"""Assignment and pooling together: a group of images is labelled and pooled while it is in the cache."""
+
+import torch
+from torch import Tensor
+
+from fgfast.backend import resolve
+from fgfast.ops._kmeans_checks import (
+    BACKENDS,
+    METRICS,
+    check_finite,
+    choose,
+    columns,
+    flat_weight,
+    groups,
+    match_centroids,
+)
+from fgfast.ops._tensors import accumulation, check_weight, exact
+from fgfast.ops.kmeans_step import assigned
+from fgfast.ops.part_pool import is_pixel_major, part_pool_backward, pool
+from fgfast.reference import assign_and_pool as reference
+
+
+@torch.library.custom_op("fgfast::assign_and_pool", mutates_args=())
+def _assign_and_pool(
+    features: Tensor, centroids: Tensor, weight: Tensor | None, metric: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_finite("centroids", centroids)
+    if weight is not None:
+        check_weight(weight)
+    pooled, area, labels = _outputs(features, centroids)
+    starts = groups(len(features), features[:1].numel(), features.device)
+    with exact(features.device):
+        for b in starts:
+            part = slice(b, b + starts.step)
+            w = None if weight is None else weight[part]
+            flat = None if w is None else w.flatten(1)
+            ids = assigned(features[part].flatten(2), centroids[part], flat, metric)[0]
+            labels[part] = ids.view(-1, *features.shape[2:])
+            pooled[part], area[part] = pool(features[part], labels[part], centroids.shape[1], w, True)
+    return pooled, area, labels
+
+
+def _outputs(features: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch, n_parts, channels = centroids.shape
+    return (
+        features.new_empty(batch, n_parts, channels),
+        features.new_empty(batch, n_parts, dtype=accumulation(features.dtype)),
+        features.new_empty(batch, *features.shape[2:], dtype=torch.int64),
+    )
+
+
+@_assign_and_pool.register_fake
+def _(features: Tensor, centroids: Tensor, weight: Tensor | None, metric: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(features, centroids)
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    features, _, weight, _ = inputs
+    ctx.pixel_major = is_pixel_major(features)
+    ctx.save_for_backward(weight, *output[1:])
+
+
+def _backward(ctx, grad: Tensor, grad_area: Tensor, grad_labels: None):  # type: ignore[no-untyped-def]
+    weight, area, labels = ctx.saved_tensors
+    return part_pool_backward(grad, labels, weight, area, True, ctx.pixel_major), None, None, None
+
+
+_assign_and_pool.register_autograd(_backward, setup_context=_setup)
+
+
+def assign_and_pool(
+    features: Tensor,
+    centroids: Tensor,
+    *,
+    metric: str = "euclidean",
+    weight: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Label each pixel with its nearest centroid and take the mean of each part.
+
+    .. math:: labels_p = \min \arg\min_k |f_p - c_k|^2, \quad pooled_k = \sum_{labels_p = k} w_p f_p / area_k
+
+    Gradients reach the features through the mean; labels, area and centroids get none. Labels as in `kmeans_step`,
+    pooling as in `part_pool` (of the features as they are, for "cosine" too).
+
+    Args:
+        features: float [B, D, h, w] or [B, N, D], any strides.
+        centroids: float [B, K, D], or [K, D] for all images; finite.
+        metric: "euclidean" or "cosine".
+        weight: float, the spatial shape of features, not negative; 0 leaves a pixel out.
+        backend: "torch" or "reference"; strict. None follows `use_backend`.
+
+    Returns:
+        (pooled [B, K, D] in the dtype of features, area float32 [B, K], labels int64 in the spatial shape of features).
+
+    Raises:
+        ValueError: shapes, devices or names do not fit, or (seen on the CPU) negative weights, non-finite centroids.
+        TypeError: something is not float.
+
+    Example:
+        >>> x = torch.tensor([[[0.0], [1.0], [9.0]]])
+        >>> pooled, area, labels = assign_and_pool(x, torch.tensor([[0.0], [8.0]]))
+        >>> pooled.tolist(), area.tolist(), labels.tolist()
+        ([[[0.5], [9.0]]], [[2.0, 1.0]], [[0, 0, 1]])
+
+    Source: the assignment of Lloyd 1982, the mask pooling of DetCon (Henaff et al., ICCV 2021).
+    """
+    choose("metric", metric, METRICS)
+    if features.dim() not in (3, 4):
+        raise ValueError(f"features has shape {tuple(features.shape)}: give [B, D, h, w] or [B, N, D].")
+    maps, shape = columns(features)
+    maps = maps if maps.dim() == 4 else maps.unsqueeze(3)
+    c = match_centroids("centroids", centroids, len(maps), maps.shape[1], features.device)
+    w = flat_weight(weight, shape, len(maps), features.device)
+    if resolve("assign_and_pool", backend, BACKENDS) == "reference":
+        check_finite("centroids", c)
+        if w is not None:
+            check_weight(w)
+        pooled, area, labels = reference.assign_and_pool(maps.flatten(2).transpose(1, 2), c, w, metric)
+    else:
+        w = None if w is None else w.view(len(maps), *maps.shape[2:])
+        pooled, area, labels = _assign_and_pool(maps, c, w, metric)
+    return pooled, area.detach().float(), labels.reshape(shape)
