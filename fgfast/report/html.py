@@ -120,21 +120,22 @@ def _percent(share: object) -> str:
 
 
 def _results(page: Page, rows: list[dict[str, Any]]) -> None:
-    """Fill the table: a line for each protocol, a cell for each checkpoint; the latest of repeated results counts."""
-    cells: dict[str, dict[str, dict[str, Any]]] = {}
+    """Fill the table: a line for each protocol and data set, a cell for each checkpoint; of repeats the last counts."""
+    lines: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        cells.setdefault(str(row["protocol"]), {})[str(row["checkpoint"])] = row
+        lines.setdefault((str(row["protocol"]), str(row.get("data", ""))), {})[str(row["checkpoint"])] = row
     seen = {str(row["checkpoint"]) for row in rows}
     ordered = [name for name in CHECKPOINTS if name in seen] + sorted(seen - set(CHECKPOINTS))
     page.checkpoints = [CHECKPOINTS.get(name, name) for name in ordered]
-    for protocol, by_checkpoint in cells.items():
-        line: dict[str, Any] = {"protocol": PROTOCOLS.get(protocol, protocol), "cells": [], "gain": "", "n": ""}
-        for name in ordered:
-            row = by_checkpoint.get(name, {})
+    several_sets = len({data for _, data in lines}) > 1
+    for (protocol, data), by_checkpoint in lines.items():
+        name = PROTOCOLS.get(protocol, protocol) + (f", {data}" if several_sets and data else "")
+        line: dict[str, Any] = {"name": name, "cells": [], "gain": "", "n": ""}
+        for row in (by_checkpoint.get(checkpoint, {}) for checkpoint in ordered):
             low, high = _percent(row.get("low")), _percent(row.get("high"))
             line["cells"].append((_percent(row.get("top1")), (low, high) if low and high else None))
             line["n"] = row.get("n", line["n"])
-        before, after = (by_checkpoint.get(name, {}).get("top1") for name in CHECKPOINTS)
+        before, after = (by_checkpoint.get(checkpoint, {}).get("top1") for checkpoint in CHECKPOINTS)
         if before is not None and after is not None:
             line["gain"] = f"{100 * (after - before):+.1f}"
             page.gains = True

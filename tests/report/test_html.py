@@ -189,3 +189,11 @@ def test_the_environment_of_the_run_is_preferred(tmp_path: Path) -> None:
     text = read(write_report(tmp_path)).text
     assert "Versions of the run" in text
     assert "9.9.9" in text
+
+
+def test_results_on_two_sets_stand_in_two_lines(tmp_path: Path) -> None:
+    rows = [{**row, "data": data} for data in ("synthetic", "cub") for row in runs.EVALUATION]
+    (tmp_path / "eval.json").write_text(json.dumps(rows))
+    text = read(write_report(tmp_path)).text
+    assert "Linear probe, synthetic" in text
+    assert "Linear probe, cub" in text

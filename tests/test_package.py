@@ -1,0 +1,165 @@
+"""What installing and importing fgfast promises."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fgfast
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONAL = (
+    "triton", "timm", "nvidia.dali", "sklearn", "matplotlib", "PIL", "torchvision", "rich", "tyro", "jinja2",
+    "safetensors", "tensorboard",
+)  # fmt: skip
+SOURCES = sorted(
+    path
+    for folder in ("fgfast", "kernels", "benchmarks", "tests")
+    for path in (ROOT / folder).rglob("*.py")
+    if "__pycache__" not in path.parts
+)
+
+
+def python(code: str, cwd: Path, **environment: str) -> str:
+    """What ``code`` prints in a fresh interpreter in ``cwd`` that knows the repository only by its installation."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FGFAST_BACKEND")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env={**clean, **environment}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_loads_no_optional_package(tmp_path: Path) -> None:
+    code = "import sys, torch; before = set(sys.modules); import fgfast; print(*sorted(set(sys.modules) - before))"
+    added = python(code, tmp_path).split()
+    assert "fgfast" in added
+    loaded = [name for name in added if any(name == package or name.startswith(f"{package}.") for package in OPTIONAL)]
+    assert loaded == []
+
+
+def test_every_public_name_exists_and_is_documented() -> None:
+    assert len(set(fgfast.__all__)) == len(fgfast.__all__)
+    for name in fgfast.__all__:
+        value = getattr(fgfast, name)
+        if name == "__version__":
+            continue
+        text = value.__doc__ or ""
+        assert text.strip(), f"{name} has no docstring"
+        assert not text.startswith(f"{name}("), (
+            f"{name} has only the docstring that Python makes for a tuple or dataclass"
+        )
+
+
+def test_the_version_is_that_of_the_installation() -> None:
+    from importlib.metadata import version
+
+    assert version("fgfast") == fgfast.__version__
+
+
+def bare_kernels(tree: ast.AST) -> list[int]:
+    """Lines that import the kernels under the name "kernels"."""
+    lines = []
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module or ""]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
+            "import_module",
+            "__import__",
+            "importorskip",
+        ):
+            names = [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        lines += [node.lineno for name in names if name.split(".")[0] == "kernels"]
+    return lines
+
+
+def test_no_source_imports_the_kernels_under_their_bare_name() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}" for path in SOURCES for line in bare_kernels(ast.parse(path.read_text()))
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import kernels", "from kernels.contrast import f", "import_module('kernels.contrast')", "import kernels as k"],
+)
+def test_the_scan_finds_bare_imports(code: str) -> None:
+    assert bare_kernels(ast.parse(code)) == [1]
+
+
+def test_the_scan_lets_proper_imports_pass() -> None:
+    assert bare_kernels(ast.parse("from fgfast import kernels\nimport fgfast.kernels\nfrom . import kernels")) == []
+
+
+def test_no_module_loads_the_kernels_under_their_bare_name() -> None:
+    # From the repository root, where the bare name would be found.
+    code = """
+import importlib, pkgutil, sys
+import fgfast
+for module in pkgutil.walk_packages(fgfast.__path__, "fgfast."):
+    if module.name.endswith("__main__"):
+        continue
+    try:
+        importlib.import_module(module.name)
+    except ModuleNotFoundError as error:  # an optional package that has no wheel for this machine
+        assert error.name.split(".")[0] not in ("fgfast", "kernels"), error
+import fgfast.kernels
+print(*[name for name in sys.modules if name.split(".")[0] == "kernels"])
+"""
+    assert python(code, ROOT).split() == []
+
+
+def test_the_editable_installation_maps_the_kernels(tmp_path: Path) -> None:
+    file = Path(python("import fgfast.kernels; print(fgfast.kernels.__file__)", tmp_path).strip())
+    assert file == ROOT / "kernels" / "__init__.py"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # Built from a copy: setuptools leaves its build/ beside the sources.
+    source = tmp_path_factory.mktemp("source") / "fgfast"
+    source.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("fgfast", "kernels", "csrc"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
+    held = set(zipfile.ZipFile(wheel).namelist())
+    assert {"fgfast/kernels/__init__.py", "fgfast/py.typed", "fgfast/report/report.html.j2"} <= held
+    wanted = {path.relative_to(ROOT).as_posix() for path in SOURCES if path.is_relative_to(ROOT / "fgfast")}
+    wanted |= {
+        f"fgfast/{path.relative_to(ROOT).as_posix()}" for path in SOURCES if path.is_relative_to(ROOT / "kernels")
+    }
+    assert wanted - held == set()
+    extra = {name.split("/")[0] for name in held}
+    assert all(name == "fgfast" or name.endswith(".dist-info") for name in extra)
+
+
+def test_the_wheel_imports_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
+    unpacked, elsewhere = tmp_path / "unpacked", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    zipfile.ZipFile(wheel).extractall(unpacked)
+    code = "import fgfast, fgfast.kernels; print(fgfast.__file__); print(fgfast.kernels.__file__)"
+    files = python(code, elsewhere, PYTHONPATH=str(unpacked)).split()
+    assert [Path(file) for file in files] == [
+        unpacked / "fgfast" / "__init__.py",
+        unpacked / "fgfast" / "kernels" / "__init__.py",
+    ]
