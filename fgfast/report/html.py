@@ -185,7 +185,8 @@ def _pictures(page: Page, run: Path) -> None:
             continue
         name = path.stem.replace("_", " ").replace("-", " ")
         alt = description or ALT.get(path.stem, f"Picture called {name}")
-        page.pictures.append(Picture(description or name[:1].upper() + name[1:], alt, _data_uri(path.read_bytes())))
+        title = description or name
+        page.pictures.append(Picture(title[:1].upper() + title[1:], alt, _data_uri(path.read_bytes())))
 
 
 def versions() -> list[tuple[str, str]]:
