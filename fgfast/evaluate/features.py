@@ -53,6 +53,7 @@ def extract(
     rows, targets, order = [], [], []
     try:
         for batch in batches:
+            assert batch.whole is not None  # the spec asks for it
             valid = batch.valid.cpu()
             rows.append(encoder(batch.whole).float()[valid.to(device)].cpu())
             targets.append(batch.target.cpu()[valid])

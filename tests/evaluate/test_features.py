@@ -1,0 +1,76 @@
+"""Features of a set: the set's order, broken pictures left out, the network left as it was."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fgfast.data.layouts import ImageSet, open_images
+from fgfast.errors import UserError
+from fgfast.evaluate.features import extract
+
+
+@pytest.fixture(scope="module")
+def greys(tmp_path_factory) -> ImageSet:
+    """Twenty-three flat pictures in two classes; the grey level of picture i is 10 i."""
+    root = tmp_path_factory.mktemp("greys")
+    for i in range(23):
+        folder = root / ("a" if i < 15 else "b")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 30), (10 * i,) * 3).save(folder / f"{i:02d}.png")
+    return open_images(root)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FGFAST_CACHE", str(tmp_path / "cache"))
+
+
+class Mean(torch.nn.Module):
+    """The mean colour of a picture; remembers the mode it ran in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes: set[bool] = set()
+
+    def forward(self, x):
+        self.modes.add(self.training)
+        return x.mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize("loader", ["auto", "torchvision"])
+def test_rows_are_in_the_order_of_the_set_without_padding(greys, loader):
+    features, targets = extract(Mean(), greys, 16, batch_size=5, threads=1, loader=loader)
+    assert (features.shape, features.dtype, targets.dtype) == ((23, 3), torch.float32, torch.int64)
+    assert np.array_equal(targets.numpy(), greys.targets)
+    assert (features[:, 0].diff() > 0).all()
+
+
+def test_the_network_runs_in_evaluation_mode_and_returns_to_its_own(greys):
+    encoder = Mean().train()
+    extract(encoder, greys, 16, threads=1)
+    assert encoder.modes == {False}
+    assert encoder.training
+    assert not extract(encoder.eval(), greys, 16, threads=1)[0].requires_grad
+    assert not encoder.training
+
+
+def test_a_broken_picture_has_no_row(greys, tmp_path):
+    for path in greys.paths:
+        copy = tmp_path / "set" / path
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes((greys.root / path).read_bytes())
+    (tmp_path / "set" / greys.paths[4]).write_bytes(b"no picture")
+    images = replace(greys, root=tmp_path / "set")
+    features, targets = extract(Mean(), images, 16, batch_size=5, threads=1)
+    whole, _ = extract(Mean(), greys, 16, batch_size=5, threads=1)
+    kept = [i for i in range(23) if i != 4]
+    assert torch.allclose(features, whole[kept])
+    assert np.array_equal(targets.numpy(), greys.targets[kept])
+
+
+def test_features_that_are_not_finite_are_named(greys):
+    with pytest.raises(UserError, match="not finite"):
+        extract(lambda x: x.mean(dim=(2, 3)) / 0, greys, 16, threads=1)
