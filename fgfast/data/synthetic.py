@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -23,7 +24,8 @@ import numpy as np
 from PIL import Image
 
 from fgfast.data._attributes import design_classes, individual, level_names
-from fgfast.data._drawing import KEYPOINTS, PARTS, draw
+from fgfast.data._bird import KEYPOINTS, PARTS
+from fgfast.data._drawing import draw
 from fgfast.data.maps import ABSENT
 from fgfast.errors import UserError
 
@@ -254,7 +256,9 @@ def _draw_all(
     if workers == 1:
         done = [_draw_some(*job) for job in jobs]
     else:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        context = multiprocessing.get_context("spawn")
+        ignore = (signal.SIGINT, signal.SIG_IGN)  # an interruption is this process's to report, once
+        with ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignore) as pool:
             futures = [pool.submit(_draw_some, *job) for job in jobs]
             try:
                 done = [future.result() for future in futures]

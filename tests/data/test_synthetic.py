@@ -14,7 +14,7 @@ from PIL import Image
 
 from fgfast.data import synthetic
 from fgfast.data._attributes import ATTRIBUTES, design_classes
-from fgfast.data._drawing import KEYPOINTS, PARTS
+from fgfast.data._bird import KEYPOINTS, PARTS
 from fgfast.data.layouts import open_images
 from fgfast.data.maps import ABSENT, map_path, read_maps_info
 from fgfast.data.synthetic import generate
