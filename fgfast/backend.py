@@ -20,7 +20,7 @@ def missing(backend: str) -> str | None:
         True
     """
     if backend == "triton":
-        from fgfast import kernels
+        import fgfast.kernels as kernels
 
         if not kernels.OPERATIONS:
             return "this version of fgfast ships no Triton kernel"

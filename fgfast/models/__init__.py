@@ -1,0 +1,1 @@
+"""Networks: backbones from timm, heads, momentum copies, weights from files."""

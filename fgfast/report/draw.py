@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fgfast.data.layouts import open_images
+from fgfast.data.layouts import ImageSet, open_images
 from fgfast.data.loader import make_loader
 from fgfast.data.views import ViewSpec
 from fgfast.evaluate.features import extract
@@ -68,13 +68,13 @@ def draw_run(run: Path, data: Path, *, checkpoint: Checkpoint = "last", device: 
 
 
 def _neighbours(
-    encoder: torch.nn.Module, images: "object", size: int, path: Path, device: torch.device, threads: int
+    encoder: torch.nn.Module, images: ImageSet, size: int, path: Path, device: torch.device, threads: int
 ) -> Path:
     searched = images.subset(np.sort(np.random.default_rng(1).permutation(len(images))[:SEARCHED]))
     features, targets = extract(encoder, searched, size, device=device, threads=threads)
     loader = make_loader(searched, ViewSpec(whole=96), 64, shuffle=False, device="cpu", threads=threads)
     try:
-        pictures = torch.cat([b.whole[b.valid] for b in loader])
+        pictures = torch.cat([b.whole[b.valid] for b in loader if b.whole is not None])
     finally:
         loader.close()
     queries = list(range(0, len(searched), max(1, len(searched) // 6)))[:6]

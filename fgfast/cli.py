@@ -1,0 +1,372 @@
+"""The command line: ``fgfast COMMAND``; exit status 0, 1 (our mistake), 2 (yours), 130 (interrupted)."""
+
+import dataclasses
+import errno
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from fgfast.errors import UserError
+from fgfast.train.config import TrainConfig, read_toml, with_values
+
+T = TypeVar("T")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit status.
+
+    Args:
+        argv: the words after ``fgfast``; None takes them from the process.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [w for w in words if w != "--debug"]
+    try:
+        _dispatch(words)
+    except UserError as error:
+        return _fail(str(error), 2, debug)
+    except KeyboardInterrupt:
+        return _fail("interrupted.", 130, debug=False)
+    except SystemExit as error:  # argument parser: 0 after --help, 2 for a mistake
+        return error.code if isinstance(error.code, int) else 2
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _fail(
+                f"No space is left on the disk for {error.filename or 'the output'}: free some and run again.", 2, debug
+            )
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            return _fail(
+                f"{error.filename} may not be written or read: change its permissions or choose another.", 2, debug
+            )
+        return _fail_internal()
+    except Exception:
+        return _fail_internal()
+    return 0
+
+
+def _fail(message: str, status: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"fgfast: {message}", file=sys.stderr)
+    return status
+
+
+def _fail_internal() -> int:
+    traceback.print_exc()
+    print("fgfast: this is a mistake in fgfast, not yours: please report the lines above.", file=sys.stderr)
+    return 1
+
+
+def _dispatch(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return
+    if words[0] == "--version":
+        import fgfast
+
+        print(fgfast.__version__)
+        return
+    if words[0] not in COMMANDS:
+        raise UserError(f"There is no command {words[0]!r}: choose one of {', '.join(COMMANDS)}.")
+    COMMANDS[words[0]](words[1:])
+
+
+def _usage() -> str:
+    lines = ["usage: fgfast COMMAND [--help] [--debug]", ""]
+    lines += [f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(lines)
+
+
+def parse(kind: Callable[..., T], words: list[str], prog: str, default: T | None = None) -> T:
+    """Parse words into a dataclass; unknown flags are one sentence instead of a page."""
+    import tyro
+
+    extra: dict[str, Any] = {} if default is None else {"default": default}
+    value, unknown = tyro.cli(kind, args=words, prog=f"fgfast {prog}", return_unknown_args=True, **extra)
+    if unknown:
+        raise UserError(f"fgfast {prog} does not know {unknown[0]!r}: fgfast {prog} --help lists its flags.")
+    return value
+
+
+def parse_method(words: list[str]) -> tuple[str, TrainConfig]:
+    """A method's name and its configuration: flags over --config file over preset over defaults.
+
+    Raises:
+        UserError: the method, the file or a flag does not exist.
+    """
+    from fgfast.methods.base import METHODS, method_class
+
+    if not words or words[0].startswith("-"):
+        raise UserError(f"fgfast pretrain needs a method first: choose one of {', '.join(METHODS)}.")
+    name, words = words[0], words[1:]
+    cls = method_class(name)
+    file, words = _take(words, "--config")
+    table = read_toml(Path(file)) if file else {}
+    if table.pop("method", name) != name:
+        raise UserError(f"The config file {file} is of another method: give that method, or another file.")
+    preset, _ = _take(words, "--preset")
+    chosen = preset or table.get("preset")
+    default = cls.Config()
+    if chosen == "paper":
+        model, _ = _take(words, "--model")
+        default = cls.paper(model or table.get("model"))
+    default = with_values(default, table, f"The config file {file}")
+    return name, parse(cls.Config, words, f"pretrain {name}", default)
+
+
+def _take(words: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """The value of ``flag`` in ``words``, and the words without both."""
+    for i, word in enumerate(words):
+        if word.startswith(flag + "="):
+            return word.removeprefix(flag + "="), words[:i] + words[i + 1 :]
+        if word == flag:
+            if i + 1 == len(words):
+                raise UserError(f"{flag} needs a value after it.")
+            return words[i + 1], words[:i] + words[i + 2 :]
+    return None, words
+
+
+def _generate(words: list[str]) -> None:
+    """Draw the synthetic set: birds whose classes differ in parts alone."""
+    import tyro
+
+    @dataclass
+    class Args:
+        out: Annotated[Path, tyro.conf.Positional]
+        """Folder that is written."""
+        classes: int = 20
+        """Number of classes."""
+        images: int = 2000
+        """Number of pictures, half of each class for training."""
+        size: int = 128
+        """Side of the pictures, pixels."""
+        seed: int = 0
+        """Seed; the same bytes for a seed."""
+        difficulty: float = 0.5
+        """How alike the classes are, 0 to 1."""
+        nuisance: float = 1.0
+        """How much pose, light and background vary, 0 to 1."""
+        workers: int | None = None
+        """Processes; all cores by default."""
+        force: bool = False
+        """Replace what is in the folder."""
+
+    from fgfast.data.synthetic import generate
+
+    args = dataclasses.asdict(parse(Args, words, "generate"))
+    print(generate(args.pop("out"), **args))
+
+
+def _pretrain(words: list[str]) -> None:
+    """Train a method on pictures without labels and write a run folder."""
+    name, config = parse_method(words)
+    from fgfast.report.html import write_report
+    from fgfast.train.loop import pretrain
+
+    run = pretrain(name, config)
+    from fgfast.train.distributed import is_first
+
+    if is_first():
+        print(write_report(run))
+
+
+def _discover(words: list[str]) -> None:
+    """Cluster the pixels of every picture with a run's encoder and write id maps."""
+    import tyro
+
+    @dataclass
+    class Args:
+        run: Annotated[Path, tyro.conf.Positional]
+        """Run folder."""
+        data: Path
+        """Folder of the pictures."""
+        out: Path
+        """Folder of maps that is written."""
+        checkpoint: Literal["init", "last"] = "last"
+        """Which weights."""
+        n_parts: int = 0
+        """Clusters a picture; 0 takes the run's setting, or 15."""
+        levels: int = 0
+        """Last maps that the hypercolumns take; 0 takes the run's setting, or 4."""
+        image_size: int = 0
+        """Side to which the whole picture is squashed; 0 is twice the training size."""
+        map_size: int = 64
+        """Side of the id maps."""
+        device: str = "auto"
+        """auto, cpu, cuda."""
+
+    args = parse(Args, words, "discover")
+    from fgfast.data.layouts import open_images
+    from fgfast.evaluate.protocols import load_encoder_of
+    from fgfast.methods.parts import discover
+    from fgfast.train.distributed import choose_device
+
+    device = choose_device(args.device)
+    encoder, config = load_encoder_of(args.run, args.checkpoint, device)
+    images = open_images(args.data)
+    print(
+        discover(
+            encoder, images, args.out, n_parts=args.n_parts or getattr(config, "n_parts", 15),
+            image_size=args.image_size or 2 * config.size, map_size=args.map_size,
+            levels=args.levels or getattr(config, "levels", 4), run=f"{args.run.name}, {args.checkpoint}", device=device,
+            threads=config.threads,
+        )
+    )  # fmt: skip
+
+
+def _eval(words: list[str]) -> None:
+    """Score the frozen features of a run: kNN or linear, before or after training."""
+    import tyro
+
+    @dataclass
+    class Args:
+        protocol: Annotated[Literal["knn", "linear"], tyro.conf.Positional]
+        """knn or linear."""
+        run: Annotated[Path, tyro.conf.Positional]
+        """Run folder."""
+        data: Path
+        """A labelled set."""
+        checkpoint: Literal["init", "last"] = "last"
+        """Which weights."""
+        json: bool = False
+        """Print JSON."""
+        device: str = "auto"
+        """auto, cpu, cuda."""
+
+    args = parse(Args, words, "eval")
+    from fgfast.evaluate.protocols import evaluate
+    from fgfast.train.distributed import choose_device
+
+    score = evaluate(args.run, args.protocol, args.data, checkpoint=args.checkpoint, device=choose_device(args.device))
+    if args.json:
+        print(json.dumps(score.row()))
+    else:
+        print(
+            f"{args.protocol} top-1 of {args.run} ({args.checkpoint}): {score.top1:.2%} "
+            f"(95% interval {score.low:.2%} to {score.high:.2%}, {len(score.correct)} pictures)"
+        )
+
+
+def _pictures(words: list[str]) -> None:
+    """Draw what a run's method sees: parts over photographs, its views, nearest neighbours."""
+    import tyro
+
+    @dataclass
+    class Args:
+        run: Annotated[Path, tyro.conf.Positional]
+        """Run folder."""
+        data: Path
+        """Folder of the pictures."""
+        checkpoint: Literal["init", "last"] = "last"
+        """Which weights."""
+        device: str = "auto"
+        """auto, cpu, cuda."""
+
+    args = parse(Args, words, "pictures")
+    from fgfast.report.draw import draw_run
+    from fgfast.report.html import write_report
+    from fgfast.train.distributed import choose_device
+
+    for path in draw_run(args.run, args.data, checkpoint=args.checkpoint, device=choose_device(args.device)):
+        print(path)
+    print(write_report(args.run))
+
+
+def _compare(words: list[str]) -> None:
+    """Run methods x data x seeds, resumable, one row of compare.csv for each finished run."""
+    import tyro
+
+    @dataclass
+    class Args:
+        out: Path
+        """Folder of the comparison."""
+        data: list[Path]
+        """Data sets."""
+        methods: list[str]
+        """Methods with their settings, such as simclr particle:parts=truth,lr=0.002 random supervised."""
+        seeds: list[int] = field(default_factory=lambda: [0])
+        """Seeds."""
+        config: Path | None = None
+        """TOML of settings that all runs share."""
+        lrs: list[float] = field(default_factory=list)
+        """Learning rates among which each method's is chosen, on 20% of the training split, with the first seed."""
+        tune_share: float = 0.3
+        """Share of the budget that a tuning run takes."""
+        baseline: str = ""
+        """Method that the others are compared with in pairs; the first by default."""
+        set: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+        """A setting that all runs share, name=value; may be repeated."""
+
+    args = parse(Args, words, "compare")
+    from fgfast.compare import Comparison
+
+    shared = read_toml(args.config) if args.config else {}
+    for pair in args.set:
+        name, sign, value = pair.partition("=")
+        if not sign:
+            raise UserError(f"--set {pair!r} is not of the form name=value.")
+        shared[name] = value
+    comparison = Comparison(
+        out=args.out, data=args.data, methods=args.methods, seeds=args.seeds, shared=shared, lrs=args.lrs,
+        tune_share=args.tune_share, baseline=args.baseline or args.methods[0],
+    )  # fmt: skip
+    comparison.run()
+    print(comparison.table())
+
+
+def _report(words: list[str]) -> None:
+    """Write report.html of a run folder anew."""
+    import tyro
+
+    @dataclass
+    class Args:
+        run: Annotated[Path, tyro.conf.Positional]
+        """Run folder."""
+
+    args = parse(Args, words, "report")
+    from fgfast.evaluate.protocols import read_run
+    from fgfast.report.html import write_report
+
+    read_run(args.run)
+    print(write_report(args.run))
+
+
+def _demo(words: list[str]) -> None:
+    """The main job in minutes: draw the set, train PARTICLE, score before and after, report."""
+
+    @dataclass
+    class Args:
+        out: Path = Path("runs/demo")
+        """Folder that is written."""
+        minutes: float = 5.0
+        """About how long to train on 2 CPU cores."""
+        device: str = "auto"
+        """auto, cpu, cuda."""
+
+    from fgfast.demo import demo
+
+    demo(**dataclasses.asdict(parse(Args, words, "demo")))
+
+
+def _info(words: list[str]) -> None:
+    """Versions, devices, backends, and why one is missing."""
+
+    @dataclass
+    class Args:
+        json: bool = False
+        """Print JSON."""
+
+    from fgfast.info import as_text, info
+
+    args = parse(Args, words, "info")
+    print(json.dumps(info(), indent=2) if args.json else as_text(info()))
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "generate": _generate, "pretrain": _pretrain, "discover": _discover, "pictures": _pictures, "eval": _eval,
+    "compare": _compare, "report": _report, "demo": _demo, "info": _info,
+}  # fmt: skip

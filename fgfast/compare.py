@@ -1,0 +1,254 @@
+"""Methods x data x seeds under one budget: a resumable runner, and a table with paired intervals."""
+
+import csv
+import io
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fgfast.errors import UserError
+from fgfast.evaluate.bootstrap import accuracy_interval, paired_interval
+from fgfast.methods.base import method_class
+from fgfast.train.checkpoint import write_atomic, write_json
+from fgfast.train.config import TrainConfig, parse_values, with_values
+from fgfast.train.log import read_metrics
+
+UNTRAINED = ("random", "start")  # evaluated without a step: random weights; the weights that --init names
+HELD_OUT = 0.2  # share of the training split on which learning rates are compared
+COLUMNS = (
+    "data", "method", "seed", "lr", "steps", "passes", "seconds", "images_per_s", "data_wait", "linear", "knn", "nmi", "ari",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method with its own settings, parsed from "name:key=value,key=value"."""
+
+    label: str
+    name: str
+    values: dict[str, str]
+
+    @classmethod
+    def parse(cls, text: str) -> "Entry":
+        """Read an entry.
+
+        Raises:
+            UserError: the text is not of the form, or the method does not exist.
+
+        Example:
+            >>> Entry.parse("particle:parts=truth").values
+            {'parts': 'truth'}
+        """
+        name, _, rest = text.partition(":")
+        pairs = [p.partition("=") for p in rest.split(",") if p]
+        if any(not sign for _, sign, _ in pairs):
+            raise UserError(f"The method {text!r} is not of the form name:setting=value,setting=value.")
+        if name not in UNTRAINED:
+            method_class(name)
+        return cls(text, name, {key: value for key, _, value in pairs})
+
+
+@dataclass
+class Comparison:
+    """A comparison in a folder: rows of finished runs in compare.csv, runs below runs/, chosen rates in tuned.json.
+
+    Args:
+        out: folder.
+        data: sets.
+        methods: entries as text; "random" is random weights, "start" the weights that ``init`` names.
+        seeds: seeds.
+        shared: settings of all runs; "{seed}" in a text becomes the seed.
+        lrs: learning rates to choose from for every trained method alike; empty keeps what the settings say.
+        tune_share: share of the budget of a tuning run.
+        baseline: entry with which the others are compared in pairs.
+    """
+
+    out: Path
+    data: list[Path]
+    methods: list[str]
+    seeds: list[int]
+    shared: dict[str, Any] = field(default_factory=dict)
+    lrs: list[float] = field(default_factory=list)
+    tune_share: float = 0.3
+    baseline: str = ""
+
+    def __post_init__(self) -> None:
+        """Check everything before the first run."""
+        self.entries = [Entry.parse(m) for m in self.methods]
+        for entry in self.entries:
+            self._config(entry, self.data[0], self.seeds[0])
+        if len({p.name for p in self.data}) < len(self.data):
+            raise UserError("Two data sets have the same folder name: rename one.")
+        if self.baseline and self.baseline not in self.methods:
+            raise UserError(f"The baseline {self.baseline!r} is not among the methods: add it.")
+
+    def _config(self, entry: Entry, data: Path, seed: int) -> TrainConfig:
+        """The configuration of one run; shared settings that only other methods have are left out."""
+        config = method_class("simclr" if entry.name in UNTRAINED else entry.name).Config()
+        known = vars(config)
+        values = {k: v.replace("{seed}", str(seed)) if isinstance(v, str) else v for k, v in self.shared.items()}
+        texts = {k: v for k, v in values.items() if isinstance(v, str) and k.replace("-", "_") in known}
+        plain = {k: v for k, v in values.items() if not isinstance(v, str) and k.replace("-", "_") in known}
+        unknown = [k for k in values if not any(k.replace("-", "_") in vars(_config_of(e)) for e in self.entries)]
+        if unknown:
+            raise UserError(f"No method has the setting {unknown[0]!r}: remove it.")
+        config = with_values(config, plain | parse_values(config, texts, "--set"), "The shared settings")
+        if entry.name == "random":
+            config = replace(config, init="none")
+        else:
+            own = {k: v.replace("{seed}", str(seed)) for k, v in entry.values.items()}
+            config = with_values(config, parse_values(config, own, entry.label), f"The method {entry.label!r}")
+        slug = "".join(c if c.isalnum() or c in "-_." else "-" for c in entry.label)
+        return replace(
+            config,
+            data=str(data),
+            out=str(self.out / "runs" / data.name / slug / f"seed{seed}"),
+            seed=seed,
+            resume=True,
+        )
+
+    def run(self) -> None:
+        """Do what is missing; every finished run is a row at once, and a killed one goes on from its checkpoint."""
+        for seed in self.seeds:
+            for data in self.data:
+                for entry in self.entries:
+                    if self._key(entry, data, seed) not in {(r["data"], r["method"], r["seed"]) for r in self.rows()}:
+                        self._one(entry, data, seed)
+
+    def _key(self, entry: Entry, data: Path, seed: int) -> tuple[str, str, str]:
+        return data.name, entry.label, str(seed)
+
+    def rows(self) -> list[dict[str, str]]:
+        """The rows of compare.csv."""
+        file = self.out / "compare.csv"
+        return list(csv.DictReader(io.StringIO(file.read_text()))) if file.is_file() else []
+
+    def _one(self, entry: Entry, data: Path, seed: int) -> None:
+        from fgfast.data.layouts import open_images
+        from fgfast.evaluate.parts import score_discovery
+        from fgfast.evaluate.protocols import evaluate
+        from fgfast.train.distributed import choose_device
+        from fgfast.train.loop import pretrain
+
+        config = self._config(entry, data, seed)
+        if self.lrs and entry.name not in UNTRAINED:
+            config = replace(config, lr=self._tuned(entry, data))
+        name = "simclr" if entry.name in UNTRAINED else entry.name
+        run = pretrain(name, config, train=entry.name not in UNTRAINED)
+        device = choose_device(config.device)
+        checkpoint: Any = "init" if entry.name in UNTRAINED else "last"
+        scores = {p: evaluate(run, p, data, checkpoint=checkpoint, device=device) for p in ("linear", "knn")}
+        write_atomic(run / "correct.npz", lambda p: _save_arrays(p, {k: s.correct for k, s in scores.items()}))
+        row: dict[str, Any] = {"data": data.name, "method": entry.label, "seed": seed, "lr": config.lr}
+        row |= training_summary(run) | {k: round(s.top1, 5) for k, s in scores.items()}
+        if open_images(data).masks is not None:
+            row |= {k: round(v, 4) for k, v in score_discovery(run, data, checkpoint=checkpoint, device=device).items()}
+        self._append(row)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", restval="")
+        writer.writeheader()
+        writer.writerows([*self.rows(), row])
+        write_atomic(self.out / "compare.csv", lambda p: p.write_text(text.getvalue()))
+
+    def _tuned(self, entry: Entry, data: Path) -> float:
+        """The rate with the best kNN on a held-out part of the training split, with the first seed; kept in tuned.json."""
+        from fgfast.evaluate.protocols import evaluate
+        from fgfast.train.distributed import choose_device
+        from fgfast.train.loop import pretrain
+
+        file = self.out / "tuned.json"
+        known: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.is_file() else {}
+        key = f"{data.name} {entry.label}"
+        scores = known.get(key, {})
+        for lr in self.lrs:
+            if str(lr) in scores:
+                continue
+            config = self._config(entry, data, self.seeds[0])
+            passes, epochs = int(config.passes * self.tune_share), max(1, round(config.epochs * self.tune_share))
+            config = replace(
+                config, lr=lr, holdout=HELD_OUT, out=f"{config.out}-lr{lr:g}", knn_every=0, passes=passes, epochs=epochs
+            )
+            run = pretrain(entry.name, config)
+            scores[str(lr)] = evaluate(run, "knn", data, device=choose_device(config.device)).top1
+            write_json(file, known | {key: scores})
+        return max(self.lrs, key=lambda lr: scores[str(lr)])
+
+    def _correct(self, entry: Entry, data: Path, protocol: str) -> np.ndarray:
+        """Right or wrong of every finished seed, bool [S, N]."""
+        done = {(r["data"], r["method"], r["seed"]) for r in self.rows()}
+        runs = [Path(self._config(entry, data, s).out) for s in self.seeds if self._key(entry, data, s) in done]
+        return np.stack([np.load(r / "correct.npz")[protocol] for r in runs])
+
+    def table(self) -> str:
+        """The results as Markdown, mean over seeds with 95% intervals over seeds and test pictures; also in compare.md."""
+        lines = []
+        rows = self.rows()
+        for data in self.data:
+            lines += [
+                f"**{data.name}**", "",
+                "| method | seeds | linear top-1 | against the baseline | kNN top-1 | NMI / ARI | passes | minutes | img/s | wait |",
+                "|---|---|---|---|---|---|---|---|---|---|",
+            ]  # fmt: skip
+            base = next((e for e in self.entries if e.label == self.baseline), None)
+            for entry in self.entries:
+                mine = [r for r in rows if r["data"] == data.name and r["method"] == entry.label]
+                if mine:
+                    lines.append(self._line(entry, base, data, mine))
+            lines.append("")
+        text = "\n".join(lines)
+        write_atomic(self.out / "compare.md", lambda p: p.write_text(text))
+        return text
+
+    def _line(self, entry: Entry, base: Entry | None, data: Path, mine: list[dict[str, str]]) -> str:
+        linear, knn = (self._correct(entry, data, p) for p in ("linear", "knn"))
+        gain = "-"
+        if base is not None and base != entry:
+            other = self._correct(base, data, "linear")
+            n = min(len(linear), len(other))
+            gain = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in paired_interval(linear[:n], other[:n])))
+        means = {k: np.mean([float(r[k]) for r in mine]) if mine[0][k] else float("nan") for k in COLUMNS[4:]}
+        parts = "-" if np.isnan(means["nmi"]) else f"{means['nmi']:.3f} / {means['ari']:.3f}"
+        trained = entry.name not in UNTRAINED
+        cells = [
+            f"`{entry.label}`", str(len(mine)), _percent(linear), gain, _percent(knn), parts,
+            f"{means['passes'] / 1e6:.2f} M" if trained else "0", f"{means['seconds'] / 60:.1f}" if trained else "0",
+            f"{means['images_per_s']:.0f}" if trained else "-", f"{means['data_wait']:.1%}" if trained else "-",
+        ]  # fmt: skip
+        return "| " + " | ".join(cells) + " |"
+
+
+def _config_of(entry: Entry) -> TrainConfig:
+    return method_class("simclr" if entry.name in UNTRAINED else entry.name).Config()
+
+
+def _percent(correct: np.ndarray) -> str:
+    low, high = accuracy_interval(correct)
+    return f"{100 * correct.mean():.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with path.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+
+
+def training_summary(run: Path) -> dict[str, Any]:
+    """Steps, encoder passes, seconds of training, rate and data wait of a run, from its metrics."""
+    rows = [r for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
+    if not rows:
+        return {"steps": 0, "passes": 0, "seconds": 0, "images_per_s": "", "data_wait": ""}
+    steps = np.diff([0, *(r["step"] for r in rows)])
+    from fgfast.evaluate.protocols import read_run
+
+    _, config = read_run(run)
+    seconds = steps * config.batch_size / np.array([r["images_per_s"] for r in rows])
+    passes = seconds * np.array([r["passes_per_s"] for r in rows])
+    wait = float((seconds * [r["data_wait"] for r in rows]).sum() / seconds.sum())
+    return {
+        "steps": rows[-1]["step"], "passes": round(float(passes.sum())), "seconds": round(float(seconds.sum()), 1),
+        "images_per_s": round(rows[-1]["step"] * config.batch_size / float(seconds.sum()), 1), "data_wait": round(wait, 4),
+    }  # fmt: skip

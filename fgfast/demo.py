@@ -1,0 +1,64 @@
+"""The main job in minutes: synthetic photographs, PARTICLE, scores before and after, a report."""
+
+from pathlib import Path
+
+import torch
+
+from fgfast.errors import UserError
+
+EPOCHS_PER_MINUTE = 8  # of 2,000 pictures on 2 CPU cores; the demo stays under its time there
+
+
+def demo(out: Path = Path("runs/demo"), minutes: float = 5.0, device: str = "auto") -> None:
+    """Draw the set, train PARTICLE from random weights, score before and after, draw what it sees, write the report.
+
+    Args:
+        out: folder that is written: data/ (reused) and particle/ (a finished run is reused, an unfinished one goes on).
+        minutes: about how long to train on 2 CPU cores; a GPU takes less.
+        device: auto, cpu, cuda.
+
+    Raises:
+        UserError: the folder cannot be used.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from fgfast.data.layouts import open_images
+    from fgfast.data.synthetic import generate
+    from fgfast.evaluate.parts import score_discovery
+    from fgfast.evaluate.protocols import evaluate
+    from fgfast.methods.particle import PARTICLEConfig
+    from fgfast.report.draw import draw_run
+    from fgfast.report.html import write_report
+    from fgfast.train.distributed import choose_device
+    from fgfast.train.loop import pretrain
+
+    if minutes <= 0:
+        raise UserError(f"--minutes is {minutes}: give more than 0.")
+    console = Console()
+    chosen = choose_device(device)
+    data = generate(out / "data", classes=20, images=2000, size=128, seed=0)
+    console.print(f"synthetic set: {len(open_images(data))} pictures of 20 classes in {data}", soft_wrap=True)
+    run = out / "particle"
+    config = PARTICLEConfig(
+        data=str(data), out=str(run), model="resnet18", model_args="channels=(16,32,64,128),output_stride=16",
+        parts="online", epochs=max(1, round(minutes * EPOCHS_PER_MINUTE)), device=device, resume=True,
+    )  # fmt: skip
+    pretrain("particle", config)
+
+    table = Table(title="PARTICLE on the synthetic set: frozen features")
+    for column in ("protocol", "before", "after"):
+        table.add_column(column)
+    for protocol in ("linear", "knn"):
+        scores = [evaluate(run, protocol, data, checkpoint=c, device=chosen) for c in ("init", "last")]
+        table.add_row(f"{protocol} top-1", *(f"{s.top1:.1%} ({s.low:.1%} to {s.high:.1%})" for s in scores))
+    for key in ("nmi", "ari"):
+        found = [score_discovery(run, data, checkpoint=c, device=chosen)[key] for c in ("init", "last")]
+        table.add_row(f"parts against the true ones, {key.upper()}", *(f"{v:.3f}" for v in found))
+    pictures = draw_run(run, data, device=chosen)
+    report = write_report(run)
+    console.print(table)
+    console.print(f"parts found: {next(p for p in pictures if p.name == 'parts.png')}", soft_wrap=True)
+    console.print(f"report:      {report}", soft_wrap=True)
+    if not torch.cuda.is_available():
+        console.print("(ran on the CPU; a GPU is used when there is one)")

@@ -1,0 +1,118 @@
+"""What a method is: views in, losses out, an encoder that is evaluated, and pictures of what it sees."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from fgfast.errors import UserError
+from fgfast.models.backbone import Backbone, parse_model_args
+from fgfast.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from fgfast.data.layouts import ImageSet
+    from fgfast.data.views import Batch, ViewSpec
+    from fgfast.report.pictures import Panel
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands after a step."""
+
+    step: int  # steps done
+    total: int  # steps in all
+
+    @property
+    def share(self) -> float:
+        """Share of the steps that are done, in [0, 1]."""
+        return self.step / max(self.total, 1)
+
+
+class Method(nn.Module):
+    """Base of every method.
+
+    A method holds its networks, says which views it wants and turns a batch into a dictionary with a "loss".
+
+    Attributes:
+        name: what the command line calls it.
+        Config: its options, a subclass of TrainConfig with flat fields.
+        encoder: the network that is evaluated and exported.
+        passes_per_image: encoder passes that a picture costs in a step, the unit in which runs are made equal: one is a
+            forward pass over a view, with or without gradient; a larger picture counts by its area.
+        passes_to_prepare: encoder passes that a picture costs before each round.
+        group: process group whose ranks share their columns, or None.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[TrainConfig]] = TrainConfig
+    passes_per_image: float
+    passes_to_prepare: float = 0
+    encoder: Backbone
+    group: "ProcessGroup | None" = None
+
+    @classmethod
+    def paper(cls, model: str | None) -> TrainConfig:
+        """The released settings of the authors for ``model`` (None: their own choice)."""
+        raise UserError(f"{cls.name} has no --preset paper: leave it out.")
+
+    def views(self) -> "ViewSpec":
+        """What the data pipeline must deliver."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which views it wants.")
+
+    def forward(self, batch: "Batch") -> dict[str, Tensor]:
+        """Losses of a batch: "loss" is minimised, the other entries are logged."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward pass.")
+
+    def set_group(self, group: "ProcessGroup | None") -> None:
+        """Let the ranks of ``group`` share their columns."""
+        self.group = group
+
+    def after_step(self, progress: Progress) -> None:
+        """Move what the optimiser does not: momentum encoders, queues, schedules."""
+
+    def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":
+        """What the method sees, as rows of panels under a title: its views unless a method shows more."""
+        from fgfast.report.pictures import Panel, to_uint8
+
+        rows = [
+            [Panel(to_uint8(view[i]), f"view {v + 1}") for v, view in enumerate(batch.views)]
+            for i in range(min(8, len(batch)))
+        ]
+        return {"views": rows}
+
+    def prepare(self, images: "ImageSet", run: Path, round_: int) -> Path | None:
+        """Work before the round ``round_`` of training, such as part discovery; returns a folder of id maps or None."""
+        return None
+
+
+def build_encoder(config: TrainConfig) -> Backbone:
+    """The backbone that a configuration asks for, its weights loaded."""
+    encoder = Backbone(
+        config.model, size=config.size, args=parse_model_args(config.model_args), pretrained=config.init == "timm"
+    )
+    if config.init not in ("timm", "none"):
+        from fgfast.models.weights import load_encoder
+
+        load_encoder(encoder.net, Path(config.init))
+    return encoder
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method by its name.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    import importlib
+
+    if name not in METHODS:
+        raise UserError(f"There is no method {name!r}: choose one of {', '.join(METHODS)}.")
+    module = importlib.import_module(f"fgfast.methods.{name}")
+    found: Any = next(c for c in vars(module).values() if isinstance(c, type) and getattr(c, "name", None) == name)
+    return found
+
+
+METHODS = ("particle", "simclr", "supervised")

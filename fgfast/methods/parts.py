@@ -1,0 +1,204 @@
+"""Where parts come from: clustered pixels of a CNN or a ViT, and the controls (fixed cells, random ids)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fgfast.models.backbone import Backbone
+from fgfast.ops.kmeans import kmeans
+
+if TYPE_CHECKING:
+    from fgfast.data.layouts import ImageSet
+
+GROUP = 30  # pictures whose ids agree in the ViT recipe
+SALIENCY = 0.065  # mean saliency over which a cluster is foreground in a picture
+VOTES = 0.75  # share of the pictures of a group that must call a cluster foreground
+ELBOW = 0.975  # stop when one more cluster keeps more than this share of the inertia
+STAGE1 = 14  # most clusters of stage one
+
+
+@torch.no_grad()
+def cluster_pyramid(
+    encoder: Backbone, images: Tensor, *, n_parts: int, size: int, levels: int, n_iter: int = 20, seed: int = 0
+) -> Tensor:
+    """Parts of each picture by k-means of its hypercolumns, which are never built.
+
+    Args:
+        encoder: the CNN (or ViT, whose blocks are then the levels).
+        images: pictures [B, 3, H, W], normalised.
+        n_parts: clusters a picture.
+        size: side of the id maps.
+        levels: last maps that the hypercolumn takes; 1 is the last map alone.
+        n_iter: most Lloyd steps.
+        seed: seed of the k-means++ starts.
+
+    Returns:
+        Labels int64 [B, size, size] in [0, n_parts); they mean nothing across pictures.
+
+    Source: Saha and Maji, "PARTICLE: Part Discovery and Contrastive Learning for Fine-grained Recognition", 2023.
+    """
+    maps = [m.float() for m in encoder.pyramid(images, levels)]
+    return kmeans(maps, n_parts, size=(size, size), n_iter=n_iter, seed=seed).labels
+
+
+@torch.no_grad()
+def cluster_keys(encoder: Backbone, images: Tensor, *, n_parts: int, seed: int = 0) -> Tensor:
+    """Parts of each picture by cosine k-means of its last keys: the ViT's parts inside a training step.
+
+    Returns:
+        Labels int64 [B, h, w] on the patch grid.
+    """
+    return kmeans(encoder.keys(images).keys.float(), n_parts, n_iter=10, metric="cosine", seed=seed).labels
+
+
+@torch.no_grad()
+def discover_group(encoder: Backbone, images: Tensor, *, n_parts: int, stride: int | None, seed: int = 0) -> Tensor:
+    """Parts that a group of pictures shares, by two stages of k-means on the keys of a ViT.
+
+    Stage one clusters the normalised keys of the whole group with the smallest number of clusters at the elbow of
+    the inertia. A cluster is foreground when its mean saliency (attention of CLS, heads averaged, scaled to [0, 1] in each
+    picture) is over 0.065 in at least 75% of the pictures that hold it. Stage two clusters the foreground keys into
+    ``n_parts`` parts. The dense CRF of the authors' release is left out (it needs a package that no longer builds);
+    the heads of its saliency (0, 2, 4, 5) were chosen for one network, so all heads are averaged here.
+
+    Args:
+        encoder: a ViT.
+        images: the group [G, 3, H, W].
+        n_parts: foreground parts.
+        stride: stride of the patch embedding; half the patch size in the recipe.
+        seed: seed of the starts.
+
+    Returns:
+        Labels int64 [G, h, w]: 0 is background, 1..n_parts are parts. No foreground gives parts of the whole.
+    """
+    found = encoder.keys(images, stride=stride)
+    keys = torch.nn.functional.normalize(found.keys.float(), dim=1).permute(0, 2, 3, 1)  # [G, h, w, D]
+    saliency = found.attention.mean(1)  # [G, h, w]
+    low, high = saliency.amin((1, 2), keepdim=True), saliency.amax((1, 2), keepdim=True)
+    saliency = (saliency - low) / (high - low).clamp(min=1e-12)
+
+    flat = keys.flatten(0, 2)  # [G h w, D]
+    first = _elbow(flat, seed)
+    labels = first.view(saliency.shape)
+    foreground = torch.zeros_like(labels, dtype=torch.bool)
+    for cluster in range(int(labels.max()) + 1):
+        inside = labels == cluster
+        area = inside.sum((1, 2))
+        mean = torch.where(inside, saliency, 0).sum((1, 2)) / area.clamp(min=1)
+        here = area > 0
+        if here.any() and (mean[here] > SALIENCY).float().mean() >= VOTES:
+            foreground |= inside
+    if int(foreground.sum()) < n_parts:
+        foreground = torch.ones_like(foreground)
+    parts = kmeans(flat[foreground.flatten()], n_parts, n_iter=50, n_init=3, metric="cosine", seed=seed).labels
+    out = torch.zeros_like(labels)
+    out[foreground] = parts + 1
+    return out
+
+
+def _elbow(x: Tensor, seed: int) -> Tensor:
+    """Labels of rows [N, D] with the first number of clusters after which one more hardly helps."""
+    best = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    before = float("inf")
+    for k in range(1, min(STAGE1, len(x)) + 1):
+        result = kmeans(x, k, n_iter=50, n_init=2, seed=seed)
+        inertia = float(result.inertia)
+        if inertia > ELBOW * before:
+            break
+        best, before = result.labels, inertia
+    return best
+
+
+def grid_labels(batch: int, cells: int, device: torch.device) -> Tensor:
+    """Fixed cells of the whole picture as an id map int64 [batch, cells, cells]: the control without any content."""
+    return torch.arange(cells * cells, device=device).view(1, cells, cells).expand(batch, -1, -1)
+
+
+def discover(
+    encoder: Backbone,
+    images: "ImageSet",
+    out: Path,
+    *,
+    n_parts: int,
+    image_size: int,
+    map_size: int,
+    levels: int,
+    run: str,
+    device: torch.device,
+    threads: int = 2,
+    seed: int = 0,
+    loader: str = "auto",
+) -> Path:
+    """Write the id map of every picture of a set; CNNs by :func:`cluster_pyramid`, ViTs by :func:`discover_group`.
+
+    Args:
+        encoder: the network whose features are clustered; it runs in evaluation mode.
+        images: the pictures.
+        out: folder of maps that is written; an unfinished one is finished in place.
+        n_parts: clusters (ViT: foreground parts, with one id more for the background).
+        image_size: side to which the whole picture is squashed.
+        map_size: side of the id maps of a CNN (a ViT's have its key grid).
+        levels: levels of the pyramid.
+        run: what made the maps, for maps.json.
+        device: where to run.
+        threads: data threads.
+        seed: seed of the k-means starts.
+        loader: data pipeline.
+
+    Returns:
+        ``out``.
+    """
+    from fgfast.data.maps import save_maps, write_maps_info
+
+    total, side = n_parts, (map_size, map_size)
+    for rels, labels in _label_batches(
+        encoder, images, n_parts=n_parts, image_size=image_size, map_size=map_size, levels=levels, device=device,
+        threads=threads, seed=seed, loader=loader,
+    ):  # fmt: skip
+        save_maps(out, rels, labels.to(torch.uint8).cpu().numpy())
+        side = (labels.shape[1], labels.shape[2])
+    total = n_parts + 1 if encoder.is_vit else n_parts
+    write_maps_info(out, n_parts=total, size=side, run=run)
+    return out
+
+
+def _label_batches(
+    encoder: Backbone,
+    images: "ImageSet",
+    *,
+    n_parts: int,
+    image_size: int,
+    map_size: int,
+    levels: int,
+    device: torch.device,
+    threads: int,
+    seed: int,
+    loader: str,
+) -> Iterator[tuple[list[str], Tensor]]:
+    from fgfast.data.loader import make_loader
+    from fgfast.data.views import ViewSpec
+
+    spec = ViewSpec(whole=image_size)
+    batches = make_loader(
+        images, spec, GROUP if encoder.is_vit else 32, shuffle=False, device=device, threads=threads, backend=loader
+    )
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        for batch in batches:
+            valid = batch.valid
+            assert batch.whole is not None  # the specification asks for it
+            whole = batch.whole[valid]
+            rels = [images.paths[i] for i in batch.index[valid].tolist()]
+            if encoder.is_vit:
+                patch = encoder.net.patch_embed.patch_size[0]
+                labels = discover_group(encoder, whole, n_parts=n_parts, stride=max(1, patch // 2), seed=seed)
+            else:
+                labels = cluster_pyramid(encoder, whole, n_parts=n_parts, size=map_size, levels=levels, seed=seed)
+            yield rels, labels
+    finally:
+        encoder.train(was_training)
+        batches.close()

@@ -1,0 +1,61 @@
+"""Supervised training with the labels: the ceiling that the methods without labels are held against."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fgfast.methods.base import Method, build_encoder
+from fgfast.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from fgfast.data.views import Batch, ViewSpec
+
+
+@dataclass
+class SupervisedConfig(TrainConfig):
+    """Options of supervised training."""
+
+    n_classes: int = 0
+    """Number of classes; 0 counts those of the data set."""
+    smoothing: float = 0.1
+    """Label smoothing."""
+
+
+class Supervised(Method):
+    """Cross-entropy of a linear classifier on the pooled features; it reads the labels of the training split."""
+
+    name = "supervised"
+    Config = SupervisedConfig
+    passes_per_image = 1
+
+    def __init__(self, config: SupervisedConfig) -> None:
+        super().__init__()
+        self.config = config
+        if config.n_classes < 1:
+            from pathlib import Path
+
+            from fgfast.data.layouts import open_images
+
+            config.n_classes = len(open_images(Path(config.data)).classes)
+        self.encoder = build_encoder(config)
+        self.classifier = nn.Linear(self.encoder.dim, config.n_classes)
+
+    def views(self) -> "ViewSpec":
+        """One crop with flip and mild colour jitter."""
+        from fgfast.data.views import Crop, ViewSpec
+
+        return ViewSpec(
+            crops=(Crop(size=self.config.size, scale=(self.config.crop_scale, 1.0), jitter=(0.2, 0.2, 0.2, 0.02)),)
+        )
+
+    def forward(self, batch: "Batch") -> dict[str, Tensor]:
+        """Cross-entropy over the valid pictures."""
+        logits = self.classifier(self.encoder(batch.views[0])).float()
+        losses = nn.functional.cross_entropy(
+            logits, batch.target, label_smoothing=self.config.smoothing, reduction="none"
+        )
+        valid = batch.valid
+        correct = ((logits.argmax(1) == batch.target) & valid).sum() / valid.sum().clamp(min=1)
+        return {"loss": torch.where(valid, losses, 0).sum() / valid.sum().clamp(min=1), "accuracy": correct.detach()}

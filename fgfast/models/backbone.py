@@ -1,0 +1,151 @@
+"""Any timm network as an encoder that also hands out its maps, its pyramid and, for ViTs, its keys."""
+
+import ast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fgfast.errors import UserError
+
+
+class Keys(NamedTuple):
+    """Keys of the last attention block and the attention of CLS, both on the patch grid."""
+
+    keys: Tensor  # [B, D, h, w]
+    attention: Tensor  # [B, heads, h, w], rows of softmax over all tokens
+
+
+def parse_model_args(text: str) -> dict[str, Any]:
+    """Keyword arguments for timm from "name=value,name=value", the values as Python literals.
+
+    Raises:
+        UserError: the text is not of this form.
+
+    Example:
+        >>> parse_model_args("channels=(16, 32, 64, 128), output_stride=16")
+        {'channels': (16, 32, 64, 128), 'output_stride': 16}
+    """
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        if call.args:
+            raise ValueError("positional argument")
+        return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, AssertionError):
+        raise UserError(f"--model-args {text!r} is not of the form name=value,name=value: write literals.") from None
+
+
+class Backbone(nn.Module):
+    """A timm network without its classifier.
+
+    Args:
+        name: a timm model name, such as "resnet18" or "vit_small_patch16_224".
+        size: side of the pictures in training, pixels; ViTs are built for it and accept other sizes too.
+        args: further arguments of timm.create_model, such as {"output_stride": 16}.
+        pretrained: take timm's weights (needs a network).
+
+    Raises:
+        UserError: timm has no such model, or refuses the arguments.
+
+    Example:
+        >>> encoder = Backbone("test_resnet", size=64)
+        >>> encoder(torch.zeros(2, 3, 64, 64)).shape == (2, encoder.dim)
+        True
+    """
+
+    net: Any  # timm's networks share no type
+
+    def __init__(
+        self, name: str, *, size: int = 64, args: dict[str, Any] | None = None, pretrained: bool = False
+    ) -> None:
+        super().__init__()
+        import timm
+
+        if not timm.is_model(name):
+            close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5]) or "timm.list_models() lists them"
+            raise UserError(f"timm has no model {name!r}: did you mean one of {close}?")
+        options: dict[str, Any] = {"num_classes": 0, "pretrained": pretrained, **(args or {})}
+        if name.startswith(("vit_", "deit", "test_vit")):
+            options = {"img_size": size, "dynamic_img_size": True, **options}
+        try:
+            self.net = timm.create_model(name, **options)
+        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+            raise UserError(f"timm could not build {name!r} with {options}: {error}.") from error
+        self.name = name
+        self.dim: int = self.net.num_features
+        self.is_vit = hasattr(self.net, "blocks") and hasattr(self.net, "patch_embed")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pooled features [B, D] of pictures [B, 3, S, S]."""
+        return self.pool(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Unpooled features: a map [B, D, h, w] of a CNN, normalised tokens [B, T, D] of a ViT."""
+        return self.net.forward_features(x)
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Pooled features [B, D] from :meth:`features`: average of a map, CLS of a ViT that has it."""
+        return self.net.forward_head(features, pre_logits=True)
+
+    def to_map(self, features: Tensor, size: tuple[int, int]) -> Tensor:
+        """The map [B, D, h, w] from :meth:`features` of pictures of ``size``; tokens lose their prefix."""
+        if not self.is_vit:
+            return features
+        grid = self.net.patch_embed.dynamic_feat_size(size)
+        patches = features[:, self.net.num_prefix_tokens :]
+        return patches.transpose(1, 2).unflatten(2, grid)
+
+    def pyramid(self, x: Tensor, levels: int = 4) -> list[Tensor]:
+        """Maps [B, D_l, h_l, w_l] of the last ``levels`` stages (blocks of a ViT), deepest first."""
+        maps = self.net.forward_intermediates(x, intermediates_only=True, norm=self.is_vit)
+        return maps[-levels:][::-1]
+
+    def keys(self, x: Tensor, *, stride: int | None = None) -> Keys:
+        """Keys and CLS attention of the last block of a ViT.
+
+        Args:
+            x: pictures [B, 3, H, W].
+            stride: stride of the patch embedding in pixels; None leaves it at the patch size. Half of it gives
+                overlapping patches and a grid of twice the side.
+
+        Raises:
+            UserError: the network is no plain ViT with a CLS token.
+        """
+        if not self.is_vit or not hasattr(self.net.blocks[-1].attn, "qkv") or self.net.num_prefix_tokens < 1:
+            raise UserError(
+                f"{self.name} has no keys and CLS attention: choose a plain ViT such as vit_small_patch16_224."
+            )
+        attn = self.net.blocks[-1].attn
+        seen: list[Tensor] = []
+        hook = attn.qkv.register_forward_hook(lambda _m, _i, out: seen.append(out))
+        try:
+            with _patch_stride(self.net.patch_embed, stride):
+                self.net.forward_features(x)
+                grid = tuple(
+                    (n - p) // s + 1
+                    for n, p, s in zip(
+                        x.shape[-2:], self.net.patch_embed.patch_size, self.net.patch_embed.proj.stride, strict=True
+                    )
+                )
+        finally:
+            hook.remove()
+        q, k, _ = seen[0].unflatten(-1, (3, attn.num_heads, -1)).unbind(2)  # [B, T, heads, d]
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        scores = torch.einsum("bhd,bthd->bht", q[:, 0].float() * attn.scale, k.float())
+        skip = self.net.num_prefix_tokens
+        attention = scores.softmax(-1)[:, :, skip:].unflatten(2, grid)
+        return Keys(k[:, skip:].flatten(2).transpose(1, 2).unflatten(2, grid), attention)
+
+
+@contextmanager
+def _patch_stride(patch_embed: Any, stride: int | None) -> Iterator[None]:
+    before = patch_embed.proj.stride
+    if stride is not None:
+        patch_embed.proj.stride = (stride, stride)
+    try:
+        yield
+    finally:
+        patch_embed.proj.stride = before

@@ -1,0 +1,64 @@
+"""Files of a run folder, written so that a crash at any moment leaves the last good one in place."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fgfast.errors import UserError
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a file beside ``path``, then put it in place of ``path`` in one step.
+
+    The old file stays as it was when ``write`` fails, whatever the reason.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON in place of ``path``."""
+    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Save tensors and plain values for :func:`load_checkpoint`."""
+    write_atomic(path, lambda p: torch.save(state, p))
+
+
+def load_checkpoint(path: Path, method: str) -> dict[str, Any]:
+    """A checkpoint of a run, checked to be of ``method``; loaded with weights_only=True.
+
+    Raises:
+        UserError: the file is missing or broken, or belongs to another method.
+    """
+    from fgfast.models.weights import read_checkpoint
+
+    if not path.is_file():
+        raise UserError(f"There is no checkpoint {path}: train first, or leave out --resume.")
+    state = read_checkpoint(path)
+    found = state.get("name")
+    if found != method:
+        raise UserError(f"The checkpoint {path} is of the method {found!r}, not {method!r}: give its own run folder.")
+    return state
+
+
+def save_encoder(path: Path, encoder: nn.Module, model: str) -> None:
+    """Write the bare network as safetensors; ``timm.create_model(model, checkpoint_path=...)`` loads it back."""
+    from safetensors.torch import save_file
+
+    state = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
+    write_atomic(path, lambda p: save_file(state, p, {"format": "pt", "timm_model": model}))

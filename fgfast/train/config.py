@@ -1,0 +1,169 @@
+"""The options of a training run, as a flat dataclass that the command line, config.toml and the methods share."""
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+from fgfast.errors import UserError
+
+
+@dataclass
+class TrainConfig:
+    """Options of every method; each method's own class adds to them."""
+
+    data: str = ""
+    """Folder of the pictures: an image folder or CUB-200-2011's layout."""
+    out: str = ""
+    """Run folder that is written."""
+    model: str = "resnet18"
+    """A timm model name."""
+    model_args: str = ""
+    """Further arguments of the timm model, such as "channels=(32,64,128,256),output_stride=16"."""
+    init: str = "none"
+    """Weights to start from: "timm" (downloaded), "none" (random), a weights file or a run folder."""
+    size: int = 64
+    """Side of the training views, pixels."""
+    epochs: int = 100
+    """Epochs in all; with --rounds they are split evenly over the rounds."""
+    passes: int = 0
+    """Encoder passes over pictures in all; over 0 it replaces --epochs (equal passes, equal compute)."""
+    batch_size: int = 128
+    """Pictures a step and process."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Optimiser, fused."""
+    lr: float = 1e-3
+    """Peak learning rate, as it is (not scaled by the batch)."""
+    weight_decay: float = 1e-4
+    """Weight decay; norms and biases get none."""
+    warmup: float = 0.05
+    """Share of the steps with a linear warm-up; then half a cosine to 0."""
+    clip: float = 5.0
+    """Largest gradient norm; 0 does not clip."""
+    amp: Literal["bf16", "off"] = "bf16"
+    """Autocast of the networks; losses accumulate in float32."""
+    crop_scale: float = 0.2
+    """Smallest share of a picture's area that a crop takes."""
+    seed: int = 0
+    """Seed of weights, views and order."""
+    holdout: float = 0.0
+    """Share of the training split that is kept from training, for tuning."""
+    device: str = "auto"
+    """auto (CUDA when there), cpu, cuda, cuda:N."""
+    threads: int = 2
+    """CPU threads of the data pipeline."""
+    loader: Literal["auto", "dali", "torchvision"] = "auto"
+    """Data pipeline."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+    knn_every: int = 10
+    """Epochs between online kNN scores; 0 for none."""
+    save_every: int = 10
+    """Epochs between checkpoints."""
+    resume: bool = False
+    """Go on from RUN/last.pt."""
+    compile: bool = False
+    """torch.compile the encoder."""
+
+
+C = TypeVar("C", bound=TrainConfig)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table of a TOML file.
+
+    Raises:
+        UserError: the file is missing or does not parse.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"The config file {path} does not exist: check the path.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"The config file {path} is no TOML: {error}.") from None
+
+
+def with_values(config: C, values: dict[str, Any], source: str) -> C:
+    """``config`` with some fields replaced, names and types checked.
+
+    Args:
+        config: the defaults.
+        values: field names and their values.
+        source: where the values come from, for the message.
+
+    Raises:
+        UserError: a name does not exist or a value is of the wrong type.
+    """
+    fields = {f.name for f in dataclasses.fields(config)}
+    hints = get_type_hints(type(config))
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        key = name.replace("-", "_")
+        if key not in fields:
+            raise UserError(f"{source} sets {name!r}, which {type(config).__name__} does not have: remove it.")
+        hint = hints[key]
+        choices = get_args(hint)
+        if choices and value not in choices:
+            raise UserError(f"{source} sets {name} = {value!r}: choose one of {', '.join(map(str, choices))}.")
+        if hint is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if (not choices and not isinstance(value, hint)) or (hint is int and isinstance(value, bool)):
+            raise UserError(f"{source} sets {name} = {value!r}: a value of type {hint.__name__} is needed.")
+        checked[key] = value
+    return dataclasses.replace(config, **checked)
+
+
+def parse_values(config: TrainConfig, pairs: dict[str, str], source: str) -> dict[str, Any]:
+    """Field values from text, by the fields' types, for "name=value" lists."""
+    hints = get_type_hints(type(config))
+    values: dict[str, Any] = {}
+    for name, text in pairs.items():
+        hint = hints.get(name.replace("-", "_"), str)
+        try:
+            values[name] = (
+                text.lower() in ("1", "true", "yes") if hint is bool else hint(text) if hint in (int, float) else text
+            )
+        except ValueError:
+            raise UserError(f"{source} sets {name} = {text!r}: a value of type {hint.__name__} is needed.") from None
+    return values
+
+
+def validate(config: TrainConfig) -> None:
+    """Raise a UserError for a value that no run can use."""
+    if not config.data:
+        raise UserError("No data set is named: give --data DIR.")
+    if not config.out:
+        raise UserError("No run folder is named: give --out RUN.")
+    for name, low in (
+        ("size", 16),
+        ("epochs", 1),
+        ("batch_size", 2),
+        ("threads", 1),
+        ("log_every", 1),
+        ("save_every", 1),
+    ):
+        if getattr(config, name) < low:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}: give at least {low}.")
+    for name in ("lr", "weight_decay", "clip", "passes", "knn_every"):
+        if not getattr(config, name) >= 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}: give 0 or more.")
+    for name, high in (("warmup", 1.0), ("holdout", 0.9), ("crop_scale", 1.0)):
+        if not 0 <= getattr(config, name) <= high:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}: give a share from 0 to {high}.")
+
+
+def to_toml(config: TrainConfig, method: str) -> str:
+    """The configuration as TOML, the method's name first."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, str):
+            escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+            return f'"{escaped}"'
+        return repr(value)
+
+    lines = [f'method = "{method}"']
+    lines += [f"{f.name} = {text(getattr(config, f.name))}" for f in dataclasses.fields(config)]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,72 @@
+"""Ranks: torchrun's environment to a process group, and what only the first rank does."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from fgfast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        UserError: no such device is there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name!r} is no device: choose auto, cpu, cuda or cuda:N.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name!r} is not supported: choose auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name} was asked for and no CUDA device was found: choose --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name} was asked for and there are {torch.cuda.device_count()} devices: choose a lower one."
+        )
+    return device
+
+
+def start(device: str) -> Ranks:
+    """Join the process group that torchrun describes; alone without it."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = choose_device(device)
+    if world == 1:
+        return Ranks(0, 1, chosen)
+    rank = int(os.environ["RANK"])
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(chosen)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world)
+    return Ranks(rank, world, chosen)
+
+
+def barrier(ranks: Ranks) -> None:
+    """Wait for the other ranks, where there are any."""
+    if ranks.world > 1:
+        dist.barrier()
+
+
+def is_first() -> bool:
+    """Whether this process is the first rank, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -1,0 +1,125 @@
+"""What a run writes while it trains: metrics.jsonl, TensorBoard and a progress bar.
+
+Keys of metrics.jsonl, one JSON object a line:
+    step, epoch            steps done; epochs done as a fraction
+    loss, NAME             the loss and every other term that the method returns, of this step
+    lr, grad_norm          learning rate; gradient norm before clipping
+    images_per_s           pictures (not views) a second since the line before, evaluation left out
+    passes_per_s           encoder passes a second, likewise
+    data_wait              share of that time spent waiting for data, 0 to 1
+    memory_mb              peak memory of the device (CUDA), else of the process
+    skipped                steps skipped so far because the loss was not finite
+    knn                    only on lines of an evaluation: online kNN top-1, 0 to 1
+"""
+
+import json
+import resource
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in MiB: allocated on a CUDA device, else resident in the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line cut off by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+class RunLog:
+    """Writes rows to metrics.jsonl and TensorBoard and keeps a progress bar.
+
+    Args:
+        run: the run folder.
+        total: steps in all.
+        start: steps done before; rows of later steps, left by a killed run, are dropped.
+        enabled: False on ranks that stay silent.
+    """
+
+    def __init__(self, run: Path, total: int, start: int = 0, enabled: bool = True) -> None:
+        self.enabled = enabled
+        if not enabled:
+            return
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = run / "metrics.jsonl"
+        kept = [r for r in read_metrics(path) if r.get("step", 0) <= start] if start else []
+        path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        self.file = path.open("a")
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start or None)
+        self.console = Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[row]}"), console=self.console,
+            refresh_per_second=2,
+            disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self.task = self.bar.add_task(run.name, total=total, completed=start, row="")
+
+    def __enter__(self) -> "RunLog":
+        if self.enabled:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.enabled:
+            self.bar.stop()
+            self.file.close()
+            self.board.close()
+
+    def say(self, text: str) -> None:
+        """A line for people, on standard error."""
+        if self.enabled:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar."""
+        if self.enabled:
+            self.bar.update(self.task, completed=step)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Write a row: rounded to six figures, flushed at once."""
+        if not self.enabled:
+            return
+        row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        for key, value in row.items():
+            if key not in ("step", "epoch"):
+                self.board.add_scalar(key, value, row["step"])
+        if "loss" in row:
+            shown = (
+                f"loss {row['loss']:.3f}  {row['images_per_s']:.0f} img/s  wait {row['data_wait']:.0%}  "
+                f"{row['memory_mb']:.0f} MiB"
+            )
+            self.bar.update(self.task, row=shown)
+            if not self.console.is_terminal and row["step"] % 200 == 0:
+                self.say(f"step {row['step']}/{self.bar.tasks[0].total:.0f}  {shown}")
+        elif "knn" in row:
+            self.say(f"step {row['step']}  online kNN top-1 {row['knn']:.1%}")

@@ -1,0 +1,96 @@
+"""The optimiser, its schedule, and the guard that skips a step whose loss is not finite without a device sync."""
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fgfast.errors import UserError
+from fgfast.train.config import TrainConfig
+
+LAG = 4  # steps until a verdict is read
+MOST_IN_A_ROW = 10
+
+
+def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Fused AdamW or SGD (momentum 0.9) over the trainable parameters; vectors and scalars get no weight decay."""
+    params = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """Linear warm-up over ``config.warmup`` of the steps, then half a cosine from ``config.lr`` to 0."""
+    warm = round(config.warmup * total)
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+@dataclass
+class _Verdict:
+    step: int
+    finite: Tensor
+    index: Tensor
+
+
+class FiniteGuard:
+    """Skips the update of a step whose loss or gradient is not finite, and tells of it a few steps late.
+
+    The verdict stays on the device: the fused optimiser reads it there (``found_inf``), buffers that the forward
+    pass moved (BatchNorm's statistics, DINO's centre) are put back by a select, and the host reads it :data:`LAG`
+    steps later.
+
+    Args:
+        module: what is trained.
+        optimizer: a fused optimiser of it.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.buffers = [b for b in module.buffers() if b.is_floating_point()]
+        self.before: list[Tensor] = [b.clone() for b in self.buffers]
+        self.pending: deque[_Verdict] = deque()
+        self.in_a_row = 0
+        self.skipped = 0
+
+    @torch.no_grad()
+    def step(self, loss: Tensor, grad_norm: Tensor, index: Tensor, step: int) -> None:
+        """One optimiser step where ``loss`` and ``grad_norm`` are finite, none elsewhere."""
+        finite = torch.isfinite(loss.detach()) & torch.isfinite(grad_norm.detach())
+        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = torch.ones_like(self.optimizer.found_inf)  # type: ignore[attr-defined]
+        self.optimizer.step()
+        for now, before in zip(self.buffers, self.before, strict=True):
+            torch.where(finite, now, before, out=before)
+        torch._foreach_copy_(self.buffers, self.before)
+        self.pending.append(_Verdict(step, finite.to("cpu", non_blocking=True), index))
+
+    def verdicts(self, *, all_of_them: bool = False) -> list[tuple[int, list[int]]]:
+        """The skipped steps whose verdicts have come in, each with the numbers of its pictures.
+
+        Raises:
+            UserError: ten steps in a row were skipped.
+        """
+        found = []
+        while self.pending and (all_of_them or len(self.pending) > LAG):
+            verdict = self.pending.popleft()
+            if bool(verdict.finite):
+                self.in_a_row = 0
+                continue
+            self.in_a_row += 1
+            self.skipped += 1
+            found.append((verdict.step, verdict.index.tolist()))
+            if self.in_a_row >= MOST_IN_A_ROW:
+                raise UserError(
+                    f"The loss was not finite in {MOST_IN_A_ROW} steps in a row, the last one step {verdict.step}: "
+                    "lower --lr, or check the weights given by --init."
+                )
+        return found
