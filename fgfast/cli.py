@@ -212,8 +212,8 @@ def _discover(words: list[str]) -> None:
         discover(
             encoder, images, args.out, n_parts=args.n_parts or getattr(config, "n_parts", 15),
             image_size=args.image_size or 2 * config.size, map_size=args.map_size,
-            levels=args.levels or getattr(config, "levels", 4), run=f"{args.run.name}, {args.checkpoint}", device=device,
-            threads=config.threads,
+            levels=args.levels or getattr(config, "levels", 4), run=f"{args.run.name}, {args.checkpoint}",
+            device=device,             threads=config.threads,
         )
     )  # fmt: skip
 

@@ -19,7 +19,8 @@ from fgfast.train.log import read_metrics
 UNTRAINED = ("random", "start")  # evaluated without a step: random weights; the weights that --init names
 HELD_OUT = 0.2  # share of the training split on which learning rates are compared
 COLUMNS = (
-    "data", "method", "seed", "lr", "steps", "passes", "seconds", "images_per_s", "data_wait", "linear", "knn", "nmi", "ari",
+    "data", "method", "seed", "lr", "steps", "passes", "seconds", "images_per_s", "data_wait", "linear",
+    "knn", "nmi", "ari",
 )  # fmt: skip
 
 
@@ -156,7 +157,7 @@ class Comparison:
         write_atomic(self.out / "compare.csv", lambda p: p.write_text(text.getvalue()))
 
     def _tuned(self, entry: Entry, data: Path) -> float:
-        """The rate with the best kNN on a held-out part of the training split, with the first seed; kept in tuned.json."""
+        """The rate with the best kNN on a held-out part of the training split (first seed); kept in tuned.json."""
         from fgfast.evaluate.protocols import evaluate
         from fgfast.train.distributed import choose_device
         from fgfast.train.loop import pretrain
@@ -185,13 +186,13 @@ class Comparison:
         return np.stack([np.load(r / "correct.npz")[protocol] for r in runs])
 
     def table(self) -> str:
-        """The results as Markdown, mean over seeds with 95% intervals over seeds and test pictures; also in compare.md."""
+        """The results as Markdown, also in compare.md: means over seeds, 95% intervals over seeds and pictures."""
         lines = []
         rows = self.rows()
         for data in self.data:
             lines += [
                 f"**{data.name}**", "",
-                "| method | seeds | linear top-1 | against the baseline | kNN top-1 | NMI / ARI | passes | minutes | img/s | wait |",
+                "| method | seeds | linear | gain on baseline | kNN | NMI / ARI | passes | minutes | img/s | wait |",
                 "|---|---|---|---|---|---|---|---|---|---|",
             ]  # fmt: skip
             base = next((e for e in self.entries if e.label == self.baseline), None)
@@ -238,7 +239,8 @@ def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def training_summary(run: Path) -> dict[str, Any]:
     """Steps, encoder passes, seconds of training, rate and data wait of a run, from its metrics."""
-    rows = [r for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
+    file = run / "metrics.jsonl"
+    rows = [r for r in read_metrics(file)[0] if "loss" in r] if file.is_file() else []
     if not rows:
         return {"steps": 0, "passes": 0, "seconds": 0, "images_per_s": "", "data_wait": ""}
     steps = np.diff([0, *(r["step"] for r in rows)])
@@ -250,5 +252,6 @@ def training_summary(run: Path) -> dict[str, Any]:
     wait = float((seconds * [r["data_wait"] for r in rows]).sum() / seconds.sum())
     return {
         "steps": rows[-1]["step"], "passes": round(float(passes.sum())), "seconds": round(float(seconds.sum()), 1),
-        "images_per_s": round(rows[-1]["step"] * config.batch_size / float(seconds.sum()), 1), "data_wait": round(wait, 4),
+        "images_per_s": round(rows[-1]["step"] * config.batch_size / float(seconds.sum()), 1),
+        "data_wait": round(wait, 4),
     }  # fmt: skip

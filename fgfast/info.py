@@ -1,6 +1,7 @@
 """What runs here: versions, devices, backends, and why one is missing."""
 
 import importlib.metadata
+import os
 import platform
 from typing import Any
 
@@ -19,6 +20,18 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def versions() -> dict[str, str]:
+    """Versions of what this process runs on: Python, fgfast, the packages that matter, the device, the system.
+
+    Example:
+        >>> versions()["fgfast"] == fgfast.__version__
+        True
+    """
+    found = {"python": platform.python_version(), "fgfast": fgfast.__version__} | {p: _version(p) for p in _PACKAGES}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    return found | {"device": device, "system": f"{platform.system()} {platform.machine()}"}
+
+
 def info() -> dict[str, Any]:
     """Versions, devices and backends as plain values.
 
@@ -31,9 +44,8 @@ def info() -> dict[str, Any]:
         devices.append(f"cuda:{i}: {p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}")
     if not torch.cuda.is_available():
         devices.append("cuda: none (no driver or no device was found)")
-    versions = {"fgfast": fgfast.__version__, "python": platform.python_version()} | {p: _version(p) for p in _PACKAGES}
     backends = {name: missing(name) or "ready" for name in BACKENDS if name != "auto"}
-    return {"versions": versions, "devices": devices, "backends": backends}
+    return {"versions": versions(), "devices": devices, "backends": backends}
 
 
 def as_text(values: dict[str, Any]) -> str:

@@ -49,7 +49,8 @@ def score_discovery(
     found, true = [], []
     try:
         for batch in loader:
-            assert batch.whole is not None and batch.whole_labels is not None  # the specification asks for them
+            assert batch.whole is not None  # the specification asks for both
+            assert batch.whole_labels is not None
             whole = batch.whole[batch.valid]
             if encoder.is_vit:
                 labels = cluster_keys(encoder, whole, n_parts=n_parts, seed=config.seed)

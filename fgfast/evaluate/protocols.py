@@ -44,7 +44,8 @@ class Score:
     def row(self) -> dict[str, Any]:
         """The score as plain values."""
         return {
-            "protocol": self.protocol, "checkpoint": self.checkpoint, "top1": self.top1, "low": self.low, "high": self.high,
+            "protocol": self.protocol, "checkpoint": self.checkpoint, "top1": self.top1,
+            "low": self.low, "high": self.high,
             "n": len(self.correct), "n_train": self.n_train,
         }  # fmt: skip
 
@@ -150,7 +151,7 @@ def note_score(run: Path, row: dict[str, Any]) -> None:
 
 
 def online_knn(encoder: Backbone, config: TrainConfig, device: torch.device) -> float | None:
-    """KNN top-1 of an encoder in training on at most 4,000 pictures a split; None where the set has no labels to score."""
+    """Top-1 of kNN in training, on at most 4,000 pictures a split; None where the set has no labels to score."""
     try:
         fit, test = _splits(config, Path(config.data))
     except UserError:

@@ -56,7 +56,8 @@ class SimCLR(Method):
         from fgfast.data.views import Crop, ViewSpec
 
         crop = Crop(
-            size=self.config.size, scale=(self.config.crop_scale, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2, blur=0.5,
+            size=self.config.size, scale=(self.config.crop_scale, 1.0), jitter=(0.4, 0.4, 0.4, 0.1),
+            grayscale=0.2, blur=0.5,
             blur_sigma=(0.1, max(0.2, 2.0 * self.config.size / 224)),
         )  # fmt: skip
         return ViewSpec(crops=(crop, crop))

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-
 M = TypeVar("M", bound=nn.Module)
 
 

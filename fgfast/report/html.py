@@ -1,11 +1,9 @@
 """One self-contained HTML page about a run: what was run, what it gained, how it went, what it sees."""
 
 import base64
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import torch
 from PIL import Image
 
 from fgfast import __version__
 from fgfast.errors import UserError
+from fgfast.info import versions
 from fgfast.report import plots
+from fgfast.train.log import read_metrics
 
 CHECKPOINTS = {"init": "before", "last": "after"}
 PROTOCOLS = {"knn": "kNN", "linear": "Linear probe"}
 ALT = {"parts": "Photographs with the discovered parts painted over them, one colour a part"}
-PACKAGES = ("torch", "torchvision", "timm", "triton", "nvidia-dali-cuda130", "numpy", "scikit-learn", "pillow")
 
 
 @dataclass(frozen=True)
@@ -52,37 +50,6 @@ class Page:
     versions: list[tuple[str, str]] = field(default_factory=list)
     versions_from_run: bool = False
     notes: list[str] = field(default_factory=list)
-
-
-def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """Read the rows of a metrics.jsonl, whatever happened to the run that wrote it.
-
-    A run that is killed while it writes leaves a broken line, and one that is resumed repeats the steps since its last
-    checkpoint: broken lines are left out and reported, and of a repeated stretch the later rows count.
-
-    Args:
-        path: the file.
-
-    Returns:
-        the rows in order of step, and the numbers of the lines that could not be read (from 1).
-    """
-    rows: list[dict[str, Any]] = []
-    broken: list[int] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            broken.append(number)
-            continue
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int | float):
-            broken.append(number)
-            continue
-        if rows and rows[-1]["step"] > row["step"]:
-            rows = [earlier for earlier in rows if earlier["step"] < row["step"]]
-        rows.append(row)
-    return rows, broken
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -189,23 +156,6 @@ def _pictures(page: Page, run: Path) -> None:
         page.pictures.append(Picture(title[:1].upper() + title[1:], alt, _data_uri(path.read_bytes())))
 
 
-def versions() -> list[tuple[str, str]]:
-    """Versions of what this process runs on: Python, fgfast, the packages that matter, the device.
-
-    Example:
-        >>> dict(versions())["fgfast"] == __version__
-        True
-    """
-    out = [("python", platform.python_version()), ("fgfast", __version__)]
-    for name in PACKAGES:
-        try:
-            out.append((name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    return [*out, ("device", device), ("system", f"{platform.system()} {platform.machine()}")]
-
-
 def _parse_error(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} cannot be read ({error}): mend the file, or delete it and the report leaves it out.")
 
@@ -282,7 +232,7 @@ def write_report(run: Path) -> Path:
             titles = ", ".join(axes.get_title(loc="left").lower() for axes in figure.axes)
             page.curves = Picture("Curves", f"Curves over training steps: {titles}", _data_uri(plots.png_bytes(figure)))
     _pictures(page, run)
-    page.versions = page.versions or versions()
+    page.versions = page.versions or list(versions().items())
 
     template = resources.files("fgfast.report").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(

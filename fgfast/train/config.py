@@ -96,6 +96,7 @@ def with_values(config: C, values: dict[str, Any], source: str) -> C:
         UserError: a name does not exist or a value is of the wrong type.
     """
     fields = {f.name for f in dataclasses.fields(config)}
+    values = {k: v for k, v in values.items() if k != "environment"}  # a note in config.toml, no setting
     hints = get_type_hints(type(config))
     checked: dict[str, Any] = {}
     for name, value in values.items():
@@ -154,7 +155,8 @@ def validate(config: TrainConfig) -> None:
 
 
 def to_toml(config: TrainConfig, method: str) -> str:
-    """The configuration as TOML, the method's name first."""
+    """The configuration as TOML: the method's name, the options, and the versions that it ran on under [environment]."""
+    from fgfast.info import versions
 
     def text(value: Any) -> str:
         if isinstance(value, bool):
@@ -166,4 +168,5 @@ def to_toml(config: TrainConfig, method: str) -> str:
 
     lines = [f'method = "{method}"']
     lines += [f"{f.name} = {text(getattr(config, f.name))}" for f in dataclasses.fields(config)]
+    lines += ["", "[environment]", *(f'"{name}" = {text(version)}' for name, version in versions().items())]
     return "\n".join(lines) + "\n"

@@ -30,15 +30,35 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut off by a kill is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Read the rows of a metrics.jsonl, whatever happened to the run that wrote it.
+
+    A run that is killed while it writes leaves a broken line, and one that is resumed repeats the steps since its last
+    checkpoint: broken lines are left out and reported, and of a repeated stretch the later rows count.
+
+    Args:
+        path: the file.
+
+    Returns:
+        the rows in order of step, and the numbers of the lines that could not be read (from 1).
+    """
+    rows: list[dict[str, Any]] = []
+    broken: list[int] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        if not line.strip():
             continue
-    return rows
+        try:
+            row = json.loads(line)
+        except ValueError:
+            broken.append(number)
+            continue
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int | float):
+            broken.append(number)
+            continue
+        if rows and rows[-1]["step"] > row["step"]:
+            rows = [earlier for earlier in rows if earlier["step"] < row["step"]]
+        rows.append(row)
+    return rows, broken
 
 
 class RunLog:
@@ -67,7 +87,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         path = run / "metrics.jsonl"
-        kept = [r for r in read_metrics(path) if r.get("step", 0) <= start] if start else []
+        kept = [r for r in read_metrics(path)[0] if r["step"] <= start] if start and path.is_file() else []
         path.write_text("".join(json.dumps(r) + "\n" for r in kept))
         self.file = path.open("a")
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start or None)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fgfast.errors import UserError
-from fgfast.report.html import read_metrics, write_report
+from fgfast.report.html import write_report
+from fgfast.train.log import read_metrics
 from fgfast.report.pictures import save_png
 from tests.report import runs
 
