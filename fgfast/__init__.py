@@ -7,6 +7,7 @@ from fgfast.ops.ids import Ids
 from fgfast.ops.kmeans import KMeansResult, kmeans
 from fgfast.ops.kmeans_step import KMeansStep, kmeans_step
 from fgfast.ops.part_pool import PartPool, labels_to_grid, part_pool
+from fgfast.ops.ring import global_ids
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "__version__",
     "assign_and_pool",
     "contrastive_loss",
+    "global_ids",
     "kmeans",
     "kmeans_step",
     "labels_to_grid",

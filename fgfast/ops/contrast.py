@@ -22,6 +22,7 @@ __all__ = ["Ids", "contrastive_loss"]
 NEGATIVES = ("all", "other_images", "same_image")
 REDUCTIONS = ("mean", "mean_valid", "sum", "none")
 PRECISIONS = ("ieee", "tf32")
+BREAK_EVEN = 2**16  # logits up to which "auto" takes the definition: measured on a CPU core, D = 128
 
 
 def contrastive_loss(
@@ -74,7 +75,8 @@ def contrastive_loss(
             sum / global divisor, so that the averaging of DistributedDataParallel gives exactly the gradient of one
             process on the joined batch. Image ids must differ between ranks: see ``fgfast.global_ids``. The number of
             queries and keys may differ between ranks; the bank is replicated and counts once.
-        backend: "torch", "reference" or "auto"; strict.
+        backend: "torch", "reference" or "auto"; strict. "auto" takes the definition up to 65,536 logits, where starting
+            the tiles costs more than they save, and tiles above.
 
     Returns:
         float32 (float64 for float64 inputs): a scalar, or [M] for "none".
@@ -106,7 +108,9 @@ def contrastive_loss(
         return ring_contrast(
             query, key, query_ids, key_ids, temperature, negatives, weight, normalize, bank, reduction, precision, group
         )
-    name = resolve("contrastive_loss", backend, ("torch", "reference"))
+    small = len(query) * (len(key) + (0 if bank is None else len(bank))) <= BREAK_EVEN
+    order = ("reference", "torch") if small else ("torch", "reference")
+    name = resolve("contrastive_loss", backend, order)
     if name == "reference":
         return reference.contrastive_loss(
             query, key, query_ids=query_ids, key_ids=key_ids, temperature=temperature, negatives=negatives,

@@ -41,7 +41,7 @@ class Field:
             self.key, self.key_ids = self.query, self.query_ids
         self.bank = None if bank is None else torch.randn(bank, d, generator=g, dtype=dtype)
         self.weight = torch.rand(m, generator=g, dtype=dtype) * (torch.rand(m, generator=g) > 0.3)
-        self.options: dict[str, Any] = {"temperature": 0.1}
+        self.options: dict[str, Any] = {"temperature": 0.1, "backend": "torch"}
 
     def loss(self, **options: Any) -> Tensor:
         given = {"query": self.query, "key": self.key, "query_ids": self.query_ids, "key_ids": self.key_ids,
@@ -277,6 +277,18 @@ def test_float32_keeps_its_stated_error_bound(normalize: bool) -> None:
     assert abs(got[0] - expected[0]) <= 1e-6 * (11 + abs(expected[0]))
     for g, e in zip(got[1:], expected[1:], strict=True):
         assert (g - e).abs().max() <= 1e-5 * e.abs().max()
+
+
+def test_auto_takes_the_definition_only_where_the_logits_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    field = Field(1)
+    calls = []
+    forward = tiled.forward_tiles
+    monkeypatch.setattr(tiled, "forward_tiles", lambda *args: (calls.append(1), forward(*args)))
+    field.loss(backend=None)
+    assert not calls
+    monkeypatch.setattr("fgfast.ops.contrast.BREAK_EVEN", 21 * 30 - 1)
+    field.loss(backend=None)
+    assert calls
 
 
 def test_large_logits_do_not_overflow() -> None:
