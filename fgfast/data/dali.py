@@ -17,6 +17,7 @@ import re
 import threading
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,9 +36,10 @@ from fgfast.data.views import Batch
 
 fn: Any = dali.fn  # DALI makes its operators and constants at run time: no checker can see them
 types: Any = dali.types
-Pipeline: Any = dali.Pipeline
+Pipeline: Any = dali.pipeline.Pipeline
 
-_DECODE_BATCH = 32
+_LOST: list = []
+"""Pipelines that failed: taking one down while its threads still decode ends the process (DALI 2.4)."""
 
 
 @dataclass
@@ -48,7 +50,8 @@ class _Job:
     batch: int
     rows: np.ndarray
     valid: np.ndarray
-    draws: list[Draw] = field(default_factory=list)
+    draws: list[Draw]
+    boxes: np.ndarray
     inputs: dict[str, list[np.ndarray] | np.ndarray] = field(default_factory=dict)
 
 
@@ -71,6 +74,7 @@ class DaliLoader(Loader):
         pixels = int(np.prod(source.records.sizes, axis=1, dtype=np.int64).sum()) * 4  # RGB and a third for the levels
         # A pass in file order reads each picture once: there is nothing to keep.
         self._keep = source.shuffle and pixels <= memory_mb * 2**20
+        self._stamps = list(source.records.stamps)
         self._levels: list[list[np.ndarray]] = []
         self._maps: list[np.ndarray] = []
         self._pipe: Pipeline | None = None
@@ -85,6 +89,8 @@ class DaliLoader(Loader):
                 self._restart(epoch, batch)
             assert self._producer is not None
             yield self._deliver(*self._producer.get())
+        if not self.source.shuffle:  # nothing is made ahead for a next pass, which may never come
+            self._stop()
 
     def _restart(self, epoch: int, batch: int) -> None:
         self._stop()
@@ -110,8 +116,12 @@ class DaliLoader(Loader):
         """Everything that happens in the background thread: feed the pipeline ahead, hand its outputs on."""
         if self._keep and not self._levels:
             self._decode_all()
-        while self._jobs:  # scheduled for an iteration that was given up
-            self._outputs()
+        while self._pipe is not None and self._jobs:  # scheduled for an iteration that was given up
+            try:
+                self._pipe.outputs()
+                self._jobs.popleft()
+            except RuntimeError as error:
+                self._recover(error)
         schedule = self._schedule(epoch, start)
         ahead: deque[tuple[int, int]] = deque()
         while True:
@@ -165,8 +175,16 @@ class DaliLoader(Loader):
     def _job(self, epoch: int, batch: int) -> _Job:
         source = self.source
         rows, valid = source.rows(epoch, batch)
-        rows, valid = replace_failed(rows, valid, self._failed, len(source.records))
-        job = _Job(epoch, batch, rows, valid, source.draws(epoch, batch, rows))
+        if not self._keep:
+            self._look(rows)
+            while set(rows.tolist()) & self._failed:
+                rows, valid = replace_failed(rows, valid, self._failed, len(source.records))
+                self._look(rows)
+        else:
+            rows, valid = replace_failed(rows, valid, self._failed, len(source.records))
+        draws = source.draws(epoch, batch, rows)
+        boxes = [draw.boxes(source.records.sizes[rows]) for draw in draws]
+        job = _Job(epoch, batch, rows, valid, draws, np.stack(boxes, 1) if boxes else np.zeros((len(rows), 0, 5), "f4"))
         windows = [draw.window.astype(np.float32) for draw in job.draws]
         flips = [draw.flip for draw in job.draws]
         if self._whole is not None:
@@ -281,11 +299,9 @@ class DaliLoader(Loader):
         views = len(self._sides)
         at = views + (self._whole is not None)
         index = source.records.index[job.rows]
-        sizes = source.records.sizes[job.rows]
-        boxes = [draw.boxes(sizes) for draw in job.draws]
         batch = Batch(
             views=tensors[:views],
-            boxes=torch.from_numpy(np.stack(boxes, 1)) if boxes else torch.zeros(len(index), 0, 5),
+            boxes=torch.from_numpy(job.boxes),
             labels=tensors[at : at + views] if source.spec.masks else [],
             whole=tensors[views] if self._whole is not None else None,
             whole_labels=tensors[-1] if source.spec.whole_masks else None,
@@ -298,39 +314,57 @@ class DaliLoader(Loader):
     # ---- pictures kept in memory, and files that break -------------------------------------------------------------
 
     def _decode_all(self) -> None:
+        """Decode every picture once; PIL's JPEG pixels equal DALI's, and a broken file is an ordinary error there."""
         from PIL import Image
 
         smallest = min([*self._sides, *([self._whole] if self._whole is not None else [])])
-        n = len(self._files)
-        levels: list[list[np.ndarray]] = [[] for _ in range(n)]
-        todo = [row for row in range(n) if row not in self._failed]
-        pipe = None
-        while todo:
-            chunk = todo[:_DECODE_BATCH]
+
+        def load(row: int) -> list[np.ndarray] | OSError:
             try:
-                pipe = pipe or _decoder(_DECODE_BATCH, self._threads)
-                pipe.feed_input("files", [_text(self._files[row]) for row in chunk])
-                pipe.schedule_run()
-                decoded = pipe.outputs()[0]
-            except RuntimeError as error:
-                pipe = None
-                self._diagnose(chunk, error)
-                todo = [row for row in todo if row not in self._failed]
-                continue
-            for i, row in enumerate(chunk):
-                levels[row] = [np.array(decoded.at(i))]
-                image = Image.fromarray(levels[row][0])
-                while min(image.size) >= 2 * smallest:
-                    image = image.reduce(2)
-                    levels[row].append(np.array(image))
-            todo = todo[_DECODE_BATCH:]
+                levels = [np.ascontiguousarray(read_picture(self._files[row]))]
+            except OSError as error:
+                return error
+            image = Image.fromarray(levels[0])
+            while min(image.size) >= 2 * smallest:
+                image = image.reduce(2)
+                levels.append(np.array(image))
+            return levels
+
+        with ThreadPoolExecutor(self._threads) as pool:
+            loaded = list(pool.map(load, range(len(self._files))))
+        for row, levels in enumerate(loaded):
+            if isinstance(levels, OSError):
+                self._fail(row, str(levels))
+            else:
+                self._resized(row, levels[0].shape[0], levels[0].shape[1])
         if self.source.maps is not None:
-            self._maps = [read_map(self.source.maps, self.source.rel(row))[:, :, None] for row in range(n)]
-        self._levels = levels
+            self._maps = [
+                read_map(self.source.maps, self.source.rel(row))[:, :, None] for row in range(len(self._files))
+            ]
+        self._levels = [[] if isinstance(levels, OSError) else levels for levels in loaded]
+
+    def _look(self, rows: np.ndarray) -> None:
+        """Decode on the host what was never decoded or has changed, before DALI gets it.
+
+        DALI 2.4 does not only raise on a broken file: now and then it ends the process (seen in one of three runs).
+        """
+        for row in {int(row) for row in rows} - self._failed:
+            try:
+                stat = os.stat(self._files[row])
+                if self._stamps[row] != (stat.st_size, stat.st_mtime_ns):
+                    height, width = read_picture(self._files[row]).shape[:2]
+                    self._resized(row, height, width)
+                    self._stamps[row] = (stat.st_size, stat.st_mtime_ns)
+            except OSError as error:
+                self._fail(row, str(error))
+
+    def _resized(self, row: int, height: int, width: int) -> None:
+        self.source.records.sizes[row] = height, width
 
     def _recover(self, error: RuntimeError) -> None:
         """The pipeline is lost: find the file, leave it out, and build a new pipeline for the same batches."""
         rows = sorted({int(row) for job in self._jobs for row in job.rows})
+        _LOST.append(self._pipe)
         self._pipe = None
         self._jobs.clear()
         if self._keep:  # no file is read any more, so no file is at fault
@@ -340,17 +374,18 @@ class DaliLoader(Loader):
     def _diagnose(self, rows: list[int], error: RuntimeError) -> None:
         found = False
         for row in rows:
-            file = self._files[row]
             try:
-                read_picture(file)
+                read_picture(self._files[row])
                 if self.source.maps is not None:
                     read_map(self.source.maps, self.source.rel(row))
-                if not _decodes(file):  # PIL is more lenient than DALI
-                    self._files[row] = convert(file)
-                    found = True
             except OSError as reason:
                 self._fail(row, str(reason))
                 found = True
+        if not found:  # PIL is more lenient than DALI: what DALI alone refuses is converted
+            for row in rows:
+                if not _decodes(self._files[row]):
+                    self._files[row] = convert(self._files[row])
+                    found = True
         if not found:
             raise RuntimeError(f"DALI failed on a batch in which every file decodes alone: {_first(error)}") from error
 
@@ -398,7 +433,11 @@ class _Producer:
 
     def close(self) -> None:
         self._stopped.set()
-        self._thread.join()
+        while self._thread.is_alive():
+            try:
+                self._queue.get(timeout=0.01)  # wakes a thread that waits for room
+            except queue.Empty:
+                continue
 
 
 def _one_thread() -> None:
@@ -433,21 +472,17 @@ def _first(error: RuntimeError) -> str:
     return lines[0] if lines else str(error)
 
 
-def _decoder(batch_size: int, threads: int) -> Pipeline:
-    pipe = Pipeline(batch_size, threads, None, prefetch_queue_depth=1)
+def _decodes(file: str) -> bool:
+    pipe = Pipeline(1, 1, None, prefetch_queue_depth=1)
     with pipe:
         encoded = fn.io.file.read(fn.external_source(name="files"))
         pipe.set_outputs(fn.decoders.image(encoded, output_type=types.RGB))
     pipe.build()
-    return pipe
-
-
-def _decodes(file: str) -> bool:
     try:
-        pipe = _decoder(1, 1)
         pipe.feed_input("files", [_text(file)])
         pipe.schedule_run()
         pipe.outputs()
         return True
     except RuntimeError:
+        _LOST.append(pipe)
         return False

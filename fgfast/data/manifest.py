@@ -67,6 +67,7 @@ class Records:
         images: the image set, broken pictures included.
         index: record numbers of the usable ones, int64 [N].
         files: the files to read, N absolute paths.
+        stamps: (bytes, time of change) of each file when it was decoded in full; None = it never was.
         sizes: (H, W) of the upright pictures, int32 [N, 2].
         skipped: (relative path, reason) of the others.
     """
@@ -74,6 +75,7 @@ class Records:
     images: ImageSet
     index: np.ndarray
     files: tuple[str, ...]
+    stamps: tuple[tuple[int, int] | None, ...]
     sizes: np.ndarray
     skipped: tuple[tuple[str, str], ...]
 
@@ -223,13 +225,22 @@ def _records(images: ImageSet, root: str, verdicts: list[Verdict]) -> Records:
             )
         log.warning("skipped %d of %d pictures that do not decode: %s%s", len(skipped), len(images), named, more)
     index = np.array([i for i, v in enumerate(verdicts) if not v.reason], np.int64)
+    files = tuple(verdicts[i].source or f"{root}/{images.paths[i]}" for i in index)
     return Records(
         images=images,
         index=index,
-        files=tuple(verdicts[i].source or f"{root}/{images.paths[i]}" for i in index),
+        files=files,
+        stamps=tuple(_stamp(verdicts[i]) for i in index),
         sizes=np.array([(verdicts[i].height, verdicts[i].width) for i in index], np.int32).reshape(-1, 2),
         skipped=skipped,
     )
+
+
+def _stamp(verdict: Verdict) -> tuple[int, int] | None:
+    if verdict.source:
+        stat = os.stat(verdict.source)
+        return stat.st_size, stat.st_mtime_ns
+    return (verdict.size, verdict.mtime_ns) if verdict.full else None
 
 
 def _load(cache: Path) -> dict[str, Verdict]:

@@ -8,12 +8,17 @@ all four. The blur reflects at the border, as both do.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from fgfast.data.sampling import Draw
 
+Triple = tuple[float, float, float]
+
+_CHUNK_VALUES = 2**19
 _GREY = np.array([0.299, 0.587, 0.114])
 _RGB_TO_YIQ = np.array([_GREY, [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
 _YIQ_TO_RGB = np.linalg.inv(_RGB_TO_YIQ)
@@ -46,23 +51,23 @@ def colour_matrix(colour: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return matrix.astype(np.float32), (bright * (1 - contrast)).astype(np.float32)
 
 
-def blur_matrix(sigma: np.ndarray, size: int) -> np.ndarray:
-    """Gaussian blur along one axis as a matrix, float32 [B, size, size]; rows sum to 1, the border reflects."""
+@lru_cache(maxsize=512)
+def blur_matrix(sigma: float, size: int) -> np.ndarray:
+    """Gaussian blur along one axis as a matrix, float32 [size, size]; rows sum to 1, the border reflects.
+
+    Example:
+        >>> bool(np.allclose(blur_matrix(1.5, 8).sum(1), 1))
+        True
+    """
     at = np.arange(size)
-    deviation = 2 * sigma[:, None, None].astype(np.float64) ** 2
-
-    def weight(distance: np.ndarray) -> np.ndarray:
-        return np.exp(-(distance[None].astype(np.float64) ** 2) / deviation)
-
-    kernel = weight(at[:, None] - at[None])
-    kernel += weight(at[:, None] + at[None]) * (at > 0)
-    kernel += weight(at[:, None] - (2 * (size - 1) - at)[None]) * (at < size - 1)
-    return (kernel / kernel.sum(2, keepdims=True)).astype(np.float32)
+    weight = np.exp(-(np.arange(2 * size) ** 2) / (2.0 * sigma**2))  # by distance
+    kernel = weight[abs(at[:, None] - at)]
+    kernel += weight[at[:, None] + at] * (at > 0)
+    kernel += weight[abs(at[:, None] - 2 * (size - 1) + at)] * (at < size - 1)
+    return (kernel / kernel.sum(1, keepdims=True)).astype(np.float32)
 
 
-def photometric(
-    pixels: Tensor, draw: Draw | None, mean: tuple[float, float, float], std: tuple[float, float, float]
-) -> Tensor:
+def photometric(pixels: Tensor, draw: Draw | None, mean: Triple, std: Triple) -> Tensor:
     """Colour, blur, solarise and normalise a batch of resized views.
 
     Args:
@@ -74,6 +79,20 @@ def photometric(
     Returns:
         float32 [B, 3, S, S], channels_last in memory.
     """
+    out = torch.empty_like(pixels, dtype=torch.float32).permute(0, 3, 1, 2)
+    # On the CPU a few pictures at a time, so that the steps in between stay in the cache.
+    chunk = (
+        max(1, _CHUNK_VALUES // max(1, pixels.shape[1:].numel()))
+        if pixels.device.type == "cpu"
+        else max(1, len(pixels))
+    )
+    for start in range(0, len(pixels), chunk):
+        rows = slice(start, start + chunk)
+        _photometric(pixels[rows], None if draw is None else draw.rows(rows), mean, std, out[rows])
+    return out
+
+
+def _photometric(pixels: Tensor, draw: Draw | None, mean: Triple, std: Triple, out: Tensor) -> None:
     device = pixels.device
     x = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)  # [B, 3, S, S]
     if draw is not None:
@@ -81,7 +100,9 @@ def photometric(
             x = _recolour(x, draw.colour)
         rows = np.flatnonzero(draw.sigma > 0)
         if len(rows):
-            kernel = _upload(blur_matrix(draw.sigma[rows], x.shape[-1]), device)  # [b, S, S]
+            kernel = _upload(
+                np.stack([blur_matrix(float(sigma), x.shape[-1]) for sigma in draw.sigma[rows]]), device
+            )  # [b, S, S]
             which = _upload(rows, device)
             picked = x[which]  # [b, 3, S, S]
             across = torch.bmm(picked.flatten(1, 2), kernel.transpose(1, 2)).view_as(picked)
@@ -93,7 +114,7 @@ def photometric(
             x.index_copy_(0, which, torch.where(picked >= 128, 255 - picked, picked))
     scale = _upload(1 / (255 * np.array(std, np.float32)), device)[:, None, None]
     shift = _upload(-np.array(mean, np.float32) / np.array(std, np.float32), device)[:, None, None]
-    return x.mul_(scale).add_(shift).contiguous(memory_format=torch.channels_last)
+    out.copy_(x.mul_(scale).add_(shift))
 
 
 def _upload(values: np.ndarray, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 from fgfast.data.views import Crop
 
 _ATTEMPTS = 10
+_SIGMAS = 64
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Draw:
     colour: np.ndarray
     sigma: np.ndarray
     solarize: np.ndarray
+
+    def rows(self, which: slice) -> Draw:
+        """The same for some of the pictures."""
+        return Draw(*(value[which] for value in vars(self).values()))
 
     def boxes(self, sizes: np.ndarray) -> np.ndarray:
         """(y0, x0, h, w, flip) in [0, 1], float32 [B, 5], for picture sizes (H, W) [B, 2]."""
@@ -90,7 +95,9 @@ def draw_crop(crop: Crop, sizes: np.ndarray, rng: np.random.Generator) -> Draw:
     )  # [max(0, 1 - s), 1 + s]
     colour = np.where(chance[:, 1:2] < crop.jitter_p, colour, [1.0, 1.0, 1.0, 0.0])
     colour[:, 2] *= chance[:, 2] >= crop.grayscale
-    sigma = rng.uniform(*crop.blur_sigma, batch) * (chance[:, 3] < crop.blur)
+    low, high = crop.blur_sigma
+    sigma = low + (high - low) * (rng.integers(0, _SIGMAS, batch) + 0.5) / _SIGMAS  # few values: kernels are kept
+    sigma = sigma * (chance[:, 3] < crop.blur)
     return Draw(
         window=np.stack([y, x, h, w], 1).astype(np.int32),
         flip=chance[:, 0] < crop.flip,

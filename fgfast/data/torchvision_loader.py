@@ -1,4 +1,4 @@
-"""The torchvision loader: the same batches by PIL and torchvision.transforms.v2 in worker processes, where DALI has no wheel.
+"""The torchvision loader: the same batches where DALI has no wheel, by PIL and transforms.v2 in worker processes.
 
 It applies the same draws as the DALI loader (same windows, flips and factors), with torchvision's own formulas for
 colour and blur; only the hue (HSV instead of YIQ) and the rounding to 8 bits between the steps differ.

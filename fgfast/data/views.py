@@ -191,4 +191,4 @@ def warp_labels(labels: Tensor, boxes: Tensor, size: int) -> Tensor:
     rows = ((box[:, 0:1] + step * box[:, 2:3]) * height).long().clamp_(0, height - 1)  # [B, S]
     columns = ((box[:, 1:2] + across * box[:, 3:4]) * width).long().clamp_(0, width - 1)  # [B, S]
     flat = rows[:, :, None] * width + columns[:, None, :]  # [B, S, S]
-    return labels.reshape(batch, -1).gather(1, flat.reshape(batch, -1)).reshape(batch, size, size)
+    return labels.flatten(1).gather(1, flat.flatten(1)).reshape(batch, size, size)

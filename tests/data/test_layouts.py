@@ -1,0 +1,166 @@
+"""Layouts: what is read from CUB-200-2011's lists and image folders, and the one sentence for each bad one."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fgfast.data.layouts import ImageSet, open_images
+from fgfast.errors import UserError
+
+
+def picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 6), (10, 20, 30)).save(path)
+
+
+@pytest.fixture
+def cub(tmp_path: Path) -> Path:
+    """Four pictures of two classes in CUB-200-2011's layout."""
+    names = ["001.A/x 1.jpg", "001.A/x2.jpg", "002.B/y1.jpg", "002.B/y2.jpg"]
+    for name in names:
+        picture(tmp_path / "images" / name)
+    lists = {
+        "images.txt": [f"{i} {name}" for i, name in enumerate(names, 1)],
+        "image_class_labels.txt": ["1 1", "2 1", "3 2", "4 2"],
+        "classes.txt": ["1 001.A", "2 002.B"],
+        "train_test_split.txt": ["1 1", "2 0", "3 1", "4 0"],
+        "bounding_boxes.txt": [f"{i} 1.5 2 3 4" for i in range(1, 5)],
+        "parts/parts.txt": ["1 beak", "2 left eye"],
+        "parts/part_locs.txt": [f"{i} {p} {i}.25 {p} 1" for i in range(1, 5) for p in (1, 2)],
+    }
+    for name, lines in lists.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_cub_lists_are_read(cub: Path) -> None:
+    images = open_images(cub)
+    assert images.paths[0] == "001.A/x 1.jpg"
+    assert images.targets.tolist() == [0, 0, 1, 1]
+    assert images.classes == ("001.A", "002.B")
+    assert images.part_names == ("beak", "left eye")
+    assert images.boxes is not None
+    assert images.boxes[2].tolist() == [1.5, 2, 3, 4]
+    assert images.keypoints is not None
+    assert images.keypoints[3, 1].tolist() == [4.25, 2, 1]
+    assert images.masks is None
+    assert images.train_set().paths == ("001.A/x 1.jpg", "002.B/y1.jpg")
+    assert images.test_set().targets.tolist() == [0, 1]
+    assert images.subset([3, 0]).keypoints is not None
+    assert images.subset([3, 0]).paths == ("002.B/y2.jpg", "001.A/x 1.jpg")
+
+
+def test_part_masks_are_found(cub: Path) -> None:
+    (cub / "part_masks").mkdir()
+    assert open_images(cub).masks == cub / "part_masks"
+
+
+def test_boxes_and_parts_may_be_absent(cub: Path) -> None:
+    (cub / "bounding_boxes.txt").unlink()
+    for file in (cub / "parts").iterdir():
+        file.unlink()
+    (cub / "parts").rmdir()
+    images = open_images(cub)
+    assert images.boxes is None
+    assert images.keypoints is None
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    return lambda root: (root / name).write_text(text) and None
+
+
+def drop(name: str) -> Callable[[Path], None]:
+    return lambda root: (root / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (drop("classes.txt"), r"classes\.txt is missing"),
+        (drop("train_test_split.txt"), r"train_test_split\.txt is missing"),
+        (drop("parts/part_locs.txt"), r"part_locs\.txt is missing"),
+        (write("image_class_labels.txt", "1 1\n2 one\n3 2\n4 2\n"), r"image_class_labels\.txt:2: '2 one'"),
+        (write("bounding_boxes.txt", "1 1 2 3 4\n\n2 1 2 3\n"), r"bounding_boxes\.txt:3: "),
+        (write("bounding_boxes.txt", "1 1 2 3 nan\n"), r"bounding_boxes\.txt:1: "),
+        (write("images.txt", "1\n"), r"images\.txt:1: "),
+        (write("images.txt", ""), "names no picture"),
+        (write("images.txt", "1 a.jpg\n1 b.jpg\n"), "one number to two pictures"),
+        (write("image_class_labels.txt", "1 1\n2 1\n3 2\n"), "no line for picture 4"),
+        (write("image_class_labels.txt", "1 1\n2 1\n3 2\n4 2\n5 2\n"), "names picture 5"),
+        (write("image_class_labels.txt", "1 1\n2 1\n3 2\n4 7\n"), "class 7, which .* does not name"),
+        (write("classes.txt", "1 001.A\n2 002.B\n3 003.C\n"), r"Class 003\.C .* has no picture"),
+        (write("train_test_split.txt", "1 1\n2 2\n3 1\n4 0\n"), "must hold 0"),
+        (write("parts/part_locs.txt", "1 9 1 1 1\n"), "part 9"),
+    ],
+)
+def test_a_bad_cub_layout_is_named(cub: Path, spoil: Callable[[Path], None], message: str) -> None:
+    spoil(cub)
+    with pytest.raises(UserError, match=message):
+        open_images(cub)
+
+
+@pytest.mark.parametrize("held_out", ["val", "test"])
+def test_a_folder_with_splits(tmp_path: Path, held_out: str) -> None:
+    for rel in (
+        "train/b/1.jpg",
+        "train/a/deep/2.PNG",
+        f"{held_out}/a/3.jpg",
+        "train/a/notes.txt",
+        "train/a/.hidden.jpg",
+    ):
+        picture(tmp_path / rel) if rel[-3:] != "txt" else (tmp_path / rel).write_text("")
+    images = open_images(tmp_path)
+    assert images.paths == ("train/a/deep/2.PNG", "train/b/1.jpg", f"{held_out}/a/3.jpg")
+    assert images.targets.tolist() == [0, 1, 0]
+    assert images.train.tolist() == [True, True, False]
+
+
+def test_flat_forms(tmp_path: Path) -> None:
+    picture(tmp_path / "classes" / "x" / "1.jpg")
+    picture(tmp_path / "classes" / "y" / "2.jpg")
+    picture(tmp_path / "flat" / "1.jpg")
+    images: ImageSet = open_images(tmp_path / "classes")
+    assert images.classes == ("x", "y")
+    assert images.train.all()
+    assert open_images(tmp_path / "flat").classes == ("unlabelled",)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ((), "holds no picture"),
+        (("train/a/1.jpg",), "neither val/ nor test/"),
+        (("a/1.jpg", "b/readme.txt"), "Class folder .*b has no picture"),
+        (("train/a/1.jpg", "train/b/x.txt", "val/a/1.jpg"), "Class folder .*b has no picture"),
+        (("train/a/1.jpg", "val/z/1.jpg"), "Class z .* not in train"),
+        (("train/x.jpg", "val/a/1.jpg"), "has no class folder"),
+        (("1.jpg", "a/1.jpg"), "mixes pictures and folders"),
+    ],
+)
+def test_a_bad_folder_is_named(tmp_path: Path, files: tuple[str, ...], message: str) -> None:
+    for rel in files:
+        if rel.endswith("txt"):
+            (tmp_path / rel).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / rel).write_text("")
+        else:
+            picture(tmp_path / rel)
+    with pytest.raises(UserError, match=message):
+        open_images(tmp_path)
+
+
+def test_a_missing_folder_is_named() -> None:
+    with pytest.raises(UserError, match="/nowhere does not exist"):
+        open_images("/nowhere")
+
+
+def test_photographs_of_birds(photographs: ImageSet) -> None:
+    assert len(photographs) == 2889
+    assert len(photographs.classes) == 50
+    assert photographs.train.sum() == 1500
+    assert photographs.keypoints is not None
+    assert photographs.keypoints.shape == (2889, 15, 3)
+    assert np.isclose(photographs.keypoints[:, :, 2].sum(1).mean(), 11.7, atol=0.05)

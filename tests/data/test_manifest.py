@@ -1,0 +1,158 @@
+"""The manifest: odd pictures are converted and used, broken ones found by a full decode, verdicts kept."""
+
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fgfast.data import manifest
+from fgfast.data.layouts import ImageSet, open_images
+from fgfast.data.loader import make_loader
+from fgfast.data.manifest import check_images
+from fgfast.data.views import ViewSpec
+from fgfast.errors import UserError
+
+from .conftest import smooth
+
+RAW = ViewSpec(whole=48, mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255))
+
+
+def png16(pixels: np.ndarray) -> bytes:
+    """A 16-bit colour PNG, which PIL cannot write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.fixture
+def odd_set(tmp_path: Path) -> ImageSet:
+    """One picture saved in every way that a decoder may stumble over."""
+    root = tmp_path / "odd"
+    root.mkdir()
+    image, grey = smooth(3), smooth(3).convert("L")
+    image.save(root / "rgb.png")
+    image.convert("CMYK").save(root / "cmyk.jpg", quality=100)
+    image.convert("RGBA").save(root / "rgba.png")
+    image.convert("P", palette=Image.Palette.ADAPTIVE).save(root / "palette.png")
+    (root / "rgb16.png").write_bytes(png16(np.asarray(image).astype(np.uint16) * 257))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying, to be turned by 90 degrees
+    image.transpose(Image.Transpose.ROTATE_90).save(root / "exif.jpg", exif=exif, quality=100)
+    for name in ("bmp.bmp", "gif.gif", "tiff.tif", "webp.webp"):
+        image.save(root / name, **({"lossless": True} if name == "webp.webp" else {}))
+    (root / "png_named.jpg").write_bytes((root / "rgb.png").read_bytes())
+    (root / "no_end.png").write_bytes((root / "rgb.png").read_bytes()[:-12])
+    grey.save(root / "grey.jpg", quality=100)
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(root / "grey16.png")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(root / "grey16.tif")
+    Image.fromarray(np.asarray(grey).astype(np.float32) / 255).save(root / "float.tif")
+    return open_images(root)
+
+
+@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+def test_every_kind_of_picture_shows_the_same(odd_set: ImageSet, backend: str) -> None:
+    pytest.importorskip("nvidia.dali" if backend == "dali" else "torchvision")
+    loader = make_loader(odd_set, RAW, len(odd_set), shuffle=False, threads=1, backend=backend)
+    batch = next(iter(loader))
+    loader.close()
+    assert loader.skipped == []
+    assert batch.whole is not None
+    whole = dict(zip(odd_set.paths, batch.whole, strict=True))
+    grey = whole["rgb.png"].mul(whole["rgb.png"].new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
+    for name, pixels in whole.items():
+        truth = grey.expand(3, -1, -1) if name.startswith(("grey", "float")) else whole["rgb.png"]
+        off = 8 if name.startswith(("palette", "gif")) else 3
+        assert (pixels - truth).abs().mean() < off, name
+
+
+def test_sizes_are_those_of_the_upright_picture(odd_set: ImageSet) -> None:
+    assert (check_images(odd_set).sizes == (96, 120)).all()
+
+
+def test_broken_pictures_are_skipped_and_named(smooth_set: ImageSet, caplog: pytest.LogCaptureFixture) -> None:
+    path = smooth_set.root / smooth_set.paths[7]
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.98)])
+    (smooth_set.root / smooth_set.paths[9]).write_bytes(b"")
+    records = check_images(smooth_set, threads=2)
+    assert [rel for rel, _ in records.skipped] == [smooth_set.paths[7], smooth_set.paths[9]]
+    assert "truncated" in records.skipped[0][1]
+    assert "empty" in records.skipped[1][1]
+    assert "skipped 2 of 50" in caplog.text
+    assert smooth_set.paths[7] in caplog.text
+    assert len(records) == 48
+    assert set(records.index.tolist()) == set(range(50)) - {7, 9}
+
+
+def test_a_header_check_misses_what_a_full_decode_finds(smooth_set: ImageSet) -> None:
+    path = smooth_set.root / smooth_set.paths[7]
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.98)])
+    assert not check_images(smooth_set, full=False).skipped
+    assert len(check_images(smooth_set).skipped) == 1  # the header's verdict is not taken for a full one
+
+
+def test_too_many_broken_pictures_stop(smooth_set: ImageSet) -> None:
+    for rel in smooth_set.paths[:3]:
+        (smooth_set.root / rel).write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"3 of 50 .* do not decode, such as .*not a picture"):
+        check_images(smooth_set)
+
+
+def test_a_listed_picture_that_is_missing_is_named(smooth_set: ImageSet) -> None:
+    (smooth_set.root / smooth_set.paths[4]).unlink()
+    with pytest.raises(UserError, match=f"{smooth_set.paths[4]} is listed but missing"):
+        check_images(smooth_set)
+
+
+def test_an_empty_set_is_refused(smooth_set: ImageSet) -> None:
+    with pytest.raises(UserError, match="empty"):
+        check_images(smooth_set.subset([]))
+
+
+def test_only_new_and_changed_files_are_decoded(smooth_set: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = check_images(smooth_set)
+    inspected: list[str] = []
+    inspect = manifest._inspect
+    monkeypatch.setattr(manifest, "_inspect", lambda path, *rest: inspected.append(path) or inspect(path, *rest))
+    again = check_images(smooth_set)
+    assert inspected == []
+    assert again.files == first.files
+    assert np.array_equal(again.sizes, first.sizes)
+    smooth(99).save(smooth_set.root / smooth_set.paths[3], quality=50)
+    check_images(smooth_set)
+    assert inspected == [str(smooth_set.root.resolve() / smooth_set.paths[3])]
+
+
+def test_a_spoilt_cache_file_is_made_again(smooth_set: ImageSet, caplog: pytest.LogCaptureFixture) -> None:
+    check_images(smooth_set)
+    (cache,) = (manifest.cache_folder() / "manifests").iterdir()
+    cache.write_text("{")
+    assert len(check_images(smooth_set)) == 50
+    assert "cannot be read" in caplog.text
+
+
+def test_nothing_is_written_into_the_data_folder(odd_set: ImageSet) -> None:
+    before = sorted(odd_set.root.rglob("*"))
+    check_images(odd_set)
+    assert sorted(odd_set.root.rglob("*")) == before
+
+
+def test_a_kept_manifest_is_read_fast(tmp_path: Path) -> None:
+    root = tmp_path / "many"
+    root.mkdir()
+    smooth(0, 16, 16).save(root / "0.jpg")
+    content = (root / "0.jpg").read_bytes()
+    for i in range(1, 1000):
+        (root / f"{i}.jpg").write_bytes(content)
+    images = open_images(root)
+    check_images(images)
+    start = time.perf_counter()
+    check_images(images)
+    assert time.perf_counter() - start < 0.5  # 2,000 pictures a second

@@ -1,0 +1,67 @@
+"""Id maps on disk: they come back as they were saved, and a folder that lacks one is refused by name."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fgfast.data.maps import map_path, map_sizes, read_map, read_maps_info, save_maps, write_atomically, write_maps_info
+from fgfast.errors import UserError
+
+
+def test_maps_come_back_as_saved(tmp_path: Path) -> None:
+    labels = np.random.default_rng(0).integers(0, 256, (3, 7, 5), dtype=np.uint8)
+    rels = ["a/1.jpg", "a/b/2.png", "3.jpeg"]
+    save_maps(tmp_path, rels, labels)
+    for rel, grid in zip(rels, labels, strict=True):
+        assert np.array_equal(read_map(tmp_path, rel), grid)
+    assert map_sizes(tmp_path, rels).tolist() == [[7, 5]] * 3
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_info_comes_back_as_written(tmp_path: Path) -> None:
+    write_maps_info(tmp_path, 15, (64, 48), "abc")
+    assert read_maps_info(tmp_path) == {"n_parts": 15, "size": [64, 48], "run": "abc"}
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"n_parts": 3}', '{"size": [1, 2]}'])
+def test_bad_info_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "maps.json").write_text(content)
+    with pytest.raises(UserError, match=r"maps\.json .*fgfast discover"):
+        read_maps_info(tmp_path)
+    with pytest.raises(UserError, match="is missing"):
+        read_maps_info(tmp_path / "none")
+
+
+def test_wrong_arrays_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        save_maps(tmp_path, ["a.jpg"], np.zeros((1, 2, 2), np.int64))
+    with pytest.raises(ValueError, match="1 to 255"):
+        write_maps_info(tmp_path, 256, (1, 1), "")
+
+
+def test_a_missing_or_misleading_map_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        map_sizes(tmp_path / "none", ["a.jpg"])
+    with pytest.raises(UserError, match=r"no map for a\.jpg: .*fgfast discover"):
+        map_sizes(tmp_path, ["a.jpg"])
+    Image.new("P", (4, 4)).save(map_path(tmp_path, "a.jpg"))
+    with pytest.raises(UserError, match="not 8-bit grey"):
+        map_sizes(tmp_path, ["a.jpg"])
+    map_path(tmp_path, "a.jpg").write_bytes(b"GIF89a")
+    with pytest.raises(UserError, match="not a PNG"):
+        map_sizes(tmp_path, ["a.jpg"])
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def full(self: Path, content: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="No space left"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
