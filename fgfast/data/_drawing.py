@@ -159,7 +159,7 @@ def draw(
     Args:
         traits: the bird's part attributes.
         size: side of the picture in pixels.
-        nuisance: 0 = one pose on one backdrop; 1 = full variation; more is allowed.
+        nuisance: 0 = one pose, plain light; 1 = wide variation; more is allowed.
         rng: the only source of chance.
 
     Returns:
