@@ -1,6 +1,15 @@
 """fgfast: cluster pixels into parts, pool them, contrast them. The public names; importing this loads torch alone."""
 
 from fgfast.backend import use_backend
+from fgfast.losses import (
+    DetConBLoss,
+    DetConSLoss,
+    DINOLoss,
+    InfoNCELoss,
+    NTXentLoss,
+    PartContrastiveLoss,
+    SupConLoss,
+)
 from fgfast.ops.assign_and_pool import assign_and_pool
 from fgfast.ops.contrast import contrastive_loss
 from fgfast.ops.ids import Ids
@@ -12,10 +21,17 @@ from fgfast.ops.ring import global_ids
 __version__ = "0.1.0"
 
 __all__ = [
+    "DINOLoss",
+    "DetConBLoss",
+    "DetConSLoss",
     "Ids",
+    "InfoNCELoss",
     "KMeansResult",
     "KMeansStep",
+    "NTXentLoss",
+    "PartContrastiveLoss",
     "PartPool",
+    "SupConLoss",
     "__version__",
     "assign_and_pool",
     "contrastive_loss",

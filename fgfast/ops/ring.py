@@ -143,9 +143,9 @@ class _RingContrast(torch.autograd.Function):
                 if need_temperature:
                     d_temperature = tiled.temperature_gradient(tiled.inner(rows, d_query), scale, temperature)
                 tiled.finish_gradient(rows, d_query, scale)
-        of_inputs = ((d_query, query, need_query), (d_block, key, need_key), (d_bank, bank, need_bank),
-                     (d_temperature, temperature, need_temperature))  # fmt: skip
-        return (*(d.to(x.dtype) if need else None for d, x, need in of_inputs), *[None] * 7)
+        of_inputs = ((need_query, d_query, query), (need_key, d_block, key), (need_bank, d_bank, bank),
+                     (need_temperature, d_temperature, temperature))  # fmt: skip
+        return (*(d.to(x.dtype) if need and d is not None else None for need, d, x in of_inputs), *[None] * 7)
 
 
 def ring_contrast(
