@@ -17,6 +17,8 @@ from torch import Tensor
 from fgfast.ops._kmeans_source import Source, one_hot
 from fgfast.ops._tensors import TILE, accumulation
 
+CACHED = 1 << 16  # elements of a tile on the CPU: its five products stay in a core's cache
+
 
 def interpolation(length: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[size, length] matrix of bilinear resizing along one axis, align_corners=False.
@@ -41,7 +43,7 @@ class Level:
         self.same = tuple(f.shape[2:]) == size
         self.wy = interpolation(self.height, size[0], self.f.dtype, f.device)
         self.wx = interpolation(self.width, size[1], self.f.dtype, f.device)
-        bad = ~self._products(self.f, None)[0].isfinite()  # [B, h, w]
+        bad = ~self._products(None, False)[0].isfinite()  # [B, h, w]
         self.bad: Tensor | None = None
         if f.device.type != "cpu" or bool(bad.any()):
             self.bad = self.up(bad.to(self.f.dtype)) > 0
@@ -52,26 +54,26 @@ class Level:
         """[..., h, w] to [..., H, W]."""
         return maps if self.same else self.wy @ (maps @ self.wx.T)
 
-    def _products(self, f: Tensor, neighbours: bool | None) -> list[Tensor]:
-        """G00, and with ``neighbours`` G01, G10 and G11 + G-11, in tiles of channels."""
+    def _products(self, mu: Tensor | None, neighbours: bool) -> list[Tensor]:
+        """G00 of f - mu, and with ``neighbours`` G01, G10 and G11 + G-11, in tiles of channels."""
         found: list[Tensor] = []
-        step = max(1, TILE // max(1, f[:, :1].numel()))
+        step = max(1, (CACHED if self.f.device.type == "cpu" else TILE) // max(1, self.f[:, :1].numel()))
         for d in range(0, self.channels, step):
-            t = f[:, d : d + step]
+            t = self.f[:, d : d + step]
+            t = t if mu is None else t - mu[:, d : d + step, None, None]
             parts = [t.square().sum(1)]
             if neighbours:
                 up, down, left, right = t[:, :, :-1], t[:, :, 1:], t[..., :-1], t[..., 1:]
                 across = up[..., :-1] * down[..., 1:] + up[..., 1:] * down[..., :-1]
                 parts += [(left * right).sum(1), (up * down).sum(1), across.sum(1)]
             found = [a + b for a, b in zip(found, parts, strict=True)] if found else parts
-        return found or [f.new_zeros(f.shape[0], self.height, self.width)]
+        return found
 
     def squares(self, mu: Tensor | None) -> Tensor:
         """|up(f) - mu|^2 [B, H, W]: up(f) - mu = up(f - mu), as the weights of a pixel sum to one."""
-        f = self.f if mu is None else self.f - mu[..., None, None]
-        if self.same or not self.channels:
-            return self.up(self._products(f, None)[0])
-        g00, g01, g10, g11 = self._products(f, True)
+        if self.same:
+            return self._products(mu, False)[0]
+        g00, g01, g10, g11 = self._products(mu, True)
         a0, b0 = self.wy.square(), self.wx.square()
         a1, b1 = 2 * self.wy[:, :-1] * self.wy[:, 1:], 2 * self.wx[:, :-1] * self.wx[:, 1:]
         out = a0 @ (g00 @ b0.T + g01 @ b1.T) + a1 @ (g10 @ b0.T + g11 @ (b1 / 2).T)
@@ -101,6 +103,14 @@ class Pyramid(Source):
         self.resized = [level for level in self.levels if not level.same]
         if self.resized:
             self.down = torch.cat([level.wy for level in self.resized], 1)  # [H, sum of h_l]
+
+    def finite(self) -> Tensor:
+        """Which pixels mix finite cells alone, bool [B, N]."""
+        out = torch.ones(self.batch, *self.size, dtype=torch.bool, device=self.device)
+        for level in self.levels:
+            if level.bad is not None:
+                out &= ~level.bad
+        return out.flatten(1)
 
     def squares(self, mu: Tensor | None) -> Tensor:
         """|x_n - mu|^2 [B, N]."""

@@ -37,6 +37,10 @@ class Source(ABC):
     def squares(self, mu: Tensor | None) -> Tensor:
         """|x_n - mu|^2 [B, N], mu [B, D] or None for 0; not finite for a pixel that is not."""
 
+    def finite(self) -> Tensor:
+        """Which pixels are finite, bool [B, N]."""
+        return self.squares(None).isfinite()
+
     @abstractmethod
     def inner(self, m: Tensor) -> Tensor:
         """<x_n, m_k> [B, K, N] for m [B, K, D]."""
@@ -56,22 +60,22 @@ class Source(ABC):
     def around(self, metric: str, weight: Tensor | None, mu: Tensor | None) -> None:
         """Find the pixels that count and their squares around mu [B, D] (None: their mean; cosine: zero)."""
         self.cosine = metric == "cosine"
-        squares = self.squares(None if self.cosine else mu)
-        finite = squares.isfinite()
-        wanted = torch.ones_like(squares) if weight is None else weight.to(self.dtype)
+        mu = None if self.cosine else mu
+        squares = self.squares(mu) if self.cosine or mu is not None else None
+        finite = self.finite() if squares is None else squares.isfinite()
+        wanted = torch.ones_like(finite, dtype=self.dtype) if weight is None else weight.to(self.dtype)
         self.w = torch.where(finite, wanted, 0)  # [B, N]
         self.lost = ((wanted > 0) & ~finite).any(1)  # [B]
-        if self.cosine:
-            self.sq = torch.where(finite, squares, 0)
-            self.r = self.sq.sqrt().clamp_min(EPS).reciprocal()
-            self.scale = self.w * self.r
-            return
-        self.scale = self.w
-        if mu is None:
+        if squares is None:
             counted = (self.w > 0).to(self.dtype)
             mu = self.total(counted) / counted.sum(1, keepdim=True).clamp_min(1)
             squares = self.squares(mu)
-        self.mu, self.sq = mu, torch.where(finite, squares, 0)
+        self.sq, self.scale = torch.where(finite, squares, 0), self.w
+        if self.cosine:
+            self.r = self.sq.sqrt().clamp_min(EPS).reciprocal()
+            self.scale = self.w * self.r
+        elif mu is not None:
+            self.mu = mu
 
     def variance(self) -> Tensor:
         """Mean over the features of their variance over the pixels that count [B]."""
@@ -101,11 +105,11 @@ class Source(ABC):
         return torch.where(kept, labels, -1), near, sums, one_hot(labels, self.w, c.shape[1]).sum(2)
 
     def distances(self, points: Tensor) -> Tensor:
-        """[B, m, N] distances of every pixel from points [B, m, D] (unit vectors for cosine)."""
+        """[B, m, N] distances of every pixel from points [B, m, D] (unit vectors for cosine), 0 where none counts."""
         m, bias = self._around(points)
         scores = self.inner(m) + bias[..., None]
         near = 1 + scores * self.r[:, None] if self.cosine else scores + self.sq[:, None]
-        return near.clamp_min_(0)
+        return near.clamp_min_(0).masked_fill_((self.w <= 0)[:, None], 0)
 
     def points(self, index: Tensor) -> Tensor:
         """Pixels [B, m, D] as centroids: unit vectors for cosine, zeros in place of what is not finite."""

@@ -185,8 +185,8 @@ def kmeans(
     Returns:
         KMeansResult: centroids [B, K, D] float32 (float64 for float64), labels int64 in the spatial shape of x (-1
         where weight is 0 or the pixel is not finite; ties go to the lowest index), counts float32 [B, K] sums of
-        weight, inertia float32 [B] (NaN where a pixel of positive weight is not finite; it reaches nothing else), n_iter
-        int32 [B]. One problem [N, D] has no B.
+        weight, inertia float32 [B] (NaN where a pixel of positive weight is not finite, which reaches nothing else),
+        n_iter int32 [B]. One problem [N, D] has no B.
 
     Raises:
         ValueError: shapes, devices, numbers or names do not fit, K > N, or (seen on the CPU) negative weights.
@@ -239,6 +239,8 @@ def kmeans(
     if resolve("kmeans", backend, BACKENDS) == "reference":
         if w is not None:
             check_weight(w)
+        if first is not None:
+            check_finite("init", first)
         built = xs if full is not None else xs[0].flatten(2).transpose(1, 2)
         begin = name if first is None else first
         outs = reference.kmeans(built, n_clusters, full, n_iter, begin, samples, n_init, tol, w, metric, empty, chosen)
