@@ -8,17 +8,18 @@ all four. The blur reflects at the border, as both do.
 
 from __future__ import annotations
 
-from functools import lru_cache
+import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fgfast.data.sampling import Draw
 
 Triple = tuple[float, float, float]
 
-_CHUNK_VALUES = 2**19
+_CHUNK_VALUES = 2**18
 _GREY = np.array([0.299, 0.587, 0.114])
 _RGB_TO_YIQ = np.array([_GREY, [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
 _YIQ_TO_RGB = np.linalg.inv(_RGB_TO_YIQ)
@@ -51,20 +52,32 @@ def colour_matrix(colour: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return matrix.astype(np.float32), (bright * (1 - contrast)).astype(np.float32)
 
 
-@lru_cache(maxsize=512)
-def blur_matrix(sigma: float, size: int) -> np.ndarray:
-    """Gaussian blur along one axis as a matrix, float32 [size, size]; rows sum to 1, the border reflects.
+def blur(x: Tensor, sigma: np.ndarray) -> Tensor:
+    """Gaussian blur of each picture with its own standard deviation; the border reflects.
+
+    Two passes of shifted sums over 2 ceil(3 max sigma) + 1 taps: a tenth of the time of a grouped convolution.
+
+    Args:
+        x: float32 [B, C, S, S].
+        sigma: standard deviations in pixels, > 0, [B].
 
     Example:
-        >>> bool(np.allclose(blur_matrix(1.5, 8).sum(1), 1))
+        >>> bool(torch.allclose(blur(torch.ones(2, 1, 8, 8), np.array([0.5, 2.0])), torch.ones(1)))
         True
     """
-    at = np.arange(size)
-    weight = np.exp(-(np.arange(2 * size) ** 2) / (2.0 * sigma**2))  # by distance
-    kernel = weight[abs(at[:, None] - at)]
-    kernel += weight[at[:, None] + at] * (at > 0)
-    kernel += weight[abs(at[:, None] - 2 * (size - 1) + at)] * (at < size - 1)
-    return (kernel / kernel.sum(1, keepdims=True)).astype(np.float32)
+    size = x.shape[-1]
+    radius = min(math.ceil(3 * float(sigma.max())), size - 1)
+    taps = np.exp(-(np.arange(radius + 1) ** 2) / (2.0 * sigma[:, None].astype(np.float64) ** 2))  # [B, R + 1]
+    taps *= np.arange(radius + 1) <= np.ceil(3 * sigma[:, None])  # each picture has its own width, as alone
+    taps /= taps[:, :1] + 2 * taps[:, 1:].sum(1, keepdims=True)
+    weight = _upload(taps.astype(np.float32), x.device)[:, :, None, None, None]
+    for axis, border in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
+        padded = F.pad(x, border, mode="reflect")
+        x = padded.narrow(axis, radius, size) * weight[:, 0]
+        for t in range(1, radius + 1):
+            pair = padded.narrow(axis, radius - t, size) + padded.narrow(axis, radius + t, size)
+            x.addcmul_(pair, weight[:, t])
+    return x
 
 
 def photometric(pixels: Tensor, draw: Draw | None, mean: Triple, std: Triple) -> Tensor:
@@ -100,13 +113,8 @@ def _photometric(pixels: Tensor, draw: Draw | None, mean: Triple, std: Triple, o
             x = _recolour(x, draw.colour)
         rows = np.flatnonzero(draw.sigma > 0)
         if len(rows):
-            kernel = _upload(
-                np.stack([blur_matrix(float(sigma), x.shape[-1]) for sigma in draw.sigma[rows]]), device
-            )  # [b, S, S]
             which = _upload(rows, device)
-            picked = x[which]  # [b, 3, S, S]
-            across = torch.bmm(picked.flatten(1, 2), kernel.transpose(1, 2)).view_as(picked)
-            x.index_copy_(0, which, torch.matmul(kernel[:, None], across))
+            x.index_copy_(0, which, blur(x[which], draw.sigma[rows]))
         rows = np.flatnonzero(draw.solarize)
         if len(rows):
             which = _upload(rows, device)

@@ -13,7 +13,6 @@ import numpy as np
 from fgfast.data.views import Crop
 
 _ATTEMPTS = 10
-_SIGMAS = 64
 
 
 @dataclass(frozen=True)
@@ -95,9 +94,7 @@ def draw_crop(crop: Crop, sizes: np.ndarray, rng: np.random.Generator) -> Draw:
     )  # [max(0, 1 - s), 1 + s]
     colour = np.where(chance[:, 1:2] < crop.jitter_p, colour, [1.0, 1.0, 1.0, 0.0])
     colour[:, 2] *= chance[:, 2] >= crop.grayscale
-    low, high = crop.blur_sigma
-    sigma = low + (high - low) * (rng.integers(0, _SIGMAS, batch) + 0.5) / _SIGMAS  # few values: kernels are kept
-    sigma = sigma * (chance[:, 3] < crop.blur)
+    sigma = rng.uniform(*crop.blur_sigma, batch) * (chance[:, 3] < crop.blur)
     return Draw(
         window=np.stack([y, x, h, w], 1).astype(np.int32),
         flip=chance[:, 0] < crop.flip,

@@ -62,8 +62,8 @@ def test_content_lies_where_the_box_says(coded_set: ImageSet, variant: str) -> N
                         rows = (y0 + step * h) * height - 0.5
                         columns = (x0 + (1 - step if flip else step) * w) * width - 0.5
                         inner = slice(2, -2)  # the filter is cut off at the border of the window
-                        assert (view[i, 0, inner, inner] - columns[None, inner]).abs().max() < 1.2
-                        assert (view[i, 1, inner, inner] - rows[inner, None]).abs().max() < 1.2
+                        assert (view[i, 0, inner, inner] - columns[None, inner]).abs().max() < 1.5
+                        assert (view[i, 1, inner, inner] - rows[inner, None]).abs().max() < 1.5
                         assert (view[i, 2] - 77).abs().max() < 0.6
     assert flipped == {0.0, 1.0}
 
@@ -100,9 +100,8 @@ def test_the_whole_view_is_squashed_or_a_centred_square(coded_set: ImageSet, var
         height, width = 120, 250  # record 1
         assert abs(whole[1, 0].mean() - (width - 1) / 2) < 1
         span = 0.5 * height if center else width
-        assert (
-            abs(whole[1, 0, :, -1].mean() - whole[1, 0, :, 0].mean() - span * 15 / 16) < 4
-        )  # filters end at the border
+        rise = whole[1, 0, :, -1].mean() - whole[1, 0, :, 0].mean()
+        assert abs(rise - span * 15 / 16) < 4  # filters end at the border
 
 
 def test_values_are_normalised_and_views_lie_in_channels_last(smooth_set: ImageSet) -> None:

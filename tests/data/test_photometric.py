@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fgfast.data.photometric import blur_matrix, photometric
+from fgfast.data.photometric import photometric
 from fgfast.data.sampling import Draw, draw_crop, generator
 from fgfast.data.views import IMAGENET_MEAN, IMAGENET_STD, Crop
 
@@ -69,10 +69,9 @@ def test_hue_keeps_grey_and_brightness_and_half_a_turn_twice_is_nothing() -> Non
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 2.0])
 def test_blur_is_that_of_torchvision(sigma: float) -> None:
     x = pixels(size=24)
-    radius = int(np.ceil(4 * sigma))
+    radius = int(np.ceil(3 * sigma))
     expected = tv.gaussian_blur(x.permute(0, 3, 1, 2).float(), [2 * radius + 1] * 2, [sigma, sigma])
     assert torch.allclose(photometric(x, draw(sigma=sigma), *RAW), expected, atol=0.05)
-    assert np.allclose(blur_matrix(sigma, 24).sum(1), 1, atol=1e-6)
 
 
 def test_solarise_inverts_from_128_up() -> None:
