@@ -148,10 +148,11 @@ class Pyramid(Source):
             sums.append(torch.bmm(small.flatten(2), level.flat.transpose(1, 2)))
         return torch.cat(sums, 2)
 
-    def assign(self, m: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def assign(self, m: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Two reads of the levels: scores, then sums."""
-        best, labels = (self.inner(m) + bias[..., None]).min(1)
-        return labels, best, self._gathered(one_hot(labels, scale, m.shape[1]))
+        best, labels = self.inner(m).add_(bias[..., None]).min(1)
+        hot = one_hot(labels, scale, m.shape[1])
+        return labels, best, self._gathered(hot), hot.sum(2)
 
     def total(self, scale: Tensor) -> Tensor:
         """Sum of scale_n x_n [B, D]."""

@@ -46,8 +46,8 @@ class Source(ABC):
         """<x_n, m_k> [B, K, N] for m [B, K, D]."""
 
     @abstractmethod
-    def assign(self, m: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Labels, the least bias_k + <x_n, m_k> (lowest k first), and the sums [B, K, D] of scale_n x_n of each k."""
+    def assign(self, m: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Labels, the least bias_k + <x_n, m_k> (lowest k first), the sums of scale_n x_n and of scale_n of each k."""
 
     @abstractmethod
     def total(self, scale: Tensor) -> Tensor:
@@ -98,11 +98,13 @@ class Source(ABC):
     def step(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Labels [B, N] (-1 where weight is 0), distances [B, N], sums [B, K, D] and counts [B, K]."""
         m, bias = self._around(c)
-        labels, best, sums = self.assign(m, bias, self.scale)
+        labels, best, sums, counts = self.assign(m, bias, self.scale)
+        if self.cosine:
+            counts = one_hot(labels, self.w, c.shape[1]).sum(2)
         kept = self.w > 0
         near = 1 + best * self.r if self.cosine else best + self.sq
         near = torch.where(kept, near.clamp_min(0), 0)
-        return torch.where(kept, labels, -1), near, sums, one_hot(labels, self.w, c.shape[1]).sum(2)
+        return torch.where(kept, labels, -1), near, sums, counts
 
     def distances(self, points: Tensor) -> Tensor:
         """[B, m, N] distances of every pixel from points [B, m, D] (unit vectors for cosine), 0 where none counts."""
@@ -145,15 +147,17 @@ class Dense(Source):
             out[:, :, n] = torch.bmm(m, x)
         return out
 
-    def assign(self, m: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def assign(self, m: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One read of x: scores, labels and sums of a tile while it is in the cache."""
         labels = torch.empty(self.batch, self.pixels, dtype=torch.int64, device=self.device)
         best = torch.empty(self.batch, self.pixels, dtype=self.dtype, device=self.device)
-        sums = torch.zeros_like(m)
+        sums, counts = torch.zeros_like(m), torch.zeros_like(bias)
         for n, x in self._tiles():
             best[:, n], labels[:, n] = torch.baddbmm(bias[..., None], m, x).min(1)
-            sums += self._summed(x, one_hot(labels[:, n], scale[:, n], m.shape[1]), best[:, n])
-        return labels, best, sums
+            hot = one_hot(labels[:, n], scale[:, n], m.shape[1])
+            sums += self._summed(x, hot, best[:, n])
+            counts += hot.sum(2)
+        return labels, best, sums, counts
 
     def total(self, scale: Tensor) -> Tensor:
         """Sum of scale_n x_n [B, D]."""

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from fgfast.ops.part_pool import _labels_to_grid, _part_pool, part_pool_backward, labels_to_grid, part_pool
+from fgfast.ops.part_pool import _labels_to_grid, _part_pool, labels_to_grid, part_pool, part_pool_backward
 from fgfast.reference import part_pool as reference
 
 # (B, D, h, w, K): odd sizes, one pixel, one channel, no image, no pixel
