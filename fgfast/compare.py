@@ -11,7 +11,7 @@ import numpy as np
 
 from fgfast.errors import UserError
 from fgfast.evaluate.bootstrap import accuracy_interval, paired_interval
-from fgfast.methods.base import method_class
+from fgfast.methods.base import METHODS, method_class
 from fgfast.train.checkpoint import write_atomic, write_json
 from fgfast.train.config import TrainConfig, parse_values, with_values
 from fgfast.train.log import read_metrics
@@ -93,7 +93,7 @@ class Comparison:
         values = {k: v.replace("{seed}", str(seed)) if isinstance(v, str) else v for k, v in self.shared.items()}
         texts = {k: v for k, v in values.items() if isinstance(v, str) and k.replace("-", "_") in known}
         plain = {k: v for k, v in values.items() if not isinstance(v, str) and k.replace("-", "_") in known}
-        unknown = [k for k in values if not any(k.replace("-", "_") in vars(_config_of(e)) for e in self.entries)]
+        unknown = [k for k in values if not any(k.replace("-", "_") in vars(method_class(m).Config()) for m in METHODS)]
         if unknown:
             raise UserError(f"No method has the setting {unknown[0]!r}: remove it.")
         config = with_values(config, plain | parse_values(config, texts, "--set"), "The shared settings")
@@ -221,10 +221,6 @@ class Comparison:
             f"{means['images_per_s']:.0f}" if trained else "-", f"{means['data_wait']:.1%}" if trained else "-",
         ]  # fmt: skip
         return "| " + " | ".join(cells) + " |"
-
-
-def _config_of(entry: Entry) -> TrainConfig:
-    return method_class("simclr" if entry.name in UNTRAINED else entry.name).Config()
 
 
 def _percent(correct: np.ndarray) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fgfast.errors import UserError
 from fgfast.losses import DINOLoss, PartContrastiveLoss
@@ -119,7 +119,7 @@ class PARTICLE(Method):
         if self.encoder.is_vit:
             self.dino_head = DINOHead(dim, config.prototypes)
             self.target_dino_head = momentum_copy(self.dino_head)
-            self.dino = DINOLoss(output_dim=config.prototypes)
+            self.dino = DINOLoss(config.prototypes, teacher_temp=0.07, warmup_teacher_temp_epochs=20)
         self.epoch = 0
 
     @classmethod
@@ -258,7 +258,7 @@ class PARTICLE(Method):
         student = self.dino_head(self.encoder.pool(online)).chunk(2)
         with torch.no_grad():
             teacher = self.target_dino_head(self.target.pool(momentum)).chunk(2)
-        dino = self.dino(list(teacher), list(student), self.epoch)
+        dino = self.dino(list(teacher), list(student), epoch=self.epoch)
         return {"loss": part + self.config.dino_weight * dino, "part": part.detach(), "dino": dino.detach()}
 
     def after_step(self, progress: Progress) -> None:
@@ -266,7 +266,12 @@ class PARTICLE(Method):
         import math
 
         decay = 1 - (1 - self.config.momentum) * (math.cos(math.pi * progress.share) + 1) / 2
-        pairs = [(self.target, self.encoder), (self.part_loss.target_projector, self.part_loss.projector)]
+        target_projector = self.part_loss.target_projector
+        assert target_projector is not None  # given in __init__
+        pairs: list[tuple[nn.Module, nn.Module]] = [
+            (self.target, self.encoder),
+            (target_projector, self.part_loss.projector),
+        ]
         if self.encoder.is_vit:
             pairs.append((self.target_dino_head, self.dino_head))
         for target, online in pairs:

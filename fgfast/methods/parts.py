@@ -59,10 +59,10 @@ def discover_group(encoder: Backbone, images: Tensor, *, n_parts: int, stride: i
     """Parts that a group of pictures shares, by two stages of k-means on the keys of a ViT.
 
     Stage one clusters the normalised keys of the whole group with the smallest number of clusters at the elbow of
-    the inertia. A cluster is foreground when its mean saliency (attention of CLS, heads averaged, scaled to [0, 1] in
-    each picture) is over 0.065 in at least 75% of the pictures that hold it. Stage two clusters the foreground keys
-    into ``n_parts`` parts. The dense CRF of the authors' release is left out (it needs a package that no longer builds);
-    the heads of its saliency (0, 2, 4, 5) were chosen for one network, so all heads are averaged here.
+    the inertia. A cluster is foreground when its mean saliency (attention of CLS, averaged over heads, scaled to
+    [0, 1] in each picture) is over 0.065 in at least 75% of the pictures that hold it. Stage two clusters the
+    foreground keys into ``n_parts`` parts. The dense CRF of the authors' release is left out, as its package no longer
+    builds; its saliency takes heads 0, 2, 4 and 5, chosen for one network, where all heads are averaged here.
 
     Args:
         encoder: a ViT.

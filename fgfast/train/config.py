@@ -130,32 +130,33 @@ def parse_values(config: TrainConfig, pairs: dict[str, str], source: str) -> dic
     return values
 
 
+_AT_LEAST = {
+    "size": 16, "epochs": 1, "batch_size": 2, "threads": 1, "log_every": 1, "save_every": 1, "rounds": 1, "n_parts": 2,
+    "levels": 1, "map_size": 2, "grid": 1, "hidden": 1, "projection": 1, "prototypes": 2, "lr": 0, "weight_decay": 0,
+    "clip": 0, "passes": 0, "knn_every": 0, "max_parts": 0, "discover_size": 0, "dino_weight": 0, "seed": 0,
+}  # fmt: skip
+_UP_TO = {"warmup": 1.0, "holdout": 0.9, "crop_scale": 1.0, "momentum": 1.0, "smoothing": 0.99}
+_POSITIVE = ("temperature", "crop_scale")
+
+
 def validate(config: TrainConfig) -> None:
     """Raise a UserError for a value that no run can use."""
     if not config.data:
         raise UserError("No data set is named: give --data DIR.")
     if not config.out:
         raise UserError("No run folder is named: give --out RUN.")
-    for name, low in (
-        ("size", 16),
-        ("epochs", 1),
-        ("batch_size", 2),
-        ("threads", 1),
-        ("log_every", 1),
-        ("save_every", 1),
-    ):
-        if getattr(config, name) < low:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}: give at least {low}.")
-    for name in ("lr", "weight_decay", "clip", "passes", "knn_every"):
-        if not getattr(config, name) >= 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}: give 0 or more.")
-    for name, high in (("warmup", 1.0), ("holdout", 0.9), ("crop_scale", 1.0)):
-        if not 0 <= getattr(config, name) <= high:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}: give a share from 0 to {high}.")
+    for name, value in vars(config).items():
+        flag = "--" + name.replace("_", "-")
+        if name in _AT_LEAST and not value >= _AT_LEAST[name]:
+            raise UserError(f"{flag} is {value}: give at least {_AT_LEAST[name]}.")
+        if name in _UP_TO and not 0 <= value <= _UP_TO[name]:
+            raise UserError(f"{flag} is {value}: give a share from 0 to {_UP_TO[name]}.")
+        if name in _POSITIVE and not value > 0:
+            raise UserError(f"{flag} is {value}: give more than 0.")
 
 
 def to_toml(config: TrainConfig, method: str) -> str:
-    """The configuration as TOML: the method's name, the options, and the versions that it ran on under [environment]."""
+    """The configuration as TOML: the method's name, the options, and under [environment] the versions."""
     from fgfast.info import versions
 
     def text(value: Any) -> str:

@@ -1,0 +1,24 @@
+"""Fixtures that several folders share: a cache of their own, and a tiny drawn set."""
+
+from pathlib import Path
+
+import pytest
+
+TINY = "test_resnet"  # timm's smallest residual network: 0.3 M weights
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the manifest of checked files out of the user's cache."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("FGFAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic set of 3 classes and 36 pictures of 48 px."""
+    from fgfast.data.synthetic import generate
+
+    return Path(generate(tmp_path_factory.mktemp("drawn") / "set", classes=3, images=36, size=48, seed=0, workers=1))

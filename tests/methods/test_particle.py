@@ -1,0 +1,148 @@
+"""PARTICLE with every source of parts, on a CNN and on a ViT."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fgfast.data.layouts import open_images
+from fgfast.data.maps import read_map, read_maps_info
+from fgfast.data.views import Batch
+from fgfast.errors import UserError
+from fgfast.methods.base import Progress
+from fgfast.methods.particle import PARTICLE, PARTICLEConfig
+from fgfast.train.loop import pretrain
+from tests.conftest import TINY
+
+SOURCES = ("discovered", "online", "truth", "grid", "random")
+
+
+def config_for(data: Path, out: Path, **values: object) -> PARTICLEConfig:
+    return replace(
+        PARTICLEConfig(
+            data=str(data), out=str(out), model=TINY, model_args="output_stride=8", size=32, batch_size=6, epochs=1,
+            log_every=1, knn_every=0, n_parts=4, max_parts=3, map_size=16, hidden=16, projection=8, prototypes=32,
+            device="cpu", threads=1, amp="off",
+        ),
+        **values,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def batch_of(n: int = 4, side: int = 32, whole: int = 64) -> Batch:
+    g = torch.Generator().manual_seed(0)
+    boxes = torch.tensor([[[0.0, 0.0, 1.0, 1.0, 0.0], [0.25, 0.25, 0.5, 0.5, 1.0]]]).repeat(n, 1, 1)
+    return Batch(
+        views=[torch.randn(n, 3, side, side, generator=g) for _ in range(2)], boxes=boxes,
+        labels=[torch.randint(-1, 4, (n, side, side), generator=g) for _ in range(2)],
+        whole=torch.randn(n, 3, whole, whole, generator=g), target=torch.zeros(n, dtype=torch.int64),
+        index=torch.arange(n), valid=torch.ones(n, dtype=torch.bool),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", SOURCES)
+def test_cnn_trains_with_every_source(drawn: Path, tmp_path: Path, parts: str) -> None:
+    """A run with each source of parts ends with a finite loss over 0 and moves encoder and momentum encoder."""
+    out = pretrain("particle", config_for(drawn, tmp_path / "run", parts=parts))
+    init, last = (torch.load(out / f"{n}.pt", weights_only=True)["method"] for n in ("init", "last"))
+    for part in ("encoder.", "target."):
+        assert any(k.startswith(part) and k.endswith("weight") and not torch.equal(init[k], last[k]) for k in init)
+    from fgfast.train.log import read_metrics
+
+    losses = [r["loss"] for r in read_metrics(out / "metrics.jsonl")[0] if "loss" in r]
+    assert len(losses) == 3
+    assert all(np.isfinite(losses))
+    assert min(losses) > 0
+
+
+@pytest.mark.parametrize("parts", [s for s in SOURCES if s != "truth"])
+def test_vit_trains_with_every_source(drawn: Path, tmp_path: Path, parts: str) -> None:
+    """A ViT adds DINO, and both terms are in the metrics."""
+    config = config_for(drawn, tmp_path / "run", parts=parts, model="test_vit", model_args="", n_parts=3)
+    out = pretrain("particle", config)
+    from fgfast.train.log import read_metrics
+
+    row = read_metrics(out / "metrics.jsonl")[0][-1]
+    assert row["loss"] == pytest.approx(row["part"] + row["dino"], rel=1e-4)
+
+
+def test_rounds_discover_anew_with_the_trained_network(drawn: Path, tmp_path: Path) -> None:
+    """Two rounds leave two folders of maps, of every training picture, that differ."""
+    out = pretrain("particle", config_for(drawn, tmp_path / "run", rounds=2, epochs=4, lr=0.01))
+    images = open_images(drawn).train_set()
+    first, second = (
+        np.stack([read_map(out / f"parts_{r}", p) for p in images.paths]) for r in (0, 1)
+    )  # fmt: skip
+    assert first.shape == (18, 16, 16)
+    assert read_maps_info(out / "parts_1")["n_parts"] == 4
+    assert set(np.unique(first)) <= set(range(4))
+    assert (first != second).any()
+
+
+def test_padded_pictures_change_nothing(drawn: Path, tmp_path: Path) -> None:
+    """What stands in a padded slot reaches neither the loss nor a gradient (BatchNorm in evaluation mode)."""
+    torch.manual_seed(0)
+    method = PARTICLE(config_for(drawn, tmp_path, max_parts=0)).eval()
+    batch = batch_of()
+    batch.valid[3] = False
+    results = []
+    for fill in (0.0, 100.0):
+        for view in batch.views:
+            view[3] = fill
+        method.zero_grad()
+        loss = method(batch)["loss"]
+        loss.backward()
+        results.append((loss.detach(), next(method.encoder.parameters()).grad.clone()))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_grid_parts_follow_the_window(drawn: Path, tmp_path: Path) -> None:
+    """A view of the upper left quarter holds the cells of that quarter alone."""
+    method = PARTICLE(config_for(drawn, tmp_path, parts="grid", grid=4))
+    batch = batch_of()
+    batch.boxes[:, 0] = torch.tensor([0.0, 0.0, 0.5, 0.5, 0.0])
+    assert method.n_parts == 16
+    assert set(method.labels(batch)[0].unique().tolist()) == {0, 1, 4, 5}
+
+
+def test_online_parts_agree_in_both_views(drawn: Path, tmp_path: Path) -> None:
+    """One clustering serves both views: the whole picture flipped has the flipped ids."""
+    method = PARTICLE(config_for(drawn, tmp_path, parts="online"))
+    batch = batch_of()
+    batch.boxes[:, 1] = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0])
+    first, second = method.labels(batch)
+    assert torch.equal(first, second.flip(-1))
+
+
+def test_momentum_encoder_follows_slowly(drawn: Path, tmp_path: Path) -> None:
+    """After a step the copy stands at momentum x old + (1 - momentum) x online; at the end it stands still."""
+    method = PARTICLE(config_for(drawn, tmp_path, momentum=0.9))
+    online, target = next(method.encoder.parameters()), next(method.target.parameters())
+    old = target.clone()
+    with torch.no_grad():
+        online.add_(1.0)
+    method.after_step(Progress(0, 10))
+    torch.testing.assert_close(target.detach(), old.detach() + 0.1)
+    now = target.clone()
+    method.after_step(Progress(10, 10))
+    assert torch.equal(target, now)
+
+
+def test_pictures_show_parts_and_views(drawn: Path, tmp_path: Path) -> None:
+    """The method draws photographs beside their parts, and each view beside its own."""
+    found = PARTICLE(config_for(drawn, tmp_path)).eval().pictures(batch_of())
+    assert set(found) == {"parts", "views"}
+    assert len(found["views"]) == 4
+    assert len(found["views"][0]) == 4
+
+
+def test_truth_needs_masks(tmp_path: Path) -> None:
+    """A set without part masks is named."""
+    from PIL import Image
+
+    for name in ("a", "b"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / f"set/{name}/0.png")
+    with pytest.raises(UserError, match="no part masks"):
+        PARTICLE(config_for(tmp_path / "set", tmp_path, parts="truth"))

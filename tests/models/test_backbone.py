@@ -1,0 +1,104 @@
+"""Backbones: maps, pyramids, keys, and what is refused."""
+
+import pytest
+import torch
+
+from fgfast.errors import UserError
+from fgfast.models.backbone import Backbone, parse_model_args
+from fgfast.models.heads import MLP, DINOHead, momentum_copy, update_momentum
+from tests.conftest import TINY
+
+
+@pytest.mark.parametrize(("name", "side"), [(TINY, 32), (TINY, 40), ("test_vit", 32), ("test_vit", 48)])
+def test_pooled_features_and_map_fit_together(name: str, side: int) -> None:
+    """The pooled vector has the map's channels, and equals its mean for a CNN."""
+    encoder = Backbone(name, size=32).eval()
+    x = torch.randn(2, 3, side, side)
+    features = encoder.features(x)
+    grid = encoder.to_map(features, (side, side))
+    assert encoder(x).shape == (2, encoder.dim)
+    assert grid.shape[:2] == (2, encoder.dim)
+    if not encoder.is_vit:
+        torch.testing.assert_close(encoder(x), grid.mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", [TINY, "resnet18", "test_convnext"])
+def test_pyramid_runs_from_deep_to_shallow(name: str) -> None:
+    """Levels come deepest first, each at least as large as the one before."""
+    maps = Backbone(name, size=64).eval().pyramid(torch.randn(1, 3, 64, 64), levels=3)
+    sides = [m.shape[-1] for m in maps]
+    assert len(maps) == 3
+    assert sides == sorted(sides)
+
+
+def test_keys_are_those_of_the_last_block() -> None:
+    """Attention rows of CLS sum to at most one over the patches, and keys equal the projection's own output."""
+    encoder = Backbone("test_vit", size=32).eval()
+    x = torch.randn(2, 3, 32, 32)
+    found = encoder.keys(x)
+    tokens = encoder.net.patch_embed(x)
+    assert found.keys.shape[2:] == found.attention.shape[2:] == (2, 2)
+    assert tokens.shape[0] == 2
+    total = found.attention.sum((2, 3))
+    assert ((total > 0) & (total <= 1 + 1e-6)).all()
+    block = encoder.net.blocks[-1]
+    seen: list[torch.Tensor] = []
+    hook = block.norm1.register_forward_hook(lambda _m, _i, out: seen.append(out))
+    encoder.net.forward_features(x)
+    hook.remove()
+    weight, bias = block.attn.qkv.weight.chunk(3)[1], block.attn.qkv.bias.chunk(3)[1]
+    expected = (seen[0] @ weight.T + bias)[:, encoder.net.num_prefix_tokens :]
+    torch.testing.assert_close(found.keys.flatten(2).transpose(1, 2), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_smaller_patch_stride_gives_a_finer_grid_and_is_undone() -> None:
+    """Half the stride gives 2n - 1 cells a side; afterwards the network is as it was."""
+    encoder = Backbone("test_vit", size=64).eval()
+    x = torch.randn(1, 3, 64, 64)
+    patch = encoder.net.patch_embed.patch_size[0]
+    before = encoder(x)
+    n = 64 // patch
+    assert encoder.keys(x, stride=patch // 2).keys.shape[-1] == 2 * n - 1
+    torch.testing.assert_close(encoder(x), before)
+
+
+def test_what_timm_does_not_have_is_named() -> None:
+    """An unknown model suggests others; unusable arguments are told; a CNN has no keys."""
+    with pytest.raises(UserError, match=r"no model 'resnet81'.*resnet"):
+        Backbone("resnet81")
+    with pytest.raises(UserError, match="could not build"):
+        Backbone("resnet18", args={"nosuch": 1})
+    with pytest.raises(UserError, match="no keys"):
+        Backbone(TINY).keys(torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("text", ["channels=", "1,2", "a=b", "a=__import__('os')", "x=(1"])
+def test_model_args_are_literals_only(text: str) -> None:
+    """Nothing but name=literal is taken."""
+    with pytest.raises(UserError, match="name=value"):
+        parse_model_args(text)
+    assert parse_model_args("") == {}
+
+
+def test_momentum_moves_parameters_alone() -> None:
+    """Targets move by 1 - momentum; BatchNorm's statistics stay the target's own."""
+    online = MLP((3, 4, 2))
+    target = momentum_copy(online)
+    assert not any(p.requires_grad for p in target.parameters())
+    with torch.no_grad():
+        for p in online.parameters():
+            p.add_(1.0)
+    before = [p.clone() for p in target.parameters()]
+    online(torch.randn(8, 3))
+    update_momentum(target, online, 0.75)
+    for old, new in zip(before, target.parameters(), strict=True):
+        torch.testing.assert_close(new, old + 0.25)
+    assert all(float(b.abs().sum()) in (0.0, 4.0) for b in target.buffers())
+
+
+def test_dino_head_is_weight_normalised() -> None:
+    """Every prototype has norm one, so logits are cosines."""
+    head = DINOHead(8, prototypes=16, hidden=12, bottleneck=6)
+    out = head(torch.randn(32, 8))
+    assert out.shape == (32, 16)
+    assert out.abs().max() <= 1 + 1e-5

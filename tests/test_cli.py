@@ -1,0 +1,167 @@
+"""The command line as a user meets it: what it prints, writes, and how it ends."""
+
+import errno
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fgfast import cli
+from fgfast.cli import COMMANDS, main
+from tests.conftest import TINY
+
+COMMON = ["--model", TINY, "--model-args", "output_stride=8", "--size", "32", "--batch-size", "6", "--device", "cpu"]
+COMMON += ["--threads", "1", "--amp", "off", "--hidden", "16", "--projection", "8", "--log-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def run(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs, made through the command line."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    words = ["pretrain", "particle", "--data", str(drawn), "--out", str(out), "--epochs", "2", "--n-parts", "4"]
+    assert main([*words, *COMMON]) == 0
+    return out
+
+
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """Help exits with 0 and names the flags; the list of commands is complete."""
+    assert main([]) == 0
+    listed = capsys.readouterr().out
+    assert all(c in listed for c in COMMANDS)
+    for command in COMMANDS:
+        words = [command, "simclr", "--help"] if command == "pretrain" else [command, "--help"]
+        assert main(words) == 0
+        assert "--help" in capsys.readouterr().out
+
+
+def test_run_is_reported(run: Path) -> None:
+    """Pretrain leaves a self-contained report."""
+    text = (run / "report.html").read_text()
+    assert "particle" in text
+    assert "data:image/png;base64" in text
+
+
+@pytest.mark.parametrize("protocol", ["knn", "linear"])
+def test_eval_prints_json_and_keeps_it(
+    run: Path, drawn: Path, protocol: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The score of both checkpoints is printed and noted once in eval.json, whatever the number of calls."""
+    for checkpoint in ("init", "last", "last"):
+        assert (
+            main(
+                [
+                    "eval",
+                    protocol,
+                    str(run),
+                    "--data",
+                    str(drawn),
+                    "--checkpoint",
+                    checkpoint,
+                    "--json",
+                    "--device",
+                    "cpu",
+                ]
+            )
+            == 0
+        )
+        row = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert row["checkpoint"] == checkpoint
+        assert 0 <= row["low"] <= row["top1"] <= row["high"] <= 1
+        assert (row["n"], row["n_train"]) == (18, 18)
+    noted = [r for r in json.loads((run / "eval.json").read_text()) if r["protocol"] == protocol]
+    assert [r["checkpoint"] for r in noted] == ["init", "last"]
+
+
+def test_discover_and_pictures(run: Path, drawn: Path, tmp_path: Path) -> None:
+    """Discover writes a map for every picture; pictures draws parts, views and neighbours."""
+    from PIL import Image
+
+    assert main(["discover", str(run), "--data", str(drawn), "--out", str(tmp_path / "maps"), "--n-parts", "3"]) == 0
+    maps = list((tmp_path / "maps").rglob("*.png"))
+    assert len(maps) == 36
+    assert set(np.unique(np.asarray(Image.open(maps[0])))) <= {0, 1, 2}
+    assert main(["pictures", str(run), "--data", str(drawn), "--device", "cpu"]) == 0
+    assert (run / "parts.png").is_file()
+    assert {p.name for p in (run / "pictures").glob("*.png")} == {"views.png", "neighbours.png"}
+
+
+def test_info_says_why_a_backend_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every backend is ready or has a reason."""
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["backends"]["torch"] == "ready"
+    assert len(found["backends"]["native"]) > len("ready")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nosuch"], "no command 'nosuch'"),
+        (["pretrain", "nosuch"], "no method 'nosuch'"),
+        (["pretrain", "simclr", "--nosuch", "1"], "does not know '--nosuch'"),
+        (["pretrain", "simclr", "--out", "o"], "give --data"),
+        (["pretrain", "simclr", "--data", "/no/such", "--out", "OUT"], "/no/such"),
+        (["pretrain", "simclr", "--data", "DATA", "--out", "OUT", "--model", "nosuch"], "no model 'nosuch'"),
+        (["pretrain", "simclr", "--data", "DATA", "--out", "OUT", "--init", "/no/such"], "/no/such"),
+        (["pretrain", "simclr", "--data", "DATA", "--out", "OUT", "--device", "cuda:77"], "--device"),
+        (["pretrain", "simclr", "--data", "DATA", "--out", "OUT", "--temperature", "-1"], "temperature"),
+        (["pretrain", "particle", "--data", "DATA", "--out", "OUT", "--n-parts", "0"], "--n-parts"),
+        (["eval", "knn", "/no/run", "--data", "DATA"], "/no/run is no run folder"),
+        (["discover", "/no/run", "--data", "DATA", "--out", "OUT"], "/no/run"),
+        (["generate", "OUT", "--classes", "1"], "classes"),
+        (["compare", "--out", "OUT", "--data", "DATA", "--methods", "nosuch"], "no method 'nosuch'"),
+        (["compare", "--out", "OUT", "--data", "DATA", "--methods", "simclr:lr"], "name:setting=value"),
+        (["compare", "--out", "OUT", "--data", "DATA", "--methods", "simclr", "--set", "nosuch=1"], "nosuch"),
+        (["report", "/no/run"], "/no/run"),
+        (["demo", "--minutes", "0"], "--minutes"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_two(
+    words: list[str], message: str, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit status 2, one line on standard error that names the thing, no traceback."""
+    words = [{"DATA": str(drawn), "OUT": str(tmp_path / "out")}.get(w, w) for w in words]
+    assert main(words) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "Traceback" not in error
+    assert len(error.splitlines()) == 1
+
+
+def test_checkpoint_of_another_method(run: Path, drawn: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Resuming a run with another method is refused and leaves it alone."""
+    before = (run / "last.pt").read_bytes()
+    words = ["pretrain", "simclr", "--data", str(drawn), "--out", str(run), "--resume", *COMMON]
+    assert main(words) == 2
+    assert "'particle', not 'simclr'" in capsys.readouterr().err
+    assert (run / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "last.pt"), 2, "last.pt"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ZeroDivisionError("ours"), 1, "mistake in fgfast"),
+    ],
+)
+def test_exit_status_by_cause(
+    error: BaseException, status: int, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """2 for a full disk, 130 for an interrupt, 1 with a traceback for a mistake of ours."""
+
+    def fails(_words: list[str]) -> None:
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "info", fails)
+    assert main(["info"]) == status
+    said = capsys.readouterr().err
+    assert text in said
+    assert ("Traceback" in said) == (status == 1)
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    """--debug adds the traceback to a user's mistake."""
+    assert main(["--debug", "nosuch"]) == 2
+    assert "Traceback" in capsys.readouterr().err

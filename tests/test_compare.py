@@ -1,0 +1,98 @@
+"""Comparisons: one row a finished run, resumable, tuned alike, paired."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from fgfast.compare import Comparison, Entry
+from fgfast.errors import UserError
+from tests.conftest import TINY
+
+SHARED = {
+    "model": TINY, "size": 32, "batch_size": 6, "device": "cpu", "threads": 1, "amp": "off", "hidden": 16,
+    "projection": 8,     "passes": 60, "knn_every": 0, "log_every": 1, "n_parts": 3, "map_size": 8,
+}  # fmt: skip
+
+
+def comparison(drawn: Path, out: Path, **values: object) -> Comparison:
+    options: dict[str, object] = {
+        "methods": ["random", "simclr", "particle:parts=grid"],
+        "seeds": [0, 1],
+        "shared": SHARED,
+    }
+    return Comparison(out=out, data=[drawn], **(options | {"baseline": "simclr"} | values))  # type: ignore[arg-type]
+
+
+def test_every_finished_run_is_a_row_and_is_not_done_again(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A comparison killed in the middle goes on with what is missing; equal passes give equal passes."""
+    from fgfast.train import loop
+
+    real, done = loop.pretrain, []
+
+    def counted(name: str, config: object, **kw: object) -> Path:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(name)
+        return real(name, config, **kw)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "pretrain", counted)
+    with pytest.raises(KeyboardInterrupt):
+        comparison(drawn, tmp_path).run()
+    rows = list(csv.DictReader((tmp_path / "compare.csv").open()))
+    assert [(r["method"], r["seed"]) for r in rows] == [("random", "0"), ("simclr", "0"), ("particle:parts=grid", "0")]
+    done.clear()
+    monkeypatch.setattr(loop, "pretrain", lambda n, c, **kw: (done.append(n), real(n, c, **kw))[1])
+    full = comparison(drawn, tmp_path)
+    full.run()
+    assert len(done) == 3
+    rows = list(csv.DictReader((tmp_path / "compare.csv").open()))
+    assert len(rows) == 6
+    assert {r["passes"] for r in rows if r["method"] != "random"} <= {"60", "48"}
+    assert all(0 <= float(r["nmi"]) <= 1 for r in rows)
+    table = full.table()
+    assert "`particle:parts=grid` | 2 |" in table
+    assert (tmp_path / "compare.md").read_text() == table
+
+
+def test_rates_are_tuned_on_held_out_training_pictures(drawn: Path, tmp_path: Path) -> None:
+    """Each rate is scored once, on a part of the training split, and the best one is used for the rows."""
+    c = comparison(drawn, tmp_path, methods=["simclr"], seeds=[0], lrs=[1e-4, 1e-2], tune_share=0.5)
+    c.run()
+    scores = json.loads((tmp_path / "tuned.json").read_text())[f"{drawn.name} simclr"]
+    assert set(scores) == {"0.0001", "0.01"}
+    row = next(csv.DictReader((tmp_path / "compare.csv").open()))
+    assert scores[row["lr"]] == max(scores.values())
+
+
+def test_seed_stands_in_a_setting(drawn: Path, tmp_path: Path) -> None:
+    """{seed} becomes the seed, in shared settings and in those of a method."""
+    c = comparison(drawn, tmp_path, methods=["simclr:init=base/seed{seed}"], baseline="")
+    assert c._config(c.entries[0], drawn, 1).init == "base/seed1"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"methods": ["simclr:nosuch=1"]}, "nosuch"),
+        ({"shared": SHARED | {"nosuch": 1}}, "nosuch"),
+        ({"baseline": "moco"}, "not among the methods"),
+        ({"methods": ["particle:n_parts=many"], "baseline": ""}, "type int"),
+    ],
+)
+def test_mistakes_are_found_before_the_first_run(
+    drawn: Path, tmp_path: Path, values: dict[str, object], message: str
+) -> None:
+    """Nothing is written when an entry or a setting cannot be used."""
+    with pytest.raises(UserError, match=message):
+        comparison(drawn, tmp_path / "out", **values)
+    assert not (tmp_path / "out").exists()
+
+
+def test_entries_keep_their_text_as_label() -> None:
+    """Two variants of a method stay apart."""
+    assert Entry.parse("particle:parts=truth,lr=0.1").label == "particle:parts=truth,lr=0.1"
+    assert Entry.parse("random").values == {}

@@ -1,0 +1,84 @@
+"""The guard against losses that are not finite, and the learning rate's schedule."""
+
+import pytest
+import torch
+from torch import nn
+
+from fgfast.errors import UserError
+from fgfast.train.config import TrainConfig
+from fgfast.train.optim import LAG, MOST_IN_A_ROW, FiniteGuard, learning_rate, make_optimizer
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+
+
+def guarded_step(module: nn.Module, guard: FiniteGuard, x: torch.Tensor, step: int) -> None:
+    loss = module(x).square().mean()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(module.parameters(), 5.0)
+    guard.step(loss, norm, torch.arange(len(x)), step)
+    guard.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_bad_step_leaves_no_trace(optimizer: str) -> None:
+    """Weights, moments and BatchNorm's statistics are those of the same run without the bad batch."""
+    good = [torch.randn(6, 4, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    bad = torch.full((6, 4), float("nan"))
+    ends = []
+    for batches in (good, [good[0], bad, good[1], good[2], bad, good[3]]):
+        module = net()
+        guard = FiniteGuard(module, make_optimizer(module, TrainConfig(optimizer=optimizer, lr=0.1)))
+        for step, x in enumerate(batches):
+            guarded_step(module, guard, x, step)
+        ends.append({k: v for k, v in module.state_dict().items() if v.is_floating_point()})
+    for key, value in ends[0].items():
+        torch.testing.assert_close(ends[1][key], value, rtol=0, atol=0)
+
+
+def test_verdict_comes_late_and_names_the_batch() -> None:
+    """The host learns of a skipped step a few steps later, with the numbers of its pictures."""
+    module = net()
+    guard = FiniteGuard(module, make_optimizer(module, TrainConfig()))
+    seen = []
+    for step in range(LAG + 2):
+        x = torch.full((3, 4), float("inf")) if step == 1 else torch.randn(3, 4)
+        guarded_step(module, guard, x, step)
+        seen.append(guard.verdicts())
+    assert [i for i, v in enumerate(seen) if v] == [LAG + 1]
+    assert seen[-1] == [(1, [0, 1, 2])]
+    assert guard.skipped == 1
+
+
+def test_ten_in_a_row_stop_the_run() -> None:
+    """Ten skipped steps in a row raise; nine and a good one do not."""
+    for bad_steps, stops in ((MOST_IN_A_ROW - 1, False), (MOST_IN_A_ROW, True)):
+        module = net()
+        guard = FiniteGuard(module, make_optimizer(module, TrainConfig()))
+        for step in range(bad_steps + 1):
+            x = torch.full((3, 4), float("nan")) if step < bad_steps else torch.randn(3, 4)
+            guarded_step(module, guard, x, step)
+        if stops:
+            with pytest.raises(UserError, match="10 steps in a row"):
+                guard.verdicts(all_of_them=True)
+        else:
+            assert len(guard.verdicts(all_of_them=True)) == bad_steps
+
+
+def test_schedule_warms_up_and_falls_to_zero() -> None:
+    """Linear to the peak, then a cosine that ends at 0."""
+    config = TrainConfig(lr=1.0, warmup=0.1)
+    rates = [learning_rate(s, 100, config) for s in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[55] == pytest.approx(0.5)
+    assert learning_rate(100, 100, config) == pytest.approx(0.0)
+
+
+def test_norms_and_biases_get_no_weight_decay() -> None:
+    """Only matrices decay."""
+    groups = make_optimizer(net(), TrainConfig(weight_decay=0.1)).param_groups
+    assert {g["weight_decay"]: {p.ndim for p in g["params"]} for g in groups} == {0.1: {2}, 0.0: {1}}
