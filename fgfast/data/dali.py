@@ -10,11 +10,13 @@ is drawn on the host (``sampling``), which is what makes resuming exact.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import queue
 import re
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +40,7 @@ fn: Any = dali.fn  # DALI makes its operators and constants at run time: no chec
 types: Any = dali.types
 Pipeline: Any = dali.pipeline.Pipeline
 
+_RUNNING: weakref.WeakSet[_Producer] = weakref.WeakSet()
 _LOST: list = []
 """Pipelines that failed: taking one down while its threads still decode ends the process (DALI 2.4)."""
 
@@ -403,6 +406,7 @@ class _Producer:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="fgfast-data", daemon=True)
         self._thread.start()
+        _RUNNING.add(self)
 
     def _work(self) -> None:
         _one_thread()
@@ -438,6 +442,13 @@ class _Producer:
                 self._queue.get(timeout=0.01)  # wakes a thread that waits for room
             except queue.Empty:
                 continue
+
+
+@atexit.register
+def _stop_all() -> None:
+    """A thread that is still inside DALI when the interpreter goes away would abort the process."""
+    for producer in list(_RUNNING):
+        producer.close()
 
 
 def _one_thread() -> None:

@@ -1,6 +1,8 @@
 """Loaders: views, boxes and id maps agree; each record comes once; resuming is exact; broken files are left out."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -285,6 +287,22 @@ def test_a_failure_without_a_broken_file_is_not_hidden(smooth_set: ImageSet, mon
         monkeypatch.setattr(loader, "_outputs", lambda: exec('raise RuntimeError("no memory")'))
         with pytest.raises(RuntimeError, match="every file decodes alone"):
             list(loader)
+
+
+@pytest.mark.parametrize("variant", ["dali_kept", "dali_files"])
+def test_a_program_may_end_without_closing_the_loader(smooth_set: ImageSet, variant: str) -> None:
+    pytest.importorskip("nvidia.dali")
+    program = f"""
+from fgfast.data.layouts import open_images
+from fgfast.data.loader import make_loader
+from fgfast.data.views import Crop, ViewSpec
+images = open_images({str(smooth_set.root)!r})
+loader = make_loader(images, ViewSpec(crops=(Crop(),)), 4, memory_mb={VARIANTS[variant][1]})
+batches = iter(loader)
+next(batches)
+raise SystemExit(7)
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 7
 
 
 def test_passes_in_file_order_repeat(smooth_set: ImageSet) -> None:
