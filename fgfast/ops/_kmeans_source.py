@@ -64,6 +64,7 @@ class Source(ABC):
         squares = self.squares(mu) if self.cosine or mu is not None else None
         finite = self.finite() if squares is None else squares.isfinite()
         wanted = torch.ones_like(finite, dtype=self.dtype) if weight is None else weight.to(self.dtype)
+        self.clean = self.device.type == "cpu" and bool(finite.all())  # only the CPU may be asked
         self.w = torch.where(finite, wanted, 0)  # [B, N]
         self.lost = ((wanted > 0) & ~finite).any(1)  # [B]
         if squares is None:
@@ -120,6 +121,12 @@ class Source(ABC):
         return torch.nn.functional.normalize(rows, dim=2, eps=EPS) if self.cosine else rows
 
 
+def tiles(x: Tensor) -> Iterator[slice]:
+    """Which pixels of x [B, D, N] make one tile."""
+    n = max(64, TILE // max(1, x.shape[0] * x.shape[1]))
+    return (slice(start, start + n) for start in range(0, x.shape[2], n))
+
+
 class Dense(Source):
     """Pixels as the columns of x [B, D, N], any strides, read tile by tile in the dtype of accumulation."""
 
@@ -129,9 +136,8 @@ class Dense(Source):
         self.dtype, self.device = accumulation(x.dtype), x.device
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        n = max(64, TILE // max(1, self.batch * self.channels))
-        for start in range(0, self.pixels, n):
-            yield slice(start, start + n), self.x[:, :, start : start + n].to(self.dtype)
+        for n in tiles(self.x):
+            yield n, self.x[:, :, n].to(self.dtype)
 
     def squares(self, mu: Tensor | None) -> Tensor:
         """|x_n - mu|^2 [B, N]."""
@@ -155,7 +161,7 @@ class Dense(Source):
         for n, x in self._tiles():
             best[:, n], labels[:, n] = torch.baddbmm(bias[..., None], m, x).min(1)
             hot = one_hot(labels[:, n], scale[:, n], m.shape[1])
-            sums += self._summed(x, hot, best[:, n])
+            sums += self._summed(x, hot)
             counts += hot.sum(2)
         return labels, best, sums, counts
 
@@ -163,12 +169,12 @@ class Dense(Source):
         """Sum of scale_n x_n [B, D]."""
         sums = torch.zeros(self.batch, 1, self.channels, dtype=self.dtype, device=self.device)
         for n, x in self._tiles():
-            sums += self._summed(x, scale[:, None, n], None)
+            sums += self._summed(x, scale[:, None, n])
         return sums[:, 0]
 
-    def _summed(self, x: Tensor, hot: Tensor, score: Tensor | None) -> Tensor:
-        """[B, k, n] x [B, n, D]; ``score`` [B, n] is finite where x is. Zero times NaN is NaN, so select first."""
-        if self.device.type != "cpu" or not bool(x.isfinite().all() if score is None else score.isfinite().all()):
+    def _summed(self, x: Tensor, hot: Tensor) -> Tensor:
+        """[B, k, n] x [B, n, D]. Zero times NaN is NaN, so select first."""
+        if not self.clean:
             x = torch.where(x.isfinite(), x, 0)
         return torch.bmm(hot, x.transpose(1, 2))
 
@@ -180,7 +186,8 @@ class Dense(Source):
     def subset(self, index: Tensor) -> "Dense":
         """The problems of these pixels alone [B, m], with the squares of the whole."""
         part = Dense(self.rows(index).transpose(1, 2))
-        part.cosine, part.w, part.scale = self.cosine, self.w.gather(1, index), self.scale.gather(1, index)
+        part.cosine, part.clean = self.cosine, self.clean
+        part.w, part.scale = self.w.gather(1, index), self.scale.gather(1, index)
         part.sq = self.sq.gather(1, index)
         if self.cosine:
             part.r = self.r.gather(1, index)

@@ -17,7 +17,7 @@ from fgfast.ops._kmeans_checks import (
     groups,
     match_centroids,
 )
-from fgfast.ops._kmeans_source import EPS, Dense
+from fgfast.ops._kmeans_source import EPS, Dense, tiles
 from fgfast.ops._tensors import accumulation, check_weight, exact
 from fgfast.reference import kmeans as reference
 
@@ -32,14 +32,21 @@ class KMeansStep(NamedTuple):
 
 
 def assigned(x: Tensor, centroids: Tensor, weight: Tensor | None, metric: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One step of x [b, D, N] around the mean of the centroids, which needs no pass over the pixels."""
-    source = Dense(x)
-    c = centroids.to(source.dtype)
+    """One step of x [b, D, N], a tile of pixels at a time, around the mean of the centroids (which needs no pass)."""
+    wide = accumulation(x.dtype)
+    c = centroids.to(wide)
     if metric == "cosine":
         c = torch.nn.functional.normalize(c, dim=2, eps=EPS)
-    source.around(metric, weight, c.mean(1))
-    labels, near, sums, counts = source.step(c)
-    inertia = torch.where(source.lost, torch.nan, (source.w * near).sum(1))
+    middle = c.mean(1)
+    labels = torch.empty(len(x), x.shape[2], dtype=torch.int64, device=x.device)
+    sums, counts, inertia = torch.zeros_like(c), c.new_zeros(c.shape[:2]), c.new_zeros(len(x))
+    for n in tiles(x):
+        source = Dense(x[:, :, n].to(wide))
+        source.around(metric, None if weight is None else weight[:, n], middle)
+        labels[:, n], near, more, heavier = source.step(c)
+        sums += more
+        counts += heavier
+        inertia += torch.where(source.lost, torch.nan, (source.w * near).sum(1))
     return labels, sums, counts.float(), inertia.float()
 
 
