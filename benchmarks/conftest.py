@@ -15,7 +15,7 @@ Run = Callable[[], Sequence[Tensor]]
 
 class Race(Protocol):
     def __call__(
-        self, contenders: dict[str, Run], expected: Sequence[Tensor], *, rounds: int = 5, rtol: float = 1e-4
+        self, contenders: dict[str, Run], reference: str, *, rounds: int = 5, rtol: float = 1e-4
     ) -> dict[str, float]: ...
 
 
@@ -56,17 +56,18 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 @pytest.fixture
 def race(benchmark: Any) -> Race:
-    """Check every contender, time them in turns, record medians and quartiles; the first contender is ours.
+    """Check the contenders, time them in turns, record medians and quartiles; the first contender is ours.
 
-    ``race(contenders, expected)`` returns the median seconds of each; in ``extra_info`` stand the medians, the 20th and
+    ``race(contenders, reference)`` holds every answer against that of the one named reference and returns the median
+    seconds of each; in ``extra_info`` stand the medians, the 20th and
     80th percentiles, how many times faster the first one is than each other one, the device, versions and threads.
     """
 
-    def run(
-        contenders: dict[str, Run], expected: Sequence[Tensor], *, rounds: int = 5, rtol: float = 1e-4
-    ) -> dict[str, float]:
+    def run(contenders: dict[str, Run], reference: str, *, rounds: int = 5, rtol: float = 1e-4) -> dict[str, float]:
+        expected = contenders[reference]()
         for name, contender in contenders.items():  # this is the warm-up, too
-            check(name, contender(), expected, rtol)
+            if name != reference:
+                check(name, contender(), expected, rtol)
         times: dict[str, list[float]] = {name: [] for name in contenders}
         for _ in range(rounds):
             for name, contender in contenders.items():

@@ -59,14 +59,14 @@ def ntxent_case(name: str, m: int, d: int) -> Run:
     [
         (48, 128, 30, ["fgfast", "plain", "lightly"]),  # a batch of 24: launches dominate
         (1024, 128, 10, ["fgfast", "plain", "lightly"]),
-        (8192, 128, 3, ["fgfast", "plain", "lightly"]),  # SimCLR's batch of 4,096
-        (8192, 512, 3, ["fgfast", "lightly"]),
-        (16384, 128, 1, ["fgfast", "plain", "lightly"]),
+        (8192, 128, 2, ["fgfast", "plain", "lightly"]),  # SimCLR's batch of 4,096
+        (8192, 512, 1, ["fgfast", "lightly"]),
+        (16384, 128, 1, ["fgfast", "plain"]),  # lightly would take 5 GB
     ],
 )
 def test_ntxent(benchmark: Any, race: Race, m: int, d: int, rounds: int, names: list[str]) -> None:
     inputs = vectors(m // 2, d)
-    race({name: step(ntxent(name), inputs) for name in names}, step(plain_ntxent, inputs)(), rounds=rounds)
+    race({name: step(ntxent(name), inputs) for name in names}, names[-1], rounds=rounds)
     if m >= 8192 and d == 128:
         peaks = {name: peak_memory("benchmarks.test_contrast:ntxent_case", name=name, m=m, d=d) for name in names}
         size = sum(x.numel() * x.element_size() for x in inputs)
@@ -87,7 +87,7 @@ def test_detcon(race: Race, images: int, parts: int, d: int) -> None:
         "fgfast": step(lambda *x: losses.DetConBLoss()(*x, *masks), inputs),
         "lightly": step(lambda *x: lightly.DetConBLoss()(*x, *masks), inputs),
     }
-    race(contenders, contenders["lightly"](), rounds=3)
+    race(contenders, "lightly", rounds=2)
 
 
 def test_supcon(race: Race) -> None:
@@ -98,7 +98,7 @@ def test_supcon(race: Race) -> None:
         "fgfast": step(lambda x: losses.SupConLoss()(x, labels), inputs),
         "pytorch-metric-learning": step(lambda x: pml.SupConLoss()(x, labels), inputs),
     }
-    race(contenders, contenders["pytorch-metric-learning"](), rounds=3)
+    race(contenders, "pytorch-metric-learning", rounds=2)
 
 
 def test_ntxent_of_metric_learning(race: Race) -> None:
@@ -108,6 +108,7 @@ def test_ntxent_of_metric_learning(race: Race) -> None:
     peer = pml.NTXentLoss(temperature=0.5)
     contenders = {
         "fgfast": step(losses.NTXentLoss(0.5), inputs),
+        "plain": step(plain_ntxent, inputs),
         "pytorch-metric-learning": step(lambda a, b: peer(torch.cat([a, b]), labels), inputs),
     }
-    race(contenders, step(plain_ntxent, inputs)(), rounds=3)
+    race(contenders, "plain", rounds=1)
