@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -112,12 +114,27 @@ class Comparison:
         )
 
     def run(self) -> None:
-        """Do what is missing; every finished run is a row at once, and a killed one goes on from its checkpoint."""
-        for seed in self.seeds:
-            for data in self.data:
-                for entry in self.entries:
-                    if self._key(entry, data, seed) not in {(r["data"], r["method"], r["seed"]) for r in self.rows()}:
-                        self._one(entry, data, seed)
+        """Do what is missing; every finished run is a row at once, and a killed one goes on from its checkpoint.
+
+        Several processes may run the same comparison: each takes runs that no other is at.
+        """
+        jobs = [(entry, data, seed) for seed in self.seeds for data in self.data for entry in self.entries]
+        while missing := [job for job in jobs if self._key(*job) not in self._done()]:
+            worked = False
+            for job in missing:
+                with _lock(self._lock_file(*job), wait=False) as mine:
+                    if mine and self._key(*job) not in self._done():
+                        self._one(*job)
+                        worked = True
+            if not worked:
+                with _lock(self._lock_file(*missing[0])):
+                    pass  # all that is missing is in other hands: wait for the first of it
+
+    def _lock_file(self, entry: Entry, data: Path, seed: int) -> Path:
+        return Path(self._config(entry, data, seed).out + ".lock")
+
+    def _done(self) -> set[tuple[str, str, str]]:
+        return {(r["data"], r["method"], r["seed"]) for r in self.rows()}
 
     def _key(self, entry: Entry, data: Path, seed: int) -> tuple[str, str, str]:
         return data.name, entry.label, str(seed)
@@ -153,8 +170,9 @@ class Comparison:
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", restval="")
         writer.writeheader()
-        writer.writerows([*self.rows(), row])
-        write_atomic(self.out / "compare.csv", lambda p: p.write_text(text.getvalue()))
+        with _lock(self.out / "compare.csv.lock"):
+            writer.writerows([*self.rows(), row])
+            write_atomic(self.out / "compare.csv", lambda p: p.write_text(text.getvalue()))
 
     def _tuned(self, entry: Entry, data: Path) -> float:
         """The rate with the best kNN on a held-out part of the training split (first seed); kept in tuned.json."""
@@ -162,26 +180,30 @@ class Comparison:
         from fgfast.train.distributed import choose_device
         from fgfast.train.loop import pretrain
 
-        file = self.out / "tuned.json"
-        known: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.is_file() else {}
-        key = f"{data.name} {entry.label}"
-        scores = known.get(key, {})
-        for lr in self.lrs:
-            if str(lr) in scores:
-                continue
-            config = self._config(entry, data, self.seeds[0])
-            passes, epochs = int(config.passes * self.tune_share), max(1, round(config.epochs * self.tune_share))
-            config = replace(
-                config, lr=lr, holdout=HELD_OUT, out=f"{config.out}-lr{lr:g}", knn_every=0, passes=passes, epochs=epochs
-            )
-            run = pretrain(entry.name, config)
-            scores[str(lr)] = evaluate(run, "knn", data, device=choose_device(config.device)).top1
-            write_json(file, known | {key: scores})
+        with _lock(Path(self._config(entry, data, self.seeds[0]).out + ".tune.lock")):
+            scores = self._tuning(entry, data)
+            for lr in self.lrs:
+                if str(lr) in scores:
+                    continue
+                config = self._config(entry, data, self.seeds[0])
+                config = replace(config, lr=lr, holdout=HELD_OUT, out=f"{config.out}-lr{lr:g}", knn_every=0)
+                passes, epochs = int(config.passes * self.tune_share), max(1, round(config.epochs * self.tune_share))
+                run = pretrain(entry.name, replace(config, passes=passes, epochs=epochs))
+                scores[str(lr)] = evaluate(run, "knn", data, device=choose_device(config.device)).top1
+                with _lock(self.out / "tuned.json.lock"):
+                    write_json(self.out / "tuned.json", self._all_tuning() | {f"{data.name} {entry.label}": scores})
         return max(self.lrs, key=lambda lr: scores[str(lr)])
+
+    def _all_tuning(self) -> dict[str, dict[str, float]]:
+        file = self.out / "tuned.json"
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+    def _tuning(self, entry: Entry, data: Path) -> dict[str, float]:
+        return self._all_tuning().get(f"{data.name} {entry.label}", {})
 
     def _correct(self, entry: Entry, data: Path, protocol: str) -> np.ndarray:
         """Right or wrong of every finished seed, bool [S, N]."""
-        done = {(r["data"], r["method"], r["seed"]) for r in self.rows()}
+        done = self._done()
         runs = [Path(self._config(entry, data, s).out) for s in self.seeds if self._key(entry, data, s) in done]
         return np.stack([np.load(r / "correct.npz")[protocol] for r in runs])
 
@@ -221,6 +243,21 @@ class Comparison:
             f"{means['images_per_s']:.0f}" if trained else "-", f"{means['data_wait']:.1%}" if trained else "-",
         ]  # fmt: skip
         return "| " + " | ".join(cells) + " |"
+
+
+@contextmanager
+def _lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock that ends with the process; yields False where ``wait`` is False and another process holds it."""
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def _percent(correct: np.ndarray) -> str:

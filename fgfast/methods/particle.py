@@ -224,7 +224,13 @@ class PARTICLE(Method):
             if self.encoder.is_vit:
                 return cluster_keys(self.target, images, n_parts=c.n_parts, seed=c.seed)
             return cluster_pyramid(
-                self.target, images, n_parts=c.n_parts, size=c.map_size // 2, levels=c.levels, n_iter=10, seed=c.seed
+                self.target,
+                images,
+                n_parts=c.n_parts,
+                size=max(2, c.map_size // 4),
+                levels=c.levels,
+                n_iter=10,
+                seed=c.seed,
             )
         finally:
             self.target.train(was_training)
