@@ -6,7 +6,7 @@ its own starts is more than 2% above the best peer's, fgfast gets no speed.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import pytest
@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.conftest import Race
 from fgfast import kmeans
 from fgfast.reference.kmeans import hypercolumns, kmeans_step
 
 K, ITERATIONS, SIZE, SEEDS = 15, 20, (64, 64), 2
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LEVELS = ((256, 56), (512, 28), (1024, 14), (2048, 7))
 
 
@@ -42,12 +44,12 @@ def matrix() -> Tensor:
     return hypercolumns(pyramid(), SIZE)[0].contiguous()  # [4096, 3840]
 
 
-def fgfast_pyramid(seed: int) -> Tensor:
-    return kmeans(pyramid(), K, size=SIZE, n_iter=ITERATIONS, seed=seed).centroids[0]
+def on_pyramid(seed: int) -> Tensor:
+    return kmeans([f.to(DEVICE) for f in pyramid()], K, size=SIZE, n_iter=ITERATIONS, seed=seed).centroids[0]
 
 
-def fgfast_matrix(seed: int) -> Tensor:
-    return kmeans(matrix(), K, n_iter=ITERATIONS, seed=seed).centroids
+def on_matrix(seed: int) -> Tensor:
+    return kmeans(matrix().to(DEVICE), K, n_iter=ITERATIONS, seed=seed).centroids
 
 
 def scikit_learn(seed: int) -> Tensor:
@@ -56,18 +58,21 @@ def scikit_learn(seed: int) -> Tensor:
     return torch.from_numpy(fitted.cluster_centers_)
 
 
-def faiss(seed: int) -> Tensor:
+def faiss(seed: int, runs: int = 1) -> Tensor:
     module = pytest.importorskip("faiss")
-    solver = module.Kmeans(len(matrix()[0]), K, niter=ITERATIONS, seed=seed + 1, max_points_per_centroid=1 << 20)
+    solver = module.Kmeans(
+        len(matrix()[0]), K, niter=ITERATIONS, seed=seed + 1, nredo=runs, max_points_per_centroid=1 << 20
+    )
     solver.train(matrix().numpy())
     return torch.from_numpy(np.asarray(solver.centroids))
 
 
 SOLVERS: dict[str, Callable[[int], Tensor]] = {
-    "fgfast pyramid": fgfast_pyramid,
-    "fgfast matrix": fgfast_matrix,
+    "fgfast, pyramid": on_pyramid,
+    "fgfast, matrix": on_matrix,
     "scikit-learn": scikit_learn,
     "faiss": faiss,
+    "faiss, best of 3": partial(faiss, runs=3),
 }
 
 
@@ -75,26 +80,29 @@ SOLVERS: dict[str, Callable[[int], Tensor]] = {
 def inertia(name: str) -> float:
     """Mean over seeds of the inertia of the centroids returned, by the reference."""
     x = matrix()[None]
-    return float(np.mean([kmeans_step(x, SOLVERS[name](s)[None])[3].item() for s in range(SEEDS)]))
+    return float(np.mean([kmeans_step(x, SOLVERS[name](s).cpu()[None])[3].item() for s in range(SEEDS)]))
 
 
-@pytest.fixture(scope="module")
-def right() -> None:
-    """The gate: scikit-learn's labels from the same start, from the pyramid and from the matrix."""
+def answer(name: str) -> list[Tensor]:
+    """One run, and how good the solver is over the seeds."""
+    SOLVERS[name](0)
+    return [torch.tensor(inertia(name))]
+
+
+def test_labels_and_inertia_are_scikit_learns_from_the_same_start(benchmark) -> None:  # type: ignore[no-untyped-def]
     cluster = pytest.importorskip("sklearn.cluster")
     start = matrix()[:: 4096 // K][:K]
     theirs = cluster.KMeans(K, init=start.numpy(), n_init=1, max_iter=ITERATIONS).fit(matrix().numpy())
-    for x, size in ((pyramid(), SIZE), (matrix(), None)):
-        ours = kmeans(x, K, size=size, init=start, n_iter=ITERATIONS)
-        assert float((ours.labels.flatten() == torch.from_numpy(theirs.labels_)).float().mean()) > 0.9999
+    for x, size in (([f.to(DEVICE) for f in pyramid()], SIZE), (matrix().to(DEVICE), None)):
+        run = partial(kmeans, x, K, size=size, init=start.to(DEVICE), n_iter=ITERATIONS)
+        ours = run() if size is None else benchmark.pedantic(run, rounds=1)
+        same = ours.labels.flatten().cpu() == torch.from_numpy(theirs.labels_)
+        assert float(same.float().mean()) > 0.9999
         assert ours.inertia.item() == pytest.approx(theirs.inertia_, rel=1e-5)
 
 
-@pytest.mark.benchmark(group="kmeans: an image, 4,096 pixels x 3,840 channels, K = 15, 20 iterations")
-@pytest.mark.parametrize("name", SOLVERS)
-def test_kmeans(benchmark, right: None, name: str) -> None:  # type: ignore[no-untyped-def]
-    best = min(inertia("scikit-learn"), inertia("faiss"))
-    assert not name.startswith("fgfast") or inertia(name) <= 1.02 * best
-    benchmark.extra_info["inertia"] = inertia(name)
-    benchmark.extra_info["threads"] = torch.get_num_threads()
-    benchmark.pedantic(SOLVERS[name], args=(0,), rounds=5 if name == "fgfast pyramid" else 2)
+@pytest.mark.benchmark(group="kmeans")
+def test_kmeans(benchmark, race: Race) -> None:  # type: ignore[no-untyped-def]
+    assert inertia("fgfast, pyramid") <= 1.02 * min(inertia("scikit-learn"), inertia("faiss"))
+    benchmark.extra_info["inertia"] = {name: round(inertia(name), 1) for name in SOLVERS}
+    race({name: partial(answer, name) for name in SOLVERS}, "scikit-learn", rounds=4, rtol=0.05)

@@ -1,11 +1,13 @@
 """part_pool forward and backward against scatter_reduce: DetCon's size and a larger map. A wrong one has no speed."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.conftest import Race, Run, check
 from fgfast import part_pool
 from fgfast.reference import part_pool as reference
 
@@ -28,26 +30,28 @@ def forward_backward(run: Callable[[Tensor, Tensor], Tensor], x: Tensor, labels:
     y = x.detach().requires_grad_()
     run(y, labels).backward(grad)
     assert y.grad is not None
-    if x.is_cuda:
-        torch.cuda.synchronize()
     return y.grad
 
 
+def step(run: Callable[[Tensor, Tensor], Tensor], x: Tensor, labels: Tensor, grad: Tensor) -> list[Tensor]:
+    return [forward_backward(run, x, labels, grad)]
+
+
+def double(x: Tensor, labels: Tensor) -> Tensor:
+    return reference.part_pool(x.double().flatten(2).transpose(1, 2), labels.flatten(1), K)[0]
+
+
+@pytest.mark.benchmark(group="part_pool")
 @pytest.mark.parametrize("size", SHAPES)
-@pytest.mark.parametrize("run", [fgfast, scatter], ids=["fgfast", "scatter_reduce"])
-def test_part_pool(benchmark, run: Callable[[Tensor, Tensor], Tensor], size: str) -> None:  # type: ignore[no-untyped-def]
-    benchmark.group = f"part_pool forward + backward, {size}, K = {K}"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def test_part_pool(race: Race, device: torch.device, size: str) -> None:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(SHAPES[size], generator=g).to(device)
     labels = torch.randint(-1, K, (x.shape[0], *x.shape[2:]), generator=g).to(device)
     grad = torch.randn(x.shape[0], K, x.shape[1], generator=g).to(device)
-    few = x[:8].flatten(2).transpose(1, 2).double().requires_grad_()
-    pooled, _ = reference.part_pool(few, labels[:8].flatten(1), K)
-    pooled.backward(grad[:8].double())
-    assert few.grad is not None
-    torch.testing.assert_close(run(x, labels)[:8].double(), pooled, rtol=1e-5, atol=1e-5)
-    found = forward_backward(run, x, labels, grad)[:8].flatten(2).transpose(1, 2)
-    torch.testing.assert_close(found.double(), few.grad, rtol=1e-5, atol=1e-5)
-    benchmark.extra_info["threads"] = torch.get_num_threads()
-    benchmark.pedantic(forward_backward, args=(run, x, labels, grad), rounds=3, warmup_rounds=1)
+    few = slice(0, 8)
+    expected = forward_backward(double, x[few], labels[few], grad[few].double())
+    for run in (fgfast, scatter):
+        check(run.__name__, [forward_backward(run, x[few], labels[few], grad[few])], [expected], 1e-5)
+        check(run.__name__, [run(x[few], labels[few])], [double(x[few], labels[few])], 1e-5)
+    contenders: dict[str, Run] = {run.__name__: partial(step, run, x, labels, grad) for run in (fgfast, scatter)}
+    race(contenders, "scatter", rounds=5)
