@@ -80,6 +80,7 @@ class DaliLoader(Loader):
         self._stamps = list(source.records.stamps)
         self._levels: list[list[np.ndarray]] = []
         self._maps: list[np.ndarray] = []
+        self._maps_read: set[int] = set()
         self._pipe: Pipeline | None = None
         self._jobs: deque[_Job] = deque()
         self._producer: _Producer | None = None
@@ -347,7 +348,7 @@ class DaliLoader(Loader):
         self._levels = [[] if isinstance(levels, OSError) else levels for levels in loaded]
 
     def _look(self, rows: np.ndarray) -> None:
-        """Decode on the host what was never decoded or has changed, before DALI gets it.
+        """Decode on the host what was never decoded or has changed, before DALI gets it, and each map once.
 
         DALI 2.4 does not only raise on a broken file: now and then it ends the process (seen in one of three runs).
         """
@@ -360,6 +361,9 @@ class DaliLoader(Loader):
                     self._stamps[row] = (stat.st_size, stat.st_mtime_ns)
             except OSError as error:
                 self._fail(row, str(error))
+            if self.source.maps is not None and row not in self._maps_read:
+                read_map(self.source.maps, self.source.rel(row))
+                self._maps_read.add(row)
 
     def _resized(self, row: int, height: int, width: int) -> None:
         self.source.records.sizes[row] = height, width

@@ -209,7 +209,10 @@ def check_images(images: ImageSet, *, full: bool = True, threads: int | None = N
             ):
                 verdicts[i] = known[images.paths[i]] = found
         table = {rel: list(vars(verdict).values()) for rel, verdict in known.items()}
-        write_atomically(cache, json.dumps({"version": _VERSION, "root": root, "files": table}).encode())
+        try:
+            write_atomically(cache, json.dumps({"version": _VERSION, "root": root, "files": table}).encode())
+        except UserError as error:  # the verdicts are known, they only have to be found again next time
+            log.warning("the manifest is not kept: %s", error)
     return _records(images, root, [verdict for verdict in verdicts if verdict is not None])
 
 

@@ -22,6 +22,7 @@ from fgfast.data.manifest import read_picture
 from fgfast.data.maps import ABSENT, read_map
 from fgfast.data.sampling import Draw
 from fgfast.data.views import Batch, warp_labels
+from fgfast.errors import UserError
 
 
 class TorchvisionLoader(Loader):
@@ -48,7 +49,10 @@ class TorchvisionLoader(Loader):
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
         failed = tuple(sorted(self._failed))
         self._order.keys = [(epoch, batch, failed) for batch in range(start, len(self))]
-        for batch, broken in self._loader:
+        for item in self._loader:
+            if isinstance(item, UserError):
+                raise item
+            batch, broken = item
             for row, reason in broken:
                 self._fail(row, reason)
             yield batch if self.device.type == "cpu" else batch.to(self.device)
@@ -82,7 +86,7 @@ class _Batches(Dataset):
     def __init__(self, source: Source) -> None:
         self.source = source
 
-    def __getitem__(self, key: tuple[int, int, tuple[int, ...]]) -> tuple[Batch, list[tuple[int, str]]]:
+    def __getitem__(self, key: tuple[int, int, tuple[int, ...]]) -> tuple[Batch, list[tuple[int, str]]] | UserError:
         epoch, number, known = key
         failed, broken = set(known), []
         rows, valid = self.source.rows(epoch, number)
@@ -97,8 +101,13 @@ class _Batches(Dataset):
                 failed.add(int(row))
                 broken.append((int(row), str(error)))
                 if len(failed) == len(self.source.records):
-                    raise
-        return self._batch(epoch, number, rows, valid, [p.permute(2, 0, 1) for p in pictures]), broken
+                    return UserError(
+                        f"No picture of {self.source.records.images.root} decodes any longer: restore them."
+                    )
+        try:
+            return self._batch(epoch, number, rows, valid, [p.permute(2, 0, 1) for p in pictures]), broken
+        except UserError as error:  # raised here it would reach the user with a traceback of the worker
+            return error
 
     def _batch(self, epoch: int, number: int, rows: np.ndarray, valid: np.ndarray, pictures: list[Tensor]) -> Batch:
         source, spec = self.source, self.source.spec

@@ -326,6 +326,17 @@ def test_a_map_folder_without_a_map_is_named(coded_set: ImageSet, tmp_path: Path
         make_loader(coded_set, ViewSpec(crops=(Crop(),), masks=True), 4, maps=tmp_path / "maps")
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_map_that_does_not_decode_is_named(coded_set: ImageSet, tmp_path: Path, variant: str) -> None:
+    path = map_path(tmp_path / "maps", coded_set.paths[3])
+    path.write_bytes(path.read_bytes()[:50])
+    with (
+        loading(coded_set, ViewSpec(crops=(Crop(),), masks=True), 4, variant, maps=tmp_path / "maps") as loader,
+        pytest.raises(UserError, match=r"03\.png\.png does not decode"),
+    ):
+        list(loader)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [

@@ -138,6 +138,15 @@ def test_a_spoilt_cache_file_is_made_again(smooth_set: ImageSet, caplog: pytest.
     assert "cannot be read" in caplog.text
 
 
+def test_a_cache_that_cannot_be_written_is_no_obstacle(
+    smooth_set: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FGFAST_CACHE", str(tmp_path / "file"))
+    assert len(check_images(smooth_set)) == 50
+    assert "the manifest is not kept" in caplog.text
+
+
 def test_nothing_is_written_into_the_data_folder(odd_set: ImageSet) -> None:
     before = sorted(odd_set.root.rglob("*"))
     check_images(odd_set)
