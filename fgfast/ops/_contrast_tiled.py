@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fgfast.ops.ids import Ids
 
-TILE = {"cpu": 1024}  # rows and columns of a tile, by device type
+TILE = {"cpu": 512}  # rows and columns of a tile, by device type
 TILE_ELSEWHERE = 2048
 RANGE = 256  # vectors that share one range of image ids
 BOUNDED = 50.0  # |s'| up to here: sums of 2^31 columns and their inverses times a gradient stay normal in float32
