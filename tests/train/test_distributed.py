@@ -1,0 +1,66 @@
+"""Two gloo ranks train together: one run folder, the same weights on both, no picture twice."""
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from fgfast.errors import UserError
+from fgfast.train.distributed import choose_device
+from fgfast.train.log import read_metrics
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _train(rank: int, port: int, data: str, out: str, method: str) -> None:
+    import os
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    from fgfast.methods.base import method_class
+    from fgfast.train import loop
+    from tests.conftest import TINY
+
+    made: list[torch.nn.Module] = []
+    real = loop.method_class
+
+    def kept(name: str) -> object:
+        def build(config: object) -> torch.nn.Module:
+            made.append(real(name)(config))  # type: ignore[arg-type]
+            return made[-1]
+
+        return build
+
+    loop.method_class = kept  # type: ignore[assignment]
+    config = method_class(method).Config(
+        data=data, out=out, model=TINY, model_args="output_stride=8", size=32, batch_size=4, epochs=1, log_every=1,
+        knn_every=1, device="cpu", threads=1, amp="off", hidden=16, projection=8,
+    )  # fmt: skip
+    loop.pretrain(method, config)
+    torch.save({k: v.detach() for k, v in made[0].named_parameters()}, f"{out}-rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", ["simclr", "particle"])
+def test_two_ranks_end_with_the_same_weights(drawn: Path, tmp_path: Path, method: str) -> None:
+    """18 pictures over 2 ranks of 4 make 3 steps; both ranks hold the same parameters afterwards."""
+    out = tmp_path / "run"
+    mp.start_processes(_train, args=(_free_port(), str(drawn), str(out), method), nprocs=2, start_method="spawn")
+    first, second = (torch.load(f"{out}-rank{r}.pt", weights_only=True) for r in (0, 1))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    rows, _ = read_metrics(out / "metrics.jsonl")
+    assert [r["step"] for r in rows if "loss" in r] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "nosuch", "meta"])
+def test_devices_that_are_not_there_are_named(name: str) -> None:
+    """The message names what was asked for."""
+    with pytest.raises(UserError, match=name):
+        choose_device(name)
