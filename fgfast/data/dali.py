@@ -10,13 +10,7 @@ is drawn on the host (``sampling``), which is what makes resuming exact.
 
 from __future__ import annotations
 
-import atexit
-import ctypes
 import os
-import queue
-import re
-import threading
-import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from fgfast.data.background import Producer
 from fgfast.data.base import Loader, Source, replace_failed
 from fgfast.data.manifest import convert, read_picture
 from fgfast.data.maps import ABSENT, map_path, read_map
@@ -40,7 +35,6 @@ fn: Any = dali.fn  # DALI makes its operators and constants at run time: no chec
 types: Any = dali.types
 Pipeline: Any = dali.pipeline.Pipeline
 
-_RUNNING: weakref.WeakSet[_Producer] = weakref.WeakSet()
 _LOST: list = []
 """Pipelines that failed: taking one down while its threads still decode ends the process (DALI 2.4)."""
 
@@ -68,6 +62,8 @@ class DaliLoader(Loader):
     ) -> None:
         """Build nothing yet: pipeline and thread start with the first iteration."""
         super().__init__(source)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self._threads = threads
         self._depth = max(1, prefetch)
@@ -83,7 +79,7 @@ class DaliLoader(Loader):
         self._maps_read: set[int] = set()
         self._pipe: Pipeline | None = None
         self._jobs: deque[_Job] = deque()
-        self._producer: _Producer | None = None
+        self._producer: Producer[tuple[_Job, list[Tensor]]] | None = None
 
     # ---- one epoch -------------------------------------------------------------------------------------------------
 
@@ -98,7 +94,7 @@ class DaliLoader(Loader):
 
     def _restart(self, epoch: int, batch: int) -> None:
         self._stop()
-        self._producer = _Producer(self._run(epoch, batch), (epoch, batch), len(self), self._depth)
+        self._producer = Producer(self._run(epoch, batch), (epoch, batch), len(self), self._depth)
 
     def _stop(self) -> None:
         if self._producer is not None:
@@ -228,7 +224,7 @@ class DaliLoader(Loader):
         pipe = Pipeline(
             self.source.batch_size,
             self._threads,
-            (self.device.index or 0) if gpu else None,
+            self.device.index if gpu else None,
             prefetch_queue_depth=self._depth,
         )
         sides = self._sides if self._whole is None else [*self._sides, self._whole]
@@ -395,79 +391,6 @@ class DaliLoader(Loader):
                     found = True
         if not found:
             raise RuntimeError(f"DALI failed on a batch in which every file decodes alone: {_first(error)}") from error
-
-
-class _Producer:
-    """Runs an iterator of batches in a thread, a few ahead of whoever takes them."""
-
-    def __init__(
-        self, items: Iterator[tuple[_Job, list[Tensor]]], start: tuple[int, int], length: int, depth: int
-    ) -> None:
-        self.next = start
-        self._length = length
-        self._items = items
-        self._queue: queue.Queue = queue.Queue(depth)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="fgfast-data", daemon=True)
-        self._thread.start()
-        _RUNNING.add(self)
-
-    def _work(self) -> None:
-        _one_thread()
-        try:
-            for item in self._items:
-                if not self._put(item):
-                    return
-            self._put(None)
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: object) -> bool:
-        while not self._stopped.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def get(self) -> tuple[_Job, list[Tensor]]:
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        epoch, batch = self.next
-        self.next = (epoch, batch + 1) if batch + 1 < self._length else (epoch + 1, 0)
-        return item
-
-    def close(self) -> None:
-        self._stopped.set()
-        while self._thread.is_alive():
-            try:
-                self._queue.get(timeout=0.01)  # wakes a thread that waits for room
-            except queue.Empty:
-                continue
-
-
-@atexit.register
-def _stop_all() -> None:
-    """A thread that is still inside DALI when the interpreter goes away would abort the process."""
-    for producer in list(_RUNNING):
-        producer.close()
-
-
-def _one_thread() -> None:
-    """Keep torch's operations of this thread on one core: the team of OpenMP threads belongs to the training.
-
-    omp_set_num_threads holds for the calling thread alone, while torch.set_num_threads changes the whole process.
-    """
-    try:
-        with open("/proc/self/maps") as maps:
-            paths = set(re.findall(r"(/\S*lib[gi]omp\S*\.so\S*)", maps.read()))
-    except OSError:
-        return
-    for path in paths:
-        if os.path.exists(path):
-            ctypes.CDLL(path).omp_set_num_threads(1)
 
 
 def _region(window: np.ndarray, flip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
