@@ -50,8 +50,8 @@ class PARTICLEConfig(TrainConfig):
     """Width of the hidden layers of projector and predictor."""
     projection: int = 128
     """Width of the projection."""
-    norm: Literal["batch", "layer"] = "batch"
-    """Norm inside the heads."""
+    norm: Literal["batch", "layer"] = "layer"
+    """Norm inside the heads; "batch" also counts the zero rows of absent parts."""
     momentum: float = 0.99
     """Start of the momentum encoder's decay, which rises to 1 as a cosine."""
     dino_weight: float = 1.0
@@ -86,7 +86,7 @@ class PARTICLE(Method):
 
     where the primed networks are momentum copies. A ViT adds ``dino_weight`` x DINO on the CLS tokens of both views.
 
-    Defaults that are ours: heads of 512 and 128, momentum 0.99 to 1, batch norm in the heads, blur scaled by the size
+    Defaults that are ours: heads of 512 and 128, momentum 0.99 to 1, blur scaled by the size
     of the views, parts that are absent from a view masked and the mean taken over the rows with a positive.
     ``--preset paper`` gives the released settings. Quirks of the release that are not reproduced, because they are
     mistakes there: ids drawn for absent parts become positives of each other (masked here); solarise at 0.5 of a

@@ -14,7 +14,6 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from fgfast import __version__
 from fgfast.errors import UserError
 from fgfast.info import versions
 from fgfast.report import plots

@@ -10,8 +10,8 @@ import pytest
 
 from fgfast.errors import UserError
 from fgfast.report.html import write_report
-from fgfast.train.log import read_metrics
 from fgfast.report.pictures import save_png
+from fgfast.train.log import read_metrics
 from tests.report import runs
 
 
