@@ -175,7 +175,7 @@ class Comparison:
             write_atomic(self.out / "compare.csv", lambda p: p.write_text(text.getvalue()))
 
     def _tuned(self, entry: Entry, data: Path) -> float:
-        """The rate with the best kNN on a held-out part of the training split (first seed); kept in tuned.json."""
+        """The rate with the best linear probe on a held-out part of the training split (first seed); kept in tuned.json."""
         from fgfast.evaluate.protocols import evaluate
         from fgfast.train.distributed import choose_device
         from fgfast.train.loop import pretrain
@@ -189,7 +189,7 @@ class Comparison:
                 config = replace(config, lr=lr, holdout=HELD_OUT, out=f"{config.out}-lr{lr:g}", knn_every=0)
                 passes, epochs = int(config.passes * self.tune_share), max(1, round(config.epochs * self.tune_share))
                 run = pretrain(entry.name, replace(config, passes=passes, epochs=epochs))
-                scores[str(lr)] = evaluate(run, "knn", data, device=choose_device(config.device)).top1
+                scores[str(lr)] = evaluate(run, "linear", data, device=choose_device(config.device)).top1
                 with _lock(self.out / "tuned.json.lock"):
                     write_json(self.out / "tuned.json", self._all_tuning() | {f"{data.name} {entry.label}": scores})
         return max(self.lrs, key=lambda lr: scores[str(lr)])
