@@ -175,7 +175,7 @@ class Comparison:
             write_atomic(self.out / "compare.csv", lambda p: p.write_text(text.getvalue()))
 
     def _tuned(self, entry: Entry, data: Path) -> float:
-        """The rate with the best linear probe on a held-out part of the training split (first seed); kept in tuned.json."""
+        """The rate with the best linear probe on a held-out part of the training split (first seed), kept."""
         from fgfast.evaluate.protocols import evaluate
         from fgfast.train.distributed import choose_device
         from fgfast.train.loop import pretrain
