@@ -208,7 +208,7 @@ class Comparison:
         return np.stack([np.load(r / "correct.npz")[protocol] for r in runs])
 
     def table(self) -> str:
-        """The results as Markdown, also in compare.md: means over seeds, 95% intervals over seeds and pictures."""
+        """The results as Markdown: means over seeds, 95% intervals over seeds and pictures; compare.md, compare.png."""
         lines = []
         rows = self.rows()
         for data in self.data:
@@ -225,6 +225,10 @@ class Comparison:
             lines.append("")
         text = "\n".join(lines)
         write_atomic(self.out / "compare.md", lambda p: p.write_text(text))
+        if rows:
+            from fgfast.report import plots
+
+            plots.save(plots.bars(rows, value="linear", unit="linear top-1, %"), self.out / "compare.png")
         return text
 
     def _line(self, entry: Entry, base: Entry | None, data: Path, mine: list[dict[str, str]]) -> str:

@@ -1,13 +1,14 @@
 """Evaluation of a run: frozen features of a checkpoint, kNN or a linear probe, an interval over the test pictures."""
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from fgfast.data.layouts import ImageSet, open_images
 from fgfast.errors import UserError
 from fgfast.evaluate.bootstrap import accuracy_interval
 from fgfast.evaluate.features import extract
@@ -18,6 +19,7 @@ from fgfast.models.backbone import Backbone, parse_model_args
 from fgfast.models.weights import encoder_state
 from fgfast.train.checkpoint import load_checkpoint, write_json
 from fgfast.train.config import TrainConfig, with_values
+from fgfast.train.splits import training_images
 
 Protocol = Literal["knn", "linear"]
 Checkpoint = Literal["init", "last"]
@@ -95,12 +97,8 @@ def predict(
     return np.asarray(predicted), np.asarray(ty), len(x)
 
 
-def _splits(config: TrainConfig, data: Path) -> Any:
-    from dataclasses import replace
-
-    from fgfast.data.layouts import open_images
-    from fgfast.train.loop import training_images
-
+def _splits(config: TrainConfig, data: Path) -> tuple[ImageSet, ImageSet]:
+    """The pictures that features are fitted on, and those that are scored."""
     fit, held = training_images(replace(config, data=str(data)))
     test = held if config.holdout else open_images(data).test_set()
     if len(test) == 0:

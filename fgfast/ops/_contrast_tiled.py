@@ -33,6 +33,16 @@ LOG2E = math.log2(math.e)
 LN2 = math.log(2)
 
 
+def logit_scale(tensor: Tensor | None, number: float, dtype: torch.dtype) -> float | Tensor:
+    """log2(e) / T: what takes a product of unit vectors to a logit in base 2.
+
+    Example:
+        >>> round(logit_scale(None, 1.0, torch.float32), 4)
+        1.4427
+    """
+    return LOG2E / number if tensor is None else LOG2E / tensor.detach().to(dtype)
+
+
 @dataclass
 class Side:
     """The rows or the columns of the logit matrix, read tile by tile."""

@@ -48,8 +48,8 @@ def exact(device: torch.device, precision: str = "ieee") -> Iterator[None]:
             yield
             return
         matmul = torch.backends.cuda.matmul
-        before, matmul.allow_tf32 = matmul.allow_tf32, precision == "tf32"
+        before, matmul.fp32_precision = matmul.fp32_precision, precision
         try:
             yield
         finally:
-            matmul.allow_tf32 = before
+            matmul.fp32_precision = before

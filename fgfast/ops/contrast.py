@@ -1,9 +1,6 @@
 """``contrastive_loss``: one contrast for the whole field; checks, choice of backend, registration."""
 
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +8,7 @@ from torch import Tensor
 
 from fgfast.backend import resolve
 from fgfast.ops import _contrast_tiled as tiled
+from fgfast.ops._tensors import accumulation, exact, values_checked
 from fgfast.ops.ids import Ids
 from fgfast.reference import contrast as reference
 
@@ -170,7 +168,7 @@ def _check(
         raise ValueError(f"temperature is {temperature}: give a finite number above 0.")
     if torch.compiler.is_compiling():
         return
-    if query.device.type == "cpu" or os.environ.get("FGFAST_CHECKS") == "1":
+    if values_checked(query):
         _check_values(query_ids, key_ids, temperature, weight)
 
 
@@ -184,46 +182,6 @@ def _check_values(query_ids: Ids, key_ids: Ids, temperature: float | Tensor, wei
         raise ValueError("weight holds a negative or non-finite value: weights are finite and 0 or more.")
 
 
-@contextmanager
-def exact_products(x: Tensor, precision: str) -> Iterator[None]:
-    """Products as asked for inside the block: no autocast, and on a GPU float32 by ``precision``.
-
-    Example:
-        >>> with exact_products(torch.zeros(1), "ieee"):
-        ...     pass
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        if x.device.type != "cuda":
-            yield
-            return
-        matmul = torch.backends.cuda.matmul
-        before, matmul.fp32_precision = matmul.fp32_precision, precision
-        try:
-            yield
-        finally:
-            matmul.fp32_precision = before
-
-
-def accumulator(x: Tensor) -> torch.dtype:
-    """The dtype in which x is accumulated.
-
-    Example:
-        >>> accumulator(torch.zeros(1, dtype=torch.bfloat16))
-        torch.float32
-    """
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def logit_scale(tensor: Tensor | None, number: float, dtype: torch.dtype) -> float | Tensor:
-    """log2(e) / T: what takes a product of unit vectors to a logit in base 2.
-
-    Example:
-        >>> round(logit_scale(None, 1.0, torch.float32), 4)
-        1.4427
-    """
-    return tiled.LOG2E / number if tensor is None else tiled.LOG2E / tensor.detach().to(dtype)
-
-
 def _optional_ids(image: Tensor | None, part: Tensor | None, view: Tensor | None) -> Ids | None:
     return None if image is None or part is None or view is None else Ids(image, part, view)
 
@@ -235,8 +193,8 @@ class _Problem:
         self, query: Tensor, query_ids: Ids, key: Tensor | None, key_ids: Ids | None,
         bank: Tensor | None, tensor: Tensor | None, number: float, negatives: str, normalize: bool,
     ):  # fmt: skip
-        dtype = accumulator(query)
-        self.scale = logit_scale(tensor, number, dtype)
+        dtype = accumulation(query.dtype)
+        self.scale = tiled.logit_scale(tensor, number, dtype)
         self.bounded = tiled.bounded(self.scale, normalize)
         self.symmetric = key is None and self.bounded
         self.rows = tiled.make_side(query, query_ids, normalize, dtype)
@@ -256,7 +214,7 @@ def _contrast(
     negatives: str, normalize: bool, precision: str, deterministic: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, log2-sum-exp2 and number of positives of each query [M]; key None means the query itself."""
-    with exact_products(query, precision):
+    with exact(query.device, precision):
         problem = _Problem(
             query, Ids(query_image, query_part, query_view), key, _optional_ids(key_image, key_part, key_view),
             bank, temperature_tensor, temperature, negatives, normalize,
@@ -270,7 +228,7 @@ def _contrast(
 
 @_contrast.register_fake
 def _(query: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    row = query.new_empty(query.shape[0], dtype=accumulator(query))
+    row = query.new_empty(query.shape[0], dtype=accumulation(query.dtype))
     return row, torch.empty_like(row), torch.empty_like(row)
 
 
@@ -284,7 +242,7 @@ def _contrast_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key, bank and temperature, empty where ``needs`` says no."""
     need_query, need_key, need_bank, need_temperature = needs
-    with exact_products(query, precision):
+    with exact(query.device, precision):
         problem = _Problem(
             query, Ids(query_image, query_part, query_view), key, _optional_ids(key_image, key_part, key_view),
             bank, temperature_tensor, temperature, negatives, normalize,

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fgfast.ops import _contrast_tiled as tiled
-from fgfast.ops.contrast import accumulator, exact_products, logit_scale
+from fgfast.ops._tensors import accumulation, exact
 from fgfast.ops.ids import Ids
 
 
@@ -82,9 +82,9 @@ class _RingContrast(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, bank: Tensor | None, temperature: Tensor | None, number: float,
         query_ids: Ids, key_ids: Ids, negatives: str, normalize: bool, precision: str, group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        dtype = accumulator(query)
-        with exact_products(query, precision):
-            scale = logit_scale(temperature, number, dtype)
+        dtype = accumulation(query.dtype)
+        with exact(query.device, precision):
+            scale = tiled.logit_scale(temperature, number, dtype)
             rows = tiled.make_side(query, query_ids, normalize, dtype)
             stats = tiled.Stats.zeros(rows, tiled.bounded(scale, normalize))
             if bank is not None:
@@ -110,9 +110,9 @@ class _RingContrast(torch.autograd.Function):
         query, key, bank, temperature, *ids, lse, count = ctx.saved_tensors
         number, negatives, normalize, precision, group = ctx.options
         need_query, need_key, need_bank, need_temperature = ctx.needs_input_grad[:4]
-        dtype = accumulator(query)
-        with exact_products(query, precision):
-            scale = logit_scale(temperature, number, dtype)
+        dtype = accumulation(query.dtype)
+        with exact(query.device, precision):
+            scale = tiled.logit_scale(temperature, number, dtype)
             k = tiled.Coefficients.make(grads[0], lse, count)
             rows = tiled.make_side(query, Ids(*ids[:3]), normalize, dtype)
             d_query = query.new_zeros(query.shape, dtype=dtype) if need_query or need_temperature else None

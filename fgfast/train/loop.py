@@ -18,6 +18,7 @@ from fgfast.train.config import TrainConfig, to_toml, validate
 from fgfast.train.distributed import Ranks, barrier, start
 from fgfast.train.log import RunLog, peak_memory_mb
 from fgfast.train.optim import FiniteGuard, learning_rate, make_optimizer
+from fgfast.train.splits import training_images
 
 if TYPE_CHECKING:
     from fgfast.data.layouts import ImageSet
@@ -53,24 +54,6 @@ def pretrain(name: str, config: TrainConfig, *, train: bool = True) -> Path:
     if train:
         _Trainer(name, config, ranks, run, images, method).train(resumed)
     return run
-
-
-def training_images(config: TrainConfig) -> "tuple[ImageSet, ImageSet]":
-    """The pictures to train on and those that ``config.holdout`` keeps back (every class loses the same share)."""
-    import numpy as np
-
-    from fgfast.data.layouts import open_images
-
-    images = open_images(Path(config.data)).train_set()
-    if config.holdout == 0:
-        return images, images.subset(np.zeros(len(images), dtype=bool))
-    rank_in_class = np.zeros(len(images))
-    order = np.random.default_rng(12345).permutation(len(images))
-    for c in np.unique(images.targets):
-        members = order[images.targets[order] == c]
-        rank_in_class[members] = np.arange(len(members)) / len(members)
-    held = rank_in_class < config.holdout
-    return images.subset(~held), images.subset(held)
 
 
 def _open_run(run: Path, name: str, config: TrainConfig, ranks: Ranks, method: Method) -> dict[str, Any] | None:

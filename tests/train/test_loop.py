@@ -12,7 +12,8 @@ from fgfast.errors import UserError
 from fgfast.methods.simclr import SimCLRConfig
 from fgfast.train import loop
 from fgfast.train.log import read_metrics
-from fgfast.train.loop import pretrain, training_images
+from fgfast.train.loop import pretrain
+from fgfast.train.splits import training_images
 from tests.conftest import TINY
 
 
