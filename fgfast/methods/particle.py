@@ -76,6 +76,9 @@ _PAPER = {
 }  # fmt: skip
 
 
+ONLINE = 4  # id maps made inside a step are this much smaller than stored ones: nearer to the grid that pools
+
+
 class PARTICLE(Method):
     """Part discovery and part contrast (DetCon-B loss); for a ViT together with DINO.
 
@@ -210,12 +213,16 @@ class PARTICLE(Method):
             shape = (len(batch), self.grid_side(side), self.grid_side(side))
             return [torch.randint(c.n_parts, shape, device=v.device) for v in batch.views]
         grid = c.parts == "grid"
-        whole = grid_labels(len(batch), c.grid, batch.boxes.device) if grid else self.cluster(batch.whole)
+        whole = (
+            grid_labels(len(batch), c.grid, batch.boxes.device)
+            if grid
+            else self.cluster(batch.whole, max(2, c.map_size // ONLINE))
+        )
         return [warp_labels(whole, batch.boxes[:, v], side) for v in range(len(batch.views))]
 
     @torch.no_grad()
-    def cluster(self, images: Tensor | None) -> Tensor:
-        """Parts of whole pictures by the momentum encoder, int64 [B, h, w]."""
+    def cluster(self, images: Tensor | None, size: int) -> Tensor:
+        """Parts of whole pictures by the momentum encoder, int64 [B, size, size] (ViT: on its patch grid)."""
         assert images is not None  # views() asks for them
         c = self.config
         was_training = self.target.training
@@ -227,7 +234,7 @@ class PARTICLE(Method):
                 self.target,
                 images,
                 n_parts=c.n_parts,
-                size=max(2, c.map_size // 4),
+                size=size,
                 levels=c.levels,
                 n_iter=10,
                 seed=c.seed,
@@ -294,7 +301,7 @@ class PARTICLE(Method):
         shown = range(min(8, len(batch)))
         found: dict[str, list[list[Panel]]] = {}
         if batch.whole is not None:
-            parts = self.cluster(batch.whole)
+            parts = self.cluster(batch.whole, self.config.map_size)
             found["parts"] = in_rows([p for i in shown for p in beside(batch.whole[i], parts[i], "photograph")], 4)
         views = list(enumerate(zip(batch.views, self.labels(batch), strict=True), start=1))
         found["views"] = [[p for v, (x, ids) in views for p in beside(x[i], ids[i], f"view {v}")] for i in shown]
