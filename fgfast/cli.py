@@ -164,13 +164,14 @@ def _generate(words: list[str]) -> None:
 def _pretrain(words: list[str]) -> None:
     """Train a method on pictures without labels and write a run folder."""
     name, config = parse_method(words)
+    from fgfast.report.draw import draw_run
     from fgfast.report.html import write_report
+    from fgfast.train.distributed import choose_device, is_first
     from fgfast.train.loop import pretrain
 
     run = pretrain(name, config)
-    from fgfast.train.distributed import is_first
-
     if is_first():
+        draw_run(run, Path(config.data), device=choose_device(config.device))
         print(write_report(run))
 
 

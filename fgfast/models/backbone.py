@@ -48,7 +48,7 @@ class Backbone(nn.Module):
         pretrained: take timm's weights (needs a network).
 
     Raises:
-        UserError: timm has no such model, or refuses the arguments.
+        UserError: timm has no such model, refuses the arguments, or cannot fetch the weights.
 
     Example:
         >>> encoder = Backbone("test_resnet", size=64)
@@ -72,7 +72,11 @@ class Backbone(nn.Module):
             options = {"img_size": size, "dynamic_img_size": True, **options}
         try:
             self.net = timm.create_model(name, **options)
-        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+            if pretrained:
+                raise UserError(
+                    f"timm could not load weights of {name!r}: check the network, or give --init a file."
+                ) from error
             raise UserError(f"timm could not build {name!r} with {options}: {error}.") from error
         self.name = name
         self.dim: int = self.net.num_features

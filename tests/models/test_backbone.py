@@ -72,6 +72,18 @@ def test_what_timm_does_not_have_is_named() -> None:
         Backbone(TINY).keys(torch.zeros(1, 3, 32, 32))
 
 
+def test_weights_that_cannot_be_fetched_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network --init timm is one sentence that says what else to give."""
+    import timm
+
+    def offline(*_args: object, **_options: object) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(UserError, match="give --init a file"):
+        Backbone("resnet18", pretrained=True)
+
+
 @pytest.mark.parametrize("text", ["channels=", "1,2", "a=b", "a=__import__('os')", "x=(1"])
 def test_model_args_are_literals_only(text: str) -> None:
     """Nothing but name=literal is taken."""
