@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from fgfast.data.layouts import open_images
 from fgfast.errors import UserError
 from fgfast.evaluate.bootstrap import accuracy_interval, paired_interval
 from fgfast.methods.base import METHODS, method_class
 from fgfast.train.checkpoint import write_atomic, write_json
-from fgfast.train.config import TrainConfig, parse_values, with_values
+from fgfast.train.config import TrainConfig, parse_values, validate, with_values
 from fgfast.train.log import read_metrics
 
 UNTRAINED = ("random", "start")  # evaluated without a step: random weights; the weights that --init names
@@ -81,8 +82,10 @@ class Comparison:
     def __post_init__(self) -> None:
         """Check everything before the first run."""
         self.entries = [Entry.parse(m) for m in self.methods]
-        for entry in self.entries:
-            self._config(entry, self.data[0], self.seeds[0])
+        for data in self.data:
+            open_images(data)
+            for entry in self.entries:
+                validate(self._config(entry, data, self.seeds[0]))
         if len({p.name for p in self.data}) < len(self.data):
             raise UserError("Two data sets have the same folder name: rename one.")
         if self.baseline and self.baseline not in self.methods:
@@ -99,11 +102,10 @@ class Comparison:
         if unknown:
             raise UserError(f"No method has the setting {unknown[0]!r}: remove it.")
         config = with_values(config, plain | parse_values(config, texts, "--set"), "The shared settings")
+        own = {k: v.replace("{seed}", str(seed)) for k, v in entry.values.items()}
+        config = with_values(config, parse_values(config, own, entry.label), f"The method {entry.label!r}")
         if entry.name == "random":
             config = replace(config, init="none")
-        else:
-            own = {k: v.replace("{seed}", str(seed)) for k, v in entry.values.items()}
-            config = with_values(config, parse_values(config, own, entry.label), f"The method {entry.label!r}")
         slug = "".join(c if c.isalnum() or c in "-_." else "-" for c in entry.label)
         return replace(
             config,
@@ -145,7 +147,6 @@ class Comparison:
         return list(csv.DictReader(io.StringIO(file.read_text()))) if file.is_file() else []
 
     def _one(self, entry: Entry, data: Path, seed: int) -> None:
-        from fgfast.data.layouts import open_images
         from fgfast.evaluate.parts import score_discovery
         from fgfast.evaluate.protocols import evaluate
         from fgfast.train.distributed import choose_device

@@ -21,8 +21,9 @@ def comparison(drawn: Path, out: Path, **values: object) -> Comparison:
         "methods": ["random", "simclr", "particle:parts=grid"],
         "seeds": [0, 1],
         "shared": SHARED,
+        "data": [drawn],
     }
-    return Comparison(out=out, data=[drawn], **(options | {"baseline": "simclr"} | values))  # type: ignore[arg-type]
+    return Comparison(out=out, **(options | {"baseline": "simclr"} | values))  # type: ignore[arg-type]
 
 
 def test_every_finished_run_is_a_row_and_is_not_done_again(
@@ -81,6 +82,9 @@ def test_seed_stands_in_a_setting(drawn: Path, tmp_path: Path) -> None:
         ({"shared": SHARED | {"nosuch": 1}}, "nosuch"),
         ({"baseline": "moco"}, "not among the methods"),
         ({"methods": ["particle:n_parts=many"], "baseline": ""}, "type int"),
+        ({"methods": ["random:nosuch=1"], "baseline": ""}, "nosuch"),
+        ({"methods": ["simclr:temperature=-1"], "baseline": ""}, "temperature"),
+        ({"data": [Path("/no/such")]}, "/no/such does not exist"),
     ],
 )
 def test_mistakes_are_found_before_the_first_run(

@@ -150,11 +150,11 @@ def _open_cub(root: Path) -> ImageSet:
         raise UserError(f"{root / 'images.txt'} gives one number to two pictures: correct the numbers.")
     class_names = dict(_rows(root / "classes.txt", _named))
     order = {number: i for i, number in enumerate(class_names)}
-    labels = _by_image(root / "image_class_labels.txt", 2, ids)[:, 0].astype(np.int64)
+    labels = _by_image(root / "image_class_labels.txt", 2, ids)[:, 0]
     for (_, name), label in zip(names, labels, strict=True):
         if label not in order:
-            raise UserError(f"{name} has class {label}, which {root / 'classes.txt'} does not name: add the class.")
-    targets = np.array([order[label] for label in labels], np.int64)
+            raise UserError(f"{name} has class {label:g}, which {root / 'classes.txt'} does not name: add the class.")
+    targets = np.array([order[int(label)] for label in labels], np.int64)
     empty = np.flatnonzero(np.bincount(targets, minlength=len(order)) == 0)
     if len(empty):
         name = list(class_names.values())[empty[0]]

@@ -65,8 +65,9 @@ class Backbone(nn.Module):
         import timm
 
         if not timm.is_model(name):
-            close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5]) or "timm.list_models() lists them"
-            raise UserError(f"timm has no model {name!r}: did you mean one of {close}?")
+            close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
+            hint = f"did you mean one of {close}?" if close else "timm.list_models() lists what it has."
+            raise UserError(f"timm has no model {name!r}: {hint}")
         options: dict[str, Any] = {"num_classes": 0, "pretrained": pretrained, **(args or {})}
         if name.startswith(("vit_", "deit", "test_vit")):
             options = {"img_size": size, "dynamic_img_size": True, **options}

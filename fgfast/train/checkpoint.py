@@ -24,8 +24,10 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(partial)):
+            error.filename = str(path)  # what the user knows; a full disk names no file at all
         raise
 
 
@@ -36,7 +38,17 @@ def write_json(path: Path, value: Any) -> None:
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Save tensors and plain values for :func:`load_checkpoint`."""
-    write_atomic(path, lambda p: torch.save(state, p))
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # torch reports a full disk as an error of its own zip writer
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+
+    write_atomic(path, write)
 
 
 def load_checkpoint(path: Path, method: str) -> dict[str, Any]:
@@ -58,7 +70,8 @@ def load_checkpoint(path: Path, method: str) -> dict[str, Any]:
 
 def save_encoder(path: Path, encoder: nn.Module, model: str) -> None:
     """Write the bare network as safetensors; ``timm.create_model(model, checkpoint_path=...)`` loads it back."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
-    write_atomic(path, lambda p: save_file(state, p, {"format": "pt", "timm_model": model}))
+    content = save(state, {"format": "pt", "timm_model": model})  # its save_file hides the error of a full disk
+    write_atomic(path, lambda p: p.write_bytes(content))

@@ -82,6 +82,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"The config file {path} does not exist: check the path.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"The config file {path} is no TOML: {error}.") from None
+    except OSError as error:
+        raise UserError(f"The config file {path} cannot be read ({error.strerror}): give a TOML file.") from None
 
 
 def with_values(config: C, values: dict[str, Any], source: str) -> C:

@@ -92,6 +92,7 @@ def drop(name: str) -> Callable[[Path], None]:
         (write("image_class_labels.txt", "1 1\n2 1\n3 2\n"), "no line for picture 4"),
         (write("image_class_labels.txt", "1 1\n2 1\n3 2\n4 2\n5 2\n"), "names picture 5"),
         (write("image_class_labels.txt", "1 1\n2 1\n3 2\n4 7\n"), "class 7, which .* does not name"),
+        (write("image_class_labels.txt", "1 1\n2 1.5\n3 2\n4 2\n"), "class 1.5, which"),
         (write("classes.txt", "1 001.A\n2 002.B\n3 003.C\n"), r"Class 003\.C .* has no picture"),
         (write("train_test_split.txt", "1 1\n2 2\n3 1\n4 0\n"), "must hold 0"),
         (write("parts/part_locs.txt", "1 9 1 1 1\n"), "part 9"),

@@ -66,6 +66,8 @@ def test_what_timm_does_not_have_is_named() -> None:
     """An unknown model suggests others; unusable arguments are told; a CNN has no keys."""
     with pytest.raises(UserError, match=r"no model 'resnet81'.*resnet"):
         Backbone("resnet81")
+    with pytest.raises(UserError, match=r"no model 'qqqqqq': timm\.list_models"):
+        Backbone("qqqqqq")
     with pytest.raises(UserError, match="could not build"):
         Backbone("resnet18", args={"nosuch": 1})
     with pytest.raises(UserError, match="no keys"):

@@ -55,3 +55,21 @@ def test_encoder_file_loads_back_by_timm(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(again(x), encoder(x))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's writer hides the cause behind a RuntimeError: what comes out names the disk and the file."""
+    real = Path.open
+    full = lambda p, mode="r", **more: real(Path("/dev/full") if mode == "wb" else p, mode, **more)  # noqa: E731
+    monkeypatch.setattr(Path, "open", full)
+    encoder = Backbone(TINY, size=32)
+    for save in (
+        lambda p: save_checkpoint(p, {"name": "simclr", "x": torch.zeros(100_000)}),
+        lambda p: save_encoder(p, encoder.net, TINY),
+    ):
+        with pytest.raises(OSError, match="No space left") as error:
+            save(tmp_path / "out")
+        assert error.value.errno == errno.ENOSPC
+        assert error.value.filename == str(tmp_path / "out")
+        assert not (tmp_path / "out").exists()

@@ -74,6 +74,8 @@ def test_bad_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     file.write_text(text)
     with pytest.raises(UserError, match=message):
         parse_method(["simclr", "--config", str(file)])
+    with pytest.raises(UserError, match="cannot be read"):
+        parse_method(["simclr", "--config", str(tmp_path)])
 
 
 @pytest.mark.parametrize(
