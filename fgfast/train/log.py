@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics.jsonl, TensorBoard and a progress bar.
+"""What a run writes while it trains: metrics.jsonl, log.txt, TensorBoard and a progress bar.
 
 Keys of metrics.jsonl, one JSON object a line:
     step, epoch            steps done; epochs done as a fraction
@@ -62,7 +62,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 class RunLog:
-    """Writes rows to metrics.jsonl and TensorBoard and keeps a progress bar.
+    """Writes rows to metrics.jsonl and TensorBoard, lines to log.txt, and keeps a progress bar.
 
     Args:
         run: the run folder.
@@ -86,10 +86,14 @@ class RunLog:
         )
         from torch.utils.tensorboard import SummaryWriter
 
+        from fgfast.train.checkpoint import write_atomic
+
         path = run / "metrics.jsonl"
         kept = [r for r in read_metrics(path)[0] if r["step"] <= start] if start and path.is_file() else []
-        path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        text = "".join(json.dumps(r) + "\n" for r in kept)
+        write_atomic(path, lambda p: p.write_text(text))
         self.file = path.open("a")
+        self.said = (run / "log.txt").open("a" if start else "w")
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start or None)
         self.console = Console(stderr=True)
         self.bar = Progress(
@@ -111,11 +115,14 @@ class RunLog:
         if self.enabled:
             self.bar.stop()
             self.file.close()
+            self.said.close()
             self.board.close()
 
     def say(self, text: str) -> None:
-        """A line for people, on standard error."""
+        """A line for people, on standard error and in log.txt."""
         if self.enabled:
+            self.said.write(text + "\n")
+            self.said.flush()
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def advance(self, step: int) -> None:

@@ -29,7 +29,7 @@ def pretrain(name: str, config: TrainConfig, *, train: bool = True) -> Path:
     """Train a method and write its run folder.
 
     The folder holds config.toml, init.pt (the weights of step 0), last.pt (everything that ``resume`` needs),
-    encoder.safetensors, metrics.jsonl, tensorboard/ and, for methods that discover parts, parts_0/, parts_1/, ...
+    encoder.safetensors, metrics.jsonl, log.txt, tensorboard/ and, for methods that discover parts, parts_0/, ...
 
     Args:
         name: a method's name.
@@ -41,7 +41,7 @@ def pretrain(name: str, config: TrainConfig, *, train: bool = True) -> Path:
 
     Raises:
         UserError: a setting, the data or the run folder cannot be used.
-        KeyboardInterrupt: interrupted by SIGINT or SIGTERM; last.pt was written before.
+        KeyboardInterrupt: interrupted; last.pt was written before if a step was done (SIGTERM: in training only).
     """
     validate(config)
     ranks = start(config.device)
@@ -59,26 +59,59 @@ def pretrain(name: str, config: TrainConfig, *, train: bool = True) -> Path:
 def _open_run(run: Path, name: str, config: TrainConfig, ranks: Ranks, method: Method) -> dict[str, Any] | None:
     """Start the run folder, or read the checkpoint of the one to go on with."""
     last = run / "last.pt"
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run} is a file: give another --out.")
     if config.resume and last.is_file():
-        return load_checkpoint(last, name)
+        state = load_checkpoint(last, name)
+        _check_options(run, config)
+        return state
     if last.exists():
         raise UserError(f"{run} already holds a run: give --resume to go on with it, or another --out.")
     if ranks.first:
         run.mkdir(parents=True, exist_ok=True)
+        for maps in run.glob("parts_*/maps.json"):
+            maps.unlink()  # of a run that never saved, perhaps with other options: they are discovered again
         write_atomic(run / "config.toml", lambda p: p.write_text(to_toml(config, name)))
         save_checkpoint(run / "init.pt", {"name": name, "step": 0, "method": method.state_dict()})
     barrier(ranks)
     return None
 
 
+_MAY_CHANGE = (
+    "data", "out", "epochs", "passes", "device", "threads", "loader", "log_every", "knn_every", "save_every", "resume",
+    "compile",
+)  # fmt: skip
+
+
+def _check_options(run: Path, config: TrainConfig) -> None:
+    """Refuse to go on with other options than the run began with, but for its length and what changes no number."""
+    from fgfast.evaluate.protocols import read_run
+
+    _, before = read_run(run)
+    for name, value in vars(config).items():
+        if name not in _MAY_CHANGE and getattr(before, name, value) != value:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{run} began with {flag} {getattr(before, name)}, not {value}: "
+                f"give the options of {run / 'config.toml'}, or another --out."
+            )
+
+
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying in the middle of a step; outside the main thread nothing changes."""
+    """Collect SIGINT and SIGTERM instead of dying in the middle of a step; a second one stops at once.
+
+    Outside the main thread nothing changes.
+    """
     caught: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
     try:
-        before = {
-            s: signal.signal(s, lambda number, _f: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)
-        }
+        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:
         before = {}
     try:
@@ -125,18 +158,20 @@ class _Trainer:
         """Run every round; on a stop signal save and raise KeyboardInterrupt."""
         if resumed is not None:
             self._restore(resumed)
-        with _stop_signals() as caught:
-            first_round = resumed["round"] if resumed is not None else 0
-            for round_ in range(first_round, self.rounds):
-                maps = self._prepare(round_)
-                loader = self._loader(maps)
-                try:
-                    if resumed is not None:
-                        loader.load_state_dict(resumed["loader"])
-                        resumed = None
+        first_round = resumed["round"] if resumed is not None else 0
+        for round_ in range(first_round, self.rounds):
+            maps = self._prepare(round_)
+            loader = self._loader(maps)
+            try:
+                if resumed is not None:
+                    loader.load_state_dict(resumed["loader"])
+                    resumed = None
+                else:
+                    loader.epoch = -(-self.step // len(loader))  # a later round sees other crops than the first
+                with _stop_signals() as caught:
                     self._round(round_, loader, caught)
-                finally:
-                    loader.close()
+            finally:
+                loader.close()
 
     def _prepare(self, round_: int) -> Path | None:
         maps = None
@@ -159,6 +194,8 @@ class _Trainer:
         per_epoch = len(loader)
         total = self.steps_in_all(per_epoch)
         end = total * (round_ + 1) // self.rounds
+        if self.step >= end:
+            return  # resumed after its end
         autocast = torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=c.amp == "bf16")
         with RunLog(self.run, total, self.step, self.ranks.first) as log:
             for path, reason in loader.skipped:
@@ -247,8 +284,8 @@ class _Trainer:
         }  # fmt: skip
         if self.ranks.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.ranks.device)
-        save_checkpoint(self.run / "last.pt", state)
         save_encoder(self.run / "encoder.safetensors", self.method.encoder.net, self.config.model)
+        save_checkpoint(self.run / "last.pt", state)  # the last file: what it says is done is there
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:
@@ -258,6 +295,7 @@ class _Trainer:
             raise UserError(
                 f"{self.run / 'last.pt'} does not fit these options: give those of {self.run / 'config.toml'} again."
             ) from error
+        self.guard = FiniteGuard(self.method, self.optimizer)  # its copies are of the buffers just loaded
         self.step = state["step"]
         torch.set_rng_state(state["rng"])
         if "cuda_rng" in state and self.ranks.device.type == "cuda":

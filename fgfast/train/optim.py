@@ -39,6 +39,7 @@ class _Verdict:
     step: int
     finite: Tensor
     index: Tensor
+    ready: torch.cuda.Event | None  # when the copy of ``finite`` to the host is complete
 
 
 class FiniteGuard:
@@ -71,7 +72,11 @@ class FiniteGuard:
         for now, before in zip(self.buffers, self.before, strict=True):
             torch.where(finite, now, before, out=before)
         torch._foreach_copy_(self.buffers, self.before)
-        self.pending.append(_Verdict(step, finite.to("cpu", non_blocking=True), index))
+        verdict, ready = finite.to("cpu", non_blocking=True), None
+        if finite.is_cuda:
+            ready = torch.cuda.Event()
+            ready.record()
+        self.pending.append(_Verdict(step, verdict, index, ready))
 
     def verdicts(self, *, all_of_them: bool = False) -> list[tuple[int, list[int]]]:
         """The skipped steps whose verdicts have come in, each with the numbers of its pictures.
@@ -82,6 +87,8 @@ class FiniteGuard:
         found = []
         while self.pending and (all_of_them or len(self.pending) > LAG):
             verdict = self.pending.popleft()
+            if verdict.ready is not None:
+                verdict.ready.synchronize()  # of a step long past: no wait in practice
             if bool(verdict.finite):
                 self.in_a_row = 0
                 continue

@@ -149,3 +149,66 @@ def test_other_options_on_resume_are_refused(drawn: Path, run: Path) -> None:
 def test_metrics_are_json(run: Path) -> None:
     """Every line of metrics.jsonl is an object by itself."""
     assert all(isinstance(json.loads(line), dict) for line in (run / "metrics.jsonl").read_text().splitlines())
+
+
+def test_finished_run_stays_as_it_is_on_resume(drawn: Path, run: Path) -> None:
+    """--resume of a finished run changes no file."""
+    files = ("last.pt", "encoder.safetensors", "metrics.jsonl", "config.toml")
+    before = [(run / f).read_bytes() for f in files]
+    pretrain("simclr", config_for(drawn, run, resume=True))
+    assert [(run / f).read_bytes() for f in files] == before
+
+
+def test_another_temperature_on_resume_is_refused(drawn: Path, run: Path) -> None:
+    """An option that the weights do not show is compared with config.toml; the length may change."""
+    with pytest.raises(UserError, match=r"--temperature 0\.2, not 0\.5"):
+        pretrain("simclr", config_for(drawn, run, resume=True, temperature=0.5))
+
+
+def test_skipped_pictures_stand_in_the_log_of_the_run(drawn: Path, tmp_path: Path) -> None:
+    """A broken picture is named in log.txt."""
+    import shutil
+
+    data = tmp_path / "set"
+    (data / "all").mkdir(parents=True)
+    for i, path in enumerate(sorted((drawn / "images").rglob("*.jpg"))):
+        shutil.copy(path, data / f"all/{i:02d}.jpg")
+    (data / "all/empty.jpg").touch()
+    out = pretrain("simclr", config_for(data, tmp_path / "run", epochs=1))
+    assert "all/empty.jpg: the file is empty" in (out / "log.txt").read_text()
+
+
+def test_file_in_place_of_the_run_folder_is_named(drawn: Path, tmp_path: Path) -> None:
+    """--out that is a file is the user's to change."""
+    (tmp_path / "run").touch()
+    with pytest.raises(UserError, match="is a file"):
+        pretrain("simclr", config_for(drawn, tmp_path / "run"))
+
+
+def test_second_signal_stops_at_once() -> None:
+    """The first signal is noted, the second one raises."""
+    with loop._stop_signals() as caught:
+        signal.raise_signal(signal.SIGINT)
+        assert caught == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_parts_of_a_run_that_never_saved_are_made_anew(drawn: Path, tmp_path: Path) -> None:
+    """Maps that a killed run left behind are not taken for those of other options; later rounds see other crops."""
+    from fgfast.data.base import Loader
+    from fgfast.data.maps import read_maps_info, write_maps_info
+    from fgfast.methods.particle import PARTICLEConfig
+
+    write_maps_info(tmp_path / "run/parts_0", 77, (8, 8), "another")
+    config = PARTICLEConfig(
+        data=str(drawn), out=str(tmp_path / "run"), model=TINY, model_args="output_stride=8", size=32, batch_size=6,
+        epochs=2, rounds=2, n_parts=3, hidden=16, projection=8, device="cpu", threads=1, amp="off", knn_every=0,
+    )  # fmt: skip
+    epochs = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = Loader.__iter__
+        patch.setattr(Loader, "__iter__", lambda self: epochs.append(self.epoch) or real(self))
+        pretrain("particle", config)
+    assert read_maps_info(tmp_path / "run/parts_0")["n_parts"] == 3
+    assert [e for e in epochs if e > 0] == [1]  # the whole pictures of discovery are read in epoch 0

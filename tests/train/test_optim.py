@@ -82,3 +82,14 @@ def test_norms_and_biases_get_no_weight_decay() -> None:
     """Only matrices decay."""
     groups = make_optimizer(net(), TrainConfig(weight_decay=0.1)).param_groups
     assert {g["weight_decay"]: {p.ndim for p in g["params"]} for g in groups} == {0.1: {2}, 0.0: {1}}
+
+
+def test_first_step_after_a_restore_puts_back_what_was_loaded() -> None:
+    """A guard made after loading copies the loaded buffers: a non-finite first step keeps them."""
+    net = nn.BatchNorm1d(2)
+    optimizer = make_optimizer(net, TrainConfig())
+    net.load_state_dict(net.state_dict() | {"running_mean": torch.tensor([3.0, 4.0])})
+    guard = FiniteGuard(net, optimizer)
+    net(torch.randn(5, 2)).sum().backward()
+    guard.step(torch.tensor(float("nan")), torch.tensor(1.0), torch.arange(5), 0)
+    assert net.running_mean.tolist() == [3.0, 4.0]
