@@ -158,6 +158,14 @@ class DetConBLoss(nn.Module):
         mask_view1: Tensor,
     ) -> Tensor:
         """Loss of predictions and targets [B, M, D] with the ids of their regions [B, M]."""
+        vectors, maps = (pred_view0, pred_view1, target_view0, target_view1), (mask_view0, mask_view1)
+        if any(v.ndim != 3 or v.shape != pred_view0.shape for v in vectors) or any(
+            m.shape != pred_view0.shape[:2] for m in maps
+        ):
+            raise ValueError(
+                f"The views are {[tuple(v.shape) for v in vectors]}, the masks {[tuple(m.shape) for m in maps]}: "
+                "give vectors [B, M, D] and ids [B, M]."
+            )
         masks = torch.stack([mask_view0, mask_view1])  # [2, B, M]
         view, image, _ = (
             i.reshape(-1) for i in torch.meshgrid(*(_arange(n, masks) for n in masks.shape), indexing="ij")
@@ -258,6 +266,8 @@ class SupConLoss(nn.Module):
 
 def _by_label(x: Tensor, labels: Tensor, first: int) -> tuple[Tensor, Ids]:
     """Vectors in the order of their labels (so that tiles of one class lie together), each a view of its own."""
+    if labels.shape != x.shape[:1]:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}: give one label a row, {tuple(x.shape[:1])}.")
     order = labels.argsort()
     image = labels[order]
     return x[order], Ids(image, torch.zeros_like(image), first + _arange(len(labels), labels))

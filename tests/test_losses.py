@@ -247,3 +247,14 @@ def test_bad_input_is_one_clear_error() -> None:
     ids = torch.zeros(1, 2, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match="target1 and target2"):
         losses.PartContrastiveLoss(2, nn.Identity())(maps, maps, ids, ids, maps)
+
+
+def test_labels_and_ids_that_do_not_fit_are_refused() -> None:
+    """Shapes are told before anything is indexed."""
+    x = randn(0, 4, 8)
+    with pytest.raises(ValueError, match="one label a row"):
+        losses.SupConLoss()(x, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"\[B, M, D\]"):
+        losses.DetConBLoss()(x, x, x, x, torch.zeros(4), torch.zeros(4))
+    with pytest.raises(ValueError, match=r"\[B, M, D\]"):
+        losses.DetConSLoss()(x[None], x[None], torch.zeros(1, 3).long(), torch.zeros(1, 3).long())

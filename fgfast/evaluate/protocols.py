@@ -102,7 +102,9 @@ def _splits(config: TrainConfig, data: Path) -> tuple[ImageSet, ImageSet]:
     fit, held = training_images(replace(config, data=str(data)))
     test = held if config.holdout else open_images(data).test_set()
     if len(test) == 0:
-        raise UserError(f"{data} has no test pictures to score on: give a set with a test split, or --holdout.")
+        raise UserError(
+            f"{data} has no test pictures to score on: give a set with a test split, or train with --holdout."
+        )
     if len(fit.classes) < 2:
         raise UserError(
             f"{data} has {len(fit.classes)} class: kNN and linear scores need labels of two classes or more."

@@ -66,12 +66,12 @@ _PAPER = {
     False: {  # CNN
         "size": 224, "n_parts": 15, "max_parts": 10, "hidden": 4096, "projection": 256, "norm": "layer",
         "momentum": 0.996, "optimizer": "sgd", "lr": 0.005, "weight_decay": 1.5e-6, "batch_size": 320, "epochs": 600,
-        "crop_scale": 0.08, "clip": 0.0, "warmup": 0.0,
+        "crop_scale": 0.08, "clip": 0.0, "warmup": 0.0, "discover_size": 224, "amp": "off",
     },
     True: {  # ViT
         "size": 224, "n_parts": 5, "max_parts": 6, "hidden": 2048, "projection": 256, "norm": "layer",
         "momentum": 0.996, "optimizer": "adamw", "lr": 2.5e-8, "weight_decay": 0.4, "batch_size": 64, "epochs": 100,
-        "crop_scale": 0.08, "clip": 3.0, "warmup": 0.1, "prototypes": 65_536,
+        "crop_scale": 0.08, "clip": 3.0, "warmup": 0.1, "prototypes": 65_536, "amp": "off",
     },
 }  # fmt: skip
 
@@ -127,7 +127,7 @@ class PARTICLE(Method):
 
     @classmethod
     def paper(cls, model: str | None) -> PARTICLEConfig:
-        """The released settings: ResNet-50 from DetCon weights, or ViT-S/8 from DINO weights."""
+        """The released settings: ResNet-50 or ViT-S/8; their DetCon or DINO weights are given by ``init``."""
         import timm
 
         model = model or "resnet50"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fgfast.errors import UserError
 from fgfast.methods.base import Method, build_encoder
 from fgfast.train.config import TrainConfig
 
@@ -39,6 +40,8 @@ class Supervised(Method):
             from fgfast.data.layouts import open_images
 
             config.n_classes = len(open_images(Path(config.data)).classes)
+        if config.n_classes < 2:
+            raise UserError(f"{config.data} has {config.n_classes} class: supervised training needs two or more.")
         self.encoder = build_encoder(config)
         self.classifier = nn.Linear(self.encoder.dim, config.n_classes)
 

@@ -212,3 +212,22 @@ def test_parts_of_a_run_that_never_saved_are_made_anew(drawn: Path, tmp_path: Pa
         pretrain("particle", config)
     assert read_maps_info(tmp_path / "run/parts_0")["n_parts"] == 3
     assert [e for e in epochs if e > 0] == [1]  # the whole pictures of discovery are read in epoch 0
+
+
+def test_pictures_without_labels(drawn: Path, tmp_path: Path) -> None:
+    """A folder of pictures alone trains without scores; scoring and supervised training say what they need."""
+    import shutil
+
+    from fgfast.evaluate.protocols import evaluate
+    from fgfast.methods.supervised import SupervisedConfig
+
+    (tmp_path / "set").mkdir()
+    for path in (drawn / "images").rglob("*.jpg"):
+        shutil.copy(path, tmp_path / "set")
+    config = config_for(tmp_path / "set", tmp_path / "run", epochs=1)
+    out = pretrain("simclr", config)
+    assert not [r for r in read_metrics(out / "metrics.jsonl")[0] if "knn" in r]
+    with pytest.raises(UserError, match="train with --holdout"):
+        evaluate(out, "knn", tmp_path / "set", device=torch.device("cpu"))
+    with pytest.raises(UserError, match="two or more"):
+        pretrain("supervised", SupervisedConfig(data=config.data, out=str(tmp_path / "two"), model=TINY, device="cpu"))
