@@ -1,8 +1,11 @@
 """The command line: ``fgfast COMMAND``; exit status 0, 1 (our mistake), 2 (yours), 130 (interrupted)."""
 
+import contextlib
 import dataclasses
 import errno
+import io
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -33,6 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         return _fail("interrupted.", 130, debug=False)
     except SystemExit as error:  # argument parser: 0 after --help, 2 for a mistake
         return error.code if isinstance(error.code, int) else 2
+    except BrokenPipeError:  # the reader of our output has gone: `fgfast info | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(
@@ -82,14 +88,30 @@ def _usage() -> str:
 
 
 def parse(kind: Callable[..., T], words: list[str], prog: str, default: T | None = None) -> T:
-    """Parse words into a dataclass; unknown flags are one sentence instead of a page."""
+    """Parse words into a dataclass; what does not parse is one sentence instead of a page."""
     import tyro
 
     extra: dict[str, Any] = {} if default is None else {"default": default}
-    value, unknown = tyro.cli(kind, args=words, prog=f"fgfast {prog}", return_unknown_args=True, **extra)
+    page = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(page):
+            value, unknown = tyro.cli(kind, args=words, prog=f"fgfast {prog}", return_unknown_args=True, **extra)
+    except SystemExit as error:
+        if not error.code:
+            raise
+        raise UserError(f"{_first_words(page.getvalue())}: fgfast {prog} --help lists the flags.") from None
     if unknown:
         raise UserError(f"fgfast {prog} does not know {unknown[0]!r}: fgfast {prog} --help lists its flags.")
     return value
+
+
+def _first_words(page: str) -> str:
+    """What a page of the parser says between its title and the first rule, in a box (UTF-8) or plain, on one line."""
+    lines = [line.strip("│ ") for line in page.splitlines() if line[:1] not in ("╭", "╰")]
+    rules = [i for i, line in enumerate(lines) if line and not set(line) - set("─-")]
+    if "╭" not in page and len(rules) > 1:  # plain: a title stands over the first rule
+        lines, rules = lines[2:], [i - 2 for i in rules[1:]]
+    return " ".join(lines[: rules[0]] if rules else lines).strip().rstrip(".") or "The flags do not parse"
 
 
 def parse_method(words: list[str]) -> tuple[str, TrainConfig]:

@@ -100,6 +100,9 @@ def test_info_says_why_a_backend_is_missing(capsys: pytest.CaptureFixture[str]) 
         (["nosuch"], "no command 'nosuch'"),
         (["pretrain", "nosuch"], "no method 'nosuch'"),
         (["pretrain", "simclr", "--nosuch", "1"], "does not know '--nosuch'"),
+        (["pretrain", "simclr", "--amp", "fp8"], "invalid choice 'fp8' for argument '--amp'"),
+        (["pretrain", "simclr", "--epochs", "x"], "Error parsing --epochs"),
+        (["eval", "knn", "RUN"], "--data"),
         (["pretrain", "simclr", "--out", "o"], "give --data"),
         (["pretrain", "simclr", "--data", "/no/such", "--out", "OUT"], "/no/such"),
         (["pretrain", "simclr", "--data", "DATA", "--out", "OUT", "--model", "nosuch"], "no model 'nosuch'"),
@@ -165,3 +168,32 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     """--debug adds the traceback to a user's mistake."""
     assert main(["--debug", "nosuch"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_closed_pipe_is_no_mistake() -> None:
+    """`fgfast --help | true` says nothing on standard error and ends with 0."""
+    import subprocess
+    import sys
+
+    code = "import sys; from fgfast.cli import main; sys.stdin.read(); sys.exit(main(['pretrain', 'simclr', '-h']))"
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        process.stdout = None
+        _, said = process.communicate(b"")
+    assert (process.returncode, said) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "╭─ Value error ─╮\n│ no number     │\n│ ───────────── │\n│ more          │\n╰───────────────╯\n",
+        " Value error \n ----------- \n  no number  \n  -----------\n  more  \n",
+        "no number",
+    ],
+)
+def test_page_of_the_parser_is_cut_to_its_sentence(page: str) -> None:
+    """With and without box characters the words before the rule are told."""
+    assert cli._first_words(page) == "no number"
