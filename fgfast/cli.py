@@ -262,9 +262,11 @@ def _eval(words: list[str]) -> None:
 
     args = parse(Args, words, "eval")
     from fgfast.evaluate.protocols import evaluate
+    from fgfast.report.html import write_report
     from fgfast.train.distributed import choose_device
 
     score = evaluate(args.run, args.protocol, args.data, checkpoint=args.checkpoint, device=choose_device(args.device))
+    write_report(args.run)
     if args.json:
         print(json.dumps(score.row()))
     else:

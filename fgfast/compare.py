@@ -14,8 +14,9 @@ import numpy as np
 from fgfast.data.layouts import open_images
 from fgfast.errors import UserError
 from fgfast.evaluate.bootstrap import accuracy_interval, paired_interval
+from fgfast.files import write_atomic
 from fgfast.methods.base import METHODS, method_class
-from fgfast.train.checkpoint import write_atomic, write_json
+from fgfast.train.checkpoint import write_json
 from fgfast.train.config import TrainConfig, parse_values, validate, with_values
 from fgfast.train.log import read_metrics
 
@@ -120,6 +121,7 @@ class Comparison:
 
         Several processes may run the same comparison: each takes runs that no other is at.
         """
+        self._check_rows()
         jobs = [(entry, data, seed) for seed in self.seeds for data in self.data for entry in self.entries]
         while missing := [job for job in jobs if self._key(*job) not in self._done()]:
             worked = False
@@ -131,6 +133,23 @@ class Comparison:
             if not worked:
                 with _lock(self._lock_file(*missing[0])):
                     pass  # all that is missing is in other hands: wait for the first of it
+
+    def _check_rows(self) -> None:
+        """Refuse rows and tuning of other settings, which a table would mix with new ones."""
+        from fgfast.train.loop import ANY_TIME, check_options
+
+        for entry in self.entries:
+            for data in self.data:
+                for seed in self.seeds:
+                    config = self._config(entry, data, seed)
+                    run = Path(config.out)
+                    if self._key(entry, data, seed) in self._done():
+                        if not (run / "correct.npz").is_file():
+                            raise UserError(
+                                f"{self.out / 'compare.csv'} has a row of {run}, which is gone: remove the row."
+                            )
+                        tuned = ("lr",) if self.lrs and entry.name not in UNTRAINED else ()
+                        check_options(run, config, may_change=(*ANY_TIME, *tuned))
 
     def _lock_file(self, entry: Entry, data: Path, seed: int) -> Path:
         return Path(self._config(entry, data, seed).out + ".lock")

@@ -59,6 +59,16 @@ def test_every_finished_run_is_a_row_and_is_not_done_again(
     assert (tmp_path / "compare.md").read_text() == table
 
 
+def test_rows_of_other_settings_are_not_mixed_in(drawn: Path, tmp_path: Path) -> None:
+    """The same folder with another temperature is refused by name; what changes no number may change."""
+    comparison(drawn, tmp_path, methods=["simclr"], seeds=[0]).run()
+    comparison(drawn, tmp_path, methods=["simclr"], seeds=[0], shared=SHARED | {"log_every": 2}).run()
+    with pytest.raises(UserError, match="--temperature"):
+        comparison(drawn, tmp_path, methods=["simclr"], seeds=[0], shared=SHARED | {"temperature": 0.5}).run()
+    with pytest.raises(UserError, match="--passes"):
+        comparison(drawn, tmp_path, methods=["simclr"], seeds=[0], shared=SHARED | {"passes": 72}).run()
+
+
 def test_rates_are_tuned_on_held_out_training_pictures(drawn: Path, tmp_path: Path) -> None:
     """Each rate is scored once, on a part of the training split, and the best one is used for the rows."""
     c = comparison(drawn, tmp_path, methods=["simclr"], seeds=[0], lrs=[1e-4, 1e-2], tune_share=0.5)

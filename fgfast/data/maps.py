@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fgfast.errors import UserError
+from fgfast.files import write_atomic
 
 ABSENT = 255
 """The grey value of a pixel that belongs to no part; -1 in a ``Batch``."""
@@ -33,14 +33,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        os.replace(part, path)
+        write_atomic(path, lambda p: p.write_bytes(content))
     except OSError as error:
-        if part.exists():
-            part.unlink()
         raise UserError(f"{path} cannot be written ({error.strerror}): free space or choose another folder.") from error
 
 

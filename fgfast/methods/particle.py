@@ -28,6 +28,8 @@ class PARTICLEConfig(TrainConfig):
 
     parts: Literal["discovered", "online", "truth", "grid", "random"] = "discovered"
     """Id maps: stored clusters, clusters made inside the step, the set's own masks, fixed cells, or noise."""
+    maps: str = ""
+    """Folder of id maps for --parts discovered, as fgfast discover writes them; none are discovered then."""
     rounds: int = 1
     """Outer rounds: before each, parts are discovered anew with the network as it is."""
     n_parts: int = 15
@@ -110,7 +112,7 @@ class PARTICLE(Method):
         self.n_parts = self._count_parts()
         whole = (self.discover_size / config.size) ** 2  # a pass over the whole picture, in passes over a view
         self.passes_per_image = 4 + (whole if config.parts == "online" else 0)
-        self.passes_to_prepare = whole if config.parts == "discovered" else 0
+        self.passes_to_prepare = whole if config.parts == "discovered" and not config.maps else 0
         dim, head = self.encoder.dim, config.projection
         projector = MLP((dim, config.hidden, head), config.norm)
         predictor = MLP((head, config.hidden, head), config.norm)
@@ -144,6 +146,10 @@ class PARTICLE(Method):
             from fgfast.data.maps import read_maps_info
 
             return int(read_maps_info(self._truth())["n_parts"])
+        if config.parts == "discovered" and config.maps:
+            from fgfast.data.maps import read_maps_info
+
+            return int(read_maps_info(Path(config.maps))["n_parts"])
         return config.n_parts + int(self.encoder.is_vit and config.parts == "discovered")
 
     def _truth(self) -> Path:
@@ -192,6 +198,8 @@ class PARTICLE(Method):
             return self._truth()
         if c.parts != "discovered":
             return None
+        if c.maps:
+            return Path(c.maps)
         out = run / f"parts_{round_}"
         if not (out / "maps.json").exists():
             discover(

@@ -137,7 +137,7 @@ def discover(
     Args:
         encoder: the network whose features are clustered; it runs in evaluation mode.
         images: the pictures.
-        out: folder of maps that is written; an unfinished one is finished in place.
+        out: folder of maps that is written; maps of an interrupted call are written again.
         n_parts: clusters (ViT: foreground parts, with one id more for the background).
         image_size: side to which the whole picture is squashed.
         map_size: side of the id maps of a CNN (a ViT's have its key grid).

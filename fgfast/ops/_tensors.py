@@ -28,6 +28,19 @@ def check_weight(weight: Tensor) -> None:
         raise ValueError("weight holds a negative or non-finite number: use 0 to leave a pixel out.")
 
 
+def check_ids(labels: Tensor, n_parts: int) -> None:
+    """Raise on a label other than -1 (uint8: 255), 0, ..., n_parts - 1 where looking costs no device sync."""
+    if torch.compiler.is_compiling() or not values_checked(labels) or not labels.numel():
+        return
+    signed = labels.masked_fill(labels == 255, 0) if labels.dtype == torch.uint8 else labels
+    low, high = (int(v) for v in signed.aminmax())
+    if low < -1 or high >= n_parts:
+        wrong = low if low < -1 else high
+        raise ValueError(
+            f"labels holds {wrong}: with {n_parts} parts give 0 to {n_parts - 1}, or -1 (uint8: 255) for no part."
+        )
+
+
 def check_float(name: str, x: Tensor) -> None:
     """Raise unless ``x`` has one of the four float dtypes."""
     if x.dtype not in FLOATS:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fgfast.backend import resolve
-from fgfast.ops._tensors import INTEGERS, TILE, accumulation, check_device, check_float, check_weight, exact
+from fgfast.ops._tensors import INTEGERS, TILE, accumulation, check_device, check_float, check_ids, check_weight, exact
 from fgfast.reference import part_pool as reference
 
 BACKENDS = ("torch", "reference")
@@ -195,7 +195,7 @@ def part_pool(
 
     Args:
         features: float [B, D, h, w] or [B, N, D], any strides, read where they lie. Gets a gradient.
-        labels: integer [B, h, w] or [B, N].
+        labels: integer [B, h, w] or [B, N] in 0..n_parts-1, or -1 for no part (on a GPU any other id is no part too).
         n_parts: K, the number of parts, at least 1.
         weight: float, the shape of labels, not negative. Gets no gradient.
         reduce: "mean", or "sum" for the sum without the division.
@@ -207,7 +207,8 @@ def part_pool(
         gives no gradient. area gets no gradient.
 
     Raises:
-        ValueError: shapes or devices do not fit, n_parts < 1, unknown reduce, or (seen on the CPU) a negative weight.
+        ValueError: shapes or devices do not fit, n_parts < 1, unknown reduce, or (seen on the CPU, or with
+            FGFAST_CHECKS=1) a negative weight or a label that is no part id.
         TypeError: features or weight are not float, or labels not integer.
 
     Example:
@@ -222,6 +223,7 @@ def part_pool(
     if reduce not in ("mean", "sum"):
         raise ValueError(f"reduce is {reduce!r}: choose 'mean' or 'sum'.")
     x, ids, w = _canonical(features, labels, weight)
+    check_ids(labels, n_parts)
     if resolve("part_pool", backend, BACKENDS) == "reference":
         if w is not None and not torch.compiler.is_compiling():
             check_weight(w)
@@ -269,7 +271,7 @@ def labels_to_grid(labels: Tensor, size: int | tuple[int, int], n_parts: int, *,
     Cell (i, j) covers rows floor(i H / h) to ceil((i + 1) H / h), columns likewise. Not differentiable.
 
     Args:
-        labels: integer [B, H, W]; -1 and any other id outside 0..n_parts-1 do not vote.
+        labels: integer [B, H, W] in 0..n_parts-1, or -1, which does not vote (nor, on a GPU, any other id).
         size: (h, w) of the grid, or one number for a square.
         n_parts: K, at least 1.
         backend: "torch" or "reference"; strict. None follows `use_backend`.
@@ -295,6 +297,7 @@ def labels_to_grid(labels: Tensor, size: int | tuple[int, int], n_parts: int, *,
         raise ValueError(f"labels has shape {tuple(labels.shape)}: give [B, H, W].")
     if labels.dtype not in INTEGERS:
         raise TypeError(f"labels has dtype {labels.dtype}: use an integer dtype.")
+    check_ids(labels, n_parts)
     if resolve("labels_to_grid", backend, BACKENDS) == "reference":
         return reference.labels_to_grid(labels, (height, width), n_parts)
     return _labels_to_grid(labels, height, width, n_parts)

@@ -3,7 +3,6 @@
 import base64
 import json
 import math
-import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import jinja2
 from PIL import Image
 
 from fgfast.errors import UserError
+from fgfast.files import write_atomic
 from fgfast.info import versions
 from fgfast.report import plots
 from fgfast.train.log import read_metrics
@@ -239,10 +239,5 @@ def write_report(run: Path) -> Path:
     )
     text = environment.from_string(template).render(page=page, run=str(run))
     path = run / "report.html"
-    temporary = run / f".report.html.{os.getpid()}.tmp"
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
     return path

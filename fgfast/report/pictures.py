@@ -1,6 +1,5 @@
 """Pictures for people: part ids over photographs, captioned grids, nearest neighbours."""
 
-import os
 import re
 import textwrap
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from fgfast.files import write_atomic
 from fgfast.report.palette import label_colours
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -216,13 +216,8 @@ def save_png(image: NDArray[np.uint8], path: Path, description: str = "") -> Pat
     info = PngInfo()
     if description:
         info.add_itxt("Description", description)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        Image.fromarray(image).save(temporary, format="PNG", pnginfo=info, optimize=True)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    picture = Image.fromarray(image)
+    write_atomic(path, lambda p: picture.save(p, format="PNG", pnginfo=info, optimize=True))
     return path
 
 

@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
+
+from fgfast.files import write_atomic
 
 Row = Mapping[str, Any]
 
@@ -236,11 +237,5 @@ def png_bytes(figure: Figure, dpi: int = 150) -> bytes:
 
 def save(figure: Figure, path: Path, dpi: int = 150) -> Path:
     """Write the figure to a PNG file, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(png_bytes(figure, dpi))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomic(path, lambda p: p.write_bytes(png_bytes(figure, dpi)))
     return path

@@ -1,8 +1,6 @@
 """Files of a run folder, written so that a crash at any moment leaves the last good one in place."""
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +8,7 @@ import torch
 from torch import nn
 
 from fgfast.errors import UserError
-
-
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, then put it in place of ``path`` in one step.
-
-    The old file stays as it was when ``write`` fails, whatever the reason.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(partial)):
-            error.filename = str(path)  # what the user knows; a full disk names no file at all
-        raise
+from fgfast.files import write_atomic
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -48,7 +28,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
                     raise error.__context__ from None
                 raise
 
-    write_atomic(path, write)
+    write_atomic(path, write, durable=True)
 
 
 def load_checkpoint(path: Path, method: str) -> dict[str, Any]:
@@ -74,4 +54,4 @@ def save_encoder(path: Path, encoder: nn.Module, model: str) -> None:
 
     state = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
     content = save(state, {"format": "pt", "timm_model": model})  # its save_file hides the error of a full disk
-    write_atomic(path, lambda p: p.write_bytes(content))
+    write_atomic(path, lambda p: p.write_bytes(content), durable=True)

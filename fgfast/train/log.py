@@ -86,7 +86,7 @@ class RunLog:
         )
         from torch.utils.tensorboard import SummaryWriter
 
-        from fgfast.train.checkpoint import write_atomic
+        from fgfast.files import write_atomic
 
         path = run / "metrics.jsonl"
         kept = [r for r in read_metrics(path)[0] if r["step"] <= start] if start and path.is_file() else []

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fgfast.errors import UserError
+from fgfast.files import write_atomic
 from fgfast.methods.base import Method, Progress, method_class
 from fgfast.models.backbone import Backbone
-from fgfast.train.checkpoint import load_checkpoint, save_checkpoint, save_encoder, write_atomic
+from fgfast.train.checkpoint import load_checkpoint, save_checkpoint, save_encoder
 from fgfast.train.config import TrainConfig, to_toml, validate
 from fgfast.train.distributed import Ranks, barrier, start
 from fgfast.train.log import RunLog, peak_memory_mb
@@ -63,7 +64,7 @@ def _open_run(run: Path, name: str, config: TrainConfig, ranks: Ranks, method: M
         raise UserError(f"{run} is a file: give another --out.")
     if config.resume and last.is_file():
         state = load_checkpoint(last, name)
-        _check_options(run, config)
+        check_options(run, config, (*ANY_TIME, *LENGTH))
         return state
     if last.exists():
         raise UserError(f"{run} already holds a run: give --resume to go on with it, or another --out.")
@@ -77,19 +78,21 @@ def _open_run(run: Path, name: str, config: TrainConfig, ranks: Ranks, method: M
     return None
 
 
-_MAY_CHANGE = (
-    "data", "out", "epochs", "passes", "device", "threads", "loader", "log_every", "knn_every", "save_every", "resume",
-    "compile",
-)  # fmt: skip
+ANY_TIME = ("data", "out", "device", "threads", "loader", "log_every", "knn_every", "save_every", "resume", "compile")
+LENGTH = ("epochs", "passes")
 
 
-def _check_options(run: Path, config: TrainConfig) -> None:
-    """Refuse to go on with other options than the run began with, but for its length and what changes no number."""
+def check_options(run: Path, config: TrainConfig, may_change: tuple[str, ...]) -> None:
+    """Refuse other options than a run began with, but for those that may change.
+
+    Raises:
+        UserError: an option differs; the message names it and both values.
+    """
     from fgfast.evaluate.protocols import read_run
 
     _, before = read_run(run)
     for name, value in vars(config).items():
-        if name not in _MAY_CHANGE and getattr(before, name, value) != value:
+        if name not in may_change and getattr(before, name, value) != value:
             flag = "--" + name.replace("_", "-")
             raise UserError(
                 f"{run} began with {flag} {getattr(before, name)}, not {value}: "

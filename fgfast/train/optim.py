@@ -5,6 +5,7 @@ from collections import deque
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fgfast.errors import UserError
@@ -66,6 +67,10 @@ class FiniteGuard:
     def step(self, loss: Tensor, grad_norm: Tensor, index: Tensor, step: int) -> None:
         """One optimiser step where ``loss`` and ``grad_norm`` are finite, none elsewhere."""
         finite = torch.isfinite(loss.detach()) & torch.isfinite(grad_norm.detach())
+        if dist.is_initialized() and dist.get_world_size() > 1:  # one rank's bad loss skips the step on all
+            joined = finite.float()
+            dist.all_reduce(joined, dist.ReduceOp.MIN)
+            finite = joined > 0
         self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         self.optimizer.grad_scale = torch.ones_like(self.optimizer.found_inf)  # type: ignore[attr-defined]
         self.optimizer.step()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fgfast.data.layouts import open_images
-from fgfast.data.maps import read_map, read_maps_info
+from fgfast.data.maps import map_path, read_map, read_maps_info, save_maps, write_maps_info
 from fgfast.data.views import Batch
 from fgfast.errors import UserError
 from fgfast.methods.base import Progress
@@ -78,6 +78,22 @@ def test_rounds_discover_anew_with_the_trained_network(drawn: Path, tmp_path: Pa
     assert read_maps_info(out / "parts_1")["n_parts"] == 4
     assert set(np.unique(first)) <= set(range(4))
     assert (first != second).any()
+
+
+def test_maps_of_discover_are_trained_on(drawn: Path, tmp_path: Path) -> None:
+    """--maps takes a folder as fgfast discover writes it, with its own number of parts; a missing map is named."""
+    images = open_images(drawn)
+    labels = np.random.default_rng(0).integers(0, 6, (len(images), 8, 8), dtype=np.uint8)
+    save_maps(tmp_path / "maps", images.paths, labels)
+    write_maps_info(tmp_path / "maps", n_parts=6, size=(8, 8), run="test")
+    config = config_for(drawn, tmp_path / "run", maps=str(tmp_path / "maps"))
+    assert PARTICLE(config).n_parts == 6
+    pretrain("particle", config)
+    assert not list((tmp_path / "run").glob("parts_*"))
+    gone = images.train_set().paths[3]
+    map_path(tmp_path / "maps", gone).unlink()
+    with pytest.raises(UserError, match=gone):
+        pretrain("particle", config_for(drawn, tmp_path / "two", maps=str(tmp_path / "maps")))
 
 
 def test_padded_pictures_change_nothing(drawn: Path, tmp_path: Path) -> None:

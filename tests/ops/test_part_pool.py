@@ -20,7 +20,7 @@ def make(shape, dtype=torch.float64, seed=0, weighted=True):
     batch, channels, height, width, n_parts = shape
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, channels, height, width, generator=g, dtype=torch.float64).to(dtype)
-    labels = torch.randint(-2, n_parts + 2, (batch, height, width), generator=g)
+    labels = torch.randint(-1, n_parts, (batch, height, width), generator=g)
     weight = torch.rand(batch, height, width, generator=g) * (torch.rand(batch, height, width, generator=g) > 0.2)
     return x, labels, weight if weighted else None
 
@@ -194,16 +194,16 @@ def test_permutations_rename_and_scale(seed):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
 def test_integer_dtypes_of_labels_agree(dtype):
     x, labels, _ = make(SHAPES[0])
-    labels = torch.where((labels < 0) | (labels > 3), 255 if dtype == torch.uint8 else -1, labels)
-    assert torch.equal(part_pool(x, labels.to(dtype), 4).pooled, part_pool(x, labels, 4).pooled)
-    assert torch.equal(labels_to_grid(labels.to(dtype), 3, 4), labels_to_grid(labels, 3, 4))
+    same = torch.where(labels < 0, 255, labels) if dtype == torch.uint8 else labels  # uint8 has no -1
+    assert torch.equal(part_pool(x, same.to(dtype), 4).pooled, part_pool(x, labels, 4).pooled)
+    assert torch.equal(labels_to_grid(same.to(dtype), 3, 4), labels_to_grid(labels, 3, 4))
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 12), st.integers(1, 14), st.integers(1, 14))
 def test_grid_equals_reference_at_any_size(seed, height, width, rows, columns):
     g = torch.Generator().manual_seed(seed)
-    labels = torch.randint(-2, 5, (2, height, width), generator=g)
+    labels = torch.randint(-1, 3, (2, height, width), generator=g)
     assert torch.equal(labels_to_grid(labels, (rows, columns), 4), reference.labels_to_grid(labels, (rows, columns), 4))
 
 
@@ -217,7 +217,7 @@ def test_grid_equals_adaptive_average_pooling():
 
 
 def test_grid_ties_absent_and_empty():
-    labels = torch.tensor([[[2, 1, -1, 9], [1, 2, -1, -1]]])
+    labels = torch.tensor([[[2, 1, -1, -1], [1, 2, -1, -1]]])
     assert labels_to_grid(labels, (1, 2), 3).tolist() == [[[1, -1]]]
     assert labels_to_grid(labels[:0], (1, 2), 3).shape == (0, 1, 2)
 
@@ -253,3 +253,19 @@ def test_an_unknown_backend_is_an_error():
 def test_bad_grid_size_is_named(size):
     with pytest.raises(ValueError, match="size"):
         labels_to_grid(torch.zeros(1, 2, 2, dtype=torch.int64), size, 2)
+
+
+@pytest.mark.parametrize("wrong", [-2, 3, 255])
+def test_ids_out_of_range_are_told_on_the_cpu_and_never_touched(wrong):
+    """Where looking is free an id that is no part raises; the operation itself, as on a GPU, leaves it out."""
+    x, labels, _ = make((2, 3, 4, 4, 3), torch.float32)
+    labels[0, 0, 0] = wrong
+    for call in (lambda: part_pool(x, labels, 3), lambda: labels_to_grid(labels, (2, 2), 3)):
+        with pytest.raises(ValueError, match=f"labels holds {wrong}"):
+            call()
+    left_out = labels.clone()
+    left_out[0, 0, 0] = -1
+    raw = torch.ops.fgfast.part_pool(x, labels, 3, None, True)
+    torch.testing.assert_close(raw, torch.ops.fgfast.part_pool(x, left_out, 3, None, True), rtol=0, atol=0)
+    grid = torch.ops.fgfast.labels_to_grid(labels, 2, 2, 3)
+    assert torch.equal(grid, torch.ops.fgfast.labels_to_grid(left_out, 2, 2, 3))

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from fgfast.errors import UserError
+from fgfast.files import write_atomic
 from fgfast.models.backbone import Backbone
-from fgfast.train.checkpoint import load_checkpoint, save_checkpoint, save_encoder, write_atomic
+from fgfast.train.checkpoint import load_checkpoint, save_checkpoint, save_encoder
 from tests.conftest import TINY
 
 
