@@ -115,7 +115,7 @@ def _first_words(page: str) -> str:
 
 
 def parse_method(words: list[str]) -> tuple[str, TrainConfig]:
-    """A method's name and its configuration: flags over --config file over preset over defaults.
+    """A method's name and its configuration: flags over --config file (or a resumed run's own) over preset over defaults.
 
     Raises:
         UserError: the method, the file or a flag does not exist.
@@ -127,6 +127,10 @@ def parse_method(words: list[str]) -> tuple[str, TrainConfig]:
     name, words = words[0], words[1:]
     cls = method_class(name)
     file, words = _take(words, "--config")
+    out, _ = _take(words, "--out")
+    own = Path(out or "") / "config.toml"
+    if file is None and out and "--resume" in words and own.is_file() and read_toml(own).get("method") == name:
+        file = str(own)  # an unfinished run knows its own options
     table = read_toml(Path(file)) if file else {}
     if table.pop("method", name) != name:
         raise UserError(f"The config file {file} is of another method: give that method, or another file.")

@@ -91,12 +91,14 @@ class PARTICLE(Method):
 
     where the primed networks are momentum copies. A ViT adds ``dino_weight`` x DINO on the CLS tokens of both views.
 
-    Defaults that are ours: heads of 512 and 128, momentum 0.99 to 1, blur scaled by the size
-    of the views, parts that are absent from a view masked and the mean taken over the rows with a positive.
+    Defaults that are ours: heads of 512 and 128, momentum 0.99 to 1, blur scaled by the size of the views, parts that
+    are absent from a view masked and the mean taken over the rows with a positive.
     ``--preset paper`` gives the released settings. Quirks of the release that are not reproduced, because they are
     mistakes there: ids drawn for absent parts become positives of each other (masked here); solarise at 0.5 of a
-    0..255 picture (128 here); a warm-up that is computed and never applied; momentum capped in early steps. The dense
-    CRF of the ViT recipe is left out, as its package no longer builds.
+    0..255 picture (128 here); a warm-up that is computed and never applied; momentum capped in early steps. Left out
+    besides: the dense CRF of the ViT recipe, as its package no longer builds, and its drop path of 0.1 (give it by
+    ``--model-args drop_path_rate=0.1``); the CNN's flat momentum, which rises to 1 here. The weights that the authors
+    start from are given by ``--init PATH``.
 
     Source: Saha and Maji, "PARTICLE: Part Discovery and Contrastive Learning for Fine-grained Recognition", 2023;
     Henaff et al., "Efficient Visual Pretraining with Contrastive Detection", 2021.

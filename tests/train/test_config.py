@@ -32,6 +32,17 @@ def test_preset_stands_under_file_and_flags(tmp_path: Path) -> None:
     assert (vit.n_parts, vit.optimizer, vit.clip) == (5, "adamw", 3.0)
 
 
+def test_resumed_run_knows_its_own_options(tmp_path: Path) -> None:
+    """--out RUN --resume takes RUN/config.toml, and flags still win; without --resume nothing is taken."""
+    (tmp_path / "config.toml").write_text(
+        to_toml(PARTICLEConfig(data="d", out=str(tmp_path), lr=0.5, epochs=7), "particle")
+    )
+    words = ["particle", "--out", str(tmp_path), "--epochs", "9"]
+    _, resumed = parse_method([*words, "--resume"])
+    assert (resumed.lr, resumed.epochs, resumed.data, resumed.resume) == (0.5, 9, "d", True)
+    assert parse_method(words)[1].lr == TrainConfig.lr
+
+
 def test_configuration_survives_its_file() -> None:
     """config.toml reads back as the same configuration, odd text included."""
     config = PARTICLEConfig(data='a "quoted" \\ path', lr=3e-4, resume=True, parts="online")
