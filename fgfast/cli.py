@@ -115,7 +115,7 @@ def _first_words(page: str) -> str:
 
 
 def parse_method(words: list[str]) -> tuple[str, TrainConfig]:
-    """A method's name and its configuration: flags over --config file (or a resumed run's own) over preset over defaults.
+    """A method's name and its configuration: flags over --config file (or a resumed run's own) over preset, defaults.
 
     Raises:
         UserError: the method, the file or a flag does not exist.
