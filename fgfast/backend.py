@@ -9,6 +9,8 @@ import torch
 
 BACKENDS = ("auto", "reference", "torch", "triton", "native")
 
+OLDEST = (8, 0)  # compute capability of the oldest NVIDIA GPU that the kernels serve
+
 _chosen = os.environ.get("FGFAST_BACKEND", "auto")
 
 
@@ -26,8 +28,14 @@ def missing(backend: str) -> str | None:
             return "this version of fgfast ships no Triton kernel"
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
-        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        if not torch.cuda.is_available():
             return "no CUDA or ROCm device was found and TRITON_INTERPRET is not 1"
+        if torch.version.hip is None and torch.cuda.get_device_capability() < OLDEST:
+            return (
+                f"the device has compute capability {'.'.join(map(str, torch.cuda.get_device_capability()))}, under 8.0"
+            )
     if backend == "native" and importlib.util.find_spec("fgfast._native") is None:
         return "the compiled extension fgfast._native is not part of this installation"
     return None
@@ -70,6 +78,34 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _chosen = before
+
+
+def preference(op: str, x: torch.Tensor, plain: tuple[str, ...] = ("torch", "reference")) -> tuple[str, ...]:
+    """The backends that ``op`` has for ``x``, the one that "auto" takes first: the kernel on a GPU that can run it.
+
+    Example:
+        >>> preference("part_pool", torch.ones(1))[0]
+        'torch'
+    """
+    import fgfast.kernels as kernels
+
+    if op not in kernels.OPERATIONS:
+        return plain
+    fits = x.device.type == "cuda" and x.dtype != torch.float64 and missing("triton") is None
+    return ("triton", *plain) if fits else (*plain, "triton")
+
+
+def check_triton(name: str, x: torch.Tensor) -> None:
+    """Raise unless the Triton kernels can take ``x``: float16, bfloat16 or float32, on a GPU or interpreted.
+
+    Raises:
+        TypeError: the dtype.
+        RuntimeError: the device.
+    """
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError(f"{name} has dtype {x.dtype}, which the Triton kernels do not take: choose backend 'torch'.")
+    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(f"{name} is on {x.device} and the Triton kernels run on a GPU: move it or choose 'torch'.")
 
 
 def resolve(op: str, requested: str | None, available: tuple[str, ...]) -> str:

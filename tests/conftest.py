@@ -1,8 +1,13 @@
-"""Fixtures that several folders share: a cache of their own, and a tiny drawn set."""
+"""Fixtures of several folders: a cache of their own, a tiny drawn set; and Triton interpreted without a GPU."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported; there is no device for its kernels
 
 TINY = "test_resnet"  # timm's smallest residual network: 0.3 M weights
 

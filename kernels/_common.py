@@ -1,0 +1,28 @@
+"""What every kernel file shares: whether Triton interprets, and what that changes.
+
+Under TRITON_INTERPRET=1 arithmetic on bfloat16 works on raw bits and a store of float32 to bfloat16 truncates. So a
+kernel takes a constexpr UPCAST: loads are converted to float32 at once (:func:`widened`), and the host allocates
+float32 outputs and converts them afterwards (:func:`output_dtype`). Compiled kernels have UPCAST False.
+"""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels as Python on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def output_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a kernel stores a result that is wanted in ``dtype``."""
+    return torch.float32 if interpreted() and dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+@triton.jit
+def widened(x, UPCAST: tl.constexpr):
+    """x, as float32 under the interpreter."""
+    return x.to(tl.float32) if UPCAST else x
