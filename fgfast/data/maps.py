@@ -16,6 +16,8 @@ from fgfast.files import write_atomic
 ABSENT = 255
 """The grey value of a pixel that belongs to no part; -1 in a ``Batch``."""
 
+WRITER = "`fgfast discover` (masks that came with a set: restore them)"
+
 
 def map_path(maps: Path, rel: str) -> Path:
     """Where the id map of the picture ``rel`` (relative path, extension included) lies.
@@ -64,11 +66,11 @@ def read_maps_info(maps: Path) -> dict:
     try:
         info = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: write the maps with `fgfast discover`.") from error
+        raise UserError(f"{path} is missing: write the maps with {WRITER}.") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): write the maps again with `fgfast discover`.") from error
+        raise UserError(f"{path} cannot be read ({error}): write the maps again with {WRITER}.") from error
     if not isinstance(info, dict) or not isinstance(info.get("n_parts"), int) or len(info.get("size") or ()) != 2:
-        raise UserError(f"{path} lacks n_parts or size: write the maps again with `fgfast discover`.")
+        raise UserError(f"{path} lacks n_parts or size: write the maps again with {WRITER}.")
     return info
 
 
@@ -108,7 +110,7 @@ def map_sizes(maps: Path, rels: Sequence[str]) -> np.ndarray:
         UserError: a picture has no map, or its map is no 8-bit grey PNG.
     """
     if not Path(maps).is_dir():
-        raise UserError(f"The map folder {maps} does not exist: write it with `fgfast discover`.")
+        raise UserError(f"The map folder {maps} does not exist: write it with {WRITER}.")
     sizes = np.empty((len(rels), 2), np.int32)
     for i, rel in enumerate(rels):
         path = map_path(maps, rel)
@@ -116,9 +118,9 @@ def map_sizes(maps: Path, rels: Sequence[str]) -> np.ndarray:
             with open(path, "rb") as file:
                 head = file.read(26)
         except FileNotFoundError as error:
-            raise UserError(f"{maps} has no map for {rel}: write the maps with `fgfast discover`.") from error
+            raise UserError(f"{maps} has no map for {rel}: write the maps with {WRITER}.") from error
         if len(head) < 26 or head[:8] != b"\x89PNG\r\n\x1a\n":
-            raise UserError(f"{path} is not a PNG: write the maps again with `fgfast discover`.")
+            raise UserError(f"{path} is not a PNG: write the maps again with {WRITER}.")
         width, height, depth, colour = struct.unpack(">IIBB", head[16:26])
         if (depth, colour) != (8, 0):
             raise UserError(f"{path} is not 8-bit grey, so its ids would be misread: save it as mode L.")
@@ -139,6 +141,6 @@ def read_map(maps: Path, rel: str) -> np.ndarray:
         with Image.open(path) as image:
             return np.array(image)
     except FileNotFoundError as error:
-        raise UserError(f"{maps} has no map for {rel}: write the maps with `fgfast discover`.") from error
+        raise UserError(f"{maps} has no map for {rel}: write the maps with {WRITER}.") from error
     except (OSError, SyntaxError) as error:
-        raise UserError(f"{path} does not decode ({error}): write the maps again with `fgfast discover`.") from error
+        raise UserError(f"{path} does not decode ({error}): write the maps again with {WRITER}.") from error

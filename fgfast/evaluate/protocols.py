@@ -135,17 +135,17 @@ def evaluate(
     correct = predicted == truth
     low, high = accuracy_interval(correct)
     score = Score(protocol, checkpoint, correct, low, high, n_train)
-    note_score(run, {**score.row(), "data": data.name})
+    note_score(run, {**score.row(), "data": data.name, "path": str(data.resolve())})
     return score
 
 
 def note_score(run: Path, row: dict[str, Any]) -> None:
-    """Put a row into RUN/eval.json in place of the one with the same protocol, checkpoint and data."""
+    """Put a row into RUN/eval.json in place of the one with the same protocol, checkpoint and path of the data."""
     import json
 
     file = run / "eval.json"
     rows = json.loads(file.read_text()) if file.is_file() else []
-    key = ("protocol", "checkpoint", "data")
+    key = ("protocol", "checkpoint", "path")
     rows = [r for r in rows if any(r.get(k) != row.get(k) for k in key)]
     write_json(file, [*rows, row])
 

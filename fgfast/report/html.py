@@ -87,14 +87,15 @@ def _percent(share: object) -> str:
 
 def _results(page: Page, rows: list[dict[str, Any]]) -> None:
     """Fill the table: a line for each protocol and data set, a cell for each checkpoint; of repeats the last counts."""
-    lines: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    lines: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        lines.setdefault((str(row["protocol"]), str(row.get("data", ""))), {})[str(row["checkpoint"])] = row
+        key = str(row["protocol"]), str(row.get("data", "")), str(row.get("path", ""))
+        lines.setdefault(key, {})[str(row["checkpoint"])] = row
     seen = {str(row["checkpoint"]) for row in rows}
     ordered = [name for name in CHECKPOINTS if name in seen] + sorted(seen - set(CHECKPOINTS))
     page.checkpoints = [CHECKPOINTS.get(name, name) for name in ordered]
-    several_sets = len({data for _, data in lines}) > 1
-    for (protocol, data), by_checkpoint in lines.items():
+    several_sets = len({key[1:] for key in lines}) > 1
+    for (protocol, data, _), by_checkpoint in lines.items():
         name = PROTOCOLS.get(protocol, protocol) + (f", {data}" if several_sets and data else "")
         line: dict[str, Any] = {"name": name, "cells": [], "gain": "", "n": ""}
         for row in (by_checkpoint.get(checkpoint, {}) for checkpoint in ordered):

@@ -1,5 +1,6 @@
 """The training loop: reads top to bottom, from a configuration to a run folder."""
 
+import inspect
 import signal
 import time
 from collections.abc import Iterator
@@ -144,7 +145,12 @@ class _Trainer:
         if ranks.world > 1:
             method.set_group(torch.distributed.group.WORLD)
             ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-            self.model = nn.parallel.DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False)
+            ddp = nn.parallel.DistributedDataParallel
+            newer = (
+                "forward_sync_buffers" in inspect.signature(ddp).parameters
+            )  # the name before torch 2.15 warns there
+            buffers: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+            self.model = ddp(method, device_ids=ids, **buffers)
 
     def steps_in_all(self, per_epoch: int) -> int:
         """Steps of the whole run: epochs, or what a budget of encoder passes pays for."""
@@ -215,7 +221,7 @@ class _Trainer:
                     lr = learning_rate(self.step, total, c)
                     with autocast:
                         out = self.model(batch)
-                    grad_norm = self._update(out["loss"], lr, batch.index)
+                    grad_norm = self._update(out["loss"], lr, batch.index, stop=bool(caught))
                     self.step += 1
                     self.method.after_step(Progress(self.step, total))
                     clock.images += len(batch) * self.ranks.world
@@ -231,7 +237,7 @@ class _Trainer:
                         row |= {k: float(v.detach()) for k, v in out.items()}
                         row |= clock.read(self.method.passes_per_image)
                         log.write(row | {"memory_mb": peak_memory_mb(self.ranks.device), "skipped": self.guard.skipped})
-                    if caught:
+                    if self.guard.stop or (caught and self.ranks.world == 1):  # ranks agree on the step
                         self._save(round_, loader)
                         log.say(f"stopped at step {self.step} of {total}; --resume goes on from here")
                         raise KeyboardInterrupt
@@ -244,7 +250,7 @@ class _Trainer:
             if self.step == total and c.knn_every:
                 self._knn(log, per_epoch)
 
-    def _update(self, loss: Tensor, lr: float, index: Tensor) -> Tensor:
+    def _update(self, loss: Tensor, lr: float, index: Tensor, *, stop: bool) -> Tensor:
         """Backward, clip, guarded optimiser step; returns the gradient norm before clipping."""
         c = self.config
         loss.backward()
@@ -252,7 +258,7 @@ class _Trainer:
         grad_norm = nn.utils.clip_grad_norm_(params, c.clip if c.clip else float("inf"), foreach=True)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.guard.step(loss, grad_norm, index, self.step)
+        self.guard.step(loss, grad_norm, index, self.step, stop=stop)
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
@@ -284,6 +290,7 @@ class _Trainer:
         state = {
             "name": self.name, "step": self.step, "round": round_, "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(), "loader": loader.state_dict(), "rng": torch.get_rng_state(),
+            "skipped": self.guard.skipped,
         }  # fmt: skip
         if self.ranks.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.ranks.device)
@@ -299,6 +306,7 @@ class _Trainer:
                 f"{self.run / 'last.pt'} does not fit these options: give those of {self.run / 'config.toml'} again."
             ) from error
         self.guard = FiniteGuard(self.method, self.optimizer)  # its copies are of the buffers just loaded
+        self.guard.skipped = state.get("skipped", 0)
         self.step = state["step"]
         torch.set_rng_state(state["rng"])
         if "cuda_rng" in state and self.ranks.device.type == "cuda":

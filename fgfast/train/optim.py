@@ -38,9 +38,9 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
 @dataclass
 class _Verdict:
     step: int
-    finite: Tensor
+    flags: Tensor  # bool [2]: the step was finite; no rank was asked to stop
     index: Tensor
-    ready: torch.cuda.Event | None  # when the copy of ``finite`` to the host is complete
+    ready: torch.cuda.Event | None  # when the copy of ``flags`` to the host is complete
 
 
 class FiniteGuard:
@@ -62,22 +62,25 @@ class FiniteGuard:
         self.pending: deque[_Verdict] = deque()
         self.in_a_row = 0
         self.skipped = 0
+        self.stop = False  # a rank was asked to stop, and every rank reads so at the same step
 
     @torch.no_grad()
-    def step(self, loss: Tensor, grad_norm: Tensor, index: Tensor, step: int) -> None:
-        """One optimiser step where ``loss`` and ``grad_norm`` are finite, none elsewhere."""
+    def step(self, loss: Tensor, grad_norm: Tensor, index: Tensor, step: int, *, stop: bool = False) -> None:
+        """One optimiser step where ``loss`` and ``grad_norm`` are finite, none elsewhere; ``stop`` tells all ranks."""
         finite = torch.isfinite(loss.detach()) & torch.isfinite(grad_norm.detach())
+        flags = torch.stack([finite, torch.full_like(finite, not stop)])
         if dist.is_initialized() and dist.get_world_size() > 1:  # one rank's bad loss skips the step on all
-            joined = finite.float()
+            joined = flags.float()
             dist.all_reduce(joined, dist.ReduceOp.MIN)
-            finite = joined > 0
+            flags = joined > 0
+            finite = flags[0]
         self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         self.optimizer.grad_scale = torch.ones_like(self.optimizer.found_inf)  # type: ignore[attr-defined]
         self.optimizer.step()
         for now, before in zip(self.buffers, self.before, strict=True):
             torch.where(finite, now, before, out=before)
         torch._foreach_copy_(self.buffers, self.before)
-        verdict, ready = finite.to("cpu", non_blocking=True), None
+        verdict, ready = flags.to("cpu", non_blocking=True), None
         if finite.is_cuda:
             ready = torch.cuda.Event()
             ready.record()
@@ -94,7 +97,9 @@ class FiniteGuard:
             verdict = self.pending.popleft()
             if verdict.ready is not None:
                 verdict.ready.synchronize()  # of a step long past: no wait in practice
-            if bool(verdict.finite):
+            finite, no_stop = verdict.flags.tolist()
+            self.stop |= not no_stop
+            if finite:
                 self.in_a_row = 0
                 continue
             self.in_a_row += 1

@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 from fgfast.errors import UserError
 from fgfast.train.distributed import choose_device
 from fgfast.train.log import read_metrics
+from fgfast.train.optim import LAG
 
 
 def _free_port() -> int:
@@ -18,22 +19,28 @@ def _free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def _train(rank: int, port: int, data: str, out: str, method: str) -> None:
+def _train(rank: int, port: int, data: str, out: str, method: str, interrupt: bool = False) -> None:
     import os
+    import signal
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    from fgfast.methods.base import method_class
+    from fgfast.methods.base import Method, method_class
     from fgfast.train import loop
+    from fgfast.train.config import TrainConfig
     from tests.conftest import TINY
 
-    made: list[torch.nn.Module] = []
+    made: list[Method] = []
     real = loop.method_class
 
     def kept(name: str) -> object:
-        def build(config: object) -> torch.nn.Module:
-            made.append(real(name)(config))  # type: ignore[arg-type]
+        def build(config: TrainConfig) -> Method:
+            made.append(real(name)(config))
+            if interrupt and rank == 1:
+                made[0].after_step = lambda progress: (
+                    os.kill(os.getpid(), signal.SIGINT) if progress.step == 1 else None
+                )  # type: ignore[method-assign]
             return made[-1]
 
         return build
@@ -43,7 +50,12 @@ def _train(rank: int, port: int, data: str, out: str, method: str) -> None:
         data=data, out=out, model=TINY, model_args="output_stride=8", size=32, batch_size=4, epochs=1, log_every=1,
         knn_every=1, device="cpu", threads=1, amp="off", hidden=16, projection=8,
     )  # fmt: skip
-    loop.pretrain(method, config)
+    if interrupt:
+        config.epochs, config.knn_every = 20, 0
+        with pytest.raises(KeyboardInterrupt):
+            loop.pretrain(method, config)
+    else:
+        loop.pretrain(method, config)
     torch.save({k: v.detach() for k, v in made[0].named_parameters()}, f"{out}-rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -64,3 +76,13 @@ def test_devices_that_are_not_there_are_named(name: str) -> None:
     """The message names what was asked for."""
     with pytest.raises(UserError, match=name):
         choose_device(name)
+
+
+def test_ranks_stop_at_the_same_step(drawn: Path, tmp_path: Path) -> None:
+    """An interruption that one rank hears of stops both after the same step, with a checkpoint of it."""
+    out = tmp_path / "run"
+    args = (_free_port(), str(drawn), str(out), "simclr", True)
+    mp.start_processes(_train, args=args, nprocs=2, start_method="spawn")
+    first, second = (torch.load(f"{out}-rank{r}.pt", weights_only=True) for r in (0, 1))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert torch.load(out / "last.pt", weights_only=True)["step"] == 2 + LAG  # the flags of step 2 carry it

@@ -52,6 +52,20 @@ def test_verdict_comes_late_and_names_the_batch() -> None:
     assert guard.skipped == 1
 
 
+def test_stop_is_read_as_late_as_a_verdict() -> None:
+    """What one rank was asked is known LAG steps later, when every rank reads the flags of the same step."""
+    module = net()
+    guard = FiniteGuard(module, make_optimizer(module, TrainConfig()))
+    seen = []
+    for step in range(LAG + 2):
+        loss = module(torch.randn(3, 4)).square().mean()
+        loss.backward()
+        guard.step(loss, torch.tensor(1.0), torch.arange(3), step, stop=step == 1)
+        assert guard.verdicts() == []
+        seen.append(guard.stop)
+    assert seen == [False] * (LAG + 1) + [True]
+
+
 def test_ten_in_a_row_stop_the_run() -> None:
     """Ten skipped steps in a row raise; nine and a good one do not."""
     for bad_steps, stops in ((MOST_IN_A_ROW - 1, False), (MOST_IN_A_ROW, True)):
