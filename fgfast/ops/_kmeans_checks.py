@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fgfast.ops._tensors import TILE, check_device, check_float, values_checked
+from fgfast.ops._tensors import TILE, as_size, check_device, check_float, values_checked
 
 BACKENDS = ("torch", "reference")
 METRICS = ("euclidean", "cosine")
@@ -69,9 +69,7 @@ def checked_maps(
         raise ValueError("x is an empty list: give at least one map [B, D, H, W].")
     if size is None:
         raise ValueError("size is missing: a list of maps needs the (height, width) at which its pixels are clustered.")
-    height, width = (size, size) if isinstance(size, int) else size
-    if height < 1 or width < 1:
-        raise ValueError(f"size is {(height, width)}: give at least 1 x 1.")
+    height, width = as_size(size)
     for i, m in enumerate(x):
         name = f"x[{i}]"
         check_float(name, m)

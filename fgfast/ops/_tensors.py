@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -41,8 +42,40 @@ def check_ids(labels: Tensor, n_parts: int) -> None:
         )
 
 
+def check_tensor(name: str, x: object) -> None:
+    """Raise unless ``x`` is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}: give a torch.Tensor.")
+
+
+def check_whole(name: str, n: object) -> None:
+    """Raise unless ``n`` is a whole number of Python, or of a traced shape."""
+    if not isinstance(n, Integral | torch.SymInt):
+        raise TypeError(f"{name} is {n!r}: give a whole number.")
+
+
+def as_size(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width), both at least 1, of a pair or of one number for a square."""
+    pair = (size, size) if not isinstance(size, tuple | list) else tuple(size)
+    if len(pair) != 2:
+        raise ValueError(f"size is {size!r}: give (height, width) or one whole number.")
+    for side in pair:
+        check_whole("size", side)
+    if min(pair) < 1:
+        raise ValueError(f"size is {pair}: give at least 1 x 1.")
+    return pair
+
+
+def check_integer(name: str, x: Tensor) -> None:
+    """Raise unless ``x`` is a tensor of integers."""
+    check_tensor(name, x)
+    if x.dtype not in INTEGERS:
+        raise TypeError(f"{name} has dtype {x.dtype}: use an integer dtype.")
+
+
 def check_float(name: str, x: Tensor) -> None:
-    """Raise unless ``x`` has one of the four float dtypes."""
+    """Raise unless ``x`` is a tensor of one of the four float dtypes."""
+    check_tensor(name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} has dtype {x.dtype}: use float16, bfloat16, float32 or float64.")
 

@@ -14,7 +14,7 @@ from fgfast.ops._kmeans_checks import (
     groups,
     match_centroids,
 )
-from fgfast.ops._tensors import accumulation, check_weight, exact
+from fgfast.ops._tensors import accumulation, check_tensor, check_weight, exact
 from fgfast.ops.kmeans_step import assigned
 from fgfast.ops.part_pool import is_pixel_major, part_pool_backward, pool
 from fgfast.reference import assign_and_pool as reference
@@ -106,6 +106,7 @@ def assign_and_pool(
     Source: the assignment of Lloyd 1982, the mask pooling of DetCon (Henaff et al., ICCV 2021).
     """
     choose("metric", metric, METRICS)
+    check_tensor("features", features)
     if features.dim() not in (3, 4):
         raise ValueError(f"features has shape {tuple(features.shape)}: give [B, D, h, w] or [B, N, D].")
     maps, shape = columns(features)

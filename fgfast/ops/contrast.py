@@ -1,6 +1,7 @@
 """``contrastive_loss``: one contrast for the whole field; checks, choice of backend, registration."""
 
 import math
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from fgfast.backend import resolve
 from fgfast.ops import _contrast_tiled as tiled
-from fgfast.ops._tensors import accumulation, exact, values_checked
+from fgfast.ops._tensors import accumulation, check_tensor, exact, values_checked
 from fgfast.ops.ids import Ids
 from fgfast.reference import contrast as reference
 
@@ -96,7 +97,7 @@ def contrastive_loss(
     Source:
         SimCLR (arXiv 2002.05709) and DetCon (arXiv 2103.10957), joined; the tiles as in Inf-CL (arXiv 2410.17243).
     """
-    query_ids, key_ids = Ids(*query_ids), Ids(*key_ids)
+    query_ids, key_ids = _three("query_ids", query_ids), _three("key_ids", key_ids)
     _check(query, key, query_ids, key_ids, temperature, negatives, weight, bank, reduction, precision)
     weight = None if weight is None else weight.detach()
     if group is not None and torch.distributed.get_world_size(group) > 1:
@@ -123,6 +124,12 @@ def contrastive_loss(
     return reference.reduce(loss, count > 0, weight, reduction)
 
 
+def _three(name: str, ids: Ids) -> Ids:
+    if not isinstance(ids, tuple | list) or len(ids) != 3:
+        raise TypeError(f"{name} is not (image, part, view): give an fgfast.Ids of three integer tensors.")
+    return Ids(*ids)
+
+
 def _check(
     query: Tensor, key: Tensor, query_ids: Ids, key_ids: Ids, temperature: float | Tensor, negatives: str,
     weight: Tensor | None, bank: Tensor | None, reduction: str, precision: str,
@@ -137,6 +144,7 @@ def _check(
             raise ValueError(f"{name} is {option!r}: choose one of {', '.join(known)}.")
     vectors = {"query": query, "key": key} | ({} if bank is None else {"bank": bank})
     for name, x in vectors.items():
+        check_tensor(name, x)
         if x.dim() != 2:
             raise ValueError(f"{name} has shape {tuple(x.shape)}: give one row a vector, [N, D].")
         if not x.is_floating_point() or x.element_size() < 2:
@@ -148,6 +156,7 @@ def _check(
     each: dict[str, tuple[Tensor, int]] = {name: (x, len(x)) for name, x in vectors.items()}
     for side, ids, n in (("query", query_ids, len(query)), ("key", key_ids, len(key))):
         for field, x in zip(Ids._fields, ids, strict=True):
+            check_tensor(f"{side}_ids.{field}", x)
             each[f"{side}_ids.{field}"] = (x, n)
             if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
                 raise TypeError(f"{side}_ids.{field} has dtype {x.dtype}: give integers.")
@@ -164,8 +173,8 @@ def _check(
             raise ValueError(f"temperature is a {temperature.dtype} of shape {shape}: give a number or a 0-d float.")
         if temperature.device not in (query.device, torch.device("cpu")):
             raise ValueError(f"temperature is on {temperature.device} and query on {query.device}: move it there.")
-    elif not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature is {temperature}: give a finite number above 0.")
+    elif not isinstance(temperature, Real) or not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature is {temperature!r}: give a finite number above 0.")
     if torch.compiler.is_compiling():
         return
     if values_checked(query):

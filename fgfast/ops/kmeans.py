@@ -29,7 +29,7 @@ from fgfast.ops._kmeans_lloyd import Outcome, lloyd
 from fgfast.ops._kmeans_pyramid import Pyramid
 from fgfast.ops._kmeans_source import EPS, Dense, Source
 from fgfast.ops._kmeans_start import start
-from fgfast.ops._tensors import accumulation, check_weight, exact
+from fgfast.ops._tensors import accumulation, check_tensor, check_weight, check_whole, exact
 from fgfast.reference import kmeans as reference
 
 
@@ -213,12 +213,19 @@ def kmeans(
         pixel_columns, shape = columns(x.detach())
         xs, full = [pixel_columns], None
     else:
+        if not isinstance(x, list | tuple):
+            check_tensor("x", x)
         xs, full = checked_maps(x, size)
         shape = (xs[0].shape[0], *full)
     batch, channels, device = xs[0].shape[0], sum(m.shape[1] for m in xs), xs[0].device
     pixels = math.prod(xs[0].shape[2:]) if full is None else math.prod(full)
+    if pixels == 0:
+        raise ValueError(f"x has {pixels} pixels: give at least one.")
+    check_whole("n_clusters", n_clusters)
     if not 1 <= n_clusters <= pixels:
         raise ValueError(f"n_clusters is {n_clusters} for {pixels} pixels: give 1 to {pixels}.")
+    for name, number in (("n_iter", n_iter), ("n_init", n_init)):
+        check_whole(name, number)
     for name, value, least in (("n_iter", n_iter, 0), ("n_init", n_init, 1), ("tol", tol, 0)):
         if not value >= least:
             raise ValueError(f"{name} is {value}: give at least {least}.")

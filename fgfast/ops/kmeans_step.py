@@ -18,7 +18,7 @@ from fgfast.ops._kmeans_checks import (
     match_centroids,
 )
 from fgfast.ops._kmeans_source import EPS, Dense, tiles
-from fgfast.ops._tensors import accumulation, check_weight, exact
+from fgfast.ops._tensors import accumulation, check_tensor, check_weight, exact
 from fgfast.reference import kmeans as reference
 
 
@@ -132,6 +132,7 @@ def kmeans_step(
     """
     choose("metric", metric, METRICS)
     choose("precision", precision, ("ieee", "tf32"))
+    check_tensor("x", x)
     pixels, shape = columns(x.detach())
     batch = len(pixels)
     c = match_centroids("centroids", centroids, batch, pixels.shape[1], x.device)

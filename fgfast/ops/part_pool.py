@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 from fgfast.backend import resolve
-from fgfast.ops._tensors import INTEGERS, TILE, accumulation, check_device, check_float, check_ids, check_weight, exact
+from fgfast.ops._tensors import (
+    TILE,
+    accumulation,
+    as_size,
+    check_device,
+    check_float,
+    check_ids,
+    check_integer,
+    check_weight,
+    check_whole,
+    exact,
+)
 from fgfast.reference import part_pool as reference
 
 BACKENDS = ("torch", "reference")
@@ -145,6 +156,10 @@ _part_pool.register_autograd(_backward, setup_context=_setup)
 def _canonical(features: Tensor, labels: Tensor | None, weight: Tensor | None) -> tuple[Tensor, ...]:
     """Views of features as [B, D, h, w] and of labels and weight as [B, h, w], shapes checked."""
     check_float("features", features)
+    if labels is not None:
+        check_integer("labels", labels)
+    if weight is not None:
+        check_float("weight", weight)
     if features.dim() == 4:
         spatial = (features.shape[0], *features.shape[2:])
     elif features.dim() == 3:
@@ -160,16 +175,14 @@ def _canonical(features: Tensor, labels: Tensor | None, weight: Tensor | None) -
                 f"{name} has shape {tuple(x.shape)} but the features have {spatial} pixels: make them agree."
             )
         check_device(name, x, features.device)
-    if labels is not None and labels.dtype not in INTEGERS:
-        raise TypeError(f"labels has dtype {labels.dtype}: use an integer dtype.")
     if weight is not None:
-        check_float("weight", weight)
         weight = weight.detach()
     shape = (features.shape[0], features.shape[2], features.shape[3])
     return tuple(x for x in (features, *(None if y is None else y.reshape(shape) for y in (labels, weight))))  # type: ignore[misc]
 
 
 def _check_parts(n_parts: int) -> None:
+    check_whole("n_parts", n_parts)
     if n_parts < 1:
         raise ValueError(f"n_parts is {n_parts}: give at least 1.")
 
@@ -290,13 +303,10 @@ def labels_to_grid(labels: Tensor, size: int | tuple[int, int], n_parts: int, *,
     Source: mask pooling of DetCon (Henaff et al., ICCV 2021): one-hot, average pool, argmax.
     """
     _check_parts(n_parts)
-    height, width = (size, size) if isinstance(size, int) else size
-    if height < 1 or width < 1:
-        raise ValueError(f"size is {(height, width)}: give at least 1 x 1.")
+    height, width = as_size(size)
+    check_integer("labels", labels)
     if labels.dim() != 3:
         raise ValueError(f"labels has shape {tuple(labels.shape)}: give [B, H, W].")
-    if labels.dtype not in INTEGERS:
-        raise TypeError(f"labels has dtype {labels.dtype}: use an integer dtype.")
     check_ids(labels, n_parts)
     if resolve("labels_to_grid", backend, BACKENDS) == "reference":
         return reference.labels_to_grid(labels, (height, width), n_parts)
