@@ -48,7 +48,7 @@ def write_maps_info(maps: Path, n_parts: int, size: tuple[int, int], run: str) -
         maps: the folder.
         n_parts: K, ids are 0..K-1; at most 255, as 255 means absent.
         size: (H, W) of every map.
-        run: a hash that names what made the maps.
+        run: what made the maps, a hash of its weights included.
     """
     if not 1 <= n_parts <= ABSENT:
         raise ValueError(f"n_parts is {n_parts}: an 8-bit map holds 1 to 255 parts.")
@@ -57,7 +57,7 @@ def write_maps_info(maps: Path, n_parts: int, size: tuple[int, int], run: str) -
 
 
 def read_maps_info(maps: Path) -> dict:
-    """The content of MAPS/maps.json: {"n_parts": K, "size": [H, W], "run": hash}.
+    """The content of MAPS/maps.json: {"n_parts": K, "size": [H, W], "run": what made them}.
 
     Raises:
         UserError: the file is missing or does not hold these keys.

@@ -1,5 +1,7 @@
 """Where parts come from: clustered pixels of a CNN or a ViT, and the controls (fixed cells, random ids)."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fgfast.errors import UserError
+from fgfast.files import write_atomic
 from fgfast.models.backbone import Backbone
 from fgfast.ops.kmeans import kmeans
 
@@ -137,7 +141,8 @@ def discover(
     Args:
         encoder: the network whose features are clustered; it runs in evaluation mode.
         images: the pictures.
-        out: folder of maps that is written; maps of an interrupted call are written again.
+        out: folder of maps that is written. A call that was interrupted goes on where it stopped (CNN; a ViT's groups
+            begin again); one that is complete is left as it is.
         n_parts: clusters (ViT: foreground parts, with one id more for the background).
         image_size: side to which the whole picture is squashed.
         map_size: side of the id maps of a CNN (a ViT's have its key grid).
@@ -150,19 +155,41 @@ def discover(
 
     Returns:
         ``out``.
-    """
-    from fgfast.data.maps import save_maps, write_maps_info
 
-    total, side = n_parts, (map_size, map_size)
+    Raises:
+        UserError: the folder holds maps that other weights or settings made.
+    """
+    from fgfast.data.maps import map_path, read_maps_info, save_maps, write_maps_info
+
+    total = n_parts + 1 if encoder.is_vit else n_parts
+    name = f"{run}, weights {_digest(encoder)}, image size {image_size}, levels {levels}, seed {seed}"
+    if (out / "maps.json").is_file():
+        info = read_maps_info(out)
+        if info["run"] == name and info["n_parts"] == total:
+            return out
+        raise UserError(f"{out} already holds maps of {info['run']}: give another --out, or remove it.")
+    begun, what = out / "begun.json", {"run": name, "n_parts": total, "map_size": map_size}
+    if not encoder.is_vit and begun.is_file() and begun.read_text() == json.dumps(what):
+        images = images.subset([i for i, rel in enumerate(images.paths) if not map_path(out, rel).is_file()])
+    write_atomic(begun, lambda p: p.write_text(json.dumps(what)))
+    side = (map_size, map_size)
     for rels, labels in _label_batches(
         encoder, images, n_parts=n_parts, image_size=image_size, map_size=map_size, levels=levels, device=device,
         threads=threads, seed=seed, loader=loader,
     ):  # fmt: skip
         save_maps(out, rels, labels.to(torch.uint8).cpu().numpy())
         side = (labels.shape[1], labels.shape[2])
-    total = n_parts + 1 if encoder.is_vit else n_parts
-    write_maps_info(out, n_parts=total, size=side, run=run)
+    write_maps_info(out, n_parts=total, size=side, run=name)
+    begun.unlink()
     return out
+
+
+def _digest(encoder: Backbone) -> str:
+    """Twelve digits that name the weights."""
+    found = hashlib.sha256()
+    for tensor in encoder.net.state_dict().values():
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:12]
 
 
 def _label_batches(
@@ -181,6 +208,8 @@ def _label_batches(
     from fgfast.data.loader import make_loader
     from fgfast.data.views import ViewSpec
 
+    if not len(images):
+        return
     spec = ViewSpec(whole=image_size)
     batches = make_loader(
         images, spec, GROUP if encoder.is_vit else 32, shuffle=False, device=device, threads=threads, backend=loader

@@ -11,6 +11,7 @@ from fgfast.data.layouts import open_images
 from fgfast.data.maps import map_path, read_map, read_maps_info, save_maps, write_maps_info
 from fgfast.data.views import Batch
 from fgfast.errors import UserError
+from fgfast.methods import parts as parts_module
 from fgfast.methods.base import Progress
 from fgfast.methods.particle import PARTICLE, PARTICLEConfig
 from fgfast.train.loop import pretrain
@@ -94,6 +95,39 @@ def test_maps_of_discover_are_trained_on(drawn: Path, tmp_path: Path) -> None:
     map_path(tmp_path / "maps", gone).unlink()
     with pytest.raises(UserError, match=gone):
         pretrain("particle", config_for(drawn, tmp_path / "two", maps=str(tmp_path / "maps")))
+
+
+def test_interrupted_discovery_goes_on(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there is kept, the rest is found as without the interruption; other settings want another folder."""
+    torch.manual_seed(0)
+    encoder, images = PARTICLE(config_for(drawn, tmp_path)).encoder, open_images(drawn)
+    real, sizes = parts_module.cluster_pyramid, []
+
+    def once(encoder: object, pictures: torch.Tensor, **options: object) -> torch.Tensor:
+        if sizes == [32]:
+            sizes.append(0)
+            raise KeyboardInterrupt
+        sizes.append(len(pictures))
+        return real(encoder, pictures, **options)  # type: ignore[arg-type]
+
+    def found(name: str, n_parts: int = 4) -> Path:
+        return parts_module.discover(
+            encoder, images, tmp_path / name, n_parts=n_parts, image_size=64, map_size=16, levels=4, run="a test",
+            device=torch.device("cpu"), threads=1,
+        )  # fmt: skip
+
+    monkeypatch.setattr(parts_module, "cluster_pyramid", once)
+    with pytest.raises(KeyboardInterrupt):
+        found("stopped")
+    assert not (tmp_path / "stopped" / "maps.json").exists()
+    found("stopped")
+    found("stopped")
+    found("whole")
+    assert sizes == [32, 0, 4, 32, 4]
+    for rel in images.paths:
+        np.testing.assert_array_equal(read_map(tmp_path / "stopped", rel), read_map(tmp_path / "whole", rel))
+    with pytest.raises(UserError, match="already holds maps of a test"):
+        found("stopped", n_parts=3)
 
 
 def test_padded_pictures_change_nothing(drawn: Path, tmp_path: Path) -> None:
