@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/fgfast demo --out runs/demo
@@ -23,10 +23,16 @@ lint: $(INSTALLED)
 	$(BIN)/mypy -p benchmarks
 	$(BIN)/mypy --allow-untyped-defs --allow-incomplete-defs kernels
 
+# The CPU code of the compiled extension under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(INSTALLED)
+	FGFAST_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/sanitized --build-temp build/sanitized
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+		OMP_NUM_THREADS=1 $(BIN)/python -m tests.sanitized build/sanitized
+
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-$(INSTALLED): pyproject.toml setup.py
+$(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*)
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found: install one, or name it with make PYTHON=/path/to/python."; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[train,dev]"

@@ -15,6 +15,7 @@ from fgfast.ops.contrast import contrastive_loss
 from fgfast.ops.ids import Ids
 from fgfast.ops.kmeans import KMeansResult, kmeans
 from fgfast.ops.kmeans_step import KMeansStep, kmeans_step
+from fgfast.ops.mask import PivotalMask, mask_images, pivotal_mask
 from fgfast.ops.part_pool import PartPool, labels_to_grid, part_pool
 from fgfast.ops.ring import global_ids
 
@@ -31,6 +32,7 @@ __all__ = [
     "NTXentLoss",
     "PartContrastiveLoss",
     "PartPool",
+    "PivotalMask",
     "SupConLoss",
     "__version__",
     "assign_and_pool",
@@ -39,6 +41,8 @@ __all__ = [
     "kmeans",
     "kmeans_step",
     "labels_to_grid",
+    "mask_images",
     "part_pool",
+    "pivotal_mask",
     "use_backend",
 ]

@@ -1,0 +1,97 @@
+// Python's door: numbers and addresses in, nothing of PyTorch, so that one build serves every version of it.
+
+#include <pybind11/pybind11.h>
+
+#include "pivotal.h"
+
+namespace py = pybind11;
+using fgfast::Images;
+using fgfast::Problem;
+
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// (in, out, size, shape (outer, rows, inner), grid (rows, columns), in strides (4), out strides (4))
+Images images_of(const py::tuple& t) {
+    Images im;
+    const auto shape = t[3].cast<py::tuple>(), grid = t[4].cast<py::tuple>();
+    const auto in = t[5].cast<py::tuple>(), out = t[6].cast<py::tuple>();
+    im.in = pointer<const char>(t[0].cast<uintptr_t>());
+    im.out = pointer<char>(t[1].cast<uintptr_t>());
+    im.size = t[2].cast<int>();
+    im.outer = shape[0].cast<int64_t>(), im.rows = shape[1].cast<int64_t>(), im.inner = shape[2].cast<int64_t>();
+    im.grid_rows = grid[0].cast<int64_t>(), im.grid_columns = grid[1].cast<int64_t>();
+    im.in_batch = in[0].cast<int64_t>(), im.in_outer = in[1].cast<int64_t>();
+    im.in_row = in[2].cast<int64_t>(), im.in_step = in[3].cast<int64_t>();
+    im.out_batch = out[0].cast<int64_t>(), im.out_outer = out[1].cast<int64_t>();
+    im.out_row = out[2].cast<int64_t>(), im.out_step = out[3].cast<int64_t>();
+    return im;
+}
+
+void raise(const char* error) {
+    if (error != nullptr) throw py::value_error(error);
+}
+
+void pivotal_mask(uintptr_t attention, int dtype, const py::tuple& shape, const py::tuple& strides, int64_t kept,
+                  int strategy, const py::tuple& window, uint64_t seed, uintptr_t mask, uintptr_t index,
+                  const py::object& images, bool cuda, uintptr_t stream, int threads) {
+    Problem p;
+    p.attention = pointer<const void>(attention);
+    p.dtype = dtype;
+    p.layers = shape[0].cast<int64_t>(), p.batch = shape[1].cast<int64_t>();
+    p.heads = shape[2].cast<int64_t>(), p.patches = shape[3].cast<int64_t>();
+    p.stride_layer = strides[0].cast<int64_t>(), p.stride_batch = strides[1].cast<int64_t>();
+    p.stride_head = strides[2].cast<int64_t>(), p.stride_patch = strides[3].cast<int64_t>();
+    p.kept = kept;
+    p.strategy = strategy;
+    p.side = window[0].cast<int64_t>();
+    p.window_rows = window[1].cast<int64_t>(), p.window_columns = window[2].cast<int64_t>();
+    p.seed = seed;
+    p.mask = pointer<bool>(mask);
+    p.index = pointer<int64_t>(index);
+    if (!images.is_none()) p.images = images_of(images.cast<py::tuple>());
+    const char* error = nullptr;
+    {
+        py::gil_scoped_release free;
+#ifdef FGFAST_CUDA
+        error = cuda ? fgfast::pivotal_cuda(p, pointer<void>(stream)) : fgfast::pivotal_cpu(p, threads);
+#else
+        (void)cuda, (void)stream;
+        error = fgfast::pivotal_cpu(p, threads);
+#endif
+    }
+    raise(error);
+}
+
+void mask_images(const py::tuple& images, uintptr_t mask, int64_t batch, bool cuda, uintptr_t stream, int threads) {
+    const Images im = images_of(images);
+    const char* error = nullptr;
+    {
+        py::gil_scoped_release free;
+#ifdef FGFAST_CUDA
+        error = cuda ? fgfast::mask_images_cuda(im, pointer<const bool>(mask), batch, pointer<void>(stream))
+                     : fgfast::mask_images_cpu(im, pointer<const bool>(mask), batch, threads);
+#else
+        (void)cuda, (void)stream;
+        error = fgfast::mask_images_cpu(im, pointer<const bool>(mask), batch, threads);
+#endif
+    }
+    raise(error);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+    m.doc() = "The compiled mask sampler. fgfast.ops.mask checks what it is given; nothing here does.";
+#ifdef FGFAST_CUDA
+    m.attr("CUDA") = true;
+#else
+    m.attr("CUDA") = false;
+#endif
+    m.def("pivotal_mask", &pivotal_mask);
+    m.def("mask_images", &mask_images);
+}

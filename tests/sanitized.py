@@ -1,0 +1,25 @@
+"""Runs the cases of the mask sampler on an extension built for the sanitizers: ``make sanitize``."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def main(folder: str) -> int:
+    """Put the extension below ``folder`` in the place of the installed one, and test it."""
+    (file,) = Path(folder).rglob("_native*.so")
+    spec = importlib.util.spec_from_file_location("fgfast._native", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    import fgfast
+
+    sys.modules["fgfast._native"] = fgfast._native = module  # type: ignore[attr-defined]
+    return pytest.main(["-q", "-p", "no:cacheprovider", "-k", "native or large or callers", "tests/ops/test_mask.py"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
