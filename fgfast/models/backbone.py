@@ -119,30 +119,73 @@ class Backbone(nn.Module):
         Raises:
             UserError: the network is no plain ViT with a CLS token.
         """
+        with self._rows(last=1) as seen, _patch_stride(self.net.patch_embed, stride):
+            self.net.forward_features(x)
+            grid = tuple(
+                (n - p) // s + 1
+                for n, p, s in zip(
+                    x.shape[-2:], self.net.patch_embed.patch_size, self.net.patch_embed.proj.stride, strict=True
+                )
+            )
+        k, attention = seen[0]
+        return Keys(k.flatten(2).transpose(1, 2).unflatten(2, grid), attention.unflatten(2, grid))
+
+    def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Unpooled features and where the network looks, [L, B, heads, P] over the P patches in row-major order.
+
+        A ViT gives the attention of CLS in every block: only that row of each T x T matrix is computed, from the
+        queries and keys that pass by. A CNN gives one layer and head: the norm of its last map, summing to 1.
+
+        Raises:
+            UserError: the network is a ViT of another kind, or without a CLS token.
+        """
+        if not self.is_vit:
+            features = self.features(x)
+            norm = features.detach().float().norm(dim=1).flatten(1)  # [B, h w]
+            return features, (norm / norm.sum(1, keepdim=True).clamp(min=1e-12))[None, :, None]
+        with self._rows() as seen:
+            features = self.features(x)
+        return features, torch.stack([attention for _, attention in seen])
+
+    def kept_features(self, x: Tensor, index: Tensor) -> Tensor:
+        """Normalised tokens [B, prefix + k, D] of a ViT that sees the patches index [B, k] alone.
+
+        Raises:
+            UserError: the network is no ViT.
+        """
+        if not self.is_vit:
+            raise UserError(f"{self.name} has no tokens to drop: leave --drop-tokens out.")
+        net = self.net
+        tokens = net._pos_embed(net.patch_embed(x))
+        prefix, patches = tokens.split([net.num_prefix_tokens, tokens.shape[1] - net.num_prefix_tokens], 1)
+        kept = patches.gather(1, index[..., None].expand(-1, -1, patches.shape[2]))
+        return net.norm(net.blocks(net.norm_pre(torch.cat([prefix, kept], 1))))
+
+    @contextmanager
+    def _rows(self, last: int = 0) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Collects of the last blocks (0: of all), as they run, the keys [B, P, heads, d] and the attention of CLS [B, heads, P]."""
         if not self.is_vit or not hasattr(self.net.blocks[-1].attn, "qkv") or self.net.num_prefix_tokens < 1:
             raise UserError(
                 f"{self.name} has no keys and CLS attention: choose a plain ViT such as vit_small_patch16_224."
             )
-        attn = self.net.blocks[-1].attn
-        seen: list[Tensor] = []
-        hook = attn.qkv.register_forward_hook(lambda _m, _i, out: seen.append(out))
-        try:
-            with _patch_stride(self.net.patch_embed, stride):
-                self.net.forward_features(x)
-                grid = tuple(
-                    (n - p) // s + 1
-                    for n, p, s in zip(
-                        x.shape[-2:], self.net.patch_embed.patch_size, self.net.patch_embed.proj.stride, strict=True
-                    )
-                )
-        finally:
-            hook.remove()
-        q, k, _ = seen[0].unflatten(-1, (3, attn.num_heads, -1)).unbind(2)  # [B, T, heads, d]
-        q, k = attn.q_norm(q), attn.k_norm(k)
-        scores = torch.einsum("bhd,bthd->bht", q[:, 0].float() * attn.scale, k.float())
+        seen: list[tuple[Tensor, Tensor]] = []
         skip = self.net.num_prefix_tokens
-        attention = scores.softmax(-1)[:, :, skip:].unflatten(2, grid)
-        return Keys(k[:, skip:].flatten(2).transpose(1, 2).unflatten(2, grid), attention)
+
+        def collect(attn: Any, out: Tensor) -> None:
+            q, k, _ = out.unflatten(-1, (3, attn.num_heads, -1)).unbind(2)  # [B, T, heads, d]
+            q, k = attn.q_norm(q[:, :1]), attn.k_norm(k)
+            scores = torch.einsum("bhd,bthd->bht", q[:, 0].float() * attn.scale, k.float())
+            seen.append((k[:, skip:], scores.softmax(-1)[:, :, skip:]))
+
+        hooks = [
+            block.attn.qkv.register_forward_hook(lambda _m, _i, out, attn=block.attn: collect(attn, out))
+            for block in self.net.blocks[-last:]
+        ]
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 @contextmanager

@@ -17,20 +17,30 @@ class MLP(nn.Module):
     Args:
         dims: widths from input to output, at least two.
         norm: "batch" (SimCLR, BYOL, DeepMind's DetCon) or "layer" (PARTICLE).
+        bias: biases of the linear layers.
+        dropout: probability of dropping an entry after each hidden layer.
+        last_norm: end with a BatchNorm without affine parameters (MoCo v3).
 
     Example:
         >>> MLP((512, 1024, 128))(torch.zeros(4, 512)).shape
         torch.Size([4, 128])
     """
 
-    def __init__(self, dims: tuple[int, ...], norm: str = "batch") -> None:
+    def __init__(
+        self, dims: tuple[int, ...], norm: str = "batch", *, bias: bool = True, dropout: float = 0.0,
+        last_norm: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         layers: list[nn.Module] = []
         for i, (before, after) in enumerate(itertools.pairwise(dims)):
-            layers.append(nn.Linear(before, after))
+            layers.append(nn.Linear(before, after, bias=bias))
             if i < len(dims) - 2:
                 layers.append(nn.BatchNorm1d(after) if norm == "batch" else nn.LayerNorm(after))
                 layers.append(nn.ReLU(inplace=True))
+                if dropout:
+                    layers.append(nn.Dropout(dropout))
+        if last_norm:
+            layers.append(nn.BatchNorm1d(dims[-1], affine=False))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ SEARCHED = 1000  # pictures among which neighbours are looked for
 
 
 def draw_run(run: Path, data: Path, *, checkpoint: Checkpoint = "last", device: torch.device) -> list[Path]:
-    """Draw RUN/parts.png (methods with parts) and RUN/pictures/*.png.
+    """Draw RUN/parts.png (methods with parts) and RUN/pictures/*.png; those of step 0 end in -init.
 
     Args:
         run: run folder.
@@ -55,14 +55,16 @@ def draw_run(run: Path, data: Path, *, checkpoint: Checkpoint = "last", device: 
         batch = next(iter(loader))
     finally:
         loader.close()
-    written = []
+    written, mark = [], "" if checkpoint == "last" else f"-{checkpoint}"
     with torch.no_grad():
         for title, rows in method.pictures(batch).items():
-            slug = title.replace(" ", "-")
-            path = run / "parts.png" if title == "parts" else run / "pictures" / f"{slug}.png"
+            slug = title.replace(" ", "-") + mark
+            path = run / f"{slug}.png" if title == "parts" else run / "pictures" / f"{slug}.png"
             written.append(grid(rows, path, description=f"{title} ({name}, {checkpoint})"))
     written.append(
-        _neighbours(method.encoder, shown, config.size, run / "pictures" / "neighbours.png", device, config.threads)
+        _neighbours(
+            method.encoder, shown, config.size, run / "pictures" / f"neighbours{mark}.png", device, config.threads
+        )
     )
     return written
 

@@ -1,0 +1,104 @@
+"""MoCo v3: each view predicts the momentum encoder's view of the same picture among those of all others."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fgfast.methods.base import Method, Progress, build_encoder
+from fgfast.models.heads import MLP, momentum_copy, update_momentum
+from fgfast.ops.contrast import contrastive_loss
+from fgfast.ops.ids import Ids
+from fgfast.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from fgfast.data.views import Batch, ViewSpec
+
+
+@dataclass
+class MoCoV3Config(TrainConfig):
+    """Options of MoCo v3."""
+
+    temperature: float = 0.2
+    """Temperature of the contrast."""
+    hidden: int = 512
+    """Width of the hidden layers of projector and predictor."""
+    projection: int = 128
+    """Width of the projection."""
+    dropout: float = 0.0
+    """Dropout after the hidden layers of the heads."""
+    momentum: float = 0.99
+    """Start of the momentum encoder's decay, which rises to 1 as a cosine."""
+    freeze_patch_embed: bool = True
+    """Keep the patch embedding of a ViT as it is at the start, which steadies its training."""
+
+
+class MoCoV3(Method):
+    """Contrast of online queries with momentum keys over the batch, both views in both roles, no queue.
+
+    C(q, k) = 2 T x mean_i [ log sum_j exp(<q_i, k_j> / T) - <q_i, k_i> / T ],   loss = C(q1, k2) + C(q2, k1),
+
+    q = predictor(projector(encoder(view))), k = projector'(encoder'(view)), both normalised, primed = momentum copies,
+    which stay in training mode. Defaults that are ours: heads of 512 and 128, crops of at least 0.2 of the picture,
+    blur scaled by the size of the views.
+
+    Source: Chen, Xie, He, "An Empirical Study of Training Self-Supervised Vision Transformers", ICCV 2021.
+    """
+
+    name = "mocov3"
+    Config = MoCoV3Config
+    passes_per_image: float = 4
+    config: MoCoV3Config
+
+    def __init__(self, config: MoCoV3Config) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = build_encoder(config)
+        if self.encoder.is_vit and config.freeze_patch_embed:
+            self.encoder.net.patch_embed.requires_grad_(False)
+        dim, hidden, out = self.encoder.dim, config.hidden, config.projection
+        deep = (dim, hidden, hidden, out) if self.encoder.is_vit else (dim, hidden, out)
+        options: dict[str, Any] = {"bias": False, "dropout": config.dropout, "last_norm": True}
+        self.projector = MLP(deep, **options)
+        self.predictor = MLP((out, hidden, out), **options)
+        self.target = momentum_copy(self.encoder)
+        self.target_projector = momentum_copy(self.projector)
+
+    def views(self) -> "ViewSpec":
+        """The BYOL pair: grey 0.2, blur 1.0 and 0.1, solarise 0 and 0.2."""
+        from fgfast.data.views import Crop, ViewSpec
+
+        sigma = (0.1, max(0.2, 2.0 * self.config.size / 224))
+        common: dict[str, Any] = {
+            "size": self.config.size, "scale": (self.config.crop_scale, 1.0), "grayscale": 0.2, "blur_sigma": sigma,
+        }  # fmt: skip
+        return ViewSpec(crops=(Crop(blur=1.0, **common), Crop(blur=0.1, solarize=0.2, **common)))
+
+    def queries(self, batch: "Batch") -> tuple[Tensor, ...]:
+        """Predictions of both views, [B, projection] each."""
+        return self.predictor(self.projector(self.encoder(torch.cat(batch.views)))).chunk(2)
+
+    def contrast(self, query: Tensor, key: Tensor, batch: "Batch") -> Tensor:
+        """C(query, key) over the valid pictures of all ranks."""
+        part = torch.where(batch.valid, 0, -1)
+        zero = torch.zeros_like(batch.index)
+        loss = contrastive_loss(
+            query, key, query_ids=Ids(batch.index, part, zero), key_ids=Ids(batch.index, part, zero + 1),
+            temperature=self.config.temperature, reduction="mean_valid", group=self.group,
+        )  # fmt: skip
+        return 2 * self.config.temperature * loss
+
+    def forward(self, batch: "Batch") -> dict[str, Tensor]:
+        """The symmetric contrast."""
+        q1, q2 = self.queries(batch)
+        with torch.no_grad():
+            k1, k2 = self.target_projector(self.target(torch.cat(batch.views))).chunk(2)
+        return {"loss": self.contrast(q1, k2, batch) + self.contrast(q2, k1, batch)}
+
+    def after_step(self, progress: Progress) -> None:
+        """Move the momentum copies; the decay rises from ``momentum`` to 1 as a cosine."""
+        decay = 1 - (1 - self.config.momentum) * (math.cos(math.pi * progress.share) + 1) / 2
+        update_momentum(self.target, self.encoder, decay)
+        update_momentum(self.target_projector, self.projector, decay)
