@@ -36,7 +36,7 @@ def info() -> dict[str, Any]:
     """Versions, devices and backends as plain values.
 
     Returns:
-        {"versions": {package: version}, "devices": [text], "backends": {name: "ready" or why it is missing}}
+        {"versions": {package: version}, "devices": [text], "backends": {name: "ready ..." or why it is missing}}
     """
     devices = [f"cpu: {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"]
     for i in range(torch.cuda.device_count()):
@@ -45,6 +45,10 @@ def info() -> dict[str, Any]:
     if not torch.cuda.is_available():
         devices.append("cuda: none (no driver or no device was found)")
     backends = {name: missing(name) or "ready" for name in BACKENDS if name != "auto"}
+    if backends["native"] == "ready":
+        import fgfast._native as _native
+
+        backends["native"] = "ready, for CPU and CUDA" if _native.CUDA else "ready, for the CPU (built without nvcc)"
     return {"versions": versions(), "devices": devices, "backends": backends}
 
 
@@ -53,7 +57,7 @@ def as_text(values: dict[str, Any]) -> str:
     lines = [f"{name:<20} {version}" for name, version in values["versions"].items()]
     lines += ["", *values["devices"], ""]
     lines += [
-        f"backend {name:<12} {'ready' if state == 'ready' else 'missing: ' + state}"
+        f"backend {name:<12} {state if state.startswith('ready') else 'missing: ' + state}"
         for name, state in values["backends"].items()
     ]
     return "\n".join(lines)

@@ -163,7 +163,7 @@ class Backbone(nn.Module):
 
     @contextmanager
     def _rows(self, last: int = 0) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Collects of the last blocks (0: of all), as they run, the keys [B, P, heads, d] and the attention of CLS [B, heads, P]."""
+        """Collects keys [B, P, heads, d] and attention of CLS [B, heads, P] of the last blocks (0: all) as they run."""
         if not self.is_vit or not hasattr(self.net.blocks[-1].attn, "qkv") or self.net.num_prefix_tokens < 1:
             raise UserError(
                 f"{self.name} has no keys and CLS attention: choose a plain ViT such as vit_small_patch16_224."
