@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fgfast import cli
+from fgfast.backend import missing
 from fgfast.cli import COMMANDS, main
 from tests.conftest import TINY
 
