@@ -67,6 +67,7 @@ class Build(build_ext):
                 subprocess.run(command, check=True)
             except subprocess.CalledProcessError as error:
                 raise CompileError(f"{compiler} failed: FGFAST_CUDA=0 builds without CUDA.") from error
+            self.force = True  # setuptools looks at the C++ sources alone to see whether to link again
             ext.extra_objects.append(str(object_))
             ext.define_macros.append(("FGFAST_CUDA", "1"))
             root = Path(shutil.which(compiler) or compiler).resolve().parent.parent
