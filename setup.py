@@ -1,11 +1,12 @@
 """Maps kernels/ to fgfast.kernels and builds fgfast._native from csrc/; everything else stands in pyproject.toml.
 
-FGFAST_CUDA=0 or 1 says whether the extension has its CUDA part (default: where nvcc is found), FGFAST_CUDA_ARCHS
+FGFAST_CUDA=0 or 1 says whether the extension has its CUDA part (default: where nvcc works), FGFAST_CUDA_ARCHS
 ("80 90") for which compute capabilities (default: all that this nvcc knows from 8.0 on; later ones compile its PTX).
 FGFAST_NATIVE=0 leaves the extension out, FGFAST_SANITIZE=1 builds its CPU code for the address and the undefined
 behaviour sanitizer.
 """
 
+import copy
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+from setuptools.errors import CompileError, LinkError
 
 SANITIZE = os.environ.get("FGFAST_SANITIZE") == "1"
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
@@ -48,32 +49,49 @@ class Build(build_ext):
     """Compiles what the host compiler cannot: the .cu files, by nvcc."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Add the CUDA objects, if any, and build as usual."""
+        """Build with CUDA where that works, else without."""
         compiler = nvcc()
         if compiler is not None:
-            folder = Path(self.build_temp)
-            folder.mkdir(parents=True, exist_ok=True)
-            object_ = folder / "pivotal_cuda.o"
-            each = architectures(compiler)
-            code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in each]
-            code.append(f"-gencode=arch=compute_{each[-1]},code=compute_{each[-1]}")
-            command = [
-                compiler, *COMMON, "--fmad=false", "--threads=0", "-DFGFAST_CUDA",
-                "-Xcompiler=-fPIC,-fvisibility=hidden", "-Werror=all-warnings", *code, "-c", "csrc/pivotal_cuda.cu",
-                "-o", str(object_),
-            ]  # fmt: skip
-            self.announce(" ".join(command), level=2)
             try:
-                subprocess.run(command, check=True)
-            except subprocess.CalledProcessError as error:
-                raise CompileError(f"{compiler} failed: FGFAST_CUDA=0 builds without CUDA.") from error
-            self.force = True  # setuptools looks at the C++ sources alone to see whether to link again
-            ext.extra_objects.append(str(object_))
-            ext.define_macros.append(("FGFAST_CUDA", "1"))
-            root = Path(shutil.which(compiler) or compiler).resolve().parent.parent
-            ext.library_dirs += [str(p) for p in (root / "lib64", root / "lib") if p.is_dir()]
-            ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
+                return super().build_extension(self.with_cuda(ext, compiler))
+            except (CompileError, LinkError) as error:
+                if os.environ.get("FGFAST_CUDA") == "1":
+                    raise
+                self.warn(f"{ext.name} is built without its CUDA part, which failed: {error}")
         super().build_extension(ext)
+
+    def with_cuda(self, ext: Extension, compiler: str) -> Extension:
+        """The extension together with the object that nvcc makes, and the static runtime."""
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        object_ = folder / "pivotal_cuda.o"
+        each = architectures(compiler)
+        code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in each]
+        code.append(f"-gencode=arch=compute_{each[-1]},code=compute_{each[-1]}")
+        command = [
+            compiler, *COMMON, "--fmad=false", "--threads=0", "-DFGFAST_CUDA",
+            "-Xcompiler=-fPIC,-fvisibility=hidden", "-Werror=all-warnings", *code, "-c", "csrc/pivotal_cuda.cu",
+            "-o", str(object_),
+        ]  # fmt: skip
+        self.announce(" ".join(command), level=2)
+        try:
+            subprocess.run(command, check=True)
+        except subprocess.CalledProcessError as error:
+            raise CompileError(f"{compiler} exited with {error.returncode}") from error
+        self.force = True  # setuptools looks at the C++ sources alone to see whether to link again
+        both = copy.deepcopy(ext)
+        both.extra_objects.append(str(object_))
+        both.define_macros.append(("FGFAST_CUDA", "1"))
+        both.library_dirs += library_folders(compiler)
+        both.libraries += ["cudart_static", "dl", "rt", "pthread"]
+        return both
+
+
+def library_folders(compiler: str) -> list[str]:
+    """Where the toolkit of ``compiler`` keeps its libraries; nvcc itself may be a link or a script somewhere else."""
+    said = subprocess.run([compiler, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    tops = [Path(line.removeprefix("#$ TOP=").strip()) for line in said.splitlines() if line.startswith("#$ TOP=")]
+    return [str(p) for top in tops for p in (top / "lib64", top / "lib", *top.glob("targets/*/lib")) if p.is_dir()]
 
 
 def extension() -> Extension:
