@@ -4,4 +4,7 @@
 arguments, chooses a backend and calls them.
 """
 
-OPERATIONS: tuple[str, ...] = ()
+OPERATIONS: tuple[str, ...] = (
+    "labels_to_grid",
+    "part_pool",
+)
