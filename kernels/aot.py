@@ -2,7 +2,7 @@
 
 Every :class:`~fgfast.kernels._common.AotCase` that a file of this folder offers is compiled for each architecture, and
 a table of registers, spilled bytes and shared memory is printed. The exit status is 1 when a case of a default row
-spills or any case needs more shared memory than the part has. Results are kept by the hash of all kernel sources.
+spills or any case needs more shared memory than the part has. Reports are kept by the hash of what they depend on.
 
 A case whose name holds the name of an architecture is compiled for that one alone; one with the word "tuned" in its
 name belongs to a measured row, which may spill if it was fastest all the same.
@@ -20,15 +20,18 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fgfast.kernels
-from fgfast.files import write_atomic
+from fgfast.kernels._common import AotCase
 from fgfast.kernels.configs import SHARED
 
+HERE = Path(__file__).parent
 ARCHITECTURES = tuple(SHARED)
+
+Job = tuple[str, str, str]  # module, name of the case, architecture
 
 
 class Report(NamedTuple):
@@ -37,35 +40,51 @@ class Report(NamedTuple):
     registers: int
     spilled: int
     shared: int
+    error: str = ""  # of a case that does not compile
 
 
 def modules() -> Iterator[str]:
     """Names of the kernel files that offer cases."""
-    for module in pkgutil.iter_modules(fgfast.kernels.__path__, "fgfast.kernels."):
+    for module in pkgutil.iter_modules([str(HERE)], "fgfast.kernels."):
         if hasattr(importlib.import_module(module.name), "aot_cases"):
             yield module.name
 
 
-def jobs(architectures: Sequence[str], default_only: bool, only: str = "") -> list[tuple[str, str, str]]:
-    """(module, case, architecture) of what is to be compiled; ``only`` is a part of the names wanted."""
+@cache
+def _cases(module: str) -> dict[str, AotCase]:
+    return {case.name: case for case in importlib.import_module(module).aot_cases()}
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split("[ -]", name))
+
+
+def jobs(architectures: Sequence[str], default_only: bool, only: str = "") -> list[Job]:
+    """What is to be compiled; ``only`` is a part of the names wanted."""
     found = []
     for module in modules():
         for case in importlib.import_module(module).aot_cases():
-            named = set(case.name.split())
+            named = _words(case.name)
             if only in case.name and not (default_only and "tuned" in named):
                 own = [a for a in ARCHITECTURES if a in named]
                 found += [(module, case.name, a) for a in architectures if not own or a in own]
     return found
 
 
-def compile_case(job: tuple[str, str, str]) -> Report:
+def compile_case(job: Job) -> Report:
     """Compile one case for one architecture."""
+    try:
+        return _compiled(*job)
+    except Exception as error:  # the compiler's own errors, of any kind, belong into the table
+        return Report(0, 0, 0, f"{type(error).__name__}: {error}")
+
+
+def _compiled(module: str, name: str, arch: str) -> Report:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module, name, arch = job
-    case = next(c for c in importlib.import_module(module).aot_cases() if c.name == name)
+    case = _cases(module)[name]
     types = {argument: kind.partition(":") for argument, kind in case.signature.items()}
     source = ASTSource(
         fn=case.kernel,
@@ -101,34 +120,40 @@ def _amd(compiled: Any) -> Report:
 
 
 def _folder() -> Path:
-    cache = os.environ.get("FGFAST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "fgfast")
-    return Path(cache).expanduser() / "aot"
+    chosen = os.environ.get("FGFAST_CACHE")
+    base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fgfast"
+    return base / "aot"
 
 
-def _source_hash() -> str:
+def _key(job: Job) -> str:
+    """What a report depends on: Triton, the sources of the kernel and of what it calls, types, constants, target."""
     import triton
 
-    digest = hashlib.sha256(triton.__version__.encode())
-    for path in sorted(Path(fgfast.kernels.__path__[0]).glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    module, name, arch = job
+    case = _cases(module)[name]
+    parts = (triton.__version__, case.kernel.cache_key, arch, *case[2:])
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def reports(wanted: list[tuple[str, str, str]], workers: int = 2) -> dict[tuple[str, str, str], Report]:
+def reports(wanted: list[Job], workers: int = 2) -> dict[Job, Report]:
     """The report of each job, from the cache or compiled now, in the order given."""
-    path = _folder() / f"{_source_hash()}.json"
-    known = {tuple(job): Report(*report) for job, report in json.loads(path.read_text())} if path.exists() else {}
-    missing = [job for job in wanted if job not in known]
+    path = _folder() / "reports.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    keys = {job: _key(job) for job in wanted}
+    missing = [job for job in wanted if keys[job] not in known]
     if missing:
         # Fresh processes: a fork would take over torch's threads.
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            known |= dict(zip(missing, pool.map(compile_case, missing), strict=True))
-        text = json.dumps([[list(job), list(report)] for job, report in known.items()])
-        write_atomic(path, lambda partial: partial.write_text(text))
-    return {job: known[job] for job in wanted}
+            known |= {keys[job]: report for job, report in zip(missing, pool.map(compile_case, missing), strict=True)}
+        kept = json.dumps({key: report for key, report in known.items() if not Report(*report).error})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(kept)
+        partial.replace(path)
+    return {job: Report(*known[keys[job]]) for job in wanted}
 
 
-def faults(found: dict[tuple[str, str, str], Report]) -> list[str]:
+def faults(found: dict[Job, Report]) -> list[str]:
     """What is wrong with the reports, a sentence each.
 
     Example:
@@ -137,7 +162,9 @@ def faults(found: dict[tuple[str, str, str], Report]) -> list[str]:
     """
     wrong = []
     for (_, name, arch), report in found.items():
-        if report.spilled and "tuned" not in name.split():
+        if report.error:
+            wrong.append(f"{name} does not compile for {arch}: {report.error}")
+        if report.spilled and "tuned" not in _words(name):
             wrong.append(f"{name} spills {report.spilled} bytes a thread on {arch}")
         if report.shared > SHARED[arch] * 1024:
             wrong.append(f"{name} needs {report.shared} bytes of shared memory on {arch}, which has {SHARED[arch]} KiB")

@@ -36,7 +36,7 @@ DEFAULTS: dict[str, tuple[Row, ...]] = {
     "part_pool": (
         Row(16, {"BLOCK_D": 128, "BLOCK_P": 64}, 8, 3, 64),
         Row(16, {"BLOCK_D": 64, "BLOCK_P": 32}, 4, 1, 32),
-        Row(32, {"BLOCK_D": 64, "BLOCK_P": 32}, 4, 4, 64),
+        Row(32, {"BLOCK_D": 64, "BLOCK_P": 32}, 4, 3, 64),
         Row(32, {"BLOCK_D": 32, "BLOCK_P": 32}, 4, 1, 32),
     ),
 }

@@ -14,6 +14,7 @@ float32), under a tenth of their rate at the speed of the memory for K to 32.
 """
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from fgfast.kernels._common import AotCase, interpreted, on_device_of, output_dtype, widened
 from fgfast.kernels.configs import Row, config, processors, table
+from fgfast.kernels.tune import TuneCase
 
 JOIN_D = 32
 MOST_PARTS = 64  # parts a tile holds: forward reads the features again for each further block of them
@@ -294,13 +296,16 @@ def _split(pixels: int, block: int, programs: int, least: int, device: torch.dev
     return chunk, max(1, triton.cdiv(pixels, chunk))
 
 
-def _blocks(row: Row, channels: int, parts: int) -> dict[str, int]:
+def _blocks(row: Row, channels: int, parts: int, flat: bool) -> dict[str, int]:
+    """Tiles of a problem; half of the pixels where each has an offset of its own to be held in registers."""
     block_k = min(MOST_PARTS, max(16, triton.next_power_of_2(parts)))
     block_d = min(row.tiles["BLOCK_D"], max(16, triton.next_power_of_2(channels)))
-    return {"BLOCK_D": block_d, "BLOCK_P": row.tiles["BLOCK_P"], "BLOCK_K": block_k}
+    return {"BLOCK_D": block_d, "BLOCK_P": row.tiles["BLOCK_P"] // (1 if flat else 2), "BLOCK_K": block_k}
 
 
-def pool(features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, mean: bool) -> tuple[Tensor, Tensor]:
+def pool(
+    features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, mean: bool, row: Row | None = None
+) -> tuple[Tensor, Tensor]:
     """Sums or means [B, K, D] of features [B, D, h, w], and area float32 [B, K]; labels and weight are [B, h, w]."""
     batch, channels, height, width = features.shape
     pixels, device = height * width, features.device
@@ -309,15 +314,14 @@ def pool(features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, 
     if batch == 0:
         return pooled.to(features.dtype), area
     if channels == 0:
-        return pooled.to(features.dtype), pool(
-            features.new_zeros(batch, 1, height, width), labels, n_parts, weight, mean
-        )[1]
-    row = config("part_pool", device, features.dtype)
-    blocks = _blocks(row, channels, n_parts)
+        stand_in = features.new_zeros(batch, 1, height, width)
+        return pooled.to(features.dtype), pool(stand_in, labels, n_parts, weight, mean)[1]
+    row = row or config("part_pool", device, features.dtype)
+    flat = _flat(features, labels, weight)
+    blocks = _blocks(row, channels, n_parts, flat)
     tiles = batch * triton.cdiv(channels, blocks["BLOCK_D"]) * triton.cdiv(n_parts, blocks["BLOCK_K"])
     # Partial sums are written and read: 8 K bytes a channel, against at least 256 K a channel of pixels.
     chunk, splits = _split(pixels, blocks["BLOCK_P"], tiles, max(1024, 128 * n_parts), device)
-    flat = _flat(features, labels, weight)
     sums, areas = pooled, area
     if splits > 1:
         sums = features.new_empty(splits, *pooled.shape, dtype=torch.float32)
@@ -339,7 +343,13 @@ def pool(features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, 
 
 
 def pool_backward(
-    grad: Tensor, labels: Tensor, weight: Tensor | None, area: Tensor, mean: bool, empty: Tensor
+    grad: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    area: Tensor,
+    mean: bool,
+    empty: Tensor,
+    row: Row | None = None,
 ) -> Tensor:
     """The gradient of the features, in ``empty`` [B, D, h, w] of any strides; grad is [B, K, D], area [B, K]."""
     batch, n_parts, channels = grad.shape
@@ -349,11 +359,11 @@ def pool_backward(
         return empty
     wide = output_dtype(empty.dtype)
     out = empty if wide == empty.dtype else torch.empty_like(empty, dtype=wide)
-    row = config("part_pool", device, grad.dtype)
-    blocks = _blocks(row, channels, n_parts)
+    row = row or config("part_pool", device, grad.dtype)
+    flat = _flat(labels, weight, out)
+    blocks = _blocks(row, channels, n_parts, flat)
     tiles = batch * triton.cdiv(channels, blocks["BLOCK_D"])
     chunk, splits = _split(pixels, blocks["BLOCK_P"], tiles, max(256, 64 * n_parts), device)
-    flat = _flat(labels, weight, out)
     with on_device_of(grad):
         backward_kernel[(tiles * splits,)](
             grad, labels, labels if weight is None else weight, area.contiguous(), out,
@@ -388,30 +398,49 @@ def _grid_blocks(parts: int, widest: int, width: int) -> dict[str, int]:
     return {"BLOCK_J": block_j, "BLOCK_X": block_x, "BLOCK_K": block_k}
 
 
+def tune_cases() -> Iterator[TuneCase]:
+    """Forward and backward at 64 x 64 pixels, 1,024 channels and 15 parts."""
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn(32, 1024, 64, 64, device="cuda", dtype=dtype)
+        labels = torch.randint(-1, 15, (32, 64, 64), device="cuda")
+        bits = dtype.itemsize * 8
+
+        def run(row: Row, x: Tensor = x, labels: Tensor = labels) -> None:
+            pooled, area = pool(x, labels, 15, None, True, row)
+            pool_backward(pooled, labels, None, area, True, torch.empty_like(x), row)
+
+        rows = [
+            Row(bits, {"BLOCK_D": d, "BLOCK_P": p}, warps, stages, stages * d * p * bits // 8192 + 16)
+            for d, p, warps, stages in product((32, 64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4))
+            if d * bits // 8 >= 256 and d * p <= 16384
+        ]
+        yield TuneCase("part_pool", rows, run)
+
+
 def aot_cases() -> Iterator[AotCase]:
     """Each kernel for each row: both memory orders, sizes that are no multiples of 16, and gaps between the rows."""
+    orders = {  # flat, weighted, type of sizes and strides
+        "rows": (True, False, "i32:16"),
+        "odd": (True, False, "i32"),
+        "channels": (True, False, "i32:16"),
+        "gaps": (False, True, "i32"),
+    }
     for name, row in table("part_pool"):
         for kind in ("fp32",) if row.bits == 32 else ("bf16", "fp16"):
             pointers = dict.fromkeys(("x", "grad", "out", "pooled"), f"*{kind}:16")
             pointers |= dict.fromkeys(("weight", "area", "parts", "areas"), "*fp32:16") | {"labels": "*i64:16"}
-            blocks = {**_blocks(row, 1024, 15), "UPCAST": False, "MEAN": True}
-            for order, flat, weighted, size in (
-                ("rows", True, False, "i32:16"),
-                ("channels", True, False, "i32:16"),
-                ("odd", True, False, "i32"),
-                ("gaps", False, True, "i32"),
-            ):
+            fixed = {"UPCAST": False, "WIDE": False, "MEAN": True}
+            for order, (flat, weighted, size) in orders.items():
+                if kind == "fp16" and order != "rows":
+                    continue  # the code of bfloat16, with one other instruction
+                blocks = {**fixed, **_blocks(row, 1024, 15, flat)}
                 unit = ("x_d", "o_d") if order == "channels" else ("x_x", "o_x")
-                flags = {
-                    **blocks,
-                    "FLAT": flat,
-                    "WIDE": False,
-                    "WEIGHTED": weighted,
-                    **dict.fromkeys(("l_x", "w_x", "g_d", *unit), 1),
-                }
+                flags = {**blocks, "FLAT": flat, "WEIGHTED": weighted, **dict.fromkeys(("l_x", "w_x", "g_d", *unit), 1)}
                 for way, kernel in (("forward", forward_kernel), ("backward", backward_kernel)):
                     yield _case(f"{name} {way} {kind} {order}", kernel, pointers, flags, size, row)
-            yield _case(f"{name} join {kind}", join_kernel, pointers, {**blocks, "BLOCK_D": JOIN_D}, "i32", row)
+            yield _case(
+                f"{name} join {kind}", join_kernel, pointers, {**fixed, "BLOCK_D": JOIN_D, "BLOCK_K": 16}, "i32", row
+            )
     for cell, parts in ((9, 15), (65, 100)):
         flags = {**_grid_blocks(parts, cell, 64), "l_x": 1}
         pointers = {"labels": "*i64:16", "grid": "*i64:16"}
