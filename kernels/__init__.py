@@ -4,4 +4,4 @@
 arguments, chooses a backend and calls them.
 """
 
-OPERATIONS: tuple[str, ...] = ()
+OPERATIONS: tuple[str, ...] = ("kmeans_step",)

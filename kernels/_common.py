@@ -6,6 +6,7 @@ float32 outputs and converts them afterwards (:func:`output_dtype`). Compiled ke
 """
 
 import os
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,3 +27,19 @@ def output_dtype(dtype: torch.dtype) -> torch.dtype:
 def widened(x, UPCAST: tl.constexpr):
     """x, as float32 under the interpreter."""
     return x.to(tl.float32) if UPCAST else x
+
+
+class AotCase(NamedTuple):
+    """What ahead-of-time compilation needs: a kernel, the types of its arguments and its constants."""
+
+    name: str
+    kernel: triton.JITFunction
+    signature: dict[str, str]
+    constexprs: dict[str, object]
+    num_warps: int
+    num_stages: int
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that Triton's signatures have for ``dtype``."""
+    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
