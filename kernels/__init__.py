@@ -4,4 +4,7 @@
 arguments, chooses a backend and calls them.
 """
 
-OPERATIONS: tuple[str, ...] = ("kmeans_step",)
+OPERATIONS: tuple[str, ...] = (
+    "kmeans",
+    "kmeans_step",
+)

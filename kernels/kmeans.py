@@ -1,15 +1,8 @@
-"""k-means on pixels that are read once a step: scores, labels and the sums of the new centroids of a tile on chip.
+"""k-means by Triton kernels: start, Lloyd's iteration and the repair of empty clusters, without a look from the host.
 
-Scores are taken around a point mu (the mean of the centroids, or of the pixels; 0 for cosine), as
-:mod:`fgfast.ops._kmeans_source` derives:
-    |x - c|^2 = |x - mu|^2 + bias_k - 2 <x, m_k>,   m = c - mu,  bias_k = |m_k|^2 + 2 <mu, m_k>.
-m is rounded to the dtype of x, and bias is that of the rounded m. So labels and inertia are exact, to float32, for
-centroids that moved by at most 2^-9 (bfloat16) or 2^-12 (float16) of each coordinate of m.
-
-Shapes: x [B, D, H, W] with any strides, weight [B, N], N = H W; m [B, DP, KP], bias [B, KP] and mu [B, DP] are padded
-to whole tiles. A program walks over TILES tiles of BLOCK_N pixels of one problem and owns one row of partial results,
-sums [B, S, K, D], counts [B, S, K], inertia and changed [B, S]; `_reduce` adds the S rows in order. The sums stay in
-registers. Where K x D does not fit there, `_assign` finds the labels and `_sum` reads x again.
+A step is that of :mod:`fgfast.kernels.kmeans_step`, around the mean of the pixels. `_update` follows it: a program
+takes one problem, repairs its empty clusters, moves its centroids and writes down whether it has converged; programs of
+a problem that has converged return at once. k-means++ works on the inner products of the samples (`_plus_plus`).
 """
 
 import math
@@ -18,437 +11,17 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fgfast.kernels._common import AotCase, dtype_name, interpreted, output_dtype, widened
+from fgfast.kernels._common import AotCase, interpreted
+from fgfast.kernels.kmeans_step import EPS, Solver, case, centred, centroids_tile, power
+from fgfast.reference.draws import uniform
 
-EPS = tl.constexpr(1e-12)
-HELD = 1 << 15  # sums that a program of 8 warps keeps in registers: 128 a thread
-SHARE = 0.08  # of the bytes of x: the most that partial sums may cost, written and read
-WIDEST = 8192  # channels
-
-TILES: dict[
-    tuple[int | str, str], dict[str, int]
-] = {  # BLOCK_N, BLOCK_D pixels and channels of a tile of scores, BLOCK_S channels of a tile of sums
-    ("default", "fp32"): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_S": 128, "num_warps": 8, "num_stages": 2},
-    ("default", "fp16"): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_S": 128, "num_warps": 8, "num_stages": 2},
-    ("default", "bf16"): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_S": 128, "num_warps": 8, "num_stages": 2},
-}
-
-
-def power(n: int, least: int = 16) -> int:
-    """The least power of two that is at least n and ``least``."""
-    return max(least, triton.next_power_of_2(n))
-
-
-def tile(arch: int | str, dtype: str, channels: int, clusters: int) -> dict[str, int]:
-    """The tile of a step on D channels and K clusters; HELD says whether the sums fit the registers."""
-    row = dict(TILES.get((arch, dtype), TILES["default", dtype]))
-    row["BLOCK_S"] = min(row["BLOCK_S"], power(channels))
-    row["BLOCK_D"] = min(row["BLOCK_D"], row["BLOCK_S"])
-    row["BLOCK_K"] = power(clusters)
-    row["CHUNKS"] = max(1, triton.cdiv(channels, row["BLOCK_S"]))
-    row["HELD"] = int(row["CHUNKS"] * row["BLOCK_S"] * row["BLOCK_K"] <= HELD)
-    if not row["HELD"]:
-        row |= {"BLOCK_N": 32, "BLOCK_S": min(64, row["BLOCK_S"]), "BLOCK_D": min(32, row["BLOCK_S"])}
-        row |= {"BLOCK_K": min(64, row["BLOCK_K"]), "num_warps": 8}
-        row["CHUNKS"] = triton.cdiv(channels, row["BLOCK_S"])
-    return row
-
-
-# ---------------------------------------------------------------- what the kernels share
-
-
-@triton.jit
-def _finished(done_ptr, b, LLOYD: tl.constexpr):
-    """Whether problem b has converged: then a step of Lloyd's loop has nothing to do."""
-    return tl.load(done_ptr + b) != 0 if LLOYD else False
-
-
-@triton.jit
-def _places(
-    x_ptr, start, WIDTH, stride_d, stride_y, stride_x, FLAT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Base pointer and offsets [BLOCK_N, BLOCK_D] of the pixels from start on.
-
-    FLAT: the rows of the image follow each other in memory, and a tile spans less than 2^31 elements. Then the offsets
-    are the same for every tile and have 32 bits, which spares the registers that pointers would take.
-    """
-    n = tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    if FLAT:
-        base = x_ptr + start * stride_x
-        offsets = (n * stride_x)[:, None] + (d * stride_d)[None, :]
-    else:
-        n = start + n
-        base = x_ptr
-        offsets = ((n // WIDTH) * stride_y + (n % WIDTH) * stride_x)[:, None] + (d.to(tl.int64) * stride_d)[None, :]
-    return base, offsets
-
-
-@triton.jit
-def _tile(base, offsets, inside, first, d, D, stride_d, EVEN: tl.constexpr, UPCAST: tl.constexpr):
-    """Channels first + d of a tile of pixels, 0 outside; EVEN where D is a multiple of the tile's channels."""
-    mask = inside[:, None] if EVEN else inside[:, None] & (first + d < D)[None, :]
-    return widened(tl.load(base + tl.cast(first, tl.int64) * stride_d + offsets, mask, other=0.0), UPCAST)
-
-
-@triton.jit
-def _finite(x):
-    return tl.abs(x) < float("inf")
-
-
-@triton.jit
-def _nearest(best, squares, w, COSINE: tl.constexpr):
-    """Distance, whether the pixel counts, and its factor in the sums, from the least score."""
-    good = _finite(squares) & _finite(best)
-    if COSINE:
-        r = 1 / tl.maximum(tl.sqrt(squares), EPS)
-        near = tl.maximum(1 + best * r, 0)
-        scale = w * r
-    else:
-        near = tl.maximum(best + squares, 0)
-        scale = w
-    kept = good & (w > 0)
-    return tl.where(kept, near, 0), kept, tl.where(kept, scale, 0), (w > 0) & (good == 0)
-
-
-@triton.jit
-def _scores(dots, bias, k, K, COSINE: tl.constexpr):
-    """What is least for the nearest centroid [BLOCK_N, BLOCK_K]: never NaN, infinite past the last centroid."""
-    scores = -dots if COSINE else bias[None, :] - 2 * dots
-    return tl.where((k[None, :] < K) & (scores == scores), scores, float("inf"))
-
-
-@triton.jit
-def _squares(x, mu_ptr, COSINE: tl.constexpr):
-    """|x - mu|^2 over the channels of a tile [BLOCK_N]."""
-    off = x.to(tl.float32)
-    if not COSINE:
-        off -= tl.load(mu_ptr)[None, :]
-    return tl.sum(off * off, 1)
-
-
-@triton.jit
-def _least(dots, bias, k, K, COSINE: tl.constexpr):
-    """The least score of each pixel and its place in k, the first of equals: never NaN, never past K."""
-    scores = _scores(dots, bias, k, K, COSINE)
-    return tl.min(scores, 1, return_indices=True, return_indices_tie_break_left=True)
-
-
-@triton.jit
-def _centroids(c_ptr, k, d, K, D, stride_k, stride_d):
-    """Centroids [BLOCK_D, BLOCK_K] in float32, 0 outside."""
-    mask = (k < K)[None, :] & (d < D)[:, None]
-    return tl.load(c_ptr + k[None, :] * stride_k + d[:, None] * stride_d, mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _centred(m_ptr, c, mu, k, d, K, D, KP):
-    """Store m = c - mu of a tile of centroids [BLOCK_D, BLOCK_K]; what its channels add to bias [BLOCK_K]."""
-    m = tl.where((k < K)[None, :] & (d < D)[:, None], c - mu[:, None], 0.0).to(m_ptr.dtype.element_ty)
-    tl.store(m_ptr + d[:, None] * KP + k[None, :], m)
-    wide = m.to(tl.float32)
-    return tl.sum(wide * (wide + 2 * mu[:, None]), 0)
-
-
-@triton.jit
-def _leading(x):
-    """The leading 11 bits of float32 x, all that a tf32 product reads."""
-    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _added(acc, xt, match, scale, UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """Acc [BLOCK_D, BLOCK_K] + xt [BLOCK_D, BLOCK_N] x one-hot [BLOCK_N, BLOCK_K] times scale [BLOCK_N].
-
-    A product with 0 or 1 is exact, so three tf32 products of the 11 + 11 + 2 bits of a float32 are its full-precision
-    product, on tensor cores. In half precision the scale is split into two bfloat16, which lose at most 2^-16 of it;
-    float16, which has too short a range for it, becomes two bfloat16, exactly.
-    """
-    if xt.dtype == tl.float32:
-        if not UNIT:
-            xt = xt * scale[None, :]
-        hot = match.to(tl.float32)
-        if PRECISION == "tf32" or UPCAST:
-            acc = tl.dot(xt, hot, acc, input_precision=PRECISION)
-        else:
-            high = _leading(xt)
-            middle = _leading(xt - high)
-            acc = tl.dot(high, hot, acc, input_precision="tf32")
-            acc = tl.dot(middle, hot, acc, input_precision="tf32")
-            acc = tl.dot(xt - high - middle, hot, acc, input_precision="tf32")
-    elif UNIT:
-        acc = tl.dot(xt, match.to(xt.dtype), acc)
-    else:
-        part = tl.where(match, scale[:, None], 0.0)
-        high = part.to(tl.bfloat16)
-        low = (part - high.to(tl.float32)).to(tl.bfloat16)
-        lead = xt.to(tl.bfloat16)
-        acc = tl.dot(lead, low, tl.dot(lead, high, acc))
-        if xt.dtype == tl.float16:
-            rest = (xt.to(tl.float32) - lead.to(tl.float32)).to(tl.bfloat16)
-            acc = tl.dot(rest, low, tl.dot(rest, high, acc))
-    return acc
-
-
-# ---------------------------------------------------------------- one read of x
-
-
-@triton.jit
-def _step(
-    x_ptr, m_ptr, bias_ptr, mu_ptr, weight_ptr, done_ptr,
-    labels_ptr, near_ptr, sums_ptr, counts_ptr, inertia_ptr, changed_ptr,
-    N, WIDTH, D, K, SPLITS, TURNS,
-    stride_b, stride_d, stride_y, stride_x,
-    FLAT: tl.constexpr, EVEN: tl.constexpr, COSINE: tl.constexpr, WEIGHTED: tl.constexpr, LLOYD: tl.constexpr,
-    ATOMIC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """Labels, partial sums, counts and inertia; with LLOYD also distances, and how many labels changed."""
-    program = tl.program_id(0).to(tl.int64)
-    b, split = program // SPLITS, program % SPLITS
-    if _finished(done_ptr, b, LLOYD):
-        return
-    k = tl.arange(0, BLOCK_K)
-    d = tl.arange(0, BLOCK_D)
-    e = tl.arange(0, BLOCK_S)
-    bias = tl.load(bias_ptr + b * BLOCK_K + k)
-    sums = ()
-    for _ in tl.static_range(CHUNKS):
-        sums += (tl.zeros([BLOCK_S, BLOCK_K], tl.float32),)  # type: ignore[assignment]
-    counts = tl.zeros([BLOCK_K], tl.float32)
-    inertia = tl.zeros([BLOCK_N], tl.float32)
-    changed = tl.zeros([BLOCK_N], tl.int32)
-    for tile in range(TURNS):
-        start = (split * TURNS + tile) * BLOCK_N
-        n = start + tl.arange(0, BLOCK_N)
-        inside = n < N
-        base, offsets = _places(
-            x_ptr + b * stride_b, start, WIDTH, stride_d, stride_y, stride_x, FLAT, BLOCK_N, BLOCK_D
-        )
-        wide_base, across = _places(
-            x_ptr + b * stride_b, start, WIDTH, stride_d, stride_y, stride_x, FLAT, BLOCK_N, BLOCK_S
-        )
-        dots = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        squares = tl.zeros([BLOCK_N], tl.float32)
-        for first in range(0, CHUNKS * BLOCK_S, BLOCK_D):
-            x = _tile(base, offsets, inside, first, d, D, stride_d, EVEN, UPCAST)
-            m = tl.load(m_ptr + (b * CHUNKS * BLOCK_S + first + d[:, None]) * BLOCK_K + k[None, :])
-            squares += _squares(x, mu_ptr + b * CHUNKS * BLOCK_S + first + d, COSINE)
-            dots = tl.dot(x, m, dots, input_precision=PRECISION)
-        best, index = _least(dots, bias, k, K, COSINE)
-        w = tl.where(inside, 1.0, 0.0)
-        if WEIGHTED:
-            w = tl.load(weight_ptr + b * N + n, inside, other=0.0)
-        near, kept, scale, lost = _nearest(best, squares, w, COSINE)
-        label = tl.where(kept, index, -1)
-        match = label[:, None] == k[None, :]
-        updated = ()
-        UNIT: tl.constexpr = not (WEIGHTED or COSINE)
-        for i in tl.static_range(CHUNKS):
-            x = _tile(wide_base, across, inside, i * BLOCK_S, e, D, stride_d, EVEN, UPCAST)
-            x = tl.where(_finite(x.to(tl.float32)), x, 0.0)
-            updated += (_added(sums[i], tl.trans(x), match, scale, UNIT, PRECISION, UPCAST),)  # type: ignore[assignment]
-        sums = updated
-        counts += tl.sum(tl.where(match, w[:, None], 0.0), 0)
-        inertia += tl.where(lost, float("nan"), tl.where(kept, w * near, 0.0))
-        if LLOYD:
-            changed += (inside & (tl.load(labels_ptr + b * N + n, inside, other=-1) != label)).to(tl.int32)
-            tl.store(near_ptr + b * N + n, tl.where(kept, near, -1.0), inside)
-        tl.store(labels_ptr + b * N + n, label.to(tl.int64), inside)
-    row = b if ATOMIC else program
-    for i in tl.static_range(CHUNKS):
-        target = sums_ptr + row * K * D + i * BLOCK_S + (k[None, :] * D + e[:, None])
-        mask = (k < K)[None, :] if EVEN else (k < K)[None, :] & (i * BLOCK_S + e < D)[:, None]
-        if ATOMIC:
-            tl.atomic_add(target, sums[i], mask, sem="relaxed")
-        else:
-            tl.store(target, sums[i], mask)
-    if ATOMIC:
-        tl.atomic_add(counts_ptr + row * K + k, counts, k < K, sem="relaxed")
-        tl.atomic_add(inertia_ptr + row, tl.sum(inertia, 0), sem="relaxed")
-    else:
-        tl.store(counts_ptr + row * K + k, counts, k < K)
-        tl.store(inertia_ptr + row, tl.sum(inertia, 0))
-    if LLOYD:
-        if ATOMIC:
-            tl.atomic_add(changed_ptr + row, tl.sum(changed, 0), sem="relaxed")
-        else:
-            tl.store(changed_ptr + row, tl.sum(changed, 0))
-
-
-# ---------------------------------------------------------------- two reads of x, for large K x D
-
-
-@triton.jit
-def _assign(
-    x_ptr, m_ptr, bias_ptr, mu_ptr, weight_ptr, done_ptr,
-    labels_ptr, near_ptr, scale_ptr, inertia_ptr, changed_ptr,
-    N, WIDTH, D, K, DP, KP, SPLITS, TURNS,
-    stride_b, stride_d, stride_y, stride_x,
-    FLAT: tl.constexpr, EVEN: tl.constexpr, COSINE: tl.constexpr, WEIGHTED: tl.constexpr, LLOYD: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Labels, factors in the sums and partial inertia; with LLOYD also distances and changes, as `_step`."""
-    program = tl.program_id(0).to(tl.int64)
-    b, split = program // SPLITS, program % SPLITS
-    if _finished(done_ptr, b, LLOYD):
-        return
-    d = tl.arange(0, BLOCK_D)
-    inertia = tl.zeros([BLOCK_N], tl.float32)
-    changed = tl.zeros([BLOCK_N], tl.int32)
-    for tile in range(TURNS):
-        start = (split * TURNS + tile) * BLOCK_N
-        n = start + tl.arange(0, BLOCK_N)
-        inside = n < N
-        base, offsets = _places(
-            x_ptr + b * stride_b, start, WIDTH, stride_d, stride_y, stride_x, FLAT, BLOCK_N, BLOCK_D
-        )
-        best = tl.full([BLOCK_N], float("inf"), tl.float32)
-        index = tl.zeros([BLOCK_N], tl.int32)
-        squares = tl.zeros([BLOCK_N], tl.float32)
-        for low in range(0, KP, BLOCK_K):
-            k = low + tl.arange(0, BLOCK_K)
-            dots = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-            squares = tl.zeros([BLOCK_N], tl.float32)
-            for first in range(0, DP, BLOCK_D):
-                x = _tile(base, offsets, inside, first, d, D, stride_d, EVEN, UPCAST)
-                m = tl.load(m_ptr + (b * DP + first + d[:, None]) * KP + k[None, :])
-                squares += _squares(x, mu_ptr + b * DP + first + d, COSINE)
-                dots = tl.dot(x, m, dots, input_precision=PRECISION)
-            least, at = _least(dots, tl.load(bias_ptr + b * KP + k), k, K, COSINE)
-            index = tl.where(least < best, low + at, index)
-            best = tl.minimum(best, least)
-        w = tl.where(inside, 1.0, 0.0)
-        if WEIGHTED:
-            w = tl.load(weight_ptr + b * N + n, inside, other=0.0)
-        near, kept, scale, lost = _nearest(best, squares, w, COSINE)
-        label = tl.where(kept, index, -1)
-        inertia += tl.where(lost, float("nan"), tl.where(kept, w * near, 0.0))
-        if LLOYD:
-            changed += (inside & (tl.load(labels_ptr + b * N + n, inside, other=-1) != label)).to(tl.int32)
-            tl.store(near_ptr + b * N + n, tl.where(kept, near, -1.0), inside)
-        tl.store(scale_ptr + b * N + n, scale, inside)
-        tl.store(labels_ptr + b * N + n, label.to(tl.int64), inside)
-    tl.store(inertia_ptr + program, tl.sum(inertia, 0))
-    if LLOYD:
-        tl.store(changed_ptr + program, tl.sum(changed, 0))
-
-
-@triton.jit
-def _sum(
-    x_ptr, weight_ptr, done_ptr, labels_ptr, scale_ptr, sums_ptr, counts_ptr,
-    N, WIDTH, D, K, DP, KP, SPLITS, TURNS,
-    stride_b, stride_d, stride_y, stride_x,
-    FLAT: tl.constexpr, EVEN: tl.constexpr, UNIT: tl.constexpr, WEIGHTED: tl.constexpr, LLOYD: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Partial sums and counts of one tile of channels and of clusters, from the labels."""
-    program = tl.program_id(0).to(tl.int64)
-    across, within = DP // BLOCK_S, KP // BLOCK_K
-    row = program // (across * within)
-    first = program // within % across * BLOCK_S
-    k = program % within * BLOCK_K + tl.arange(0, BLOCK_K)
-    b, split = row // SPLITS, row % SPLITS
-    if _finished(done_ptr, b, LLOYD):
-        return
-    d = tl.arange(0, BLOCK_S)
-    sums = tl.zeros([BLOCK_S, BLOCK_K], tl.float32)
-    counts = tl.zeros([BLOCK_K], tl.float32)
-    for tile in range(TURNS):
-        start = (split * TURNS + tile) * BLOCK_N
-        n = start + tl.arange(0, BLOCK_N)
-        inside = n < N
-        base, offsets = _places(
-            x_ptr + b * stride_b, start, WIDTH, stride_d, stride_y, stride_x, FLAT, BLOCK_N, BLOCK_S
-        )
-        x = _tile(base, offsets, inside, first, d, D, stride_d, EVEN, UPCAST)
-        x = tl.where(_finite(x.to(tl.float32)), x, 0.0)
-        match = tl.load(labels_ptr + b * N + n, inside, other=-1)[:, None] == k[None, :]
-        scale = tl.load(scale_ptr + b * N + n, inside, other=0.0)
-        w = tl.load(weight_ptr + b * N + n, inside, other=0.0) if WEIGHTED else tl.where(inside, 1.0, 0.0)
-        sums = _added(sums, tl.trans(x), match, scale, UNIT, PRECISION, UPCAST)
-        counts += tl.sum(tl.where(match, w[:, None], 0.0), 0)
-    at = first + d
-    tl.store(sums_ptr + row * K * D + k[None, :] * D + at[:, None], sums, (k < K)[None, :] & (at < D)[:, None])
-    if first == 0:
-        tl.store(counts_ptr + row * K + k, counts, k < K)
-
-
-# ---------------------------------------------------------------- what is small
-
-
-@triton.jit
-def _reduce(
-    from_ptr, counts_from, inertia_from, changed_from, done_ptr, sums_ptr, counts_ptr, inertia_ptr, changed_ptr,
-    SIZE, K, SPLITS, LLOYD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sums [B, SIZE] of rows [B, SPLITS, SIZE] in order, and those of the smaller results."""
-    pieces = tl.cdiv(SIZE, BLOCK)
-    program = tl.program_id(0).to(tl.int64)
-    b, piece = program // pieces, program % pieces
-    if _finished(done_ptr, b, LLOYD):
-        return
-    at = piece * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for s in range(SPLITS):
-        total += tl.load(from_ptr + (b * SPLITS + s) * SIZE + at, at < SIZE, other=0.0)
-    tl.store(sums_ptr + b * SIZE + at, total, at < SIZE)
-    count = tl.zeros([BLOCK], tl.float32)  # SIZE = K D, so the pieces reach past K
-    for s in range(SPLITS):
-        count += tl.load(counts_from + (b * SPLITS + s) * K + at, at < K, other=0.0)
-    tl.store(counts_ptr + b * K + at, count, at < K)
-    if piece == 0:
-        inertia = 0.0
-        changed = 0
-        for s in range(SPLITS):
-            inertia += tl.load(inertia_from + b * SPLITS + s)
-            if LLOYD:
-                changed += tl.load(changed_from + b * SPLITS + s)
-        tl.store(inertia_ptr + b, inertia)
-        if LLOYD:
-            tl.store(changed_ptr + b, changed)
-
-
-@triton.jit
-def _prepare(
-    c_ptr, m_ptr, bias_ptr, mu_ptr, K, D, DP, KP, stride_b, stride_k, stride_d,
-    COSINE: tl.constexpr, GIVEN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """m, bias and, unless GIVEN, mu of the centroids c; a program takes BLOCK_K of them."""
-    within = KP // BLOCK_K
-    program = tl.program_id(0).to(tl.int64)
-    b, low = program // within, program % within * BLOCK_K
-    k = low + tl.arange(0, BLOCK_K)
-    e = tl.arange(0, BLOCK_D)
-    c_ptr += b * stride_b
-    length = tl.full([BLOCK_K], 1.0, tl.float32)
-    if COSINE:
-        square = tl.zeros([BLOCK_K], tl.float32)
-        for first in range(0, DP, BLOCK_D):
-            c = _centroids(c_ptr, k, first + e, K, D, stride_k, stride_d)
-            square += tl.sum(c * c, 0)
-        length = tl.maximum(tl.sqrt(square), EPS)
-    bias = tl.zeros([BLOCK_K], tl.float32)
-    for first in range(0, DP, BLOCK_D):
-        d = first + e
-        mu = tl.zeros([BLOCK_D], tl.float32)
-        if GIVEN:
-            mu = tl.load(mu_ptr + b * DP + d)
-        elif not COSINE:
-            for other in range(0, KP, BLOCK_K):
-                mu += tl.sum(_centroids(c_ptr, other + tl.arange(0, BLOCK_K), d, K, D, stride_k, stride_d), 1)
-            mu /= K
-        c = _centroids(c_ptr, k, d, K, D, stride_k, stride_d) / length[None, :]
-        bias += _centred(m_ptr + b * DP * KP, c, mu, k, d, K, D, KP)
-        if low == 0:
-            tl.store(mu_ptr + b * DP + d, mu)
-    tl.store(bias_ptr + b * KP + k, bias)
+GRAM = 1 << 28  # elements of inner products that are kept at a time: 1 GiB
+SAMPLES = 8192  # the most that one program draws from
 
 
 @triton.jit
@@ -544,18 +117,18 @@ def _update(
         if COSINE:
             square = tl.zeros([BLOCK_K], tl.float32)
             for first in range(0, DP, BLOCK_D):
-                total = _centroids(sums_ptr, k, first + e, K, D, D, 1)
+                total = centroids_tile(sums_ptr, k, first + e, K, D, D, 1)
                 square += tl.sum(total * total, 0)
             divisor = tl.maximum(tl.sqrt(square), EPS)
         bias = tl.zeros([BLOCK_K], tl.float32)
         for first in range(0, DP, BLOCK_D):
             d = first + e
-            before = _centroids(c_ptr, k, d, K, D, D, 1)
-            means = _centroids(sums_ptr, k, d, K, D, D, 1) / divisor[None, :]
+            before = centroids_tile(c_ptr, k, d, K, D, D, 1)
+            means = centroids_tile(sums_ptr, k, d, K, D, D, 1) / divisor[None, :]
             c = tl.where(full[None, :], means, before)
             shift += tl.sum((c - before) * (c - before), 0)
             tl.store(c_ptr + k[None, :] * D + d[:, None], c, (k < K)[None, :] & (d < D)[:, None])
-            bias += _centred(m_ptr + b * DP * KP, c, tl.load(mu_ptr + b * DP + d), k, d, K, D, KP)
+            bias += centred(m_ptr + b * DP * KP, c, tl.load(mu_ptr + b * DP + d), k, d, K, D, KP)
         tl.store(bias_ptr + b * KP + k, bias)
     same = (tl.sum(shift, 0) <= tl.load(limit_ptr + b)) | (tl.load(changed_ptr + b) == 0)
     tl.store(done_ptr + b, same.to(tl.int32))
@@ -573,7 +146,7 @@ def _drawn(mass, u):
 
 
 @triton.jit
-def _plus_plus(gram_ptr, weight_ptr, uniform_ptr, chosen_ptr, M, K, TRIALS, BLOCK: tl.constexpr):
+def _plus_plus(gram_ptr, weight_ptr, uniform_ptr, chosen_ptr, M, K, TRIALS, COSINE: tl.constexpr, BLOCK: tl.constexpr):
     """Greedy k-means++ on the inner products [B, M, M] of M samples; a program solves one problem."""
     b = tl.program_id(0).to(tl.int64)
     gram_ptr += b * M * M
@@ -591,7 +164,10 @@ def _plus_plus(gram_ptr, weight_ptr, uniform_ptr, chosen_ptr, M, K, TRIALS, BLOC
             if (k > 0) | (trial == 0):
                 at = tl.minimum(_drawn(mass, tl.load(uniform_ptr + k * TRIALS + trial)), M - 1)
                 inner = tl.load(gram_ptr + tl.cast(at, tl.int64) * M + i, i < M, other=0.0)
-                near = squares + tl.load(gram_ptr + tl.cast(at, tl.int64) * (M + 1)) - 2 * inner
+                if COSINE:
+                    near = 1 - inner
+                else:
+                    near = squares + tl.load(gram_ptr + tl.cast(at, tl.int64) * (M + 1)) - 2 * inner
                 closer = tl.minimum(closest, tl.where(w > 0, tl.maximum(near, 0.0), 0.0))
                 total = tl.sum(closer * w, 0)
                 better = (total < cost) | (trial == 0)
@@ -602,8 +178,8 @@ def _plus_plus(gram_ptr, weight_ptr, uniform_ptr, chosen_ptr, M, K, TRIALS, BLOC
         tl.store(chosen_ptr + b * K + k, tl.cast(winner, tl.int64))
 
 
-def plus_plus(rows: Tensor, weight: Tensor, uniform: Tensor, n_clusters: int) -> Tensor:
-    """Positions [B, K] in rows [B, M, D] that greedy k-means++ chooses with the numbers uniform [K, trials].
+def plus_plus(rows: Tensor, weight: Tensor, numbers: Tensor, n_clusters: int, metric: str) -> Tensor:
+    """Positions [B, K] in rows [B, M, D] that greedy k-means++ chooses with uniform numbers [K, trials].
 
     Distances come from the inner products of the samples, [B, M, M] in float32: the reads of K rounds at one product.
     """
@@ -613,204 +189,167 @@ def plus_plus(rows: Tensor, weight: Tensor, uniform: Tensor, n_clusters: int) ->
     gram = torch.bmm(rows, turned, out_dtype=torch.float32) if half else torch.bmm(rows, turned)
     chosen = torch.empty(batch, n_clusters, dtype=torch.int64, device=rows.device)
     _plus_plus[(batch,)](
-        gram, weight, uniform, chosen, samples, n_clusters, uniform.shape[1], BLOCK=power(samples), num_warps=8
-    )
+        gram, weight, numbers, chosen, samples, n_clusters, numbers.shape[1], COSINE=metric == "cosine",
+        BLOCK=power(samples), num_warps=8,
+    )  # fmt: skip
     return chosen
 
 
 # ---------------------------------------------------------------- the host side
 
 
-def processors(device: torch.device) -> int:
-    """How many programs run at once, at one a multiprocessor."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+class Outcome(NamedTuple):
+    """Centroids [B, K, D], labels [B, N], counts [B, K], inertia [B] and n_iter int32 [B]."""
 
-
-def architecture(device: torch.device) -> int | str:
-    """The key of the tile table: the compute capability, 90 say, or "default"."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return "default"
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def splits(batch: int, tiles: int, affordable: int, processors: int) -> int:
-    """Programs a problem: the fewest that leave the least work to the last wave of programs."""
-    most = max(1, min(tiles, affordable, triton.cdiv(4 * processors, max(1, batch))))
-    return min(range(1, most + 1), key=lambda s: (triton.cdiv(batch * s, processors) * triton.cdiv(tiles, s), s))
-
-
-class Totals(NamedTuple):
-    """sums [B, K, D], counts [B, K], inertia [B] in float32 and changed int32 [B]."""
-
-    sums: Tensor
+    centroids: Tensor
+    labels: Tensor
     counts: Tensor
     inertia: Tensor
-    changed: Tensor
+    n_iter: Tensor
 
 
-def _totals(x: Tensor, rows: int, clusters: int, channels: int, atomic: bool) -> Totals:
-    fill = torch.zeros if atomic else torch.empty
-    shapes = (rows, clusters, channels), (rows, clusters), (rows,)
-    sums, counts, inertia = (fill(shape, dtype=torch.float32, device=x.device) for shape in shapes)
-    return Totals(sums, counts, inertia, fill(rows, dtype=torch.int32, device=x.device))
+class Moments(NamedTuple):
+    """Of the pixels that count: which they are [B, N], their mean [B, D] and mean variance [B]."""
+
+    kept: Tensor
+    mean: Tensor
+    variance: Tensor
 
 
-class Solver:
-    """The launches of one batch of problems: x [B, D, N] or [B, D, H, W] where it lies, and K centroids each."""
+def pixels(x: Tensor, index: Tensor) -> Tensor:
+    """Pixels index [B, m] of x [B, D, N] or [B, D, H, W], as [B, m, D]; zeros in place of what is not finite."""
+    b = torch.arange(len(x), device=x.device)[:, None]
+    at = (index,) if x.dim() == 3 else (index // x.shape[3], index % x.shape[3])
+    rows = x[(b, slice(None), *at)]
+    return torch.where(rows.isfinite(), rows, 0)
 
-    def __init__(
-        self, x: Tensor, clusters: int, weight: Tensor | None, metric: str, precision: str, deterministic: bool
-    ) -> None:
-        self.x, self.K = x, clusters
-        self.batch, self.D = x.shape[:2]
-        self.N = math.prod(x.shape[2:])
-        if self.D > WIDEST:
-            raise ValueError(f"x has {self.D} channels and the Triton kernels take {WIDEST}: choose backend 'torch'.")
-        if self.N >= 1 << 31:
-            raise ValueError(f"x has {self.N} pixels and the Triton kernels take 2^31 - 1: choose backend 'torch'.")
-        self.weight = None if weight is None else weight.to(torch.float32).contiguous()
-        self.tile = t = tile(architecture(x.device), dtype_name(x.dtype), self.D, clusters)
-        self.DP = t["CHUNKS"] * t["BLOCK_S"]
-        self.KP = triton.cdiv(clusters, t["BLOCK_K"]) * t["BLOCK_K"]
-        across = x.stride(3) if x.dim() == 4 else x.stride(2)
-        width = x.shape[3] if x.dim() == 4 else self.N
-        down = x.stride(2) if x.dim() == 4 else 0
-        flat = width == self.N or down == width * across
-        short = t["BLOCK_N"] * across + t["BLOCK_S"] * x.stride(1) < 1 << 31
-        self.strides = (x.stride(0), x.stride(1), 0 if flat else down, across)
-        self.width = self.N if flat else width
-        tiles = triton.cdiv(self.N, t["BLOCK_N"])
-        affordable = int(SHARE * self.N * x.element_size() / (8 * clusters))
-        self.splits = splits(self.batch, tiles, affordable, processors(x.device))
-        self.turns = triton.cdiv(tiles, self.splits)
-        self.splits = max(1, triton.cdiv(tiles, max(1, self.turns)))
-        self.atomic = not deterministic and self.splits > 1 and bool(t["HELD"])
-        self.cosine = metric == "cosine"
-        self.common = {
-            "FLAT": flat and short,
-            "EVEN": self.D % t["BLOCK_S"] == 0,
-            "WEIGHTED": weight is not None,
-            "PRECISION": precision,
-            "UPCAST": interpreted(),
-        }
-        self.launch = {"num_warps": t["num_warps"], "num_stages": t["num_stages"]}
-        self.m = torch.empty(self.batch, self.DP, self.KP, dtype=output_dtype(x.dtype), device=x.device)
-        self.bias = torch.empty(self.batch, self.KP, dtype=torch.float32, device=x.device)
-        self.mu = torch.zeros(self.batch, self.DP, dtype=torch.float32, device=x.device)
-        self.labels = torch.empty(self.batch, self.N, dtype=torch.int64, device=x.device)
 
-    def prepare(self, centroids: Tensor, given: bool = False) -> None:
-        """Set m, bias and (unless ``given``) mu for centroids [B, K, D]."""
-        blocks = {"BLOCK_K": self.tile["BLOCK_K"], "BLOCK_D": self.tile["BLOCK_D"]}
-        _prepare[(self.batch * self.KP // blocks["BLOCK_K"],)](
-            centroids, self.m, self.bias, self.mu, self.K, self.D, self.DP, self.KP, *centroids.stride(),
-            COSINE=self.cosine, GIVEN=given, **blocks,
-        )  # fmt: skip
+def moments(x: Tensor, weight: Tensor | None, metric: str, precision: str) -> Moments:
+    """One read of x, as a step whose one centroid is the first pixel: a point near the mean spares digits."""
+    counted = None if weight is None else (weight > 0).to(torch.float32)
+    solver = Solver(x, 1, counted, metric, precision, True)
+    first = pixels(x, torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)).to(torch.float32)
+    solver.prepare(first)
+    near = torch.empty(solver.labels.shape, dtype=torch.float32, device=x.device)
+    totals = solver.step(near, torch.zeros(len(x), dtype=torch.int32, device=x.device))
+    n = totals.counts.clamp_min(1)
+    mean = totals.sums[:, 0] / n
+    if metric == "cosine":
+        variance = totals.counts[:, 0] / n[:, 0] - mean.square().sum(1)
+    else:
+        variance = near.clamp_min(0).sum(1) / n[:, 0] - (mean - first[:, 0]).square().sum(1)
+    return Moments(solver.labels >= 0, mean, variance.clamp_min(0) / x.shape[1])
 
-    def step(self, near: Tensor | None = None, done: Tensor | None = None) -> Totals:
-        """Labels and totals at what was prepared; with near and done as a step of `lloyd`."""
-        t, lloyd, rows = self.tile, near is not None, self.batch * self.splits
-        out = _totals(self.x, self.batch if self.atomic else rows, self.K, self.D, self.atomic)
-        sizes = (self.N, self.width, self.D, self.K)
-        weight = out.inertia if self.weight is None else self.weight
-        near_or, done_or = (out.inertia if near is None else near), (out.changed if done is None else done)
-        common = self.common | {"LLOYD": lloyd} | self.launch
-        if t["HELD"]:
-            _step[(rows,)](
-                self.x, self.m, self.bias, self.mu, weight, done_or, self.labels, near_or, *out,
-                *sizes, self.splits, self.turns, *self.strides, **common, COSINE=self.cosine, ATOMIC=self.atomic,
-                **{name: t[name] for name in ("BLOCK_N", "BLOCK_D", "BLOCK_S", "BLOCK_K", "CHUNKS")},
-            )  # fmt: skip
+
+def sample(w: Tensor, keys: Tensor, n: int) -> Tensor:
+    """The n pixels of weight > 0 with the largest keys, ascending [B, n]."""
+    return torch.where(w > 0, keys, -math.inf).topk(n, dim=1).indices.sort(1).values
+
+
+def starts(
+    x: Tensor, w: Tensor, mean: Tensor, n_clusters: int, init: str, samples: int, metric: str, seed: Tensor, run: int
+) -> Tensor:
+    """Centroids [B, K, D] in float32, with the draws of `fgfast.ops._kmeans_start`."""
+    keys = uniform(seed, 3 * run + 1, w.shape[1])
+    if init == "random":
+        keys = torch.log(keys + 2**-33) / w.double().clamp_min(1e-30)
+        return pixels(x, sample(w, keys, n_clusters)).to(torch.float32)
+    trials = 2 + int(math.log(n_clusters))
+    u = uniform(seed, 3 * run + 2, n_clusters * trials).view(n_clusters, trials)
+    samples = min(samples, w.shape[1])
+    at_once = max(1, GRAM // samples**2)
+    found = []
+    for b in range(0, len(x), at_once):
+        part = slice(b, b + at_once)
+        if samples < w.shape[1]:
+            chosen = sample(w[part], keys, samples)
         else:
-            padded = (*sizes, self.DP, self.KP, self.splits, self.turns)
-            scale = torch.empty(self.batch, self.N, dtype=torch.float32, device=self.x.device)
-            _assign[(rows,)](
-                self.x, self.m, self.bias, self.mu, weight, done_or, self.labels, near_or, scale, out.inertia,
-                out.changed, *padded, *self.strides, **common, COSINE=self.cosine,
-                **{name: t[name] for name in ("BLOCK_N", "BLOCK_D", "BLOCK_K")},
-            )  # fmt: skip
-            _sum[(rows * (self.DP // t["BLOCK_S"]) * (self.KP // t["BLOCK_K"]),)](
-                self.x, weight, done_or, self.labels, scale, out.sums, out.counts, *padded, *self.strides, **common,
-                UNIT=not (self.cosine or self.common["WEIGHTED"]),
-                **{name: t[name] for name in ("BLOCK_N", "BLOCK_S", "BLOCK_K")},
-            )  # fmt: skip
-        return self._reduced(out, done_or, lloyd) if len(out.sums) > self.batch else out
-
-    def _reduced(self, parts: Totals, done: Tensor, lloyd: bool) -> Totals:
-        out, size = _totals(self.x, self.batch, self.K, self.D, False), self.K * self.D
-        block = min(1024, power(size))
-        _reduce[(self.batch * triton.cdiv(size, block),)](
-            *parts, done, *out, size, self.K, self.splits, LLOYD=lloyd, BLOCK=block
-        )
-        return out
+            chosen = torch.arange(samples, device=x.device).expand(len(w[part]), -1)
+        rows = pixels(x[part], chosen)
+        points = F.normalize(rows.float(), dim=2, eps=1e-12) if metric == "cosine" else rows - mean[part, None]
+        points = points.to(torch.float32 if interpreted() else x.dtype)
+        picked = plus_plus(points, w[part].gather(1, chosen).to(torch.float32), u, n_clusters, metric)
+        found.append(rows.gather(1, picked[..., None].expand(-1, -1, x.shape[1])))
+    return torch.cat(found).to(torch.float32)
 
 
-def kmeans_step(
-    x: Tensor, centroids: Tensor, weight: Tensor | None, metric: str, precision: str, deterministic: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Labels int64 [B, N], sums [B, K, D], counts [B, K] and inertia [B] of x [B, D, N] or [B, D, H, W], not empty."""
-    solver = Solver(x, centroids.shape[1], weight, metric, precision, deterministic)
-    solver.prepare(centroids)
-    totals = solver.step()
-    return solver.labels, totals.sums, totals.counts, totals.inertia
+def lloyd(solver: Solver, centroids: Tensor, n_iter: int, limit: Tensor, empty: str) -> tuple[Outcome, Tensor]:
+    """The outcome, and distances [B, N] that are -1 where no pixel counts.
+
+    Iterates as `fgfast.ops._kmeans_lloyd` does: two launches an iteration, three where sums come in parts.
+    """
+    x, batch = solver.x, solver.batch
+    c = centroids.contiguous()
+    solver.prepare(c, given=True)
+    solver.labels.fill_(-2)  # no pixel's: the first step changes every label
+    done, steps, never = (torch.zeros(batch, dtype=torch.int32, device=x.device) for _ in range(3))
+    near = torch.empty(batch, solver.N, dtype=torch.float32, device=x.device)
+    mass = torch.empty_like(solver.totals.counts)
+    weight = near if solver.weight is None else solver.weight
+    for _ in range(n_iter):
+        totals = solver.step(near, done)
+        _update[(batch,)](
+            x, weight, solver.labels, near, totals.sums, totals.counts, mass, totals.changed,
+            c, solver.m, solver.bias, solver.mu, limit, done, steps,
+            solver.N, solver.width, solver.D, solver.K, solver.DP, solver.KP, *solver.strides,
+            COSINE=solver.cosine, WEIGHTED=solver.weight is not None, FARTHEST=empty == "farthest",
+            BLOCK=1024, BLOCK_K=16, BLOCK_D=min(32, solver.DP), num_warps=4,
+        )  # fmt: skip
+    totals = solver.step(near, never)
+    return Outcome(c, solver.labels, totals.counts, totals.inertia, steps), near
+
+
+def kmeans(
+    x: Tensor,
+    n_clusters: int,
+    n_iter: int,
+    init: str,
+    first: Tensor | None,
+    init_samples: int,
+    n_init: int,
+    tol: float,
+    weight: Tensor | None,
+    metric: str,
+    empty: str,
+    seed: Tensor,
+    precision: str,
+    deterministic: bool,
+) -> Outcome:
+    """The best of n_init runs of each problem of x [B, D, N] or [B, D, H, W], which is not empty."""
+    found = moments(x, weight, metric, precision)
+    w = found.kept.to(torch.float32) if weight is None else torch.where(found.kept, weight, 0)
+    solver = Solver(x, n_clusters, weight, metric, precision, deterministic)
+    if metric == "euclidean":
+        solver.mu[:, : solver.D] = found.mean
+    limit = tol * found.variance
+    best: Outcome | None = None
+    least = torch.full((len(x),), math.inf, device=x.device)
+    for run in range(n_init):
+        if first is None:
+            c = starts(x, w, found.mean, n_clusters, init, init_samples, metric, seed, run)
+        else:
+            c = first.to(torch.float32, copy=True)
+        if metric == "cosine":
+            c = F.normalize(c, dim=2, eps=1e-12)
+        new, near = lloyd(solver, c, n_iter, limit, empty)
+        if n_init == 1:
+            return new
+        inertia = (near.clamp_min(0) * w).sum(1)  # new.inertia is NaN where a pixel is not finite
+        better = inertia < least
+        least = torch.where(better, inertia, least)
+        pairs = zip(new, new if best is None else best, strict=True)
+        best = Outcome(*(torch.where(better.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs))
+    assert best is not None
+    return best
 
 
 # ---------------------------------------------------------------- ahead of time
 
-SHAPES = ((64, 128), (256, 25), (768, 25), (1000, 25), (1024, 25), (2048, 256))  # D, K
-
-POINTERS = {
-    "labels_ptr": "*i64",
-    "chosen_ptr": "*i64",
-    "uniform_ptr": "*fp64",
-    "done_ptr": "*i32",
-    "steps_ptr": "*i32",
-    "changed_ptr": "*i32",
-    "changed_from": "*i32",
-}
-
-
-def case(name: str, kernel: triton.JITFunction, dtype: str, launch: dict[str, int], **constants: object) -> AotCase:
-    """A case with the types that the host passes: x and m in ``dtype``, other data float32, sizes and strides i32."""
-    types = POINTERS | {"x_ptr": f"*{dtype}", "m_ptr": f"*{dtype}"}
-    fallback = {True: "*fp32", False: "i32"}
-    signature = {
-        a: types.get(a, fallback[a.endswith(("_ptr", "_from"))]) for a in kernel.arg_names if a not in constants
-    }
-    return AotCase(name, kernel, signature, constants, launch["num_warps"], launch["num_stages"])
-
 
 def aot_cases() -> Iterator[AotCase]:
-    """Every kernel, dtype and table row, at one shape of each class, layouts [B, N, D] and [B, D, H, W]."""
-    archs = {arch for arch, _ in TILES}
-    for arch, dtype, (channels, clusters) in product(sorted(archs, key=str), ("fp32", "fp16", "bf16"), SHAPES):
-        t = tile(arch, dtype, channels, clusters)
-        launch = {name: t[name] for name in ("num_warps", "num_stages")}
-        for layout, weighted, cosine in (("nd", False, False), ("nd", True, False), ("dn", False, True)):
-            name = f"{arch}-{dtype}-{channels}-{clusters}-{layout}{'-weighted' * weighted}{'-cosine' * cosine}"
-            shared: dict[str, object] = {
-                "FLAT": True,
-                "EVEN": channels % t["BLOCK_S"] == 0,
-                "WEIGHTED": weighted,
-                "LLOYD": True,
-            }
-            shared |= {"PRECISION": "ieee", "UPCAST": False, "stride_d" if layout == "nd" else "stride_x": 1}
-            blocks = {name: t[name] for name in ("BLOCK_N", "BLOCK_D", "BLOCK_S", "BLOCK_K", "CHUNKS")}
-            if t["HELD"]:
-                yield case(f"step-{name}", _step, dtype, launch, **shared, **blocks, COSINE=cosine, ATOMIC=False)
-            else:
-                del blocks["CHUNKS"], blocks["BLOCK_S"]
-                yield case(f"assign-{name}", _assign, dtype, launch, **shared, **blocks, COSINE=cosine)
-                blocks["BLOCK_S"] = t["BLOCK_S"]
-                del blocks["BLOCK_D"]
-                yield case(f"sum-{name}", _sum, dtype, launch, **shared, **blocks, UNIT=not (weighted or cosine))
-    small = {"num_warps": 8, "num_stages": 2}
+    """Every kernel, dtype and metric."""
+    launch = {"num_warps": 4, "num_stages": 2}
     for dtype, cosine in product(("fp32", "fp16", "bf16"), (False, True)):
-        name = f"{dtype}{'-cosine' * cosine}"
-        blocks = {"BLOCK_K": 32, "BLOCK_D": 32}
-        yield case(f"prepare-{name}", _prepare, dtype, small, COSINE=cosine, GIVEN=False, **blocks)
-        options = {"WEIGHTED": True, "FARTHEST": True, "BLOCK": 1024}
-        yield case(f"update-{name}", _update, dtype, small, COSINE=cosine, **options, **blocks)
-    yield case("reduce", _reduce, "fp32", small, LLOYD=True, BLOCK=1024)
-    yield case("plus_plus", _plus_plus, "fp32", {"num_warps": 8, "num_stages": 2}, BLOCK=4096)
+        options = {"WEIGHTED": True, "FARTHEST": True, "BLOCK": 1024, "BLOCK_K": 16, "BLOCK_D": 32}
+        yield case(f"update-{dtype}{'-cosine' * cosine}", _update, dtype, launch, COSINE=cosine, **options)
+    yield case("plus_plus", _plus_plus, "fp32", launch | {"num_warps": 8}, BLOCK=4096, COSINE=False)

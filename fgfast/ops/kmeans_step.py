@@ -63,7 +63,7 @@ def _kmeans_step(
     if weight is not None:
         check_weight(weight)
     if backend == "triton" and x.numel():
-        from fgfast.kernels import kmeans as kernels
+        from fgfast.kernels import kmeans_step as kernels
 
         return kernels.kmeans_step(x, centroids, weight, metric, precision, deterministic)
     outs = _step_outputs(x, centroids)
@@ -117,8 +117,8 @@ def kmeans_step(
 
     With metric "cosine" x_n and c_k stand for their unit vectors and the distance is 1 - <x_n, c_k>. Every output is a
     constant: nothing here is differentiable. Products and sums are float32 (float64 for float64): a label may differ
-    from the exact one where two distances agree to about 1e-6 |x| |c - m|, m the mean of the centroids. The Triton kernel
-    rounds c - m to the dtype of x (bfloat16: 2^-9 of it) and assigns to the centroids so moved.
+    from the exact one where two distances agree to about 1e-6 |x| |c - m|, m the mean of the centroids. The Triton
+    kernel rounds c - m to the dtype of x (bfloat16: 2^-9 of it) and assigns to the centroids so moved.
 
     Args:
         x: float [N, D] (one problem), [B, N, D] or [B, D, H, W], any strides, read where it lies.

@@ -8,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-import fgfast.ops.kmeans  # noqa: F401  (registers the operations)
-from fgfast import kmeans_step
+from fgfast import kmeans, kmeans_step
 
 pytest.importorskip("triton")
 
-from fgfast.kernels import kmeans as kernels
+from fgfast.kernels.kmeans_step import Solver
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 METRICS = ["euclidean", "cosine"]
@@ -124,7 +123,7 @@ def test_every_route_equals_reference(shape, clusters, dtype):
 
 def test_routes_are_what_their_names_say():
     def solver(n, d, k):
-        return kernels.Solver(torch.empty(1, d, n, device=DEVICE), k, None, "euclidean", "ieee", True)
+        return Solver(torch.empty(1, d, n, device=DEVICE), k, None, "euclidean", "ieee", True)
 
     assert solver(400, 2, 2).splits > 1
     assert solver(50, 300, 3).tile["HELD"]
@@ -200,9 +199,97 @@ def test_refusals_name_the_reason(monkeypatch):
             kmeans_step(wide, wide, backend="triton")
 
 
+# ---------------------------------------------------------------- the whole
+
+
+def same(a, b, tolerance=1e-5):
+    assert torch.equal(a.labels.flatten(), b.labels.flatten())
+    assert torch.equal(a.n_iter, b.n_iter)
+    for p, q in zip(a, b, strict=True):
+        torch.testing.assert_close(
+            p.double().flatten(), q.double().flatten(), rtol=tolerance, atol=tolerance, equal_nan=True
+        )
+
+
+def check_kmeans(x, n_clusters, weight=None, **options):
+    """The same draws and the same result as the reference in float64, on blobs that rounding does not divide."""
+    result = kmeans(x, n_clusters, weight=weight, backend="triton", **options)
+    init = options.pop("init", "k-means++")
+    init = init if isinstance(init, str) else init.double()
+    same(result, kmeans(x.double(), n_clusters, weight=weight, init=init, backend="reference", **options))
+    return result
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    "options", [{}, {"init": "random", "n_init": 2}, {"init_samples": 20}, {"n_iter": 0}, {"deterministic": False}]
+)
+def test_kmeans_equals_reference_from_the_same_seed(options, metric):
+    check_kmeans(blobs(2, 2, 50, 6), 4, weights(0, 2, 50), seed=3, metric=metric, **options)
+
+
+@settings(max_examples=6, deadline=None)
+@given(seed=seeds, pixels=st.integers(4, 40), channels=st.integers(1, 20), weighted=st.booleans())
+def test_kmeans_equals_reference_at_any_size(seed, pixels, channels, weighted):
+    w = weights(seed, 1, pixels) + 0.1 if weighted else None
+    check_kmeans(blobs(seed, 1, pixels, channels, dtype=torch.float32), 3, w, seed=seed, n_iter=4, tol=0)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("empty", ["farthest", "keep"])
+def test_empty_clusters(empty, metric):
+    x = blobs(3, 2, 40, 5)
+    far = x[:, :3] - 1e3 * torch.eye(5, device=DEVICE)[:3]  # nearest to no pixel, by angle either
+    init = torch.cat([far[:, :1], x[:, :3], far[:, 1:]], 1)
+    r = check_kmeans(x, 6, weights(4, 2, 40) if metric == "cosine" else None, init=init, empty=empty, metric=metric)
+    assert bool((r.counts > 0).all()) == (empty == "farthest")
+
+
+def test_duplicate_pixels_and_as_many_clusters_as_pixels():
+    r = kmeans(torch.ones(1, 5, 2, device=DEVICE), 3, seed=0, backend="triton")
+    assert r.inertia.item() == 0
+    assert r.centroids.isfinite().all()
+    r = kmeans(blobs(13, 1, 6, 3), 6, seed=0, backend="triton")
+    assert r.inertia.item() == pytest.approx(0, abs=1e-5)
+    assert sorted(r.labels[0].tolist()) == list(range(6))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_kmeans_of_a_non_finite_pixel(metric):
+    x = blobs(5, 2, 30, 4)
+    x[0, 7, 2] = math.nan
+    r = check_kmeans(x, 3, seed=1, metric=metric, init="random", n_init=2)
+    assert r.labels[0, 7] == -1
+    assert r.inertia.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_and_strided_input(dtype):
+    x = blobs(6, 1, 6, 5, 20, dtype=dtype).permute(0, 3, 1, 2)  # channels last
+    a = kmeans(x, 3, seed=2, backend="triton")
+    assert a.labels.shape == (1, 6, 5)
+    b = kmeans(x.double().contiguous(), 3, seed=2, backend="reference")
+    slack = 0 if DEVICE == "cpu" else 1e-2  # of the rounding of centroids, which the interpreter does not do
+    assert (a.labels != b.labels).float().mean() <= slack
+    assert a.inertia.item() == pytest.approx(b.inertia.item(), rel=1e-5 + slack)
+
+
+def test_many_clusters_take_the_route_of_two_reads():
+    check_kmeans(blobs(8, 1, 60, 600), 33, seed=0, n_iter=2)
+
+
+def test_a_list_of_maps_says_that_it_has_no_kernel():
+    with pytest.raises(ValueError, match="list of maps has no backend 'triton'"):
+        kmeans([torch.rand(1, 2, 4, 4, device=DEVICE)], 2, size=4, backend="triton")
+
+
 # ---------------------------------------------------------------- registration
 
 
 def test_opcheck():
     x, w = blobs(16, 2, 12, 3), weights(16, 2, 12)
     opcheck(torch.ops.fgfast.kmeans_step.default, (x.transpose(1, 2), x[:, :3], w, "cosine", "ieee", True, "triton"))
+    tail = (64, 1, 1e-4, w, "euclidean", "farthest", torch.tensor(0, device=DEVICE), "ieee", True, "triton")
+    columns = [x.transpose(1, 2)]
+    opcheck(torch.ops.fgfast.kmeans.default, (columns, 3, None, 2, "k-means++", None, *tail), test_utils="test_schema")
+    opcheck(torch.ops.fgfast.kmeans.default, (columns, 3, None, 2, "given", x[:, :3], *tail))
