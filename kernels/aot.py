@@ -85,10 +85,10 @@ def _compiled(module: str, name: str, arch: str) -> Report:
     from triton.compiler import ASTSource
 
     case = _cases(module)[name]
-    types = {argument: kind.partition(":") for argument, kind in case.signature.items()}
+    types = {name: case.signature.get(name, "constexpr").partition(":") for name in case.kernel.arg_names}
     source = ASTSource(
         fn=case.kernel,
-        signature={argument: kind for argument, (kind, _, _) in types.items()},
+        signature={name: kind for name, (kind, _, _) in types.items()},
         constexprs=case.constexprs,
         attrs={(i,): [["tt.divisibility", int(n)]] for i, (_, _, n) in enumerate(types.values()) if n},
     )
