@@ -38,7 +38,7 @@ def _assign_and_pool(
             w = None if weight is None else weight[part]
             flat = None if w is None else w.flatten(1)
             ids = assigned(features[part].flatten(2), centroids[part], flat, metric)[0]
-            labels[part] = ids.view(-1, *features.shape[2:])
+            labels[part] = ids.view(labels[part].shape)
             pooled[part], area[part] = pool(features[part], labels[part], centroids.shape[1], w, True)
     return pooled, area, labels
 

@@ -96,11 +96,10 @@ def test_opcheck():
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="listens to the interpreter")
-@pytest.mark.parametrize("channels", [128, 768])
-def test_the_features_are_read_once(channels):
+def test_the_features_are_read_once():
     from fgfast.testing import checked, fewest
 
-    x, centroids = torch.randn(1, channels, 24, 32), torch.randn(1, 9, channels)
+    x, centroids = torch.randn(1, 128, 48, 32), torch.randn(1, 9, 128)
     with checked(x) as traffic:
         pooled, area, labels = assign_and_pool(x, centroids, backend="triton")
-    assert traffic.bytes <= 1.15 * fewest(x, centroids, pooled, area, labels)
+    assert traffic.bytes <= 1.10 * fewest(x, centroids, pooled, area, labels)
