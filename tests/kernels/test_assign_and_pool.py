@@ -102,4 +102,5 @@ def test_the_features_are_read_once():
     x, centroids = torch.randn(1, 128, 48, 32), torch.randn(1, 9, 128)
     with checked(x) as traffic:
         pooled, area, labels = assign_and_pool(x, centroids, backend="triton")
-    assert traffic.bytes <= 1.10 * fewest(x, centroids, pooled, area, labels)
+    # Partial sums may take 8% of the bytes of the features (SHARE of the step), and centroids are read by each program.
+    assert traffic.bytes <= 1.15 * fewest(x, centroids, pooled, area, labels)
