@@ -4,4 +4,10 @@
 arguments, chooses a backend and calls them.
 """
 
-OPERATIONS: tuple[str, ...] = ()
+OPERATIONS: tuple[str, ...] = (
+    "assign_and_pool",
+    "kmeans",
+    "kmeans_step",
+    "labels_to_grid",
+    "part_pool",
+)

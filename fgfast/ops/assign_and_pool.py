@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from fgfast.backend import resolve
+from fgfast.backend import check_triton, preference, resolve
 from fgfast.ops._kmeans_checks import (
-    BACKENDS,
     METRICS,
     check_finite,
     choose,
@@ -22,11 +21,15 @@ from fgfast.reference import assign_and_pool as reference
 
 @torch.library.custom_op("fgfast::assign_and_pool", mutates_args=())
 def _assign_and_pool(
-    features: Tensor, centroids: Tensor, weight: Tensor | None, metric: str
+    features: Tensor, centroids: Tensor, weight: Tensor | None, metric: str, backend: str = "torch"
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_finite("centroids", centroids)
     if weight is not None:
         check_weight(weight)
+    if backend == "triton" and features.numel():
+        from fgfast.kernels import assign_and_pool as kernels
+
+        return kernels.assign_and_pool(features, centroids, weight, metric)
     pooled, area, labels = _outputs(features, centroids)
     starts = groups(len(features), features[:1].numel(), features.device)
     with exact(features.device):
@@ -35,7 +38,7 @@ def _assign_and_pool(
             w = None if weight is None else weight[part]
             flat = None if w is None else w.flatten(1)
             ids = assigned(features[part].flatten(2), centroids[part], flat, metric)[0]
-            labels[part] = ids.view(-1, *features.shape[2:])
+            labels[part] = ids.view(labels[part].shape)
             pooled[part], area[part] = pool(features[part], labels[part], centroids.shape[1], w, True)
     return pooled, area, labels
 
@@ -50,19 +53,22 @@ def _outputs(features: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 @_assign_and_pool.register_fake
-def _(features: Tensor, centroids: Tensor, weight: Tensor | None, metric: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    features: Tensor, centroids: Tensor, weight: Tensor | None, metric: str, backend: str = "torch"
+) -> tuple[Tensor, Tensor, Tensor]:
     return _outputs(features, centroids)
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    features, _, weight, _ = inputs
+    features, _, weight, _, ctx.backend = inputs
     ctx.pixel_major = is_pixel_major(features)
     ctx.save_for_backward(weight, *output[1:])
 
 
 def _backward(ctx, grad: Tensor, grad_area: Tensor, grad_labels: None):  # type: ignore[no-untyped-def]
     weight, area, labels = ctx.saved_tensors
-    return part_pool_backward(grad, labels, weight, area, True, ctx.pixel_major), None, None, None
+    out = part_pool_backward(grad, labels, weight, area, True, ctx.pixel_major, ctx.backend)
+    return out, None, None, None, None
 
 
 _assign_and_pool.register_autograd(_backward, setup_context=_setup)
@@ -88,7 +94,7 @@ def assign_and_pool(
         centroids: float [B, K, D], or [K, D] for all images; finite.
         metric: "euclidean" or "cosine".
         weight: float, the spatial shape of features, not negative; 0 leaves a pixel out.
-        backend: "torch" or "reference"; strict. None follows `use_backend`.
+        backend: "triton", "torch" or "reference"; strict. None follows `use_backend`.
 
     Returns:
         (pooled [B, K, D] in the dtype of features, area float32 [B, K], labels int64 in the spatial shape of features).
@@ -113,12 +119,15 @@ def assign_and_pool(
     maps = maps if maps.dim() == 4 else maps.unsqueeze(3)
     c = match_centroids("centroids", centroids, len(maps), maps.shape[1], features.device)
     w = flat_weight(weight, shape, len(maps), features.device)
-    if resolve("assign_and_pool", backend, BACKENDS) == "reference":
+    chosen = resolve("assign_and_pool", backend, preference("assign_and_pool", maps))
+    if chosen == "reference":
         check_finite("centroids", c)
         if w is not None:
             check_weight(w)
         pooled, area, labels = reference.assign_and_pool(maps.flatten(2).transpose(1, 2), c, w, metric)
     else:
         w = None if w is None else w.view(len(maps), *maps.shape[2:])
-        pooled, area, labels = _assign_and_pool(maps, c, w, metric)
+        if chosen == "triton":
+            check_triton("features", maps)
+        pooled, area, labels = _assign_and_pool(maps, c, w, metric, chosen)
     return pooled, area.detach().float(), labels.reshape(shape)

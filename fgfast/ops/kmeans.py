@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fgfast.backend import resolve
+from fgfast.backend import check_triton, preference, resolve
 from fgfast.ops._kmeans_checks import (
     BACKENDS,
     METRICS,
@@ -105,11 +105,21 @@ def _kmeans(
     empty: str,
     seed: Tensor,
     precision: str,
+    deterministic: bool = True,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if first is not None:
         check_finite("init", first)
     if weight is not None:
         check_weight(weight)
+    if backend == "triton" and xs[0].numel():
+        from fgfast.kernels import kmeans as kernels
+
+        with exact(xs[0].device, precision):
+            return kernels.kmeans(
+                xs[0], n_clusters, n_iter, init, first, init_samples, n_init, tol, weight, metric, empty, seed,
+                precision, deterministic,
+            )  # fmt: skip
     outs = _outputs(xs, n_clusters, size)
     starts = groups(len(xs[0]), sum(m[:1].numel() for m in xs), xs[0].device)
     with exact(xs[0].device, precision):
@@ -124,11 +134,14 @@ def _kmeans(
     return outs
 
 
+# fmt: off
 @_kmeans.register_fake
 def _(  # type: ignore[no-untyped-def]
-    xs, n_clusters, size, n_iter, init, first, init_samples, n_init, tol, weight, metric, empty, seed, precision
+    xs, n_clusters, size, n_iter, init, first, init_samples, n_init, tol, weight, metric, empty, seed, precision,
+    deterministic=True, backend="torch",
 ):
     return _outputs(xs, n_clusters, size)
+# fmt: on
 
 
 def kmeans(
@@ -179,8 +192,8 @@ def kmeans(
         empty: "farthest", or "keep" to leave an empty cluster where it was.
         seed: int or 0-d int64 tensor on the device of x; the same seed gives the same result. None draws one.
         precision: "ieee" or "tf32": how float32 products are made on a GPU.
-        deterministic: the tiled path sums in a fixed order either way.
-        backend: "torch" or "reference"; strict. None follows `use_backend`.
+        deterministic: False lets the Triton kernel add sums with atomics; everything else has a fixed order anyway.
+        backend: "torch", "reference" or, for one tensor, "triton"; strict. None follows `use_backend`.
 
     Returns:
         KMeansResult: centroids [B, K, D] float32 (float64 for float64), labels int64 in the spatial shape of x (-1
@@ -243,7 +256,12 @@ def kmeans(
     w = flat_weight(weight, shape, batch, device)
     chosen = seed_tensor(seed, device)
     name = init if isinstance(init, str) else "given"
-    if resolve("kmeans", backend, BACKENDS) == "reference":
+    which = (
+        resolve("kmeans", backend, preference("kmeans", xs[0]))
+        if full is None
+        else resolve("kmeans of a list of maps", backend, BACKENDS)
+    )
+    if which == "reference":
         if w is not None:
             check_weight(w)
         if first is not None:
@@ -252,9 +270,11 @@ def kmeans(
         begin = name if first is None else first
         outs = reference.kmeans(built, n_clusters, full, n_iter, begin, samples, n_init, tol, w, metric, empty, chosen)
     else:
+        if which == "triton":
+            check_triton("x", xs[0])
         outs = _kmeans(
             xs, n_clusters, None if full is None else list(full), n_iter, name, first, samples, n_init, float(tol), w,
-            metric, empty, chosen, precision,
+            metric, empty, chosen, precision, deterministic, which,
         )  # fmt: skip
     if isinstance(x, Tensor) and x.dim() == 2:
         centroids, _, counts, inertia, steps = (out[0] for out in outs)

@@ -6,9 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fgfast.backend import resolve
+from fgfast.backend import check_triton, preference, resolve
 from fgfast.ops._kmeans_checks import (
-    BACKENDS,
     METRICS,
     check_finite,
     choose,
@@ -52,11 +51,21 @@ def assigned(x: Tensor, centroids: Tensor, weight: Tensor | None, metric: str) -
 
 @torch.library.custom_op("fgfast::kmeans_step", mutates_args=())
 def _kmeans_step(
-    x: Tensor, centroids: Tensor, weight: Tensor | None, metric: str, precision: str
+    x: Tensor,
+    centroids: Tensor,
+    weight: Tensor | None,
+    metric: str,
+    precision: str,
+    deterministic: bool = True,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_finite("centroids", centroids)
     if weight is not None:
         check_weight(weight)
+    if backend == "triton" and x.numel():
+        from fgfast.kernels import kmeans_step as kernels
+
+        return kernels.kmeans_step(x, centroids, weight, metric, precision, deterministic)
     outs = _step_outputs(x, centroids)
     starts = groups(len(x), x[:1].numel(), x.device)
     with exact(x.device, precision):
@@ -80,7 +89,13 @@ def _step_outputs(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor,
 
 @_kmeans_step.register_fake
 def _(
-    x: Tensor, centroids: Tensor, weight: Tensor | None, metric: str, precision: str
+    x: Tensor,
+    centroids: Tensor,
+    weight: Tensor | None,
+    metric: str,
+    precision: str,
+    deterministic: bool = True,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _step_outputs(x, centroids)
 
@@ -102,7 +117,8 @@ def kmeans_step(
 
     With metric "cosine" x_n and c_k stand for their unit vectors and the distance is 1 - <x_n, c_k>. Every output is a
     constant: nothing here is differentiable. Products and sums are float32 (float64 for float64): a label may differ
-    from the exact one where two distances agree to about 1e-6 |x| |c - m|, m the mean of the centroids.
+    from the exact one where two distances agree to about 1e-6 |x| |c - m|, m the mean of the centroids. The Triton
+    kernel rounds c - m to the dtype of x (bfloat16: 2^-9 of it) and assigns to the centroids so moved.
 
     Args:
         x: float [N, D] (one problem), [B, N, D] or [B, D, H, W], any strides, read where it lies.
@@ -110,8 +126,8 @@ def kmeans_step(
         weight: float, the spatial shape of x, not negative; 0 leaves a pixel out.
         metric: "euclidean" or "cosine".
         precision: "ieee" or "tf32": how float32 products are made on a GPU.
-        deterministic: the tiled path sums in a fixed order either way.
-        backend: "torch" or "reference"; strict. None follows `use_backend`.
+        deterministic: False lets the Triton kernel add sums with atomics; everything else has a fixed order anyway.
+        backend: "torch", "triton" or "reference"; strict. None follows `use_backend`.
 
     Returns:
         KMeansStep: labels int64 in the spatial shape of x (-1 where weight is 0 or the pixel is not finite; ties go to
@@ -137,13 +153,16 @@ def kmeans_step(
     batch = len(pixels)
     c = match_centroids("centroids", centroids, batch, pixels.shape[1], x.device)
     w = flat_weight(weight, shape, batch, x.device)
-    if resolve("kmeans_step", backend, BACKENDS) == "reference":
+    chosen = resolve("kmeans_step", backend, preference("kmeans_step", pixels))
+    if chosen == "reference":
         if w is not None:
             check_weight(w)
         check_finite("centroids", c)
         outs = reference.kmeans_step(pixels.flatten(2).transpose(1, 2), c, w, metric)
     else:
-        outs = _kmeans_step(pixels, c, w, metric, precision)
+        if chosen == "triton":
+            check_triton("x", pixels)
+        outs = _kmeans_step(pixels, c, w, metric, precision, deterministic, chosen)
     labels, *rest = outs
     sums, counts, inertia = (r[0] for r in rest) if x.dim() == 2 else rest
     return KMeansStep(labels.reshape(shape), sums, counts, inertia)

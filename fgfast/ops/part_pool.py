@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fgfast.backend import resolve
+from fgfast.backend import check_triton, preference, resolve
 from fgfast.ops._tensors import (
     TILE,
     accumulation,
@@ -25,8 +25,6 @@ from fgfast.ops._tensors import (
     exact,
 )
 from fgfast.reference import part_pool as reference
-
-BACKENDS = ("torch", "reference")
 
 
 class PartPool(NamedTuple):
@@ -80,16 +78,22 @@ def pool(features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, 
 
 @torch.library.custom_op("fgfast::part_pool", mutates_args=())
 def _part_pool(
-    features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, mean: bool
+    features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, mean: bool, backend: str = "torch"
 ) -> tuple[Tensor, Tensor]:
     if weight is not None:
         check_weight(weight)
+    if backend == "triton":
+        from fgfast.kernels import part_pool as kernels
+
+        return kernels.pool(features, labels, n_parts, weight, mean)
     with exact(features.device):
         return pool(features, labels, n_parts, weight, mean)
 
 
 @_part_pool.register_fake
-def _(features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, mean: bool) -> tuple[Tensor, Tensor]:
+def _(
+    features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, mean: bool, backend: str = "torch"
+) -> tuple[Tensor, Tensor]:
     shape = (features.shape[0], n_parts)
     pooled = features.new_empty(*shape, features.shape[1])
     return pooled, features.new_empty(shape, dtype=accumulation(features.dtype))
@@ -106,9 +110,19 @@ def _empty_grad(grad: Tensor, labels: Tensor, pixel_major: bool) -> Tensor:
 
 @torch.library.custom_op("fgfast::part_pool_backward", mutates_args=())
 def part_pool_backward(
-    grad: Tensor, labels: Tensor, weight: Tensor | None, area: Tensor, mean: bool, pixel_major: bool
+    grad: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    area: Tensor,
+    mean: bool,
+    pixel_major: bool,
+    backend: str = "torch",
 ) -> Tensor:
     out = _empty_grad(grad, labels, pixel_major)
+    if backend == "triton":
+        from fgfast.kernels import part_pool as kernels
+
+        return kernels.pool_backward(grad, labels, weight, area, mean, out)
     _, n_parts, channels = grad.shape
     g = grad.to(area.dtype)
     if mean:
@@ -131,7 +145,15 @@ def part_pool_backward(
 
 
 @part_pool_backward.register_fake
-def _(grad: Tensor, labels: Tensor, weight: Tensor | None, area: Tensor, mean: bool, pixel_major: bool) -> Tensor:
+def _(
+    grad: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    area: Tensor,
+    mean: bool,
+    pixel_major: bool,
+    backend: str = "torch",
+) -> Tensor:
     return _empty_grad(grad, labels, pixel_major)
 
 
@@ -140,14 +162,15 @@ def is_pixel_major(features: Tensor) -> bool:
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    features, labels, _, weight, ctx.mean = inputs
+    features, labels, _, weight, ctx.mean, ctx.backend = inputs
     ctx.pixel_major = is_pixel_major(features)
     ctx.save_for_backward(labels, weight, output[1])
 
 
 def _backward(ctx, grad: Tensor, grad_area: Tensor):  # type: ignore[no-untyped-def]
     labels, weight, area = ctx.saved_tensors
-    return part_pool_backward(grad, labels, weight, area, ctx.mean, ctx.pixel_major), None, None, None, None
+    out = part_pool_backward(grad, labels, weight, area, ctx.mean, ctx.pixel_major, ctx.backend)
+    return out, None, None, None, None, None
 
 
 _part_pool.register_autograd(_backward, setup_context=_setup)
@@ -212,8 +235,8 @@ def part_pool(
         n_parts: K, the number of parts, at least 1.
         weight: float, the shape of labels, not negative. Gets no gradient.
         reduce: "mean", or "sum" for the sum without the division.
-        deterministic: the tiled path sums in a fixed order either way.
-        backend: "torch" or "reference"; strict. None follows `use_backend`.
+        deterministic: every path sums in a fixed order either way.
+        backend: "triton", "torch" or "reference"; strict. None follows `use_backend`.
 
     Returns:
         PartPool(pooled [B, K, D] in the dtype of features, area float32 [B, K]); an empty part has zeros, area 0 and
@@ -237,12 +260,15 @@ def part_pool(
         raise ValueError(f"reduce is {reduce!r}: choose 'mean' or 'sum'.")
     x, ids, w = _canonical(features, labels, weight)
     check_ids(labels, n_parts)
-    if resolve("part_pool", backend, BACKENDS) == "reference":
+    chosen = resolve("part_pool", backend, preference("part_pool", x))
+    if chosen == "reference":
         if w is not None and not torch.compiler.is_compiling():
             check_weight(w)
         flat = None if w is None else w.flatten(1)
         return PartPool(*reference.part_pool(x.flatten(2).transpose(1, 2), ids.flatten(1), n_parts, flat, reduce))
-    pooled, area = _part_pool(x, ids, n_parts, w, reduce == "mean")
+    if chosen == "triton":
+        check_triton("features", x)
+    pooled, area = _part_pool(x, ids, n_parts, w, reduce == "mean", chosen)
     return PartPool(pooled, area.detach().float())
 
 
@@ -255,7 +281,11 @@ def _cells(length: int, cells: int, device: torch.device) -> Tensor:
 
 
 @torch.library.custom_op("fgfast::labels_to_grid", mutates_args=())
-def _labels_to_grid(labels: Tensor, height: int, width: int, n_parts: int) -> Tensor:
+def _labels_to_grid(labels: Tensor, height: int, width: int, n_parts: int, backend: str = "torch") -> Tensor:
+    if backend == "triton":
+        from fgfast.kernels import part_pool as kernels
+
+        return kernels.labels_to_grid(labels, height, width, n_parts)
     batch, rows, columns = labels.shape
     grid = torch.empty(batch, height, width, dtype=torch.int64, device=labels.device)
     down, across = _cells(rows, height, labels.device), _cells(columns, width, labels.device).T
@@ -272,7 +302,7 @@ def _labels_to_grid(labels: Tensor, height: int, width: int, n_parts: int) -> Te
 
 
 @_labels_to_grid.register_fake
-def _(labels: Tensor, height: int, width: int, n_parts: int) -> Tensor:
+def _(labels: Tensor, height: int, width: int, n_parts: int, backend: str = "torch") -> Tensor:
     return labels.new_empty(labels.shape[0], height, width, dtype=torch.int64)
 
 
@@ -287,7 +317,7 @@ def labels_to_grid(labels: Tensor, size: int | tuple[int, int], n_parts: int, *,
         labels: integer [B, H, W] in 0..n_parts-1, or -1, which does not vote (nor, on a GPU, any other id).
         size: (h, w) of the grid, or one number for a square.
         n_parts: K, at least 1.
-        backend: "torch" or "reference"; strict. None follows `use_backend`.
+        backend: "triton", "torch" or "reference"; strict. None follows `use_backend`.
 
     Returns:
         int64 [B, h, w]: ties go to the lowest id; -1 where nobody voted.
@@ -308,6 +338,9 @@ def labels_to_grid(labels: Tensor, size: int | tuple[int, int], n_parts: int, *,
     if labels.dim() != 3:
         raise ValueError(f"labels has shape {tuple(labels.shape)}: give [B, H, W].")
     check_ids(labels, n_parts)
-    if resolve("labels_to_grid", backend, BACKENDS) == "reference":
+    chosen = resolve("labels_to_grid", backend, preference("labels_to_grid", labels))
+    if chosen == "reference":
         return reference.labels_to_grid(labels, (height, width), n_parts)
-    return _labels_to_grid(labels, height, width, n_parts)
+    if chosen == "triton":
+        check_triton("labels", labels.new_empty(0, dtype=torch.float32))  # the device alone: ids have no float dtype
+    return _labels_to_grid(labels, height, width, n_parts, chosen)

@@ -1,0 +1,193 @@
+"""Compile every kernel without a GPU: ``python -m fgfast.kernels.aot [--arch sm_90 ...] [--default-only]``.
+
+Every :class:`~fgfast.kernels._common.AotCase` that a file of this folder offers is compiled for each architecture, and
+a table of registers, spilled bytes and shared memory is printed. The exit status is 1 when a case of a default row
+spills or any case needs more shared memory than the part has. Reports are kept by the hash of what they depend on.
+
+A case whose name holds the name of an architecture is compiled for that one alone; one with the word "tuned" in its
+name belongs to a measured row, which may spill if it was fastest all the same.
+"""
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fgfast.kernels._common import AotCase
+from fgfast.kernels.configs import SHARED
+
+HERE = Path(__file__).parent
+ARCHITECTURES = tuple(SHARED)
+
+Job = tuple[str, str, str]  # module, name of the case, architecture
+
+
+class Report(NamedTuple):
+    """What a compilation needs: registers a thread, spilled bytes a thread, bytes of shared memory a program."""
+
+    registers: int
+    spilled: int
+    shared: int
+    error: str = ""  # of a case that does not compile
+
+
+def modules() -> Iterator[str]:
+    """Names of the kernel files that offer cases."""
+    for module in pkgutil.iter_modules([str(HERE)], "fgfast.kernels."):
+        if hasattr(importlib.import_module(module.name), "aot_cases"):
+            yield module.name
+
+
+@cache
+def _cases(module: str) -> dict[str, AotCase]:
+    return {case.name: case for case in importlib.import_module(module).aot_cases()}
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split("[ -]", name))
+
+
+def jobs(architectures: Sequence[str], default_only: bool, only: str = "") -> list[Job]:
+    """What is to be compiled; ``only`` is a part of the names wanted."""
+    found = []
+    for module in modules():
+        for case in importlib.import_module(module).aot_cases():
+            named = _words(case.name)
+            if only in case.name and not (default_only and "tuned" in named):
+                own = [a for a in ARCHITECTURES if a in named]
+                found += [(module, case.name, a) for a in architectures if not own or a in own]
+    return found
+
+
+def compile_case(job: Job) -> Report:
+    """Compile one case for one architecture."""
+    try:
+        return _compiled(*job)
+    except Exception as error:  # the compiler's own errors, of any kind, belong into the table
+        return Report(0, 0, 0, f"{type(error).__name__}: {error}")
+
+
+def _compiled(module: str, name: str, arch: str) -> Report:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    case = _cases(module)[name]
+    types = {name: case.signature.get(name, "constexpr").partition(":") for name in case.kernel.arg_names}
+    source = ASTSource(
+        fn=case.kernel,
+        signature={name: kind for name, (kind, _, _) in types.items()},
+        constexprs=case.constexprs,
+        attrs={(i,): [["tt.divisibility", int(n)]] for i, (_, _, n) in enumerate(types.values()) if n},
+    )
+    amd = arch.startswith("gfx")
+    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    compiled = triton.compile(
+        source, target=target, options={"num_warps": case.num_warps, "num_stages": case.num_stages}
+    )
+    return _amd(compiled) if amd else _nvidia(compiled)
+
+
+def _nvidia(compiled: Any) -> Report:
+    import triton
+
+    tool = Path(triton.__path__[0], "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return Report(used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared)
+
+
+def _amd(compiled: Any) -> Report:
+    used = dict(
+        re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size): +(\d+)", compiled.asm["amdgcn"])
+    )
+    spilled = max(4 * int(used["vgpr_spill_count"]), int(used["private_segment_fixed_size"]))
+    return Report(int(used["vgpr_count"]), spilled, compiled.metadata.shared)
+
+
+def _folder() -> Path:
+    chosen = os.environ.get("FGFAST_CACHE")
+    base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fgfast"
+    return base / "aot"
+
+
+def _key(job: Job) -> str:
+    """What a report depends on: Triton, the sources of the kernel and of what it calls, types, constants, target."""
+    import triton
+
+    module, name, arch = job
+    case = _cases(module)[name]
+    parts = (triton.__version__, case.kernel.cache_key, arch, *case[2:])
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def reports(wanted: list[Job], workers: int = 2) -> dict[Job, Report]:
+    """The report of each job, from the cache or compiled now, in the order given."""
+    path = _folder() / "reports.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    keys = {job: _key(job) for job in wanted}
+    missing = [job for job in wanted if keys[job] not in known]
+    if missing:
+        # Fresh processes: a fork would take over torch's threads.
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            known |= {keys[job]: report for job, report in zip(missing, pool.map(compile_case, missing), strict=True)}
+        kept = json.dumps({key: report for key, report in known.items() if not Report(*report).error})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(kept)
+        partial.replace(path)
+    return {job: Report(*known[keys[job]]) for job in wanted}
+
+
+def faults(found: dict[Job, Report]) -> list[str]:
+    """What is wrong with the reports, a sentence each.
+
+    Example:
+        >>> faults({("m", "pool", "sm_90"): Report(255, 8, 1024)})
+        ['pool spills 8 bytes a thread on sm_90']
+    """
+    wrong = []
+    for (_, name, arch), report in found.items():
+        if report.error:
+            wrong.append(f"{name} does not compile for {arch}: {report.error}")
+        if report.spilled and "tuned" not in _words(name):
+            wrong.append(f"{name} spills {report.spilled} bytes a thread on {arch}")
+        if report.shared > SHARED[arch] * 1024:
+            wrong.append(f"{name} needs {report.shared} bytes of shared memory on {arch}, which has {SHARED[arch]} KiB")
+    return wrong
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m fgfast.kernels.aot", description="Compile the kernels, no GPU.")
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--default-only", action="store_true", help="leave out the rows measured on a device")
+    parser.add_argument("--only", default="", metavar="TEXT", help="the cases with this text in their name")
+    chosen = parser.parse_args(arguments)
+    os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled; triton reads it on import
+    found = reports(jobs(chosen.arch, chosen.default_only, chosen.only))
+    width = max((len(name) for _, name, _ in found), default=4)
+    print(f"{'case':<{width}} {'arch':>7} {'registers':>9} {'spilled':>8} {'shared':>8}")
+    for (_, name, arch), report in found.items():
+        print(f"{name:<{width}} {arch:>7} {report.registers:>9} {report.spilled:>8} {report.shared:>8}")
+    wrong = faults(found)
+    print(*wrong, sep="\n", file=sys.stderr, end="\n" if wrong else "")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,319 @@
+"""The Triton kernels of part_pool and labels_to_grid: under the interpreter, or on a GPU where there is one.
+
+Bounds: a mean is a convex combination, so its float32 sum of n terms, plain or by tensor cores, is within
+(n + 2) 2^-23 of the mean of |x| from the exact one, then one rounding to the dtype of the features. Sums likewise,
+times the area. A gradient is one quotient and one product: three roundings.
+"""
+
+import math
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+pytest.importorskip("triton")
+
+import fgfast
+from fgfast import labels_to_grid, part_pool
+from fgfast.ops.part_pool import _labels_to_grid, _part_pool, part_pool_backward
+from fgfast.reference import part_pool as reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # half a step at 1
+TINY = {torch.float32: 0.0, torch.float16: 2.0**-25, torch.bfloat16: 0.0}  # half a step among the subnormals
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="listens to the interpreter")
+
+ORDERS = ("rows", "channels", "sliced", "transposed")
+
+
+def ordered(x, order):
+    """The same [B, D, h, w] values in other memory orders, with gaps between them where sliced."""
+    batch, channels, height, width = x.shape
+    if order == "channels":
+        return x.contiguous(memory_format=torch.channels_last)
+    if order == "sliced":
+        return x.new_full((batch, channels + 1, height + 2, width + 3), math.nan)[:, 1:, 1:-1, 1:-2].copy_(x)
+    if order == "transposed":
+        return x.transpose(2, 3).contiguous().transpose(2, 3)
+    return x.contiguous()
+
+
+@st.composite
+def problems(draw):
+    """Features, labels, weight, K, reduce: odd sizes, empty parts, one part, one image, everything excluded."""
+    batch, channels = draw(st.integers(1, 3)), draw(st.sampled_from([1, 5, 16, 33, 150]))
+    height, width = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    n_parts = draw(st.sampled_from([1, 2, 7, 16, 33, 70]))
+    dtype = draw(st.sampled_from(list(UNIT)))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    x = ordered(torch.randn(batch, channels, height, width, generator=g).to(dtype), draw(st.sampled_from(ORDERS)))
+    labels = torch.randint(-1, n_parts, (batch, height, width), generator=g)
+    if draw(st.booleans()):
+        labels[0] = -1
+    if draw(st.booleans()):
+        labels = ordered(labels[:, None].float(), "sliced").nan_to_num(-1).long()[:, 0]
+    weight = None
+    if draw(st.booleans()):
+        weight = torch.rand(batch, height, width, generator=g) * (torch.rand(batch, height, width, generator=g) > 0.3)
+        weight = weight.to(draw(st.sampled_from([torch.float32, dtype])))
+    reduce = draw(st.sampled_from(["mean", "sum"]))
+    weight = None if weight is None else weight.to(DEVICE)
+    return x.to(DEVICE), labels.to(DEVICE), weight, n_parts, reduce
+
+
+def truth(x, labels, n_parts, weight, reduce):
+    """Pooled and area in float64, and the same of |x|: the scale of the error."""
+    w = None if weight is None else weight.flatten(1).double()
+    flat = x.double().flatten(2).transpose(1, 2)
+    pooled, area = reference.part_pool(flat, labels.flatten(1), n_parts, w, reduce)
+    return pooled, area, reference.part_pool(flat.abs(), labels.flatten(1), n_parts, w, reduce)[0]
+
+
+def within(actual, exact, bound):
+    assert ((actual.double() - exact).abs() <= bound).all(), float(((actual.double() - exact).abs() - bound).max())
+
+
+@settings(max_examples=30, deadline=None)
+@given(problems())
+def test_forward_and_backward_equal_the_reference(problem):
+    x, labels, weight, n_parts, reduce = problem
+    wide = x.double().requires_grad_()
+    pooled, area, size = truth(wide, labels, n_parts, weight, reduce)
+    x = x.detach().requires_grad_()
+    out = part_pool(x, labels, n_parts, weight=weight, reduce=reduce, backend="triton")
+    assert out.pooled.dtype == x.dtype
+    pixels, unit = labels[0].numel(), UNIT[x.dtype]
+    summed = (pixels + 2) * 2.0**-23 * size
+    within(out.pooled, pooled, summed + unit * (pooled.abs() + summed) + TINY[x.dtype])
+    within(out.area, area.double(), (pixels + 2) * 2.0**-23 * area.double())
+
+    g = torch.randn(pooled.shape, dtype=torch.float32).to(x.device, x.dtype)
+    (expected,) = torch.autograd.grad(pooled, wide, g.double())
+    (grad,) = torch.autograd.grad(out.pooled, x, g)
+    assert grad.dtype == x.dtype
+    # the area that divides is itself summed, as above
+    within(grad, expected, ((pixels + 5) * 2.0**-23 + unit) * expected.abs() + TINY[x.dtype])
+
+
+@settings(max_examples=15, deadline=None)
+@given(problems(), st.sampled_from([math.nan, math.inf, -math.inf]), st.integers(0, 10**6))
+def test_a_non_finite_pixel_reaches_its_own_part_alone(problem, value, seed):
+    x, labels, weight, n_parts, reduce = problem
+    g = torch.Generator().manual_seed(seed)
+    bad = (torch.rand(x.shape, generator=g) < 0.05).to(x.device)
+    dirty = torch.where(bad, value, x)
+    out = part_pool(dirty, labels, n_parts, weight=weight, reduce=reduce, backend="triton")
+    clean = part_pool(torch.where(bad, 0, x), labels, n_parts, weight=weight, reduce=reduce, backend="triton")
+    reached, *_ = truth(bad.double(), labels, n_parts, weight, "sum")
+    assert torch.equal(out.pooled.isnan(), reached > 0)
+    assert torch.equal(out.area, clean.area)
+    torch.testing.assert_close(out.pooled[reached == 0], clean.pooled[reached == 0], rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_parts", [3, 80])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_non_finite_gradient_reaches_its_own_part_alone(n_parts, value):
+    x = torch.randn(1, 5, 4, 4, device=DEVICE, requires_grad=True)
+    labels = (torch.arange(16, device=DEVICE) % 3).view(1, 4, 4)
+    g = torch.ones(1, n_parts, 5, device=DEVICE)
+    g[0, 1, 2] = value
+    (grad,) = torch.autograd.grad(part_pool(x, labels, n_parts, backend="triton").pooled, x, g)
+    assert torch.equal(grad.isfinite().logical_not().nonzero()[:, 1].unique(), torch.tensor([2], device=DEVICE))
+    assert torch.equal(grad[0, 2].isfinite(), labels[0] != 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_labels_of_any_integer_dtype_and_ids_that_are_no_part(dtype):
+    x = torch.randn(2, 5, 6, 4, device=DEVICE)
+    labels = torch.randint(-1, 4, (2, 6, 4), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    strange = {torch.uint8: 255, torch.int8: -128, torch.int64: 2**32 + 1}.get(dtype, -7)  # narrowed: part 1
+    odd = torch.where(labels < 0, strange, labels).to(dtype)
+    run = torch.ops.fgfast.part_pool
+    for a, b in zip(
+        run(x, odd, 4, None, True, "triton"), run(x, labels.to(torch.int16), 4, None, True, "triton"), strict=True
+    ):
+        assert torch.equal(a, b)
+    grid = torch.ops.fgfast.labels_to_grid
+    assert torch.equal(grid(odd, 3, 3, 4, "triton"), grid(labels, 3, 3, 4))
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_pixels_split_among_programs_give_the_same_sums(monkeypatch, reduce):
+    from fgfast.kernels import part_pool as kernels
+
+    g = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(1, 20, 50, 43, generator=g), torch.randint(-1, 5, (1, 50, 43), generator=g)
+    x, labels = x.to(DEVICE).requires_grad_(), labels.to(DEVICE)
+    results = []
+    for least in (1 << 30, 100):
+        monkeypatch.setattr(kernels, "_split", lambda n, block, *_, least=least: _chunks(n, block, least))
+        out = part_pool(x, labels, 5, reduce=reduce, backend="triton")
+        results.append((*out, *torch.autograd.grad(out.pooled.square().sum(), x)))
+    whole, split = results
+    for a, b in zip(whole, split, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def _chunks(pixels, block, least):
+    chunk = -(-min(pixels, least) // block) * block
+    return chunk, -(-pixels // chunk)
+
+
+def test_offsets_of_64_bits_give_the_same_numbers(monkeypatch):
+    from fgfast.kernels import part_pool as kernels
+
+    assert kernels._wide(torch.empty_strided((1, 2, 3, 3), (0, 2**31, 3, 1), device="meta"))
+    x = torch.randn(2, 20, 7, 5, device=DEVICE)
+    labels = torch.randint(-1, 5, (2, 7, 5), device=DEVICE)
+    results = []
+    for wide in (False, True):
+        monkeypatch.setattr(kernels, "_wide", lambda *_, wide=wide: wide)
+        for y in (x.clone(), x.mT.contiguous().mT):
+            out = part_pool(y.requires_grad_(), labels, 5, backend="triton")
+            results.append((*out, *torch.autograd.grad(out.pooled.square().sum(), y)))
+    for a, b in zip(results[:2], results[2:], strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def test_two_runs_agree_to_the_bit():
+    x = torch.randn(2, 40, 30, 30, device=DEVICE, requires_grad=True)
+    labels = torch.randint(-1, 9, (2, 30, 30), device=DEVICE)
+    a, b = (part_pool(x, labels, 9, backend="triton") for _ in range(2))
+    assert torch.equal(a.pooled, b.pooled)
+    assert torch.equal(*(torch.autograd.grad(y.pooled.square().sum(), x)[0] for y in (a, b)))
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3), (2, 0, 3, 3)], ids=str)
+def test_empty_input(shape):
+    x = torch.zeros(shape, device=DEVICE, requires_grad=True)
+    labels = torch.zeros(shape[0], *shape[2:], dtype=torch.int64, device=DEVICE)
+    out = part_pool(x, labels, 3, backend="triton")
+    expected = part_pool(x, labels, 3, backend="torch")
+    assert torch.equal(out.pooled, expected.pooled)
+    assert torch.equal(out.area, expected.area)
+    out.pooled.sum().backward()
+    assert x.grad.shape == shape
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 40), st.integers(1, 9), st.integers(1, 9),
+    st.sampled_from([1, 3, 70]), st.booleans(),
+)  # fmt: skip
+def test_grid_equals_the_reference_at_any_size(seed, height, width, rows, columns, n_parts, transposed):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(-1, n_parts, (2, height, width), generator=g).to(DEVICE)
+    labels = labels.mT.contiguous().mT if transposed else labels
+    grid = labels_to_grid(labels, (rows, columns), n_parts, backend="triton")
+    assert torch.equal(grid, reference.labels_to_grid(labels, (rows, columns), n_parts))
+
+
+def test_grid_of_nothing():
+    labels = torch.full((2, 4, 4), -1, device=DEVICE)
+    assert (labels_to_grid(labels, 2, 3, backend="triton") == -1).all()
+    assert labels_to_grid(labels[:0], 2, 3, backend="triton").shape == (0, 2, 2)
+    assert (labels_to_grid(labels[:, :0], 2, 3, backend="triton") == -1).all()
+
+
+def test_opcheck():
+    x, labels = torch.randn(2, 3, 3, 2, device=DEVICE), torch.randint(-1, 3, (2, 3, 2), device=DEVICE)
+    weight = torch.rand(2, 3, 2, device=DEVICE)
+    for y in (x, x.contiguous(memory_format=torch.channels_last)):
+        opcheck(_part_pool, (y.requires_grad_(), labels, 3, weight, True, "triton"))
+    grad, area = torch.randn(2, 3, 3, device=DEVICE), torch.rand(2, 3, device=DEVICE)
+    for pixel_major in (False, True):
+        opcheck(part_pool_backward, (grad, labels, weight, area, True, pixel_major, "triton"))
+    opcheck(_labels_to_grid, (labels, 2, 2, 3, "triton"))
+
+
+def test_compile_gives_the_same_numbers():
+    x = torch.randn(2, 5, 6, 4, device=DEVICE, requires_grad=True)
+    labels = torch.randint(-1, 3, (2, 6, 4), device=DEVICE)
+
+    def run(x):
+        return part_pool(x, labels_to_grid(labels, (6, 4), 3, backend="triton"), 3, backend="triton").pooled.square()
+
+    eager, compiled = run(x), torch.compile(run, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(eager, compiled)
+    assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (eager, compiled)))
+
+
+def test_the_backend_of_the_forward_pass_runs_backward():
+    x = torch.randn(1, 4, 3, 3, device=DEVICE, requires_grad=True)
+    labels = torch.zeros(1, 3, 3, dtype=torch.int64, device=DEVICE)
+    with fgfast.use_backend("triton"):
+        out = part_pool(x, labels, 1)
+    assert out.pooled.grad_fn is not None
+    out.pooled.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 1 / 9))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "word"),
+    [
+        (lambda x, y: part_pool(x.double(), y, 2, backend="triton"), TypeError, "float64"),
+        (lambda x, y: part_pool(x, y, 2, backend="triton"), RuntimeError, "triton|cpu"),
+        (lambda x, y: labels_to_grid(y, 2, 2, backend="triton"), RuntimeError, "triton|cpu"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_named(call, error, word, monkeypatch):
+    if error is RuntimeError:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(error, match=word):
+        call(torch.ones(1, 4, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64))
+
+
+@interpreted
+@pytest.mark.parametrize("order", ["rows", "channels"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "weighted", "launches"),
+    [((2, 256, 21, 28), False, 1), ((1, 512, 15, 15), True, 1), ((1, 128, 56, 56), False, 2)],  # the last one is split
+)
+def test_traffic_is_near_the_fewest_bytes(shape, weighted, launches, dtype, order):
+    """Features in the order they have, labels and weights again for each block of channels, outputs once."""
+    from fgfast.testing import checked, fewest
+
+    x = ordered(torch.randn(shape).to(dtype), order).requires_grad_()
+    labels = torch.randint(-1, 8, (shape[0], *shape[2:]))
+    weight = torch.rand(labels.shape) if weighted else None
+    with checked(x.detach(), labels, *([weight] if weighted else [])) as traffic:
+        out = part_pool(x, labels, 8, weight=weight, backend="triton")
+    # Under the interpreter bfloat16 results are stored as float32.
+    stored = torch.empty(out.pooled.shape)
+    assert traffic.launches == launches
+    assert traffic.bytes <= 1.10 * fewest(x, labels, weight, stored, out.area)
+
+    g = torch.randn_like(out.pooled)
+    with checked() as traffic:
+        (grad,) = torch.autograd.grad(out.pooled, x, g)
+    assert traffic.launches == 1
+    assert traffic.bytes <= 1.10 * fewest(torch.empty(grad.shape), labels, weight, g, out.area)
+
+
+@interpreted
+def test_grid_reads_the_id_map_once():
+    from fgfast.testing import checked, fewest
+
+    labels = torch.randint(-1, 15, (1, 128, 128))
+    with checked(labels) as traffic:
+        grid = labels_to_grid(labels, 32, 15, backend="triton")
+    assert traffic.launches == 1
+    assert traffic.bytes <= 1.10 * fewest(labels, grid)
+
+
+@interpreted
+@settings(max_examples=15, deadline=None)
+@given(problems())
+def test_no_stray_access_and_no_race(problem):
+    from fgfast.testing import checked
+
+    x, labels, weight, n_parts, reduce = problem
+    x = x.detach().requires_grad_()
+    with checked(x.detach(), labels):
+        out = part_pool(x, labels, n_parts, weight=weight, reduce=reduce, backend="triton")
+        out.pooled.sum().backward()
+        labels_to_grid(labels, (2, 3), n_parts, backend="triton")
