@@ -18,10 +18,12 @@ from torch import Tensor
 
 from fgfast.kernels._common import AotCase, interpreted
 from fgfast.kernels.kmeans_step import EPS, Solver, case, centred, centroids_tile, power
+from fgfast.ops._kmeans_source import Dense
+from fgfast.ops._kmeans_start import start
 from fgfast.reference.draws import uniform
 
 GRAM = 1 << 28  # elements of inner products that are kept at a time: 1 GiB
-SAMPLES = 8192  # the most that one program draws from
+SAMPLES = 8192  # the most that one program draws from: beyond, torch draws
 
 
 @triton.jit
@@ -254,9 +256,13 @@ def starts(
     if init == "random":
         keys = torch.log(keys + 2**-33) / w.double().clamp_min(1e-30)
         return pixels(x, sample(w, keys, n_clusters)).to(torch.float32)
+    samples = min(samples, w.shape[1])
+    if samples > SAMPLES:
+        source = Dense(x.flatten(2))
+        source.around(metric, w, mean)
+        return start(source, n_clusters, init, samples, seed, run)
     trials = 2 + int(math.log(n_clusters))
     u = uniform(seed, 3 * run + 2, n_clusters * trials).view(n_clusters, trials)
-    samples = min(samples, w.shape[1])
     at_once = max(1, GRAM // samples**2)
     found = []
     for b in range(0, len(x), at_once):
