@@ -4,4 +4,6 @@
 arguments, chooses a backend and calls them.
 """
 
-OPERATIONS: tuple[str, ...] = ()
+OPERATIONS: tuple[str, ...] = (
+    "contrast",
+)

@@ -6,6 +6,7 @@ float32 outputs and converts them afterwards (:func:`output_dtype`). Compiled ke
 """
 
 import os
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,3 +27,14 @@ def output_dtype(dtype: torch.dtype) -> torch.dtype:
 def widened(x, UPCAST: tl.constexpr):
     """x, as float32 under the interpreter."""
     return x.to(tl.float32) if UPCAST else x
+
+
+class AotCase(NamedTuple):
+    """One kernel with everything that a compilation ahead of time needs to know."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]  # argument -> "*bf16", "i32", ..., or "constexpr"
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int

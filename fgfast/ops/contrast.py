@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fgfast.backend import resolve
+from fgfast.backend import check_triton, preference, resolve
 from fgfast.ops import _contrast_tiled as tiled
 from fgfast.ops._tensors import accumulation, exact, values_checked
 from fgfast.ops.ids import Ids
@@ -107,8 +107,10 @@ def contrastive_loss(
             query, key, query_ids, key_ids, temperature, negatives, weight, normalize, bank, reduction, precision, group
         )
     small = len(query) * (len(key) + (0 if bank is None else len(bank))) <= BREAK_EVEN
-    order = ("reference", "torch") if small else ("torch", "reference")
-    name = resolve("contrastive_loss", backend, order)
+    plain = ("reference", "torch") if small else ("torch", "reference")
+    name = resolve("contrastive_loss", backend, preference("contrast", query, plain))
+    if name == "triton":
+        check_triton("query", query)
     if name == "reference":
         return reference.contrastive_loss(
             query, key, query_ids=query_ids, key_ids=key_ids, temperature=temperature, negatives=negatives,
@@ -214,6 +216,13 @@ def _contrast(
     negatives: str, normalize: bool, precision: str, deterministic: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, log2-sum-exp2 and number of positives of each query [M]; key None means the query itself."""
+    if backend == "triton":
+        from fgfast.kernels import contrast as kernels
+
+        return kernels.forward(
+            query, Ids(query_image, query_part, query_view), key, _optional_ids(key_image, key_part, key_view),
+            bank, temperature_tensor, temperature, negatives, normalize, precision,
+        )  # fmt: skip
     with exact(query.device, precision):
         problem = _Problem(
             query, Ids(query_image, query_part, query_view), key, _optional_ids(key_image, key_part, key_view),
@@ -241,6 +250,17 @@ def _contrast_backward(
     negatives: str, normalize: bool, precision: str, deterministic: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key, bank and temperature, empty where ``needs`` says no."""
+    if backend == "triton":
+        from fgfast.kernels import contrast as kernels
+
+        grads = kernels.backward(
+            grad, lse, count, needs, query, Ids(query_image, query_part, query_view), key,
+            _optional_ids(key_image, key_part, key_view), bank, temperature_tensor, temperature, negatives, normalize,
+            precision,
+        )  # fmt: skip
+        of = (query, query if key is None else key, query if bank is None else bank,
+              query if temperature_tensor is None else temperature_tensor)  # fmt: skip
+        return tuple(_returned(g, x) for g, x in zip(grads, of, strict=True))
     need_query, need_key, need_bank, need_temperature = needs
     with exact(query.device, precision):
         problem = _Problem(
