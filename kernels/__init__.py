@@ -4,6 +4,4 @@
 arguments, chooses a backend and calls them.
 """
 
-OPERATIONS: tuple[str, ...] = (
-    "contrast",
-)
+OPERATIONS: tuple[str, ...] = ("contrast",)

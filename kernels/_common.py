@@ -6,11 +6,27 @@ float32 outputs and converts them afterwards (:func:`output_dtype`). Compiled ke
 """
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+
+class AotCase(NamedTuple):
+    """One compilation that :mod:`fgfast.kernels.aot` makes without a GPU.
+
+    A kernel file offers its own through ``aot_cases()``. The signature maps every argument to its type as Triton writes
+    it ("*bf16", "i32", "constexpr"), with ":16" behind it for a pointer or integer that is a multiple of 16.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
 
 
 def interpreted() -> bool:
@@ -23,18 +39,12 @@ def output_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if interpreted() and dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+def on_device_of(x: torch.Tensor) -> AbstractContextManager[None]:
+    """Triton launches on the current device: make it that of ``x``."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
 @triton.jit
 def widened(x, UPCAST: tl.constexpr):
     """x, as float32 under the interpreter."""
     return x.to(tl.float32) if UPCAST else x
-
-
-class AotCase(NamedTuple):
-    """One kernel with everything that a compilation ahead of time needs to know."""
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]  # argument -> "*bf16", "i32", ..., or "constexpr"
-    constexprs: dict[str, Any]
-    num_warps: int
-    num_stages: int

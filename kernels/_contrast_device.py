@@ -133,7 +133,7 @@ def prepare(
     grad, stride_grad, lse, count, of_exp, of_positive, of_lse, N, D,
     NORMALIZE: tl.constexpr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """inverse [N] of every vector; low, high [blocks], the range of image ids in each block; coefficients of rows.
+    """Inverse [N] of every vector; low, high [blocks], the range of image ids in each block; coefficients of rows.
 
     dL/ds_ij = of_exp_i 2^(s'_ij - of_lse_i) - [j in P_i] of_positive_i. Bounded logits have 2^-lse in of_exp. A row
     without a positive has 0, inf and 0.
@@ -307,7 +307,7 @@ def _of_pair(values, x_n, x_present, y_n, y_present, X_ROWS: tl.constexpr, Y_ROW
 
 @triton.jit
 def _add_product(acc, w, y, PRECISION: tl.constexpr):
-    """acc + w y. Weights of float16 vectors are bfloat16: they are as small as 1 / (rows x columns)."""
+    """Acc + w y. Weights of float16 vectors are bfloat16: they are as small as 1 / (rows x columns)."""
     if y.dtype == tl.float16:
         y = y.to(tl.bfloat16)
     return tl.dot(w.to(y.dtype), y, acc, input_precision=PRECISION)
@@ -340,7 +340,9 @@ def _gradient_tile(
     if BOUNDED:
         w = tl.exp2(s) * _of_pair(of_exp, x_n, x_present, y_n, y_present, X_ROWS, Y_ROWS)
     else:
-        tl.static_assert(X_ROWS != Y_ROWS, "two exponentials a pair: logits without a bound are done one side at a time")
+        tl.static_assert(
+            X_ROWS != Y_ROWS, "two exponentials a pair: logits without a bound are done one side at a time"
+        )
         its_lse = _of_pair(of_lse, x_n, x_present, y_n, y_present, X_ROWS, Y_ROWS)
         w = tl.exp2(s - its_lse) * _of_pair(of_exp, x_n, x_present, y_n, y_present, X_ROWS, Y_ROWS)
     if SHARED:

@@ -14,6 +14,7 @@ shares of a small one) and a few numbers a vector. Vectors are multiplied in the
 backward dL/ds is rounded to bfloat16 for bfloat16 and float16 vectors, and sums are float32.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -23,13 +24,14 @@ import triton
 from torch import Tensor
 
 from fgfast.kernels import _contrast_device as device_side
-from fgfast.kernels._common import interpreted, output_dtype
+from fgfast.kernels._common import AotCase, interpreted, on_device_of, output_dtype
 from fgfast.ops._contrast_tiled import BOUNDED, LN2, LOG2E
 from fgfast.ops.ids import Ids
 
 LARGEST_D = 8192
 LARGEST_N = 2**31 - 2**10  # indices of vectors and blocks are 32-bit on the way to the kernels
 SHARE_BYTES = 32 << 20
+FINISH_ROWS = 16  # vectors of a program of ``finish``
 CHUNK = 256  # blocks whose ranges of image ids a program looks at together
 NEGATIVES = ("all", "other_images", "same_image")
 
@@ -51,7 +53,33 @@ class Tile:
         return {"BLOCK_X": self.x, "BLOCK_Y": self.y, "BLOCK_S": self.compared, "BLOCK_D": self.d, "WHOLE": self.whole}
 
 
-TILES: dict[tuple[str, str, str], dict[int, Tile]] = {}
+# By kernel, architecture and arithmetic: the largest D that a row serves, in ascending order.
+TILES: dict[tuple[str, str, str], dict[int, Tile]] = {
+    ("forward", "default", "half"): {
+        128: Tile(128, 64, 32, 128, True, 8, 2),
+        256: Tile(64, 64, 32, 256, True, 8, 2),
+        8192: Tile(128, 64, 32, 64, False, 8, 2),
+    },
+    ("gradient", "default", "half"): {
+        128: Tile(128, 32, 16, 128, True, 8, 2),
+        8192: Tile(128, 64, 32, 64, False, 8, 2),
+    },
+    ("forward", "default", "tf32"): {128: Tile(64, 32, 16, 128, True, 8, 2), 8192: Tile(64, 64, 32, 32, False, 8, 2)},
+    ("gradient", "default", "tf32"): {8192: Tile(64, 64, 32, 32, False, 8, 2)},
+    ("forward", "default", "ieee"): {8192: Tile(64, 64, 32, 32, False, 8, 2)},
+    ("gradient", "default", "ieee"): {8192: Tile(64, 64, 32, 32, False, 8, 2)},
+    ("forward", "sm_90", "half"): {
+        256: Tile(128, 128, 32, 256, True, 8, 2),
+        8192: Tile(128, 128, 32, 64, False, 8, 3),
+    },
+    ("gradient", "sm_90", "half"): {
+        128: Tile(128, 64, 32, 128, True, 8, 3),
+        256: Tile(128, 64, 16, 256, True, 8, 3),
+        8192: Tile(128, 64, 32, 64, False, 8, 3),
+    },
+    ("forward", "gfx942", "half"): {8192: Tile(64, 64, 32, 64, False, 4, 2)},
+    ("gradient", "gfx942", "half"): {8192: Tile(64, 64, 32, 64, False, 4, 2)},
+}
 
 
 def arithmetic(dtype: torch.dtype, precision: str) -> str:
@@ -215,22 +243,33 @@ def forward(
     if m == 0:
         check_sizes(query, key, bank)
         return loss, lse, count
-    problem = _Problem(
-        "forward", query, query_ids, key, key_ids, bank, temperature_tensor, temperature, negatives, normalize, precision
-    )
-    sides = [problem.keys] + ([] if problem.bank is None else [problem.bank])
-    shares = [problem.shares(m, len(side.x)) for side in sides]
-    slots = sum(shares)
-    partial = None if slots == 1 else query.new_empty(m, slots, 4, dtype=torch.float32)
-    slot = 0
-    for side, share in zip(sides, shares, strict=True):
-        device_side.forward[(triton.cdiv(m, problem.tile.x), share)](
-            *problem.rows.arguments(), *side.arguments(), side.low, side.high, problem.pointer, problem.scale,
-            loss, lse, count, partial, slot, slots, m, len(side.x), d, SPLITS=share, **problem.options(),
-        )  # fmt: skip
-        slot += share
-    if partial is not None:
-        device_side.join[(triton.cdiv(m, 128),)](partial, loss, lse, count, slots, m, BLOCK=128, num_warps=4)
+    with on_device_of(query):
+        problem = _Problem(
+            "forward",
+            query,
+            query_ids,
+            key,
+            key_ids,
+            bank,
+            temperature_tensor,
+            temperature,
+            negatives,
+            normalize,
+            precision,
+        )
+        sides = [problem.keys] + ([] if problem.bank is None else [problem.bank])
+        shares = [problem.shares(m, len(side.x)) for side in sides]
+        slots = sum(shares)
+        partial = None if slots == 1 else query.new_empty(m, slots, 4, dtype=torch.float32)
+        slot = 0
+        for side, share in zip(sides, shares, strict=True):
+            device_side.forward[(triton.cdiv(m, problem.tile.x), share)](
+                *problem.rows.arguments(), *side.arguments(), side.low, side.high, problem.pointer, problem.scale,
+                loss, lse, count, partial, slot, slots, m, len(side.x), d, SPLITS=share, **problem.options(),
+            )  # fmt: skip
+            slot += share
+        if partial is not None:
+            device_side.join[(triton.cdiv(m, 128),)](partial, loss, lse, count, slots, m, BLOCK=128, num_warps=4)
     return loss, lse, count
 
 
@@ -275,9 +314,6 @@ def _gradient(problem: _Problem, x: _Side, passes: list[_Pass], write: bool, inn
     return out, dots
 
 
-FINISH_ROWS = 16
-
-
 def backward(
     grad: Tensor, lse: Tensor, count: Tensor, needs: list[bool],
     query: Tensor, query_ids: Ids, key: Tensor | None, key_ids: Ids | None, bank: Tensor | None,
@@ -289,32 +325,93 @@ def backward(
     if len(query) == 0:
         zeros = ((need_query, query), (need_key, key), (need_bank, bank), (need_temperature, temperature_tensor))
         return [torch.zeros_like(x) if need and x is not None else None for need, x in zeros]
-    problem = _Problem(
-        "gradient", query, query_ids, key, key_ids, bank, temperature_tensor, temperature, negatives, normalize,
-        precision, (grad.to(torch.float32), lse, count),
-    )  # fmt: skip
-    rows, keys = problem.rows, problem.keys
-    d_query = d_key = d_bank = d_temperature = None
-    if need_query or need_temperature:
-        joined = problem.same and need_query
-        passes = [_Pass(keys, True, joined and problem.bounded)]
-        if joined and not problem.bounded:
-            passes.append(_Pass(keys, False, True))
-        if problem.bank is not None:
-            passes.append(_Pass(problem.bank, True, False))
-        result, dots = _gradient(problem, rows, passes, need_query, need_temperature)
-        d_query = result if need_query else None
-        if need_temperature and temperature_tensor is not None:
-            d_temperature = (dots * (-LN2)).to(temperature_tensor.device) / temperature_tensor.detach().float()
-    if need_key:
-        d_key, _ = _gradient(problem, keys, [_Pass(rows, False, True)], True, False)
-    if need_bank and bank is not None:
-        if problem.bank is None:
-            d_bank = torch.zeros_like(bank)
-        else:
-            d_bank, _ = _gradient(problem, problem.bank, [_Pass(rows, False, True)], True, False)
+    with on_device_of(query):
+        problem = _Problem(
+            "gradient", query, query_ids, key, key_ids, bank, temperature_tensor, temperature, negatives, normalize,
+            precision, (grad.to(torch.float32), lse, count),
+        )  # fmt: skip
+        rows, keys = problem.rows, problem.keys
+        d_query = d_key = d_bank = d_temperature = None
+        if need_query or need_temperature:
+            joined = problem.same and need_query
+            passes = [_Pass(keys, True, joined and problem.bounded)]
+            if joined and not problem.bounded:
+                passes.append(_Pass(keys, False, True))
+            if problem.bank is not None:
+                passes.append(_Pass(problem.bank, True, False))
+            result, dots = _gradient(problem, rows, passes, need_query, need_temperature)
+            d_query = result if need_query else None
+            if need_temperature and temperature_tensor is not None:
+                d_temperature = (dots * (-LN2)).to(temperature_tensor.device) / temperature_tensor.detach().float()
+        if need_key:
+            d_key, _ = _gradient(problem, keys, [_Pass(rows, False, True)], True, False)
+        if need_bank and bank is not None:
+            if problem.bank is None:
+                d_bank = torch.zeros_like(bank)
+            else:
+                d_bank, _ = _gradient(problem, problem.bank, [_Pass(rows, False, True)], True, False)
     return [d_query, d_key, d_bank, d_temperature]
-TILES = {
-    (kernel, "default", kind): {8192: Tile(16, 16, 16, 16, False, 4, 2)}
-    for kernel in ("forward", "gradient") for kind in ("half", "tf32", "ieee")
-}
+
+
+def _signature(kernel: Any, dtype: str, constexprs: dict[str, Any]) -> dict[str, str]:
+    """Types of the arguments of ``kernel``, for aligned vectors of ``dtype``, contiguous in D, and int64 ids."""
+    types = {}
+    for name in kernel.arg_names:
+        if name in constexprs:
+            types[name] = "constexpr"
+        elif name in ("x", "y"):
+            types[name] = f"*{dtype}:16"
+        elif "stride" not in name and (name in ("low", "high") or name.endswith(("image", "part", "view"))):
+            types[name] = "*i64:16"
+        elif name in ("N", "X", "Y", "D") or name.endswith("stride_n"):
+            types[name] = "i32:16"
+        elif "stride" in name or name.startswith("slot"):
+            types[name] = "i32"
+        else:
+            types[name] = "fp32" if name == "scale" else "*fp32:16"
+    return types
+
+
+def _case(name: str, kernel: Any, dtype: str, constexprs: dict[str, Any], warps: int = 4, stages: int = 3) -> AotCase:
+    contiguous = [n for n in kernel.arg_names if n.endswith(("stride_d", "stride_image", "stride_part", "stride_view"))]
+    absent = [n for n in ("temperature", "partial") if n in kernel.arg_names and kernel is not device_side.join]
+    known = constexprs | dict.fromkeys(contiguous, 1) | dict.fromkeys(absent)
+    return AotCase(name, kernel, _signature(kernel, dtype, known), known, warps, stages)
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """What ``python -m fgfast.kernels.aot`` compiles; a row for one architecture has its name in that of the case."""
+    common = {"NORMALIZE": True, "UPCAST": False}
+    for dtype in ("bf16", "fp16", "fp32"):
+        for block in (32, 64, 128):
+            prepare = {"BOUNDED": True, "BLOCK": block, "BLOCK_D": 128}
+            yield _case(f"contrast prepare {dtype} {block}", device_side.prepare, dtype, common | prepare)
+        for splits in (1, 4):
+            finish = {"SPLITS": splits, "BLOCK": FINISH_ROWS, "BLOCK_D": 128}
+            yield _case(f"contrast finish {dtype} {splits}", device_side.finish, dtype, common | finish)
+    yield _case("contrast join", device_side.join, "fp32", {"BLOCK": 128})
+    for (kernel, arch, kind), rows in TILES.items():
+        for dtype in ("bf16", "fp16") if kind == "half" else ("fp32",):
+            for largest, row in rows.items():
+                name = f"contrast {kernel} {dtype} {kind} D{largest}" + (f" {arch}" if arch != "default" else "")
+                yield from _tile_cases(name, kernel, dtype, kind, row)
+
+
+def _tile_cases(name: str, kernel: str, dtype: str, kind: str, row: Tile) -> Iterator[AotCase]:
+    """The variants of one row."""
+    fixed = row.options | {
+        "NEGATIVES": "all", "SPLITS": 1, "CHUNK": CHUNK, "PRECISION": "tf32" if kind == "tf32" else "ieee",
+        "UPCAST": False,
+    }  # fmt: skip
+    for bounded in (True, False):
+        full = f"{name} {'bounded' if bounded else 'online'}"
+        if kernel == "forward":
+            flags = fixed | {"BOUNDED": bounded}
+            yield _case(full, device_side.forward, dtype, flags, row.warps, row.stages)
+            continue
+        for sides in ("x", "y", "xy") if bounded else ("x", "y"):
+            flags = fixed | {
+                "BOUNDED": bounded, "X_ROWS": "x" in sides, "Y_ROWS": "y" in sides, "WRITE": True,
+                "INNER": "x" in sides, "ADD": False,
+            }  # fmt: skip
+            yield _case(f"{full} {sides}", device_side.gradient, dtype, flags, row.warps, row.stages)
