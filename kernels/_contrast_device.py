@@ -220,7 +220,7 @@ def forward(
 ):  # fmt: skip
     """The sums of a block of rows x over a share of the columns y; columns without ids are negatives of every row.
 
-    Results where one program sees every column, else the four sums of each row in partial [X, slots, 4], at slot + share.
+    Results where one program sees every column, else four sums of each row in partial [X, slots, 4], at slot + share.
     """
     split = tl.program_id(1)
     x_n, exists = _indices(tl.program_id(0), X, BLOCK_X)
