@@ -28,6 +28,7 @@ from fgfast.kernels._common import AotCase, interpreted, on_device_of, output_dt
 from fgfast.ops._contrast_tiled import BOUNDED, LN2, LOG2E
 from fgfast.ops.ids import Ids
 
+SERVED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")  # take the default rows where they have none of their own
 LARGEST_D = 8192
 LARGEST_N = 2**31 - 2**10  # indices of vectors and blocks are 32-bit on the way to the kernels
 SHARE_BYTES = 32 << 20
@@ -58,7 +59,7 @@ TILES: dict[tuple[str, str, str], dict[int, Tile]] = {
     ("forward", "default", "half"): {
         128: Tile(128, 64, 32, 128, True, 8, 2),
         256: Tile(64, 64, 32, 256, True, 8, 2),
-        8192: Tile(128, 64, 32, 64, False, 8, 2),
+        8192: Tile(64, 64, 32, 64, False, 8, 2),
     },
     ("gradient", "default", "half"): {
         128: Tile(128, 32, 16, 128, True, 8, 2),
@@ -77,14 +78,22 @@ TILES: dict[tuple[str, str, str], dict[int, Tile]] = {
         256: Tile(128, 64, 16, 256, True, 8, 3),
         8192: Tile(128, 64, 32, 64, False, 8, 3),
     },
-    ("forward", "gfx942", "half"): {8192: Tile(64, 64, 32, 64, False, 4, 2)},
-    ("gradient", "gfx942", "half"): {8192: Tile(64, 64, 32, 64, False, 4, 2)},
+    ("gradient", "sm_90", "fp16"): {  # its conversion of a whole block to bfloat16 would take too many registers
+        128: Tile(128, 64, 32, 128, True, 8, 3),
+        8192: Tile(128, 64, 32, 64, False, 8, 3),
+    },
+    ("forward", "gfx942", "half"): {8192: Tile(32, 32, 32, 64, False, 4, 1)},
+    ("gradient", "gfx942", "half"): {8192: Tile(32, 32, 32, 64, False, 4, 1)},
+    ("forward", "gfx942", "tf32"): {8192: Tile(32, 32, 32, 32, False, 4, 1)},
+    ("gradient", "gfx942", "tf32"): {8192: Tile(32, 32, 32, 32, False, 4, 1)},
+    ("forward", "gfx942", "ieee"): {8192: Tile(32, 32, 32, 32, False, 4, 1)},
+    ("gradient", "gfx942", "ieee"): {8192: Tile(32, 32, 32, 32, False, 4, 1)},
 }
 
 
 def arithmetic(dtype: torch.dtype, precision: str) -> str:
-    """How products are made, for the table: "half" (bfloat16 and float16), "tf32" or "ieee"."""
-    return precision if dtype == torch.float32 else "half"
+    """How products are made, for the table: "fp16", "half" (bfloat16, and float16 too), "tf32" or "ieee"."""
+    return precision if dtype == torch.float32 else "fp16" if dtype == torch.float16 else "half"
 
 
 def architecture(device: torch.device) -> str:
@@ -112,7 +121,9 @@ def programs_wanted(device: torch.device) -> int:
 
 def tile(kernel: str, arch: str, kind: str, d: int) -> Tile:
     """The row of the table for ``kernel`` ("forward" or "gradient") and vectors of d channels."""
-    rows = TILES.get((kernel, arch, kind)) or TILES[kernel, "default", kind]
+    general = "half" if kind == "fp16" else kind
+    names = [(kernel, a, k) for a in (arch, "default") for k in (kind, general)]
+    rows = next(TILES[name] for name in names if name in TILES)
     return next((row for largest, row in sorted(rows.items()) if d <= largest), rows[max(rows)])
 
 
@@ -380,7 +391,7 @@ def _case(name: str, kernel: Any, dtype: str, constexprs: dict[str, Any], warps:
 
 
 def aot_cases() -> Iterator[AotCase]:
-    """What ``python -m fgfast.kernels.aot`` compiles; a row for one architecture has its name in that of the case."""
+    """What ``python -m fgfast.kernels.aot`` compiles; the name of a case ends with the architectures that run it."""
     common = {"NORMALIZE": True, "UPCAST": False}
     for dtype in ("bf16", "fp16", "fp32"):
         for block in (32, 64, 128):
@@ -390,10 +401,19 @@ def aot_cases() -> Iterator[AotCase]:
             finish = {"SPLITS": splits, "BLOCK": FINISH_ROWS, "BLOCK_D": 128}
             yield _case(f"contrast finish {dtype} {splits}", device_side.finish, dtype, common | finish)
     yield _case("contrast join", device_side.join, "fp32", {"BLOCK": 128})
+    served = {
+        (kernel, arch, kind): " ".join(a for a in SERVED if (kernel, a, kind) not in TILES)
+        if arch == "default"
+        else arch
+        for kernel, arch, kind in TILES
+    }
     for (kernel, arch, kind), rows in TILES.items():
-        for dtype in ("bf16", "fp16") if kind == "half" else ("fp32",):
+        dtypes = {"half": ("bf16", "fp16"), "fp16": ("fp16",)}.get(kind, ("fp32",))
+        if kind == "half" and (kernel, arch, "fp16") in TILES:
+            dtypes = ("bf16",)
+        for dtype in dtypes:
             for largest, row in rows.items():
-                name = f"contrast {kernel} {dtype} {kind} D{largest}" + (f" {arch}" if arch != "default" else "")
+                name = f"contrast {kernel} {dtype} {kind} D{largest} {served[kernel, arch, kind]}"
                 yield from _tile_cases(name, kernel, dtype, kind, row)
 
 
