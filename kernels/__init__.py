@@ -6,6 +6,7 @@ arguments, chooses a backend and calls them.
 
 OPERATIONS: tuple[str, ...] = (
     "assign_and_pool",
+    "contrast",
     "kmeans",
     "kmeans_step",
     "labels_to_grid",

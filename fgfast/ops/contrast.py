@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fgfast.backend import resolve
+from fgfast.backend import check_triton, preference, resolve
 from fgfast.ops import _contrast_tiled as tiled
 from fgfast.ops._tensors import accumulation, check_tensor, exact, values_checked
 from fgfast.ops.ids import Ids
@@ -53,7 +53,9 @@ def contrastive_loss(
     The "torch" backend works by tiles of the logit matrix: beside inputs and returned gradients it holds at most twice
     the inputs and 64 MiB. Passing one tensor and one ``Ids`` as query and as key halves its work. Its loss agrees with
     float64 arithmetic to 1e-6 (1 + 1/T) and its gradients to 1e-5 relative to their largest entry, for inputs as they
-    are stored (float16 and bfloat16 are read exactly and rounded once, in the gradients returned).
+    are stored (float16 and bfloat16 are read exactly and rounded once, in the gradients returned). The "triton" backend
+    keeps the loss within the same bound; with float16 and bfloat16 it rounds dL/ds to bfloat16, so that the gradient
+    of a query is within 2^-7 / (T norm) of its upstream gradient. It takes D up to 8,192.
 
     Args:
         query: [M, D] float32, float16, bfloat16 or float64, any strides. float64 is accumulated in float64, the others
@@ -69,13 +71,13 @@ def contrastive_loss(
         reduction: "mean" divides by M, "mean_valid" by the number of queries with a positive and weight > 0, "sum",
             "none" returns the losses [M]. M = 0 gives 0.
         precision: "ieee" or "tf32", how float32 products are made on a GPU.
-        deterministic: False permits float atomics; this backend never needs them.
+        deterministic: False permits float atomics; no backend needs them.
         group: keys of all ranks of this process group take part, passed round a ring. The result is world size x local
             sum / global divisor, so that the averaging of DistributedDataParallel gives exactly the gradient of one
             process on the joined batch. Image ids must differ between ranks: see ``fgfast.global_ids``. The number of
             queries and keys may differ between ranks; the bank is replicated and counts once.
-        backend: "torch", "reference" or "auto"; strict. "auto" takes the definition up to 65,536 logits, where starting
-            the tiles costs more than they save, and tiles above.
+        backend: "triton", "torch", "reference" or "auto"; strict. "auto" takes the kernels on a GPU; elsewhere the
+            definition up to 65,536 logits, where starting the tiles costs more than they save, and tiles above.
 
     Returns:
         float32 (float64 for float64 inputs): a scalar, or [M] for "none".
@@ -108,8 +110,10 @@ def contrastive_loss(
             query, key, query_ids, key_ids, temperature, negatives, weight, normalize, bank, reduction, precision, group
         )
     small = len(query) * (len(key) + (0 if bank is None else len(bank))) <= BREAK_EVEN
-    order = ("reference", "torch") if small else ("torch", "reference")
-    name = resolve("contrastive_loss", backend, order)
+    plain = ("reference", "torch") if small else ("torch", "reference")
+    name = resolve("contrastive_loss", backend, preference("contrast", query, plain))
+    if name == "triton":
+        check_triton("query", query)
     if name == "reference":
         return reference.contrastive_loss(
             query, key, query_ids=query_ids, key_ids=key_ids, temperature=temperature, negatives=negatives,
@@ -223,6 +227,13 @@ def _contrast(
     negatives: str, normalize: bool, precision: str, deterministic: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, log2-sum-exp2 and number of positives of each query [M]; key None means the query itself."""
+    if backend == "triton":
+        from fgfast.kernels import contrast as kernels
+
+        return kernels.forward(
+            query, Ids(query_image, query_part, query_view), key, _optional_ids(key_image, key_part, key_view),
+            bank, temperature_tensor, temperature, negatives, normalize, precision,
+        )  # fmt: skip
     with exact(query.device, precision):
         problem = _Problem(
             query, Ids(query_image, query_part, query_view), key, _optional_ids(key_image, key_part, key_view),
@@ -250,6 +261,15 @@ def _contrast_backward(
     negatives: str, normalize: bool, precision: str, deterministic: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key, bank and temperature, empty where ``needs`` says no."""
+    if backend == "triton":
+        from fgfast.kernels import contrast as kernels
+
+        grads = kernels.backward(
+            grad, lse, count, needs, query, Ids(query_image, query_part, query_view), key,
+            _optional_ids(key_image, key_part, key_view), bank, temperature_tensor, temperature, negatives, normalize,
+            precision,
+        )  # fmt: skip
+        return _returned(grads, query, key, bank, temperature_tensor)
     need_query, need_key, need_bank, need_temperature = needs
     with exact(query.device, precision):
         problem = _Problem(
@@ -282,16 +302,21 @@ def _contrast_backward(
             tiled.finish_gradient(problem.keys, d_key, problem.scale)
         if problem.bank is not None and d_bank is not None:
             tiled.finish_gradient(problem.bank, d_bank, problem.scale)
-        return (
-            _returned(d_query if need_query else None, query),
-            _returned(d_key, query if key is None else key),
-            _returned(d_bank, query if bank is None else bank),
-            _returned(d_temperature, query if temperature_tensor is None else temperature_tensor),
-        )
+        grads = [d_query if need_query else None, d_key, d_bank, d_temperature]
+        return _returned(grads, query, key, bank, temperature_tensor)
 
 
-def _returned(grad: Tensor | None, of: Tensor) -> Tensor:
-    return of.new_empty(0) if grad is None else grad.to(of.dtype)
+def _returned(
+    grads: list[Tensor | None], query: Tensor, key: Tensor | None, bank: Tensor | None, temperature: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients in the dtypes of the inputs, empty where there is none."""
+
+    def returned(grad: Tensor | None, of: Tensor | None) -> Tensor:
+        of = query if of is None else of
+        return of.new_empty(0) if grad is None else grad.to(of.dtype)
+
+    d_query, d_key, d_bank, d_temperature = grads
+    return returned(d_query, query), returned(d_key, key), returned(d_bank, bank), returned(d_temperature, temperature)
 
 
 @_contrast_backward.register_fake

@@ -1,0 +1,437 @@
+r"""Triton kernels of the contrastive loss: the host side, which :mod:`fgfast.ops.contrast` calls.
+
+.. math:: \ell_i = \log \sum_{j \in P_i \cup N_i \cup \text{bank}} e^{s_{ij}} - \frac{1}{|P_i|} \sum_{j \in P_i}
+          s_{ij}, \qquad s_{ij} = \langle q_i, k_j \rangle / T, \qquad q\,[M, D],\ k\,[T, D],\ \text{bank}\,[Q, D]
+
+Forward: ``prepare`` for each operand (inverse norms, ranges of image ids), then ``forward``, in which a program keeps
+rows and walks over columns. Backward: ``prepare`` again, then for each gradient ``gradient``, in which a program keeps
+the vectors whose gradient it makes and computes the tiles anew, and ``finish`` (1/T and the normalisation). Where query
+is key and logits are bounded, one ``gradient`` serves both sides. Where there are few rows the columns are divided into
+shares, one program each, whose results are joined in a fixed order. There is no atomic: results do not vary.
+
+Beside inputs and results there are one float32 buffer of the size of one gradient (or :data:`SHARE_BYTES` for the
+shares of a small one) and a few numbers a vector. Vectors are multiplied in the dtype in which they are stored; in
+backward dL/ds is rounded to bfloat16 for bfloat16 and float16 vectors, and sums are float32.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fgfast.kernels import _contrast_device as device_side
+from fgfast.kernels._common import AotCase, interpreted, on_device_of, output_dtype
+from fgfast.ops._contrast_tiled import BOUNDED, LN2, LOG2E
+from fgfast.ops.ids import Ids
+
+SERVED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")  # take the default rows where they have none of their own
+LARGEST_D = 8192
+LARGEST_N = 2**31 - 2**10  # indices of vectors and blocks are 32-bit on the way to the kernels
+SHARE_BYTES = 32 << 20
+FINISH_ROWS = 16  # vectors of a program of ``finish``
+CHUNK = 256  # blocks whose ranges of image ids a program looks at together
+NEGATIVES = ("all", "other_images", "same_image")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel is cut: vectors kept, vectors a step, of them compared at a time, channels; warps, stages."""
+
+    x: int
+    y: int
+    compared: int
+    d: int  # channels at a time; every channel where ``whole``
+    whole: bool
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"BLOCK_X": self.x, "BLOCK_Y": self.y, "BLOCK_S": self.compared, "BLOCK_D": self.d, "WHOLE": self.whole}
+
+
+# By kernel, architecture and arithmetic: the largest D that a row serves, in ascending order.
+TILES: dict[tuple[str, str, str], dict[int, Tile]] = {
+    ("forward", "default", "half"): {
+        128: Tile(128, 64, 32, 128, True, 8, 2),
+        256: Tile(64, 64, 32, 256, True, 8, 2),
+        8192: Tile(64, 64, 32, 64, False, 8, 2),
+    },
+    ("gradient", "default", "half"): {
+        128: Tile(128, 32, 16, 128, True, 8, 2),
+        8192: Tile(128, 64, 32, 64, False, 8, 2),
+    },
+    ("forward", "default", "tf32"): {128: Tile(64, 32, 16, 128, True, 8, 2), 8192: Tile(64, 64, 32, 32, False, 8, 2)},
+    ("gradient", "default", "tf32"): {8192: Tile(64, 64, 32, 32, False, 8, 2)},
+    ("forward", "default", "ieee"): {8192: Tile(64, 64, 32, 32, False, 8, 2)},
+    ("gradient", "default", "ieee"): {8192: Tile(64, 64, 32, 32, False, 8, 2)},
+    ("forward", "sm_90", "half"): {
+        256: Tile(128, 128, 32, 256, True, 8, 2),
+        8192: Tile(128, 128, 32, 64, False, 8, 3),
+    },
+    ("gradient", "sm_90", "half"): {
+        128: Tile(128, 64, 32, 128, True, 8, 3),
+        256: Tile(128, 64, 16, 256, True, 8, 3),
+        8192: Tile(128, 64, 32, 64, False, 8, 3),
+    },
+    ("gradient", "sm_90", "fp16"): {  # its conversion of a whole block to bfloat16 would take too many registers
+        128: Tile(128, 64, 32, 128, True, 8, 3),
+        8192: Tile(128, 64, 32, 64, False, 8, 3),
+    },
+    ("forward", "gfx942", "half"): {8192: Tile(32, 32, 32, 64, False, 4, 1)},
+    ("gradient", "gfx942", "half"): {8192: Tile(32, 32, 32, 64, False, 4, 1)},
+    ("forward", "gfx942", "tf32"): {8192: Tile(32, 32, 32, 32, False, 4, 1)},
+    ("gradient", "gfx942", "tf32"): {8192: Tile(32, 32, 32, 32, False, 4, 1)},
+    ("forward", "gfx942", "ieee"): {8192: Tile(32, 32, 32, 32, False, 4, 1)},
+    ("gradient", "gfx942", "ieee"): {8192: Tile(32, 32, 32, 32, False, 4, 1)},
+}
+
+
+def arithmetic(dtype: torch.dtype, precision: str) -> str:
+    """How products are made, for the table: "fp16", "half" (bfloat16, and float16 too), "tf32" or "ieee"."""
+    return precision if dtype == torch.float32 else "fp16" if dtype == torch.float16 else "half"
+
+
+def architecture(device: torch.device) -> str:
+    """Name of the GPU in the table: "sm_90", "gfx942"; "default" where there is none."""
+    return "default" if device.type != "cuda" else _architecture(device.index or 0)
+
+
+@lru_cache
+def _architecture(index: int) -> str:
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+@lru_cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def programs_wanted(device: torch.device) -> int:
+    """How many programs keep the device busy."""
+    return 2 * _processors(device.index or 0) if device.type == "cuda" else 1
+
+
+def tile(kernel: str, arch: str, kind: str, d: int) -> Tile:
+    """The row of the table for ``kernel`` ("forward" or "gradient") and vectors of d channels."""
+    general = "half" if kind == "fp16" else kind
+    names = [(kernel, a, k) for a in (arch, "default") for k in (kind, general)]
+    rows = next(TILES[name] for name in names if name in TILES)
+    return next((row for largest, row in sorted(rows.items()) if d <= largest), rows[max(rows)])
+
+
+@dataclass
+class _Side:
+    """Vectors and what ``prepare`` finds out about them."""
+
+    x: Tensor  # [N, D]
+    ids: Ids | None  # None for a bank
+    inverse: Tensor  # float32 [N]
+    low: Tensor  # int64 [blocks]
+    high: Tensor
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What the kernels take of a side."""
+        ids = (None, None, None, 0, 0, 0) if self.ids is None else (*self.ids, *(i.stride(0) for i in self.ids))
+        return self.x, *self.x.stride(), self.inverse, *ids
+
+
+class _Problem:
+    """One call: its sides, its temperature and how it is cut."""
+
+    def __init__(
+        self, kernel: str, query: Tensor, query_ids: Ids, key: Tensor | None, key_ids: Ids | None, bank: Tensor | None,
+        temperature_tensor: Tensor | None, temperature: float, negatives: str, normalize: bool, precision: str,
+        rows: tuple[Tensor, Tensor, Tensor] | None = None,
+    ):  # fmt: skip
+        check_sizes(query, key, bank)
+        self.negatives, self.normalize, self.same = negatives, normalize, key is None
+        self.number, self.pointer = temperature, None
+        if temperature_tensor is not None:
+            if on_device(temperature_tensor):
+                self.pointer = temperature_tensor.detach()
+            else:
+                self.number = float(temperature_tensor)
+        self.scale = LOG2E / self.number
+        self.bounded = normalize and self.pointer is None and self.scale <= BOUNDED
+        kind = arithmetic(query.dtype, precision)
+        self.precision = "tf32" if kind == "tf32" else "ieee"
+        self.tile = tile(kernel, architecture(query.device), kind, query.shape[1])
+        self.coefficients = self._coefficients(query, rows)
+        self.rows = self.prepare(query, query_ids, rows)
+        self.keys = self.rows if key is None else self.prepare(key, key_ids)
+        self.bank = None if bank is None or len(bank) == 0 else self.prepare(bank, None)
+
+    def _coefficients(
+        self, query: Tensor, rows: tuple[Tensor, Tensor, Tensor] | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if rows is None:
+            return None, None, None
+        values = query.new_empty(2 if self.bounded else 3, len(query), dtype=torch.float32)
+        return values[0], values[1], None if self.bounded else values[2]
+
+    def prepare(self, x: Tensor, ids: Ids | None, rows: tuple[Tensor, Tensor, Tensor] | None = None) -> _Side:
+        """Norms and ranges of x; with ``rows`` (upstream gradient, lse, count) also the coefficients."""
+        n, d = x.shape
+        blocks = triton.cdiv(n, self.tile.y)
+        inverse = x.new_empty(n, dtype=torch.float32)
+        low, high = x.new_empty(2, blocks if ids is not None else 0, dtype=torch.int64)
+        side = _Side(x, ids, inverse, low, high)
+        of_ids = (None, None, 0, 0) if ids is None else (ids.image, ids.part, ids.image.stride(0), ids.part.stride(0))
+        grad, lse, count = (None, None, None) if rows is None else rows
+        if n:
+            device_side.prepare[(blocks,)](
+                x, *x.stride(), *of_ids, inverse, low, high, grad, 0 if grad is None else grad.stride(0), lse, count,
+                *(self.coefficients if rows is not None else (None, None, None)), n, d,
+                NORMALIZE=self.normalize, BOUNDED=self.bounded, BLOCK=self.tile.y, BLOCK_D=_channels(d, 128),
+                UPCAST=interpreted(), num_warps=4,
+            )  # fmt: skip
+        return side
+
+    def shares(self, rows: int, columns: int, width: int = 0) -> int:
+        """Into how many shares the columns go, so that there are programs for the whole device.
+
+        ``width``: float32 numbers that each share keeps of a row.
+        """
+        blocks = triton.cdiv(rows, self.tile.x)
+        count = min(programs_wanted(self.rows.x.device) // blocks, triton.cdiv(columns, self.tile.y))
+        if width:
+            count = min(count, SHARE_BYTES // (4 * rows * width))
+        return max(count, 1)
+
+    def options(self) -> dict[str, Any]:
+        """Arguments by name that ``forward`` and ``gradient`` share."""
+        cut = self.tile.options
+        if self.tile.whole:
+            cut["BLOCK_D"] = _channels(self.rows.x.shape[1], cut["BLOCK_D"])
+        return cut | {
+            "NEGATIVES": self.negatives, "BOUNDED": self.bounded, "CHUNK": CHUNK, "PRECISION": self.precision,
+            "UPCAST": interpreted(), "num_warps": self.tile.warps, "num_stages": self.tile.stages,
+        }  # fmt: skip
+
+
+def on_device(temperature: Tensor) -> bool:
+    """Whether looking at the temperature would cost a device sync."""
+    return temperature.device.type != "cpu"
+
+
+def _channels(d: int, most: int) -> int:
+    """Channels of a tile: a power of two that holds d, at least 16 (the smallest product), at most ``most``."""
+    return min(max(triton.next_power_of_2(d), 16), most)
+
+
+def check_sizes(query: Tensor, key: Tensor | None, bank: Tensor | None) -> None:
+    """Raise where the kernels cannot count the channels or the vectors.
+
+    Raises:
+        ValueError: D over 8,192, or 2^31 vectors.
+    """
+    for name, x in (("query", query), ("key", key), ("bank", bank)):
+        if x is not None and x.shape[1] > LARGEST_D:
+            raise ValueError(
+                f"{name} has {x.shape[1]} channels and the Triton kernels take {LARGEST_D}: choose backend 'torch'."
+            )
+        if x is not None and x.shape[0] > LARGEST_N:
+            raise ValueError(
+                f"{name} has {x.shape[0]} rows and the Triton kernels take {LARGEST_N}: choose backend 'torch'."
+            )
+
+
+def forward(
+    query: Tensor, query_ids: Ids, key: Tensor | None, key_ids: Ids | None, bank: Tensor | None,
+    temperature_tensor: Tensor | None, temperature: float, negatives: str, normalize: bool, precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss, log2-sum-exp2 and number of positives of each query, float32 [M]; key None means the query itself."""
+    m, d = query.shape
+    loss, lse, count = (query.new_zeros(m, dtype=torch.float32) for _ in range(3))
+    if m == 0:
+        check_sizes(query, key, bank)
+        return loss, lse, count
+    with on_device_of(query):
+        problem = _Problem(
+            "forward",
+            query,
+            query_ids,
+            key,
+            key_ids,
+            bank,
+            temperature_tensor,
+            temperature,
+            negatives,
+            normalize,
+            precision,
+        )
+        sides = [problem.keys] + ([] if problem.bank is None else [problem.bank])
+        shares = [problem.shares(m, len(side.x)) for side in sides]
+        slots = sum(shares)
+        partial = None if slots == 1 else query.new_empty(m, slots, 4, dtype=torch.float32)
+        slot = 0
+        for side, share in zip(sides, shares, strict=True):
+            device_side.forward[(triton.cdiv(m, problem.tile.x), share)](
+                *problem.rows.arguments(), *side.arguments(), side.low, side.high, problem.pointer, problem.scale,
+                loss, lse, count, partial, slot, slots, m, len(side.x), d, SPLITS=share, **problem.options(),
+            )  # fmt: skip
+            slot += share
+        if partial is not None:
+            device_side.join[(triton.cdiv(m, 128),)](partial, loss, lse, count, slots, m, BLOCK=128, num_warps=4)
+    return loss, lse, count
+
+
+@dataclass
+class _Pass:
+    """One launch of ``gradient``: what is walked over, and whose losses count."""
+
+    side: _Side
+    x_rows: bool
+    y_rows: bool
+
+
+def _gradient(problem: _Problem, x: _Side, passes: list[_Pass], write: bool, inner: bool) -> tuple[Tensor, Tensor]:
+    """dL/dx [X, D], empty unless ``write``; sum_ij s'_ij dL/ds_ij over the rows of x, 0-d, of use with ``inner``."""
+    n, d = x.x.shape
+    out = x.x.new_empty((n, d) if write else (0,), dtype=output_dtype(x.x.dtype))
+    dots = x.x.new_zeros((), dtype=torch.float32)
+    if n == 0:
+        return out, dots
+    splits = problem.shares(n, max(len(p.side.x) for p in passes), d if write else 1)
+    in_place = splits == 1 and out.dtype == torch.float32
+    raw = None
+    if write:
+        raw = out.view(n, 1, d) if in_place else x.x.new_empty(n, splits, d, dtype=torch.float32)
+        if not problem.tile.whole:
+            raw.zero_()
+    for number, p in enumerate(passes):
+        its_dots = x.x.new_empty(n, splits, dtype=torch.float32) if inner and p.x_rows else None
+        device_side.gradient[(triton.cdiv(n, problem.tile.x), splits)](
+            *x.arguments(), *p.side.arguments(), *problem.coefficients, p.side.low, p.side.high, problem.pointer,
+            problem.scale, raw, its_dots, n, len(p.side.x), d, X_ROWS=p.x_rows, Y_ROWS=p.y_rows, WRITE=write,
+            INNER=its_dots is not None, ADD=number > 0, SPLITS=splits, **problem.options(),
+        )  # fmt: skip
+        if its_dots is not None:
+            dots += its_dots.sum()
+    if write:
+        device_side.finish[(triton.cdiv(n, FINISH_ROWS),)](
+            x.x, *x.x.stride(), x.inverse, problem.pointer, problem.scale, raw, out, n, d,
+            NORMALIZE=problem.normalize, SPLITS=splits, BLOCK=FINISH_ROWS, BLOCK_D=_channels(d, 128),
+            UPCAST=interpreted(), num_warps=4,
+        )  # fmt: skip
+    return out, dots
+
+
+def backward(
+    grad: Tensor, lse: Tensor, count: Tensor, needs: list[bool],
+    query: Tensor, query_ids: Ids, key: Tensor | None, key_ids: Ids | None, bank: Tensor | None,
+    temperature_tensor: Tensor | None, temperature: float, negatives: str, normalize: bool, precision: str,
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of query, key, bank and temperature, None where ``needs`` says no."""
+    need_query, need_key, need_bank, need_temperature = needs
+    need_key, need_bank = need_key and key is not None, need_bank and bank is not None
+    if len(query) == 0:
+        zeros = ((need_query, query), (need_key, key), (need_bank, bank), (need_temperature, temperature_tensor))
+        return [torch.zeros_like(x) if need and x is not None else None for need, x in zeros]
+    with on_device_of(query):
+        problem = _Problem(
+            "gradient", query, query_ids, key, key_ids, bank, temperature_tensor, temperature, negatives, normalize,
+            precision, (grad.to(torch.float32), lse, count),
+        )  # fmt: skip
+        rows, keys = problem.rows, problem.keys
+        d_query = d_key = d_bank = d_temperature = None
+        if need_query or need_temperature:
+            joined = problem.same and need_query
+            passes = [_Pass(keys, True, joined and problem.bounded)]
+            if joined and not problem.bounded:
+                passes.append(_Pass(keys, False, True))
+            if problem.bank is not None:
+                passes.append(_Pass(problem.bank, True, False))
+            result, dots = _gradient(problem, rows, passes, need_query, need_temperature)
+            d_query = result if need_query else None
+            if need_temperature and temperature_tensor is not None:
+                d_temperature = (dots * (-LN2)).to(temperature_tensor.device) / temperature_tensor.detach().float()
+        if need_key:
+            d_key, _ = _gradient(problem, keys, [_Pass(rows, False, True)], True, False)
+        if need_bank and bank is not None:
+            if problem.bank is None:
+                d_bank = torch.zeros_like(bank)
+            else:
+                d_bank, _ = _gradient(problem, problem.bank, [_Pass(rows, False, True)], True, False)
+    return [d_query, d_key, d_bank, d_temperature]
+
+
+def _signature(kernel: Any, dtype: str, constexprs: dict[str, Any]) -> dict[str, str]:
+    """Types of the arguments of ``kernel``, for aligned vectors of ``dtype``, contiguous in D, and int64 ids."""
+    types = {}
+    for name in kernel.arg_names:
+        if name in constexprs:
+            types[name] = "constexpr"
+        elif name in ("x", "y"):
+            types[name] = f"*{dtype}:16"
+        elif "stride" not in name and (name in ("low", "high") or name.endswith(("image", "part", "view"))):
+            types[name] = "*i64:16"
+        elif name in ("N", "X", "Y", "D") or name.endswith("stride_n"):
+            types[name] = "i32:16"
+        elif "stride" in name or name.startswith("slot"):
+            types[name] = "i32"
+        else:
+            types[name] = "fp32" if name == "scale" else "*fp32:16"
+    return types
+
+
+def _case(name: str, kernel: Any, dtype: str, constexprs: dict[str, Any], warps: int = 4, stages: int = 3) -> AotCase:
+    contiguous = [n for n in kernel.arg_names if n.endswith(("stride_d", "stride_image", "stride_part", "stride_view"))]
+    absent = [n for n in ("temperature", "partial") if n in kernel.arg_names and kernel is not device_side.join]
+    known = constexprs | dict.fromkeys(contiguous, 1) | dict.fromkeys(absent)
+    return AotCase(name, kernel, _signature(kernel, dtype, known), known, warps, stages)
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """What ``python -m fgfast.kernels.aot`` compiles; the name of a case ends with the architectures that run it."""
+    common = {"NORMALIZE": True, "UPCAST": False}
+    for dtype in ("bf16", "fp16", "fp32"):
+        for block in (32, 64, 128):
+            prepare = {"BOUNDED": True, "BLOCK": block, "BLOCK_D": 128}
+            yield _case(f"contrast prepare {dtype} {block}", device_side.prepare, dtype, common | prepare)
+        for splits in (1, 4):
+            finish = {"SPLITS": splits, "BLOCK": FINISH_ROWS, "BLOCK_D": 128}
+            yield _case(f"contrast finish {dtype} {splits}", device_side.finish, dtype, common | finish)
+    yield _case("contrast join", device_side.join, "fp32", {"BLOCK": 128})
+    served = {
+        (kernel, arch, kind): " ".join(a for a in SERVED if (kernel, a, kind) not in TILES)
+        if arch == "default"
+        else arch
+        for kernel, arch, kind in TILES
+    }
+    for (kernel, arch, kind), rows in TILES.items():
+        dtypes = {"half": ("bf16", "fp16"), "fp16": ("fp16",)}.get(kind, ("fp32",))
+        if kind == "half" and (kernel, arch, "fp16") in TILES:
+            dtypes = ("bf16",)
+        for dtype in dtypes:
+            for largest, row in rows.items():
+                name = f"contrast {kernel} {dtype} {kind} D{largest} {served[kernel, arch, kind]}"
+                yield from _tile_cases(name, kernel, dtype, kind, row)
+
+
+def _tile_cases(name: str, kernel: str, dtype: str, kind: str, row: Tile) -> Iterator[AotCase]:
+    """The variants of one row."""
+    fixed = row.options | {
+        "NEGATIVES": "all", "SPLITS": 1, "CHUNK": CHUNK, "PRECISION": "tf32" if kind == "tf32" else "ieee",
+        "UPCAST": False,
+    }  # fmt: skip
+    for bounded in (True, False):
+        full = f"{name} {'bounded' if bounded else 'online'}"
+        if kernel == "forward":
+            flags = fixed | {"BOUNDED": bounded}
+            yield _case(full, device_side.forward, dtype, flags, row.warps, row.stages)
+            continue
+        for sides in ("x", "y", "xy") if bounded else ("x", "y"):
+            flags = fixed | {
+                "BOUNDED": bounded, "X_ROWS": "x" in sides, "Y_ROWS": "y" in sides, "WRITE": True,
+                "INNER": "x" in sides, "ADD": False,
+            }  # fmt: skip
+            yield _case(f"{full} {sides}", device_side.gradient, dtype, flags, row.warps, row.stages)

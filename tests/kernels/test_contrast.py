@@ -1,0 +1,428 @@
+"""The Triton kernels of the contrastive loss against the definition in float64, interpreted without a GPU."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fgfast.kernels import _contrast_device as device_side
+from fgfast.kernels import contrast as kernels
+from fgfast.kernels._common import interpreted
+from fgfast.ops.contrast import contrastive_loss
+from fgfast.ops.ids import Ids
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NEGATIVES = kernels.NEGATIVES
+WHOLE = kernels.Tile(16, 32, 16, 64, True, 4, 2)  # small, so that a field of 50 has shared, skipped and ragged tiles
+CHANNELS = kernels.Tile(16, 32, 16, 16, False, 4, 2)
+seeds = st.integers(0, 10_000)
+
+
+def cut(patch: pytest.MonkeyPatch, tile: kernels.Tile, programs: int = 1) -> None:
+    """Let every kernel work by this tile, and split columns until there are so many programs."""
+    patch.setattr(kernels, "tile", lambda *unused: tile)
+    patch.setattr(kernels, "programs_wanted", lambda device: programs)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, WHOLE)
+
+
+class Field:
+    """Random vectors and ids: ``values`` gives losses [M] and gradients, ``bounds`` what they may be off by."""
+
+    def __init__(
+        self, seed: int = 0, m: int = 37, t: int = 45, d: int = 21, bank: int | None = 19, *, same: bool = False,
+        sort: bool = True, absent: bool = True, images: int = 5, dtype: torch.dtype = torch.float32,
+    ):  # fmt: skip
+        g = torch.Generator().manual_seed(seed)
+
+        def ids(n: int) -> Ids:
+            image = torch.randint(0, images, (n,), generator=g)
+            part = torch.randint(-1 if absent else 0, 3, (n,), generator=g)
+            view = torch.randint(0, 2, (n,), generator=g)
+            return Ids(*(i.to(DEVICE) for i in (image.sort().values if sort else image, part, view)))
+
+        def vectors(n: int) -> Tensor:
+            return torch.randn(n, d, generator=g).to(DEVICE, dtype)
+
+        self.query, self.query_ids = vectors(m), ids(m)
+        self.key, self.key_ids = (self.query, self.query_ids) if same else (vectors(t), ids(t))
+        self.bank = None if bank is None else vectors(bank)
+        self.weight = (torch.rand(m, generator=g) * (torch.rand(m, generator=g) > 0.3)).to(DEVICE)
+        self.same = same
+
+    def loss(self, **options: Any) -> Tensor:
+        given = {"query": self.query, "key": self.key, "query_ids": self.query_ids, "key_ids": self.key_ids,
+                 "bank": self.bank, "weight": self.weight, "reduction": "none", "backend": "triton"}  # fmt: skip
+        merged = given | options
+        return contrastive_loss(merged.pop("query"), merged.pop("key"), **merged)
+
+    def upstream(self) -> Tensor:
+        """dL/dloss [M]: what ``values`` differentiates by, weights not counted in."""
+        return torch.linspace(0.1, 1, len(self.query), device=DEVICE)
+
+    def values(self, exact: bool = False, temperature: float = 0.1, **options: Any) -> dict[str, Tensor]:
+        """Losses and gradients; ``exact``: of the definition in float64, for the same numbers."""
+        dtype = torch.float64 if exact else self.query.dtype
+        query = self.query.detach().to(dtype).requires_grad_()
+        key = query if self.same else self.key.detach().to(dtype).requires_grad_()
+        bank = None if self.bank is None else self.bank.detach().to(dtype).requires_grad_()
+        t = torch.tensor(temperature).to(torch.float64 if exact else torch.float32).requires_grad_()
+        given = {"query": query, "key": key, "bank": bank, "temperature": t} | options
+        if exact:
+            given |= {"backend": "reference", "weight": self.weight.double()}
+        loss = self.loss(**given)
+        inputs = {"query": query, "temperature": t}
+        inputs |= {} if self.same else {"key": key}
+        inputs |= {} if bank is None else {"bank": bank}
+        grads = torch.autograd.grad((loss * self.upstream()).sum(), list(inputs.values()))
+        return {"loss": loss.detach()} | dict(zip(inputs, grads, strict=True))
+
+    def bounds(self, temperature: float, normalize: bool, product: float = 0.0) -> dict[str, Tensor]:
+        """Largest errors: of each loss and of the gradient of each vector (its Euclidean norm), and of temperature.
+
+        With eps = 2^-24 and S the largest |q| |k| / T, a logit is off by at most delta = (D + 8) eps S + product S
+        (sums of D products, the norms, the scale), where ``product`` is the rounding of the factors of a product; so
+        exp(s - lse) is off by a factor 1 + e with e = 2 delta + (columns + 8) eps. A weight dL/ds and, for float16, the
+        vector it multiplies are rounded to bfloat16: u = 2^-8. A row has sum_j |dL/ds_ij| <= 2 |g_i|, where g_i is its
+        upstream gradient times weight; a column has at most sum_i 2 |g_i|. Both are carried by the longest vector of
+        the other side, 1/T, and 1/norm (the projection shortens). The result is rounded once to its dtype.
+        """
+        norms = {
+            name: x.double().norm(dim=1)
+            for name, x in (("query", self.query), ("key", self.key), ("bank", self.bank))
+            if x is not None
+        }
+        length = {name: torch.ones_like(n) if normalize else n for name, n in norms.items()}
+        inverse = {name: 1 / n if normalize else torch.ones_like(n) for name, n in norms.items()}
+        longest = {name: float(n.max()) if len(n) else 0.0 for name, n in length.items()}
+        columns = max(longest["key"], longest.get("bank", 0.0))
+        if self.same:
+            columns = max(columns, longest["query"])
+        s = longest["query"] * columns / temperature
+        eps, n = 2.0**-24, len(self.key) + (0 if self.bank is None else len(self.bank))
+        delta = ((self.query.shape[1] + 8) * eps + product) * s
+        e = 2 * delta + (n + len(self.query) + 8) * eps
+        u = 0.0 if self.query.dtype == torch.float32 else 2.0**-8
+        half_ulp = torch.finfo(self.query.dtype).eps / 2
+        g = (self.upstream() * self.weight).double()
+        of_row = 2 * g * columns * (e + u + product) / temperature * inverse["query"]
+        of_column = 2 * g.sum() * longest["query"] * (e + u + product) / temperature
+        result = {
+            "loss": (2 * delta + (n + 8) * eps * (1 + s)) * self.weight.double() + 1e-7,
+            "query": of_row + (of_column * inverse["query"] if self.same else 0),
+            "temperature": 2 * g.sum() * s * (e + delta + 8 * eps) / temperature,
+        }
+        result |= {name: of_column * inverse[name] for name in ("key", "bank") if name in inverse}
+        self.half_ulp = half_ulp
+        return result
+
+
+def assert_within_bounds(field: Field, temperature: float = 0.1, product: float = 0.0, **options: Any) -> None:
+    got = field.values(temperature=temperature, **options)
+    expected = field.values(exact=True, temperature=temperature, **options)
+    bounds = field.bounds(temperature, options.get("normalize", True), product)
+    for name, value in expected.items():
+        error = (got[name].double() - value).abs()
+        if name in ("query", "key", "bank"):
+            assert got[name].dtype == field.query.dtype
+            error = (error - field.half_ulp * value.abs()).clamp(min=0).norm(dim=1) / 1.01
+            tiny = torch.finfo(field.query.dtype).smallest_normal
+            assert (error <= bounds[name] + tiny).all(), (name, float((error / bounds[name]).max()))
+        else:
+            assert (error <= bounds[name]).all(), (name, float((error / bounds[name]).max()))
+
+
+fields = st.builds(
+    Field,
+    seeds,
+    st.sampled_from([1, 16, 37]),
+    st.sampled_from([1, 32, 45]),
+    st.sampled_from([1, 16, 21]),
+    st.sampled_from([None, 0, 19]),
+    same=st.booleans(),
+    sort=st.booleans(),
+    absent=st.booleans(),
+    images=st.sampled_from([1, 5]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+options = st.fixed_dictionaries(
+    {
+        "negatives": st.sampled_from(NEGATIVES),
+        "normalize": st.booleans(),
+        "temperature": st.sampled_from([1.0, 0.1, 0.01]),  # 0.01 is beyond the bounded path
+    }
+)
+
+
+@settings(max_examples=10, deadline=None)
+@given(fields, options, st.sampled_from([WHOLE, CHANNELS]), st.sampled_from([1, 9]))
+def test_values_and_every_gradient_are_those_of_the_definition(
+    field: Field, options: dict[str, Any], tile: kernels.Tile, programs: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        cut(patch, tile, programs)
+        assert_within_bounds(field, **options)
+
+
+@pytest.mark.parametrize("negatives", NEGATIVES)
+@pytest.mark.parametrize("same", [False, True], ids=["key", "same"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_each_path_of_the_kernels(negatives: str, same: bool, normalize: bool) -> None:
+    assert_within_bounds(Field(3, same=same), negatives=negatives, normalize=normalize)
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["key", "same"])
+@pytest.mark.parametrize("tile", [WHOLE, CHANNELS], ids=["whole", "channels"])
+def test_shares_of_columns_change_nothing(same: bool, tile: kernels.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, tile, programs=16)
+    assert_within_bounds(Field(4, t=130, bank=70, same=same, images=2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("same", [False, True], ids=["key", "same"])
+def test_the_tiles_of_the_table(dtype: torch.dtype, same: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for d in (40, 300):
+        assert_within_bounds(Field(5, m=70, t=90, d=d, bank=None, same=same, dtype=dtype))
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["key", "same"])
+def test_a_temperature_on_the_device_is_read_there(same: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "on_device", lambda temperature: True)
+    field = Field(6, same=same)
+    move = Tensor.requires_grad_
+    monkeypatch.setattr(Tensor, "requires_grad_", lambda x: move(x.to(DEVICE)) if x.dim() == 0 else move(x))
+    assert_within_bounds(field)
+
+
+def test_tf32_products_keep_their_own_bound() -> None:
+    assert_within_bounds(Field(7), product=2.0**-10, precision="tf32")
+
+
+@pytest.mark.parametrize("which", ["query", "key", "bank", "temperature"])
+def test_a_single_gradient_is_the_one_of_all(which: str) -> None:
+    field = Field(8)
+    expected = field.values()[which]
+    inputs = {"query": field.query, "key": field.key, "bank": field.bank, "temperature": torch.tensor(0.1)}
+    inputs[which] = inputs[which].clone().requires_grad_()
+    (got,) = torch.autograd.grad((field.loss(**inputs) * field.upstream()).sum(), [inputs[which]])
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+
+
+@settings(max_examples=3, deadline=None)
+@given(seed=seeds, negatives=st.sampled_from(NEGATIVES), normalize=st.booleans(), same=st.booleans())
+def test_contents_of_absent_vectors_reach_nothing(seed: int, negatives: str, normalize: bool, same: bool) -> None:
+    field = Field(seed, same=same)
+    chosen = {"negatives": negatives, "normalize": normalize}
+    expected = field.values(**chosen)
+    for junk in (torch.nan, torch.inf):
+        field.query = torch.where(field.query_ids.part[:, None] < 0, junk, field.query)
+        field.key = field.query if same else torch.where(field.key_ids.part[:, None] < 0, junk, field.key)
+        got = field.values(**chosen)
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
+        assert not got["query"][field.query_ids.part < 0].any()
+
+
+@pytest.mark.parametrize("junk", [torch.nan, torch.inf])
+@pytest.mark.parametrize("temperature", [0.1, 0.01], ids=["bounded", "online"])
+def test_nan_and_infinity_in_present_vectors_give_nan(junk: float, temperature: float) -> None:
+    field = Field(9, absent=False, bank=None, images=1)
+    field.key[7, 3] = junk
+    loss = field.loss(temperature=temperature, weight=None)
+    expected = field.loss(temperature=temperature, weight=None, backend="reference")
+    assert expected.isnan().any()
+    assert torch.equal(loss.isnan(), expected.isnan())
+
+
+def test_everything_left_out_gives_zero() -> None:
+    field = Field(10)
+    nothing = Ids(field.query_ids.image, torch.full_like(field.query_ids.part, -1), field.query_ids.view)
+    alone = Ids(*(i * 0 + 50 for i in field.key_ids))
+    for ids in ({"query_ids": nothing}, {"key_ids": alone}, {"key_ids": Ids(*(i * 0 - 1 for i in field.key_ids))}):
+        assert not any(v.any() for v in field.values(**ids).values())
+
+
+@pytest.mark.parametrize(("m", "t"), [(0, 0), (0, 5), (5, 0)])
+@pytest.mark.parametrize("bank", [None, 0, 3])
+def test_empty_inputs_give_zero(m: int, t: int, bank: int | None) -> None:
+    values = Field(0, m=m, t=t, bank=bank).values()
+    assert not any(v.any() for v in values.values())
+
+
+def test_strides_and_integer_types_do_not_matter() -> None:
+    field = Field(11)
+    expected = field.values()
+    wide = torch.full((45, 21, 3), torch.nan, device=DEVICE)
+    wide[..., 1] = field.key
+    field.key, field.query = wide[..., 1], field.query.T.contiguous().T
+    field.bank = torch.cat([field.bank, field.bank])[::1][: len(field.bank)]
+    pairs = [torch.stack([i, i - 7], 1) for i in field.key_ids]
+    field.key_ids = Ids(pairs[0][:, 0], pairs[1][:, 0].to(torch.int32), pairs[2][:, 0].to(torch.int16))
+    field.query_ids = Ids(
+        field.query_ids.image.to(torch.int32), field.query_ids.part.to(torch.int8), field.query_ids[2]
+    )
+    got = field.values()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_ids_use_all_64_bits() -> None:
+    field = Field(12)
+    names = torch.tensor([10**12, -4, 10**12 + 2**32, 2**63 - 1, -(2**63)], device=DEVICE)
+    renamed = {
+        side: Ids(names[ids.image], ids.part, 9 - ids.view)
+        for side, ids in (("query_ids", field.query_ids), ("key_ids", field.key_ids))
+    }
+    for negatives in NEGATIVES:
+        torch.testing.assert_close(field.loss(negatives=negatives, **renamed), field.loss(negatives=negatives))
+
+
+FAR = 2**31 + 64
+
+
+@pytest.mark.skipif(not interpreted(), reason="sees the addresses of the interpreter")
+@pytest.mark.parametrize(("stride_n", "stride_d"), [(FAR, 1), (1, FAR)], ids=["rows", "channels"])
+def test_addresses_beyond_32_bits(stride_n: int, stride_d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every address of a tile, of vectors so far apart that they could not be allocated; nothing is read there."""
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    seen = []
+    load = InterpreterBuilder.create_masked_load
+
+    def note(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        if pointers.data.ndim == 2:
+            seen.append(set(pointers.data[mask.data].tolist()))
+            mask = TensorHandle(np.zeros_like(mask.data), mask.dtype)
+        return load(self, pointers, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", note)
+    x, n, d = torch.zeros(1), 5, 3
+    values, ids = torch.ones(n), torch.zeros(n, dtype=torch.int64)
+    of_x = (x, stride_n, stride_d, values, ids, ids, ids, 1, 1, 1)
+    low, high = ids[:1], ids[:1]
+    options = kernels.Tile(16, 16, 16, 16, True, 4, 2).options | {
+        "NEGATIVES": "all", "BOUNDED": True, "SPLITS": 1, "CHUNK": 16, "PRECISION": "ieee", "UPCAST": True
+    }  # fmt: skip
+    device_side.prepare[(1,)](
+        x, stride_n, stride_d, ids, ids, 1, 1, values, low, high, None, 0, None, None, None, None, None, n, d,
+        NORMALIZE=True, BOUNDED=True, BLOCK=16, BLOCK_D=16, UPCAST=True,
+    )  # fmt: skip
+    values.fill_(1)
+    device_side.forward[(1, 1)](*of_x, *of_x, low, high, None, 1.0, *torch.empty(3, n), None, 0, 1, n, n, d, **options)
+    raw = torch.zeros(n, 1, d)
+    device_side.gradient[(1, 1)](
+        *of_x, *of_x, values, values, None, low, high, None, 1.0, raw, None, n, n, d,
+        X_ROWS=True, Y_ROWS=True, WRITE=True, INNER=False, ADD=False, **options,
+    )  # fmt: skip
+    expected = {x.data_ptr() + 4 * (i * stride_n + c * stride_d) for i in range(n) for c in range(d)}
+    assert len(seen) == 5
+    assert all(addresses == expected for addresses in seen)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device with 5 GB")
+@pytest.mark.parametrize("side", ["rows", "channels"])
+def test_offsets_beyond_32_bits(side: str) -> None:
+    shape, far = ((2, 16), (FAR, 1)) if side == "rows" else ((16, 2), (1, FAR))
+    query = torch.empty(FAR + 16, dtype=torch.float16, device=DEVICE).as_strided(shape, far)
+    query.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+    ids = Ids(*(torch.arange(len(query), device=DEVICE) * i for i in (0, 0, 1)))
+    losses = []
+    for x in (query, query.contiguous()):
+        x = x.detach().requires_grad_()
+        loss = contrastive_loss(x, x, query_ids=ids, key_ids=ids, backend="triton")
+        losses.append(torch.cat([loss.detach().view(1), torch.autograd.grad(loss, x)[0].flatten()]))
+    assert torch.equal(*losses)
+
+
+def test_many_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, kernels.Tile(16, 16, 16, 64 if DEVICE == "cuda" else 2048, False, 4, 2))
+    assert_within_bounds(Field(13, m=5, t=9, d=8192, bank=3, absent=False, images=1))
+
+
+def count_products(monkeypatch: pytest.MonkeyPatch, run: Any) -> int:
+    """How many tiles are multiplied while run() runs, interpreted."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    calls = []
+    dot = InterpreterBuilder.create_dot
+    with monkeypatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", lambda *args: (calls.append(1), dot(*args))[1])
+        run()
+    return len(calls)
+
+
+@pytest.mark.skipif(not interpreted(), reason="counts what the interpreter does")
+@pytest.mark.parametrize("views", [1, 2])
+def test_same_image_does_the_work_of_shared_blocks_alone(views: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, kernels.Tile(16, 16, 16, 64, True, 4, 2))
+    images = 6 // views
+    image = torch.arange(images).repeat_interleave(16).repeat(views)  # each image fills a block in each view
+    ids = Ids(image, torch.arange(len(image)) % 16 // 2, torch.arange(len(image)) % 2)
+    x = torch.randn(len(image), 8, requires_grad=True)
+
+    def work(negatives: str) -> tuple[int, int]:
+        losses: list[Tensor] = []
+        given = {"query_ids": ids, "key_ids": ids, "negatives": negatives, "backend": "triton"}
+        forward = count_products(monkeypatch, lambda: losses.append(contrastive_loss(x, x, **given)))
+        return forward, count_products(monkeypatch, lambda: losses[0].backward())
+
+    blocks = images * views
+    assert work("all") == (blocks**2, 2 * blocks**2)
+    assert work("same_image") == (blocks * views, 2 * blocks * views)
+
+
+def test_two_runs_are_equal_bit_for_bit() -> None:
+    field = Field(14, same=True)
+    first, second = field.values(), field.values()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["key", "same"])
+def test_opcheck(same: bool) -> None:
+    field = Field(1, m=10, t=12, same=same)
+    query = field.query.requires_grad_()
+    key = (None, None, None, None) if same else (field.key.requires_grad_(), *field.key_ids)
+    temperature = torch.tensor(0.2, requires_grad=True)
+    args = (query, *field.query_ids, *key, field.bank, temperature, 1.0, "all", True, "ieee", True, "triton")
+    torch.library.opcheck(torch.ops.fgfast.contrast, args)
+    grads = [torch.randn(10, device=DEVICE), *(x.detach() for x in torch.ops.fgfast.contrast(*args)[1:])]
+    detached = [x.detach() if isinstance(x, Tensor) else x for x in args]
+    for needs in ([True, not same, True, True], [False, not same, True, False], [False, False, False, True]):
+        torch.library.opcheck(torch.ops.fgfast.contrast_backward, (*grads, needs, *detached))
+
+
+def test_compiled_fullgraph_gives_the_same_numbers() -> None:
+    field = Field(2)
+    compiled = torch.compile(lambda query: field.loss(query=query), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(field.query), field.loss())
+
+
+def test_bad_input_is_one_clear_error() -> None:
+    field = Field(0, m=3, t=3, bank=None)
+    wide = torch.zeros(3, 8193, device=DEVICE)
+    with pytest.raises(ValueError, match=r"query has 8193 channels and the Triton kernels take 8192"):
+        field.loss(query=wide, key=wide)
+    with pytest.raises(ValueError, match=r"key has 2147483648 rows and the Triton kernels take \d+"):
+        kernels.check_sizes(wide[:, :4], torch.zeros(1, 4).expand(2**31, 4), None)
+    with pytest.raises(TypeError, match=r"query has dtype torch\.float64"):
+        field.loss(query=field.query.double(), key=field.key.double())
+
+
+def test_the_cases_for_compilation_name_every_argument() -> None:
+    cases = list(kernels.aot_cases())
+    assert len({case.name for case in cases}) == len(cases)
+    for case in cases:
+        names = list(case.signature)
+        assert names == list(case.kernel.arg_names), case.name
+        assert {n for n in names if case.signature[n] == "constexpr"} == set(case.constexprs), case.name
+    assert {case.kernel for case in cases} == {
+        device_side.prepare, device_side.forward, device_side.join, device_side.gradient, device_side.finish
+    }  # fmt: skip
