@@ -21,7 +21,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p fgfast
 	$(BIN)/mypy -p benchmarks
-	$(BIN)/mypy --allow-untyped-defs --allow-incomplete-defs kernels
+	$(BIN)/mypy --follow-imports=silent --allow-untyped-defs --allow-incomplete-defs kernels
 
 # The CPU code of the compiled extension under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(INSTALLED)
