@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.conftest import Race
+from benchmarks.conftest import Race, Run
 from fgfast import pivotal_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,7 +44,7 @@ def vectorised(x: Tensor) -> list[Tensor]:
 def test_pivotal_mask(race: Race, benchmark: Any) -> None:
     """Masks must be equal, or there is no speed."""
     x = attention()
-    contenders = {
+    contenders: dict[str, Run] = {
         "fgfast": lambda: [pivotal_mask(x, keep=KEEP).mask.float()],
         "fgfast, torch backend": lambda: [pivotal_mask(x, keep=KEEP, backend="torch").mask.float()],
         "vectorised": lambda: vectorised(x),
