@@ -1,0 +1,70 @@
+"""What the cases share: dtypes, tolerances, seeded inputs, torch.compile, and peers that may be missing."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.timing import Unavailable
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# |answer - reference| / |reference| that a right answer stays under, whatever the size: a few roundings of its inputs.
+TOLERANCES = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 3e-2}
+
+
+def precision(dtype: str) -> str:
+    """How float32 products are made."""
+    return "tf32" if dtype == "tf32" else "ieee"
+
+
+def ours(device: torch.device, native: bool = False) -> str:
+    """The backend that is measured on the device: Triton or the compiled sampler on a GPU, PyTorch elsewhere."""
+    if device.type != "cuda":
+        return "torch"
+    if native:
+        import fgfast._native
+
+        return "native" if fgfast._native.CUDA else "torch"
+    return "triton"
+
+
+def generator(device: torch.device, seed: int) -> torch.Generator:
+    """Random numbers on the device."""
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def compiled(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The function under torch.compile, for the shapes of one case."""
+    torch._dynamo.reset()
+    return torch.compile(run, dynamic=False)
+
+
+def peer(module: str, package: str) -> Any:
+    """A module of a peer.
+
+    Raises:
+        Unavailable: it is not installed, or does not import here.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        absent = isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == module.split(".")[0]
+        raise Unavailable(f"{package} " + ("is not installed" if absent else f"does not import: {error}")) from error
+
+
+def need_gpu(device: torch.device, package: str) -> None:
+    """Raise Unavailable for a peer that runs on a GPU alone."""
+    if device.type != "cuda":
+        raise Unavailable(f"{package} needs a GPU")
+
+
+def sizes(**named: int) -> str:
+    """A shape as the record has it.
+
+    Example:
+        >>> sizes(M=4, D=2)
+        'M=4 D=2'
+    """
+    return " ".join(f"{name}={n}" for name, n in named.items())

@@ -1,0 +1,135 @@
+"""Traffic of the kernels over the fewest bytes, counted in Triton's interpreter: ``python -m benchmarks.traffic``.
+
+Shapes are small, with outputs under a tenth of the inputs where the operation has it so. Bytes move as the model of
+:mod:`fgfast.testing` says; :func:`~fgfast.testing.checked` fails on a stray access or a race while it counts. Under the
+interpreter half-precision results are stored as float32, and the fewest bytes are counted so.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fgfast
+from benchmarks.cases.common import sizes
+from fgfast.testing import Traffic, checked, fewest
+
+Row = dict[str, Any]
+Inputs = list[Tensor]
+
+
+class Count(NamedTuple):
+    """A pass of an operation: what it was given, what came out, what it moved, and the ratio that is asked for."""
+
+    op: str
+    shape: str
+    dtype: str
+    fewest: int
+    traffic: Traffic
+    goal: float | None
+
+    def row(self) -> Row:
+        """As the record has it."""
+        moved = self.traffic.bytes
+        return {
+            "op": self.op, "shape": self.shape, "dtype": self.dtype, "launches": self.traffic.launches,
+            "programs": self.traffic.programs, "fewest": self.fewest, "bytes": moved,
+            "ratio": round(moved / self.fewest, 3), "goal": "" if self.goal is None else self.goal,
+        }  # fmt: skip
+
+
+def _counted(given: Inputs, run: Callable[[], Any]) -> tuple[Any, Traffic]:
+    with checked(*(x.detach() for x in given)) as traffic:
+        answer = run()
+    return answer, traffic
+
+
+def part_pool(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
+    x = torch.randn(1, 128, 40, 40).to(dtype).requires_grad_()
+    labels = torch.randint(-1, 8, (1, 40, 40))
+    shape = sizes(B=1, D=128, N=1600, K=8)
+    out, traffic = _counted([x, labels], lambda: fgfast.part_pool(x, labels, 8, backend="triton"))
+    yield Count("part_pool forward", shape, name, fewest(x, labels, out.pooled.float(), out.area), traffic, 1.10)
+    g = torch.randn_like(out.pooled)
+    (grad,), traffic = _counted([], lambda: torch.autograd.grad(out.pooled, x, g))
+    yield Count("part_pool backward", shape, name, fewest(grad.float(), labels, g, out.area), traffic, 1.10)
+
+
+def labels_to_grid(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
+    labels = torch.randint(-1, 15, (1, 128, 128))
+    grid, traffic = _counted([labels], lambda: fgfast.labels_to_grid(labels, 32, 15, backend="triton"))
+    yield Count("labels_to_grid", "B=1 H=128 W=128 h=32 K=15", "int64", fewest(labels, grid), traffic, 1.10)
+
+
+def kmeans_step(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
+    """With the launch that prepares the centroids. The interpreter keeps these as float32 for every dtype.
+
+    At 768 channels they and a tile of pixels fit the 128 KiB on chip in bfloat16 and do not in float32: the count for
+    bfloat16 is that of float32 centroids, so it has no goal. One problem is split among the processors (four, where
+    there is none) and pays for partial sums, which is part of the ratio.
+    """
+    for n, d, k in ((1600, 256, 8), *(() if quick else ((3136, 512, 25), (1568, 768, 25)))):
+        x, centroids = torch.randn(1, n, d).to(dtype), torch.randn(1, k, d)
+        out, traffic = _counted([x, centroids], partial(fgfast.kmeans_step, x, centroids, backend="triton"))
+        goal = None if d == 768 and dtype != torch.float32 else 1.10
+        yield Count("kmeans_step", sizes(B=1, N=n, D=d, K=k), name, fewest(x, centroids, *out), traffic, goal)
+
+
+def assign_and_pool(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
+    x, centroids = torch.randn(1, 256, 24, 24).to(dtype), torch.randn(1, 8, 256)
+    run = partial(fgfast.assign_and_pool, x, centroids, backend="triton")
+    (pooled, area, labels), traffic = _counted([x, centroids], run)
+    smallest = fewest(x, centroids, pooled.float(), area, labels)
+    yield Count("assign_and_pool", sizes(B=1, D=256, N=576, K=8), name, smallest, traffic, None)
+
+
+def contrast(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
+    """Bound by its products: the ratio is for the record, and has no goal."""
+    m, d = 128, 64
+    q, k = (torch.randn(m, d).to(dtype).requires_grad_() for _ in range(2))
+    row = torch.arange(m)
+    ids = [fgfast.Ids(row // 4, row % 4, torch.full_like(row, view)) for view in range(2)]
+    run = partial(fgfast.contrastive_loss, q, k, query_ids=ids[0], key_ids=ids[1], backend="triton")
+    loss, traffic = _counted([], run)
+    given = fewest(q, k, *ids[0], *ids[1])
+    shape = sizes(M=m, T=m, D=d)
+    yield Count("contrast forward", shape, name, given + 12 * m, traffic, None)
+    grads, traffic = _counted([], lambda: torch.autograd.grad(loss, (q, k)))
+    yield Count("contrast backward", shape, name, given + 12 * m + fewest(*(g.float() for g in grads)), traffic, None)
+
+
+KERNELS = (part_pool, labels_to_grid, kmeans_step, assign_and_pool, contrast)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def counted(only: str = "", quick: bool = False) -> Iterator[Count]:
+    """Every count, or those of one operation; ``quick`` counts in bfloat16 alone. Needs TRITON_INTERPRET=1."""
+    torch.manual_seed(0)
+    for kernel in KERNELS:
+        if only in ("", kernel.__name__):
+            names = ("bf16",) if quick or kernel is labels_to_grid else DTYPES
+            for name in names:
+                yield from kernel(name, DTYPES[name], quick)
+
+
+def rows(only: str = "", quick: bool = False) -> list[Row]:
+    """The rows, from a process in which Triton interprets."""
+    command = [sys.executable, "-m", "benchmarks.traffic", only, "quick" if quick else ""]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"Traffic could not be counted: {done.stderr[-2000:]}")
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+if __name__ == "__main__":
+    for count in counted(sys.argv[1] if len(sys.argv) > 1 else "", "quick" in sys.argv[2:]):
+        print(json.dumps(count.row()), flush=True)

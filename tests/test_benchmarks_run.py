@@ -1,0 +1,200 @@
+"""The benchmark command on a CPU, with tiny shapes and PyTorch's backend: judged, timed, recorded, drawn."""
+
+import argparse
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import ceilings, plots, record, run, traffic
+from benchmarks.cases import OPERATIONS, planned
+from benchmarks.timing import Case, Judged, Unavailable, Variant, WallClock, input_sets, measure
+
+CPU = torch.device("cpu")
+FOUND = ceilings.Ceilings(1e9, dict.fromkeys(ceilings.DTYPES, 1e9))
+SLOW = ("torch.compile", "lightly")  # left out: compiling and importing take longer than everything else
+
+
+class Steps:
+    """A clock that says one millisecond for every run."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def mark(self) -> int:
+        self.now += 1
+        return self.now
+
+    def ms(self, start: int, end: int) -> float:
+        return float(end - start)
+
+    def wait(self) -> None:
+        pass
+
+    def peak(self, run):
+        run()
+        return 3 << 20
+
+    def captured(self, run):
+        return run
+
+
+def toy(*variants: Variant, tolerance: float = 0.1, size: str = "N=4") -> Case:
+    """Doubling a vector."""
+
+    def judge(x):
+        return lambda answer: Judged(float((answer[0] - 2 * x).abs().max()))
+
+    return Case(
+        "double", size, "fp32", lambda seed: torch.full((4,), float(seed)), variants, judge, tolerance, bytes=32,
+        operations=4, input_bytes=16,
+    )  # fmt: skip
+
+
+def right(x):
+    return [2 * x]
+
+
+def refuse():
+    raise Unavailable("it is not installed")
+
+
+def test_a_wrong_answer_has_no_time_and_a_missing_peer_has_a_reason():
+    def fails(x):
+        raise ValueError("shapes\nand more")
+
+    case = toy(
+        Variant("ours", lambda: right),
+        Variant("wrong", lambda: lambda x: [2 * x + 1]),
+        Variant("nan", lambda: lambda x: [x * torch.nan]),
+        Variant("loose", lambda: lambda x: [2 * x + 0.15], slack=2.0),
+        Variant("missing", refuse),
+        Variant("fails", lambda: fails),
+    )
+    ours, wrong, nan, loose, missing, failed = measure(case, Steps())
+    assert set(ours.times) == {1.0}
+    assert ours.peak == 3 << 20
+    assert not wrong.times
+    assert not nan.times
+    assert "wrong" in nan.skipped
+    assert loose.times
+    assert missing.skipped == "it is not installed"
+    assert failed.skipped == "failed: ValueError: shapes"
+    text = run.as_text([ours, wrong, missing], FOUND)
+    assert "wrong: an error of" in text
+    assert "it is not installed" in text
+
+
+def test_an_answer_that_changes_loses_its_time():
+    runs = iter(range(1000))
+    (drifting,) = measure(toy(Variant("ours", lambda: lambda x: [2 * x + next(runs)]), tolerance=2), Steps())
+    assert not drifting.times
+    assert "after timing" in drifting.skipped
+
+
+def test_variants_take_turns_over_input_sets_that_outgrow_the_cache():
+    seen = []
+    variants = [
+        Variant(name, lambda name=name: lambda x: seen.append((name, float(x[0]))) or right(x)) for name in "ab"
+    ]
+    case = toy(*variants)
+    assert input_sets(case, cache=20) == 4
+    assert input_sets(replace(case, input_bytes=1 << 30), cache=50 << 20) == 2
+    measure(case, Steps(), cache=20, budget_ms=1.0)
+    timed = seen[-2 - 2 * 5 : -2]  # five rounds of two, and before the end one check of each
+    assert [name for name, _ in timed] == list("abbaabbaab")
+    assert [x for _, x in timed[::2]] == [0.0, 1.0, 2.0, 3.0, 0.0]
+
+
+def test_every_operation_is_measured_with_tiny_shapes(capsys, tmp_path):
+    """Each reference, each judge and each variant that runs on a CPU; then the record and the plots of it."""
+    kept = []
+    faults = run.measured(
+        planned(CPU, tiny=True), CPU, WallClock(), FOUND, keep=kept.extend, budget_ms=1.0, without=SLOW
+    )
+    assert faults == []
+    ran = {(row["op"], row["variant"]) for row in kept if row["ms_50"]}
+    assert {op for op, _ in ran} == set(OPERATIONS)
+    assert len({variant for op, variant in ran if op == "contrast"}) >= 2
+    assert all(float(row["error"]) < 0.05 for row in kept if row["ms_50"])
+    assert "flash-kmeans needs a GPU" in capsys.readouterr().out
+    here = record.setting(CPU)
+    for _ in range(2):  # the second time appends
+        record.append([*record.of_ceilings(FOUND), *kept], here, tmp_path / "results.csv")
+    rows = record.read(tmp_path / "results.csv")
+    assert len(rows) == 2 * (len(kept) + 5)
+    assert tuple(rows[0]) == record.COLUMNS
+    drawn = plots.draw(rows, here["device"], tmp_path)
+    assert [path.name for path in drawn] == ["roofline.png"]  # no series of three sizes
+
+
+def test_a_file_with_other_columns_is_not_appended_to(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text("a,b\n")
+    with pytest.raises(ValueError, match="other columns"):
+        record.append([], {}, path)
+
+
+def test_series_of_three_sizes_are_drawn():
+    rows = [
+        {
+            "device": "x", "op": "contrast", "variant": variant, "shape": f"pairs M={m} T={m} D=8", "dtype": "bf16",
+            "ms_50": m, "bytes": m, "operations": m * m, "peak_mib": "" if variant == "eager" else m,
+        }
+        for variant in ("fgfast triton", "eager") for m in (4, 8, 16)
+    ]  # fmt: skip
+    assert list(plots.series(rows, "M")) == ["contrast pairs D=8 bf16"]
+    assert plots.series(rows, "D") == {}
+    figure = plots.scaling(rows)
+    assert [len(axes.lines) for axes in figure.axes] == [2, 1]
+
+
+def test_the_cases_of_a_gpu_can_be_listed_without_one():
+    """Making a case touches no device: shapes and floors of the table are as written."""
+    cases = list(planned(torch.device("cuda"), quick=False, only="contrast"))
+    goal = next(c for c in cases if c.shape == "pairs M=65536 T=65536 D=256" and c.dtype == "bf16")
+    assert goal.quick
+    assert goal.operations == 5 * 2 * 65536**2 * 256
+    assert goal.bytes == 2 * 2 * 65536 * 256 * 2 + 3 * 8 * 2 * 65536
+    (step,) = (c for c in planned(torch.device("cuda"), "kmeans_step", quick=True))
+    assert step.shape == "B=128 N=3136 D=768 K=25"
+    assert [v.name for v in step.variants][:2] == ["fgfast triton", "fgfast triton, atomics"]
+
+
+def test_ceilings_of_this_machine_are_numbers():
+    found = ceilings.measured(CPU, WallClock(), small=True)
+    assert found.bandwidth > 1e6
+    assert set(found.rates) == {"bf16", "fp16", "tf32", "fp32"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted without a GPU")
+def test_traffic_of_a_kernel_is_counted():
+    (grid,) = traffic.counted("labels_to_grid")
+    row = grid.row()
+    assert row["launches"] == 1
+    assert row["fewest"] <= row["bytes"] <= 1.1 * row["fewest"]
+
+
+def test_without_a_gpu_the_command_says_what_it_cannot_measure(monkeypatch, tmp_path, capsys):
+    rows = [{"op": "part_pool", "shape": "B=1", "dtype": "bf16", "launches": 1, "ratio": 1.2, "goal": 1.1}]
+    reports = [{"case": "pool row0", "arch": "sm_90", "registers": 64, "spilled": 0, "shared": 1024}]
+    monkeypatch.setattr(traffic, "rows", lambda only, quick: rows)
+    monkeypatch.setattr("benchmarks.compiled.rows", lambda: (reports, 0))
+    chosen = argparse.Namespace(only="", quick=True, record=True, results=tmp_path)
+    assert run.without_device(chosen) == 0
+    out = capsys.readouterr().out
+    assert "No GPU was found" in out
+    assert "over the goal" in out
+    assert record.read(tmp_path / "traffic.csv")[0]["ratio"] == "1.2"
+    assert record.read(tmp_path / "compiled.csv")[0]["case"] == "pool row0"
+
+
+def test_the_command_refuses_an_operation_that_it_does_not_have():
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "benchmarks.run", "--only", "sort"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "contrast" in done.stderr
