@@ -41,7 +41,7 @@ def test_every_kernel_and_every_default_row_is_compiled():
         "prepare", "forward", "join", "gradient", "finish",
     }  # fmt: skip
     rows = {name for name, _ in configs.table("part_pool") if "tuned" not in name}
-    assert rows == {" ".join(case.name.split()[:2]) for case in cases if case.name.startswith("part_pool")}
+    assert rows == {" ".join(case.name.split()[:2]) for case in cases if case.name.startswith("part_pool row")}
     assert {(arch, dtype) for arch, dtype in kmeans_step.TILES} == {
         tuple(case.name.split()[2:4]) for case in cases if case.kernel in (kmeans_step._step, kmeans_step._assign)
     }
@@ -66,7 +66,7 @@ def test_every_case_has_its_own_name():
 
 
 def test_what_a_compilation_may_not_do_is_named(monkeypatch):
-    case = ("fgfast.kernels.part_pool", "part_pool row0 join bf16", "sm_86")
+    case = ("fgfast.kernels.part_pool", "part_pool join bf16", "sm_86")
     assert aot.faults({case: aot.Report(100, 0, 99 * 1024)}) == []
     assert "spills 4 bytes" in aot.faults({case: aot.Report(255, 4, 0)})[0]
     assert "99 KiB" in aot.faults({case: aot.Report(100, 0, 99 * 1024 + 1)})[0]
