@@ -18,7 +18,8 @@ class AotCase(NamedTuple):
     """One compilation that :mod:`fgfast.kernels.aot` makes without a GPU.
 
     A kernel file offers its own through ``aot_cases()``. The signature maps every argument to its type as Triton writes
-    it ("*bf16", "i32", "constexpr"), with ":16" behind it for a pointer or integer that is a multiple of 16.
+    it ("*bf16", "i32", "constexpr"), with ":16" behind it for a pointer or integer that is a multiple of 16. A row that
+    serves some architectures names them; a case that is like others, but for little, is rare.
     """
 
     name: str
@@ -27,6 +28,9 @@ class AotCase(NamedTuple):
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int
+    archs: tuple[str, ...] = ()  # () for each
+    rare: bool = False  # left out by --default-only
+    tuned: bool = False  # of a measured row, which may spill if it was fastest all the same
 
 
 def interpreted() -> bool:

@@ -3,9 +3,6 @@
 Every :class:`~fgfast.kernels._common.AotCase` that a file of this folder offers is compiled for each architecture, and
 a table of registers, spilled bytes and shared memory is printed. The exit status is 1 when a case of a default row
 spills or any case needs more shared memory than the part has. Reports are kept by the hash of what they depend on.
-
-A case whose name holds the name of an architecture is compiled for that one alone; one with the word "tuned" in its
-name belongs to a measured row, which may spill if it was fastest all the same.
 """
 
 import argparse
@@ -51,24 +48,28 @@ def modules() -> Iterator[str]:
 
 
 @cache
-def _cases(module: str) -> dict[str, AotCase]:
-    return {case.name: case for case in importlib.import_module(module).aot_cases()}
-
-
-def _words(name: str) -> set[str]:
-    return set(re.split("[ -]", name))
+def cases(module: str) -> dict[str, AotCase]:
+    """The cases of a kernel file by their names."""
+    found = list(importlib.import_module(module).aot_cases())
+    for loaded in [m for name, m in sys.modules.items() if name.startswith("fgfast.kernels.")]:
+        for function in vars(loaded).values():
+            if hasattr(function, "starting_line_number"):
+                function.starting_line_number = 0  # part of Triton's key, though lines above a kernel do not change it
+    by_name = {case.name: case for case in found}
+    assert len(by_name) == len(found), f"two cases of {module} have one name"
+    return by_name
 
 
 def jobs(architectures: Sequence[str], default_only: bool, only: str = "") -> list[Job]:
     """What is to be compiled; ``only`` is a part of the names wanted."""
-    found = []
-    for module in modules():
-        for case in importlib.import_module(module).aot_cases():
-            named = _words(case.name)
-            if only in case.name and not (default_only and "tuned" in named):
-                own = [a for a in ARCHITECTURES if a in named]
-                found += [(module, case.name, a) for a in architectures if not own or a in own]
-    return found
+    return [
+        (module, case.name, arch)
+        for module in modules()
+        for case in cases(module).values()
+        if only in case.name and not (default_only and (case.rare or case.tuned))
+        for arch in architectures
+        if not case.archs or arch in case.archs
+    ]
 
 
 def compile_case(job: Job) -> Report:
@@ -84,7 +85,7 @@ def _compiled(module: str, name: str, arch: str) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    case = _cases(module)[name]
+    case = cases(module)[name]
     types = {name: case.signature.get(name, "constexpr").partition(":") for name in case.kernel.arg_names}
     source = ASTSource(
         fn=case.kernel,
@@ -130,8 +131,10 @@ def _key(job: Job) -> str:
     import triton
 
     module, name, arch = job
-    case = _cases(module)[name]
-    parts = (triton.__version__, case.kernel.cache_key, arch, *case[2:])
+    case = cases(module)[name]
+    kinds = sorted(case.signature.items())
+    constants = sorted(case.constexprs.items())
+    parts = (triton.__version__, case.kernel.cache_key, arch, kinds, constants, case.num_warps, case.num_stages)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -140,31 +143,35 @@ def reports(wanted: list[Job], workers: int = 2) -> dict[Job, Report]:
     path = _folder() / "reports.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     keys = {job: _key(job) for job in wanted}
-    missing = [job for job in wanted if keys[job] not in known]
+    missing = {key: job for job, key in keys.items() if key not in known}  # rows may share a compilation
     if missing:
         # Fresh processes: a fork would take over torch's threads.
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            known |= {keys[job]: report for job, report in zip(missing, pool.map(compile_case, missing), strict=True)}
-        kept = json.dumps({key: report for key, report in known.items() if not Report(*report).error})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(kept)
-        partial.replace(path)
+        with ProcessPoolExecutor(min(workers, len(missing)), mp_context=get_context("spawn")) as pool:
+            for key, report in zip(missing, pool.map(compile_case, missing.values()), strict=True):
+                known[key] = report
+                _keep({key: report for key, report in known.items() if not Report(*report).error}, path)
     return {job: Report(*known[keys[job]]) for job in wanted}
+
+
+def _keep(known: dict[str, Report], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(known))
+    partial.replace(path)
 
 
 def faults(found: dict[Job, Report]) -> list[str]:
     """What is wrong with the reports, a sentence each.
 
     Example:
-        >>> faults({("m", "pool", "sm_90"): Report(255, 8, 1024)})
-        ['pool spills 8 bytes a thread on sm_90']
+        >>> faults({("fgfast.kernels.kmeans_step", "kmeans reduce", "sm_90"): Report(255, 8, 1024)})
+        ['kmeans reduce spills 8 bytes a thread on sm_90']
     """
     wrong = []
-    for (_, name, arch), report in found.items():
+    for (module, name, arch), report in found.items():
         if report.error:
             wrong.append(f"{name} does not compile for {arch}: {report.error}")
-        if report.spilled and "tuned" not in _words(name):
+        if report.spilled and not cases(module)[name].tuned:
             wrong.append(f"{name} spills {report.spilled} bytes a thread on {arch}")
         if report.shared > SHARED[arch] * 1024:
             wrong.append(f"{name} needs {report.shared} bytes of shared memory on {arch}, which has {SHARED[arch]} KiB")
@@ -175,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m fgfast.kernels.aot", description="Compile the kernels, no GPU.")
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
-    parser.add_argument("--default-only", action="store_true", help="leave out the rows measured on a device")
+    parser.add_argument("--default-only", action="store_true", help="leave out measured rows, and rare variants")
     parser.add_argument("--only", default="", metavar="TEXT", help="the cases with this text in their name")
     chosen = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled; triton reads it on import

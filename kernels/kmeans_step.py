@@ -15,7 +15,7 @@ registers. Where K x D does not fit there, `_assign` finds the labels and `_sum`
 import math
 from collections.abc import Iterator
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,42 +23,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fgfast.kernels._common import AotCase, dtype_name, interpreted, output_dtype, widened
+from fgfast.kernels.configs import SHARED, architecture, processors
 
 EPS = tl.constexpr(1e-12)
-HELD = 1 << 15  # sums that a program of 8 warps keeps in registers: 128 a thread
 SHARE = 0.08  # of the bytes of x: the most that partial sums may cost, written and read
 WIDEST = 8192  # channels
-
-TILES: dict[
-    tuple[int | str, str], dict[str, int]
-] = {  # BLOCK_N, BLOCK_D pixels and channels of a tile of scores, BLOCK_S channels of a tile of sums
-    ("default", "fp32"): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_S": 128, "num_warps": 8, "num_stages": 2},
-    ("default", "fp16"): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_S": 128, "num_warps": 8, "num_stages": 2},
-    ("default", "bf16"): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_S": 128, "num_warps": 8, "num_stages": 2},
-    (90, "fp16"): {"BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_S": 128, "num_warps": 8, "num_stages": 4},
-    (90, "bf16"): {"BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_S": 128, "num_warps": 8, "num_stages": 4},
-}  # a row of an architecture serves rows of pixels or channels that start at multiples of 16 elements
-
-
-def power(n: int, least: int = 16) -> int:
-    """The least power of two that is at least n and ``least``."""
-    return max(least, triton.next_power_of_2(n))
-
-
-def tile(arch: int | str, dtype: str, channels: int, clusters: int) -> dict[str, int]:
-    """The tile of a step on D channels and K clusters; HELD says whether the sums fit the registers."""
-    row = dict(TILES.get((arch, dtype), TILES["default", dtype]))
-    row["BLOCK_S"] = min(row["BLOCK_S"], power(channels))
-    row["BLOCK_D"] = min(row["BLOCK_D"], row["BLOCK_S"])
-    row["BLOCK_K"] = power(clusters)
-    row["CHUNKS"] = max(1, triton.cdiv(channels, row["BLOCK_S"]))
-    row["HELD"] = int(row["CHUNKS"] * row["BLOCK_S"] * row["BLOCK_K"] <= HELD)
-    if not row["HELD"]:
-        row |= {"BLOCK_N": 32, "BLOCK_S": min(64, row["BLOCK_S"]), "BLOCK_D": min(32, row["BLOCK_S"])}
-        row |= {"BLOCK_K": min(64, row["BLOCK_K"]), "num_warps": 8}
-        row["CHUNKS"] = triton.cdiv(channels, row["BLOCK_S"])
-    return row
-
 
 # ---------------------------------------------------------------- what the kernels share
 
@@ -448,25 +417,72 @@ def _prepare(
             mu /= K
         c = centroids_tile(c_ptr, k, d, K, D, stride_k, stride_d) / length[None, :]
         bias += centred(m_ptr + b * DP * KP, c, mu, k, d, K, D, KP)
-        if low == 0:
+        if not GIVEN and low == 0:
             tl.store(mu_ptr + b * DP + d, mu)
     tl.store(bias_ptr + b * KP + k, bias)
 
 
 # ---------------------------------------------------------------- the host side
 
+# BLOCK_N, BLOCK_D: pixels and channels of a tile of scores; BLOCK_S: channels of a tile of sums; HELD: padded sums that
+# a program keeps in registers, 96 or 128 a thread; MOST_K: padded clusters of such a program.
+TILES: dict[tuple[str, str], dict[str, int]] = {
+    ("default", "fp32"): {
+        "BLOCK_N": 16,
+        "BLOCK_D": 32,
+        "BLOCK_S": 128,
+        "HELD": 24 << 10,
+        "MOST_K": 64,
+        "num_stages": 2,
+    },
+    ("default", "fp16"): {
+        "BLOCK_N": 16,
+        "BLOCK_D": 32,
+        "BLOCK_S": 128,
+        "HELD": 24 << 10,
+        "MOST_K": 128,
+        "num_stages": 2,
+    },
+    ("default", "bf16"): {
+        "BLOCK_N": 16,
+        "BLOCK_D": 32,
+        "BLOCK_S": 128,
+        "HELD": 24 << 10,
+        "MOST_K": 128,
+        "num_stages": 2,
+    },
+    ("sm_90", "fp16"): {"BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_S": 128, "HELD": 32 << 10, "MOST_K": 128, "num_stages": 4},
+    ("sm_90", "bf16"): {"BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_S": 128, "HELD": 32 << 10, "MOST_K": 128, "num_stages": 4},
+}  # a row of an architecture serves rows of pixels or channels that start at multiples of 16 elements
+MOST_CHUNKS = 8  # tiles of sums that a program holds: each takes registers for its addresses too
 
-def processors(device: torch.device) -> int:
-    """How many programs run at once, at one a multiprocessor."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+def power(n: int, least: int = 16) -> int:
+    """The least power of two that is at least n and ``least``."""
+    return max(least, triton.next_power_of_2(n))
 
 
-def architecture(device: torch.device) -> int | str:
-    """The key of the tile table: the compute capability, 90 say, or "default"."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return "default"
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+def tile(arch: str, dtype: str, channels: int, clusters: int) -> dict[str, int]:
+    """The tile of a step on D channels and K clusters; HELD says whether the sums fit the registers."""
+    row = {"num_warps": 8} | TILES.get((arch, dtype), TILES["default", dtype])
+    row["BLOCK_S"] = min(row["BLOCK_S"], power(channels))
+    row["BLOCK_D"] = min(row["BLOCK_D"], row["BLOCK_S"])
+    row["BLOCK_K"] = power(clusters)
+    row["CHUNKS"] = max(1, triton.cdiv(channels, row["BLOCK_S"]))
+    sums = row["CHUNKS"] * row["BLOCK_S"] * row["BLOCK_K"]
+    if row["BLOCK_K"] > row.pop("MOST_K") or row["CHUNKS"] > MOST_CHUNKS or sums > row["HELD"]:
+        row |= {"HELD": 0, "BLOCK_N": 32, "BLOCK_S": min(64, row["BLOCK_S"])}
+        row["BLOCK_D"] = min(16 if dtype == "fp32" else 32, row["BLOCK_S"])
+        row["BLOCK_K"] = min(64, row["BLOCK_K"])
+        row["CHUNKS"] = triton.cdiv(channels, row["BLOCK_S"])
+        return row
+    if sums > 16 << 10:
+        row["BLOCK_N"] = min(32, row["BLOCK_N"])
+    if row["BLOCK_K"] == 128:
+        row["BLOCK_N"] = 16
+    if row["BLOCK_N"] == 16 and sums > 16 << 10:
+        row["BLOCK_D"] = min(16, row["BLOCK_D"])
+    return row | {"HELD": 1}
 
 
 def splits(batch: int, tiles: int, affordable: int, processors: int) -> int:
@@ -543,7 +559,7 @@ class Solver:
 
     def prepare(self, centroids: Tensor, given: bool = False) -> None:
         """Set m, bias and (unless ``given``) mu for centroids [B, K, D]."""
-        blocks = {"BLOCK_K": self.tile["BLOCK_K"], "BLOCK_D": self.tile["BLOCK_D"]}
+        blocks = {name: min(32, self.tile[name]) for name in ("BLOCK_K", "BLOCK_D")}
         _prepare[(self.batch * self.KP // blocks["BLOCK_K"],)](
             centroids, self.m, self.bias, self.mu, self.K, self.D, self.DP, self.KP, *centroids.stride(),
             COSINE=self.cosine, GIVEN=given, **blocks,
@@ -598,7 +614,12 @@ def kmeans_step(
 
 # ---------------------------------------------------------------- ahead of time
 
-SHAPES = ((64, 128), (256, 25), (768, 25), (1000, 25), (1024, 25), (2048, 256))  # D, K
+# D, K: small, at the limits of what is held in registers, beyond them.
+SHAPES = ((64, 60), (384, 60), (128, 128), (700, 25), (768, 25), (1024, 10), (1000, 25), (1024, 25), (2048, 256))
+TYPICAL = {
+    *((768, 25, "maps cosine"), (1024, 25, "maps cosine"), (700, 25, "gaps")),
+    *((128, 128, "gaps"), (1024, 10, "gaps"), (2048, 256, "gaps")),
+}
 
 POINTERS = {
     "labels_ptr": "*i64",
@@ -611,43 +632,83 @@ POINTERS = {
 }
 
 
-def case(name: str, kernel: triton.JITFunction, dtype: str, launch: dict[str, int], **constants: object) -> AotCase:
+class Layout(NamedTuple):
+    """How the pixels of a case lie, and what is done with them."""
+
+    unit: str  # the stride that is 1, or none
+    flat: bool
+    aligned: bool
+    weighted: bool
+    cosine: bool
+
+
+LAYOUTS = {
+    "maps": Layout("stride_x", True, True, False, False),
+    "maps cosine": Layout("stride_x", True, True, False, True),
+    "channels": Layout("stride_d", True, True, False, False),
+    "channels weighted": Layout("stride_d", True, True, True, False),
+    "odd": Layout("stride_d", True, False, False, False),
+    "gaps": Layout("stride_x", False, False, True, True),
+}
+
+
+def case(
+    name: str, kernel: triton.JITFunction, dtype: str, launch: dict[str, int], aligned: bool = False,
+    archs: tuple[str, ...] = (), rare: bool = False, **constants: object,
+) -> AotCase:  # fmt: skip
     """A case with the types that the host passes: x and m in ``dtype``, other data float32, sizes and strides i32."""
     types = POINTERS | {"x_ptr": f"*{dtype}", "m_ptr": f"*{dtype}"}
     fallback = {True: "*fp32", False: "i32"}
     signature = {
         a: types.get(a, fallback[a.endswith(("_ptr", "_from"))]) for a in kernel.arg_names if a not in constants
     }
-    return AotCase(name, kernel, signature, constants, launch["num_warps"], launch["num_stages"])
+    for a, kind in signature.items():
+        ours = kind.startswith("*") and a != "x_ptr"  # allocated by the host side
+        if ours or (aligned and (kind.startswith("*") or a in ("N", "DP", "KP") or a.startswith("stride"))):
+            signature[a] += ":16"
+    return AotCase(name, kernel, signature, constants, launch["num_warps"], launch["num_stages"], archs, rare)
 
 
 def aot_cases() -> Iterator[AotCase]:
-    """Every kernel, dtype and table row, at one shape of each class, layouts [B, N, D] and [B, D, H, W]."""
+    """Every kernel, dtype and table row, at a shape of each class and in each layout."""
     archs = {arch for arch, _ in TILES}
-    for arch, dtype, (channels, clusters) in product(sorted(archs, key=str), ("fp32", "fp16", "bf16"), SHAPES):
-        t = tile(arch, dtype, channels, clusters)
-        launch = {name: t[name] for name in ("num_warps", "num_stages")}
-        for layout, weighted, cosine in (("nd", False, False), ("nd", True, False), ("dn", False, True)):
-            name = f"{arch}-{dtype}-{channels}-{clusters}-{layout}{'-weighted' * weighted}{'-cosine' * cosine}"
-            shared: dict[str, object] = {
-                "FLAT": True,
-                "EVEN": channels % t["BLOCK_S"] == 0,
-                "WEIGHTED": weighted,
-                "LLOYD": True,
-            }
-            shared |= {"PRECISION": "ieee", "UPCAST": False, "stride_d" if layout == "nd" else "stride_x": 1}
-            blocks = {name: t[name] for name in ("BLOCK_N", "BLOCK_D", "BLOCK_S", "BLOCK_K", "CHUNKS")}
-            if t["HELD"]:
-                yield case(f"step-{name}", _step, dtype, launch, **shared, **blocks, COSINE=cosine, ATOMIC=False)
-            else:
-                del blocks["CHUNKS"], blocks["BLOCK_S"]
-                yield case(f"assign-{name}", _assign, dtype, launch, **shared, **blocks, COSINE=cosine)
-                blocks["BLOCK_S"] = t["BLOCK_S"]
-                del blocks["BLOCK_D"]
-                yield case(f"sum-{name}", _sum, dtype, launch, **shared, **blocks, UNIT=not (weighted or cosine))
-    small = {"num_warps": 8, "num_stages": 2}
+    for arch, dtype, (channels, clusters), (name, layout) in product(
+        sorted(archs), ("fp32", "fp16", "bf16"), SHAPES, LAYOUTS.items()
+    ):
+        if (arch, dtype) not in TILES or (arch != "default" and not layout.aligned):
+            continue
+        others = tuple(a for a in SHARED if (a, dtype) not in TILES or not layout.aligned)
+        for precision in ("ieee", "tf32") if dtype == "fp32" and name == "channels" else ("ieee",):
+            t = tile(arch, dtype, channels, clusters)
+            full = f"{arch} {dtype}{' tf32' * (precision == 'tf32')} {channels}x{clusters} {name}"
+            rare = (channels, clusters, name) not in TYPICAL
+            served = others if arch == "default" else (arch,)
+            yield from _step_cases(full, dtype, t, channels, layout, precision, archs=served, rare=rare)
+    small = {"num_warps": 4, "num_stages": 3}
     for dtype, cosine in product(("fp32", "fp16", "bf16"), (False, True)):
-        name = f"{dtype}{'-cosine' * cosine}"
-        blocks = {"BLOCK_K": 32, "BLOCK_D": 32}
-        yield case(f"prepare-{name}", _prepare, dtype, small, COSINE=cosine, GIVEN=False, **blocks)
-    yield case("reduce", _reduce, "fp32", small, LLOYD=True, BLOCK=1024)
+        name = f"kmeans prepare {dtype}{' cosine' * cosine}"
+        blocks: dict[str, Any] = {"BLOCK_K": 32, "BLOCK_D": 32}
+        yield case(name, _prepare, dtype, small, rare=dtype == "fp16", COSINE=cosine, GIVEN=False, **blocks)
+    yield case("kmeans reduce", _reduce, "fp32", small, LLOYD=True, BLOCK=1024)
+
+
+def _step_cases(
+    name: str, dtype: str, t: dict[str, int], channels: int, layout: Layout, precision: str, **kinds: Any
+) -> Iterator[AotCase]:
+    """The kernels of one step."""
+    known: dict[str, Any] = kinds | {
+        "FLAT": layout.flat, "EVEN": channels % t["BLOCK_S"] == 0, "WEIGHTED": layout.weighted, "LLOYD": True,
+        "PRECISION": precision, "UPCAST": False, layout.unit: 1,
+    }  # fmt: skip
+
+    def one(which: str, kernel: triton.JITFunction, names: tuple[str, ...], **flags: Any) -> AotCase:
+        blocks: dict[str, Any] = {n: t[n] for n in names}
+        return case(f"kmeans {which} {name}", kernel, dtype, t, layout.aligned, **known, **blocks, **flags)
+
+    if t["HELD"]:
+        blocks = ("BLOCK_N", "BLOCK_D", "BLOCK_S", "BLOCK_K", "CHUNKS")
+        yield one("step", _step, blocks, COSINE=layout.cosine, ATOMIC=False)
+    else:
+        yield one("assign", _assign, ("BLOCK_N", "BLOCK_D", "BLOCK_K"), COSINE=layout.cosine)
+        unit = not (layout.weighted or layout.cosine)
+        yield one("sum", _sum, ("BLOCK_N", "BLOCK_S", "BLOCK_K"), UNIT=unit)

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fgfast.kernels._common import AotCase, interpreted, on_device_of, output_dtype, widened
-from fgfast.kernels.configs import Row, config, processors, table
+from fgfast.kernels.configs import SHARED, Row, config, processors, table
 from fgfast.kernels.tune import TuneCase
 
 JOIN_D = 32
@@ -418,37 +418,46 @@ def tune_cases() -> Iterator[TuneCase]:
 
 
 def aot_cases() -> Iterator[AotCase]:
-    """Each kernel for each row: both memory orders, sizes that are no multiples of 16, and gaps between the rows."""
-    orders = {  # flat, weighted, type of sizes and strides
-        "rows": (True, False, "i32:16"),
-        "odd": (True, False, "i32"),
-        "channels": (True, False, "i32:16"),
-        "gaps": (False, True, "i32"),
+    """Each kernel for each row: both memory orders, sizes not multiples of 16, gaps between the rows, many parts."""
+    orders = {  # flat, weighted, type of sizes and strides, parts
+        "rows": (True, False, "i32:16", 15),
+        "odd": (True, False, "i32", 15),
+        "channels": (True, False, "i32:16", 15),
+        "gaps": (False, True, "i32", 15),
+        "many": (False, True, "i32", MOST_PARTS),
     }
+    fixed = {"UPCAST": False, "WIDE": False, "MEAN": True}
+    types = dict.fromkeys(("weight", "area", "parts", "areas"), "*fp32:16") | {"labels": "*i64:16", "grid": "*i64:16"}
     for name, row in table("part_pool"):
+        tuned = "tuned" in name
+        archs = tuple(a for a in SHARED if (a in name.split() if tuned else SHARED[a] >= row.shared))
         for kind in ("fp32",) if row.bits == 32 else ("bf16", "fp16"):
-            pointers = dict.fromkeys(("x", "grad", "out", "pooled"), f"*{kind}:16")
-            pointers |= dict.fromkeys(("weight", "area", "parts", "areas"), "*fp32:16") | {"labels": "*i64:16"}
-            fixed = {"UPCAST": False, "WIDE": False, "MEAN": True}
-            for order, (flat, weighted, size) in orders.items():
+            pointers = types | dict.fromkeys(("x", "grad", "out", "pooled"), f"*{kind}:16")
+            for order, (flat, weighted, size, parts) in orders.items():
                 if kind == "fp16" and order != "rows":
                     continue  # the code of bfloat16, with one other instruction
-                blocks = {**fixed, **_blocks(row, 1024, 15, flat)}
                 unit = ("x_d", "o_d") if order == "channels" else ("x_x", "o_x")
-                flags = {**blocks, "FLAT": flat, "WEIGHTED": weighted, **dict.fromkeys(("l_x", "w_x", "g_d", *unit), 1)}
+                flags = fixed | _blocks(row, 1024, parts, flat) | dict.fromkeys(("l_x", "w_x", "g_d", *unit), 1)
+                flags |= {"FLAT": flat, "WEIGHTED": weighted}
+                rare = order not in ("rows", "many") or kind == "fp16"
                 for way, kernel in (("forward", forward_kernel), ("backward", backward_kernel)):
-                    yield _case(f"{name} {way} {kind} {order}", kernel, pointers, flags, size, row)
-            yield _case(
-                f"{name} join {kind}", join_kernel, pointers, {**fixed, "BLOCK_D": JOIN_D, "BLOCK_K": 16}, "i32", row
-            )
+                    full = f"{name} {way} {kind} {order}"
+                    yield _case(full, kernel, pointers, flags, size, row, archs, rare, tuned)
+    small = Row(64, {}, 4, 3, 32)  # what Triton takes where a launch says nothing
+    for kind in ("fp32", "bf16", "fp16"):
+        flags = fixed | {"BLOCK_D": JOIN_D, "BLOCK_K": MOST_PARTS}
+        pointers = types | {"pooled": f"*{kind}:16"}
+        yield _case(f"part_pool join {kind}", join_kernel, pointers, flags, "i32", small, rare=kind != "fp32")
     for cell, parts in ((9, 15), (65, 100)):
-        flags = {**_grid_blocks(parts, cell, 64), "l_x": 1}
-        pointers = {"labels": "*i64:16", "grid": "*i64:16"}
-        yield _case(f"labels_to_grid {cell} {parts}", grid_kernel, pointers, flags, "i32", Row(64, {}, 4, 3, 32))
+        flags = _grid_blocks(parts, cell, 64) | {"l_x": 1}
+        yield _case(f"labels_to_grid {cell} {parts}", grid_kernel, types, flags, "i32", small)
 
 
-def _case(name: str, kernel: Any, pointers: dict[str, str], flags: dict[str, Any], size: str, row: Row) -> AotCase:
+def _case(
+    name: str, kernel: Any, pointers: dict[str, str], flags: dict[str, Any], size: str, row: Row,
+    archs: tuple[str, ...] = (), rare: bool = False, tuned: bool = False,
+) -> AotCase:  # fmt: skip
     """A case where every argument that is neither pointer nor flag has the type ``size``."""
     constexprs = {n: v for n, v in flags.items() if n in kernel.arg_names}
     signature = {n: "constexpr" if n in constexprs else pointers.get(n, size) for n in kernel.arg_names}
-    return AotCase(name, kernel, signature, constexprs, row.warps, row.stages)
+    return AotCase(name, kernel, signature, constexprs, row.warps, row.stages, archs, rare, tuned)

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fgfast.kernels import aot, configs, tune
+from fgfast.kernels import aot, configs, contrast, kmeans_step, tune
 
 
 def run(module, *arguments, **environment):
@@ -23,12 +23,40 @@ def run(module, *arguments, **environment):
 def test_default_rows_compile_for_two_generations(request):
     """Kept between runs: only what has changed is compiled again."""
     cache = request.config.cache.mkdir("fgfast_kernels")
-    done = run("aot", "--default-only", "--arch", "sm_80", "sm_90", "--only", "part_pool row", FGFAST_CACHE=str(cache))
+    done = run("aot", "--default-only", "--arch", "sm_80", "sm_90", FGFAST_CACHE=str(cache))
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()[1:]]
     assert {line[-4] for line in lines} == {"sm_80", "sm_90"}
     assert all(int(line[-3]) > 0 for line in lines)
-    assert {line[1] for line in lines} == {f"row{i}" for i in range(len(configs.DEFAULTS["part_pool"]))}
+    assert {line[0] for line in lines} == {"contrast", "kmeans", "labels_to_grid", "part_pool"}
+
+
+def test_every_kernel_and_every_default_row_is_compiled():
+    jobs = aot.jobs(("sm_80", "sm_90"), default_only=True)
+    cases = [aot.cases(module)[name] for module, name, _ in jobs]
+    kernels, ways = {case.kernel.__name__ for case in cases}, ("forward", "gradient")
+    assert kernels == {
+        "forward_kernel", "backward_kernel", "join_kernel", "grid_kernel",
+        "_step", "_assign", "_sum", "_reduce", "_prepare", "_update", "_plus_plus",
+        "prepare", "forward", "join", "gradient", "finish",
+    }  # fmt: skip
+    rows = {name for name, _ in configs.table("part_pool") if "tuned" not in name}
+    assert rows == {" ".join(case.name.split()[:2]) for case in cases if case.name.startswith("part_pool row")}
+    assert {(arch, dtype) for arch, dtype in kmeans_step.TILES} == {
+        tuple(case.name.split()[2:4]) for case in cases if case.kernel in (kmeans_step._step, kmeans_step._assign)
+    }
+    assert {row for row in contrast.TILES if row[1] != "gfx942"} == {
+        (words[1], words[2], words[4]) for words in (case.name.split() for case in cases) if words[1] in ways
+    }
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+def test_each_architecture_compiles_the_rows_that_it_runs(dtype, arch):
+    names = {name for _, name, _ in aot.jobs((arch,), default_only=False)}
+    for kernel in ("forward", "gradient"):
+        assert any(name.startswith(f"contrast {kernel}") and f" {dtype} " in name for name in names)
+    assert any(name.startswith("kmeans step") and f" {dtype} " in name for name in names)
 
 
 def test_every_case_has_its_own_name():
@@ -37,13 +65,15 @@ def test_every_case_has_its_own_name():
     assert len(set(names)) == len(names)
 
 
-def test_what_a_compilation_may_not_do_is_named():
-    case = ("module", "pool row0", "sm_86")
+def test_what_a_compilation_may_not_do_is_named(monkeypatch):
+    case = ("fgfast.kernels.part_pool", "part_pool join bf16", "sm_86")
     assert aot.faults({case: aot.Report(100, 0, 99 * 1024)}) == []
     assert "spills 4 bytes" in aot.faults({case: aot.Report(255, 4, 0)})[0]
     assert "99 KiB" in aot.faults({case: aot.Report(100, 0, 99 * 1024 + 1)})[0]
     assert "does not compile" in aot.faults({case: aot.Report(0, 0, 0, "Error: no")})[0]
-    assert aot.faults({("module", "pool tuned sm_86 row0", "sm_86"): aot.Report(255, 4, 0)}) == []
+    tuned = aot.cases(case[0])[case[1]]._replace(tuned=True)
+    monkeypatch.setattr(aot, "cases", lambda module: {case[1]: tuned})
+    assert aot.faults({case: aot.Report(255, 4, 0)}) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
