@@ -18,6 +18,9 @@
 namespace fgfast {
 namespace {
 
+constexpr int64_t kAhead = 8192;         // bytes
+constexpr int64_t kScoresAtOnce = 8192;  // of a thread: 32 KiB, which stay in its caches
+
 // Calls work(begin, end) on disjoint ranges that cover [0, n), in at most ``threads`` threads of at least ``least`` each.
 void deal_out(int64_t n, int threads, int64_t least, const std::function<void(int64_t, int64_t)>& work) {
     const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, n / std::max<int64_t>(1, least)));
@@ -40,6 +43,15 @@ inline float load(const void* base, int64_t i) {
     return dtype == kFloat16 ? from_float16(h) : from_bfloat16(h);
 }
 
+constexpr int64_t size_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+// Asks for ``bytes`` that lie kAhead past ``at``, which is where the next rows are in a contiguous tensor; the rows are too
+// short for the hardware to see a run in them. An address that nobody reads does no harm.
+inline void fetch(const char* at, int64_t bytes) {
+    const uintptr_t first = reinterpret_cast<uintptr_t>(at) + kAhead;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(first + i));
+}
+
 // sum[p] = sum over heads of a, one head after the other, four of them a pass; false where an entry is negative or NaN.
 template <int dtype>
 inline __attribute__((always_inline)) bool add_heads(
@@ -48,6 +60,7 @@ inline __attribute__((always_inline)) bool add_heads(
     int64_t h = 0;
     for (; h + 4 <= heads; h += 4) {
         const int64_t first = offset + h * by_head;
+        if (stride == 1) fetch(static_cast<const char*>(base) + size_of(dtype) * first, 4 * size_of(dtype) * n);
         for (int64_t p = 0; p < n; ++p) {
             const int64_t at = first + p * stride;
             const float a = load<dtype>(base, at), b = load<dtype>(base, at + by_head);
@@ -84,13 +97,17 @@ FGFAST_CLONES void add_log2_of_means(const float* sum, float heads, int64_t n, b
     }
 }
 
-bool scores_of(const Problem& p, int64_t image, std::vector<float>& sum, float* score) {
+// Scores of the images [begin, end), a row of patches each. Layer by layer, as attention lies in memory: a thread reads
+// one long run a layer, which the hardware fetches ahead of it.
+bool scores_of(const Problem& p, int64_t begin, int64_t end, float* sum, float* scores) {
     AddHeads* const add = p.dtype == kFloat32 ? add_float32 : p.dtype == kFloat16 ? add_float16 : add_bfloat16;
     bool good = true;
     for (int64_t l = 0; l < p.layers; ++l) {
-        const int64_t offset = l * p.stride_layer + image * p.stride_batch;
-        good &= add(p.attention, offset, p.stride_head, p.stride_patch, p.heads, p.patches, sum.data());
-        add_log2_of_means(sum.data(), float(p.heads), p.patches, l == 0, score);
+        for (int64_t b = begin; b < end; ++b) {
+            const int64_t offset = l * p.stride_layer + b * p.stride_batch;
+            good &= add(p.attention, offset, p.stride_head, p.stride_patch, p.heads, p.patches, sum);
+            add_log2_of_means(sum, float(p.heads), p.patches, l == 0, scores + (b - begin) * p.patches);
+        }
     }
     return good;
 }
@@ -113,25 +130,34 @@ FGFAST_CLONES int64_t count_from(const uint32_t* key, int64_t n, uint32_t thresh
     return count;
 }
 
-// The kept-th largest key is found bit by bit: 32 counts that vectorise, whatever the keys are.
+// The kept-th largest key is found bit by bit: 32 counts that vectorise, whatever the keys are. No branch
+// depends on a key here or in write_index: it would be mispredicted as often as not.
 void choose_top(const Problem& p, const float* score, int64_t image, std::vector<uint32_t>& key, bool* mask) {
     for (int64_t i = 0; i < p.patches; ++i) key[i] = key_of(ranked(p, score[i], image, i));
     uint32_t threshold = 0;
     int64_t above = 0;  // keys over the threshold
     for (uint32_t bit = 1u << 31; bit != 0; bit >>= 1) {
         const int64_t count = count_from(key.data(), p.patches, threshold | bit);
-        if (count >= p.kept) {
-            threshold |= bit;
-        } else {
-            above = count;
-        }
+        const bool enough = count >= p.kept;
+        threshold |= enough ? bit : 0;
+        above = enough ? above : count;
     }
     int64_t ties = p.kept - above;
     for (int64_t i = 0; i < p.patches; ++i) {
         const bool equal = key[i] == threshold;
-        mask[i] = key[i] > threshold || (equal && ties > 0);
+        mask[i] = (key[i] > threshold) | (equal & (ties > 0));
         ties -= equal;
     }
+}
+
+// The positions of the kept patches, ascending; ``all`` has room for one more than there are patches.
+void write_index(const Problem& p, const bool* mask, int64_t* all, int64_t* index) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < p.patches; ++i) {
+        all[n] = i;
+        n += mask[i];
+    }
+    memcpy(index, all, p.kept * sizeof(int64_t));
 }
 
 // One run of elements of one size, copied or zeroed.
@@ -174,24 +200,28 @@ void mask_any(const Images& im, const bool* mask, int64_t image) {
 
 const char* pivotal_cpu(const Problem& p, int threads) {
     std::atomic<bool> good{true};
+    const int64_t group = std::max<int64_t>(1, kScoresAtOnce / std::max<int64_t>(1, p.patches));
     const auto work = [&](int64_t begin, int64_t end) {
-        std::vector<float> sum(p.patches), score(p.patches);
+        std::vector<float> sum(p.patches), scores(std::min(group, end - begin) * p.patches);
         std::vector<uint32_t> key(p.patches);
-        for (int64_t b = begin; b < end; ++b) {
-            if (!scores_of(p, b, sum, score.data())) {
+        std::vector<int64_t> all(p.patches + 1);
+        for (int64_t first = begin; first < end; first += group) {
+            const int64_t last = std::min(first + group, end);
+            if (!scores_of(p, first, last, sum.data(), scores.data())) {
                 good = false;
                 return;
             }
-            bool* mask = p.mask + b * p.patches;
-            if (p.strategy == kBlock) {
-                choose_window(p, score.data(), mask);
-            } else {
-                choose_top(p, score.data(), b, key, mask);
+            for (int64_t b = first; b < last; ++b) {
+                const float* score = scores.data() + (b - first) * p.patches;
+                bool* mask = p.mask + b * p.patches;
+                if (p.strategy == kBlock) {
+                    choose_window(p, score, mask);
+                } else {
+                    choose_top(p, score, b, key, mask);
+                }
+                write_index(p, mask, all.data(), p.index + b * p.kept);
+                if (p.images.in != nullptr) mask_any(p.images, mask, b);
             }
-            int64_t* index = p.index + b * p.kept;
-            for (int64_t i = 0; i < p.patches; ++i)
-                if (mask[i]) *index++ = i;
-            if (p.images.in != nullptr) mask_any(p.images, mask, b);
         }
     };
     const int64_t elements = p.layers * p.heads * p.patches;

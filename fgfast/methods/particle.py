@@ -1,5 +1,6 @@
 """PARTICLE: parts found by clustering pixels, then contrasted across two views."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -54,6 +55,8 @@ class PARTICLEConfig(TrainConfig):
     """Width of the projection."""
     norm: Literal["batch", "layer"] = "layer"
     """Norm inside the heads; "batch" also counts the zero rows of absent parts."""
+    target: Literal["momentum", "self"] = "momentum"
+    """Keys of the contrast: a momentum copy behind a predictor (DetCon-B), or the network itself (DetCon-S)."""
     momentum: float = 0.99
     """Start of the momentum encoder's decay, which rises to 1 as a cosine."""
     dino_weight: float = 1.0
@@ -112,16 +115,19 @@ class PARTICLE(Method):
         self.config = config
         self.encoder = build_encoder(config)
         self.n_parts = self._count_parts()
+        with_copy = config.target == "momentum"
+        if self.encoder.is_vit and not with_copy:
+            raise UserError("A ViT learns by DINO too, which needs its momentum copy: leave --target self out.")
         whole = (self.discover_size / config.size) ** 2  # a pass over the whole picture, in passes over a view
-        self.passes_per_image = 4 + (whole if config.parts == "online" else 0)
+        self.passes_per_image = (4 if with_copy else 2) + (whole if config.parts == "online" else 0)
         self.passes_to_prepare = whole if config.parts == "discovered" and not config.maps else 0
         dim, head = self.encoder.dim, config.projection
         projector = MLP((dim, config.hidden, head), config.norm)
-        predictor = MLP((head, config.hidden, head), config.norm)
-        self.target = momentum_copy(self.encoder)
+        predictor = MLP((head, config.hidden, head), config.norm) if with_copy else None
+        self.target = momentum_copy(self.encoder) if with_copy else None
         self.part_loss = PartContrastiveLoss(
-            self.n_parts, projector, predictor, momentum_copy(projector), config.temperature, config.negatives,
-            max_parts=config.max_parts or None,
+            self.n_parts, projector, predictor, momentum_copy(projector) if with_copy else None, config.temperature,
+            config.negatives, max_parts=config.max_parts or None,
         )  # fmt: skip
         if self.encoder.is_vit:
             self.dino_head = DINOHead(dim, config.prototypes)
@@ -232,25 +238,20 @@ class PARTICLE(Method):
 
     @torch.no_grad()
     def cluster(self, images: Tensor | None, size: int) -> Tensor:
-        """Parts of whole pictures by the momentum encoder, int64 [B, size, size] (ViT: on its patch grid)."""
+        """Parts of whole pictures by the momentum encoder, if there is one, int64 [B, size, size] (ViT: its grid)."""
         assert images is not None  # views() asks for them
         c = self.config
-        was_training = self.target.training
-        self.target.eval()
+        network = self.encoder if self.target is None else self.target
+        was_training = network.training
+        network.eval()
         try:
             if self.encoder.is_vit:
-                return cluster_keys(self.target, images, n_parts=c.n_parts, seed=c.seed)
+                return cluster_keys(network, images, n_parts=c.n_parts, seed=c.seed)
             return cluster_pyramid(
-                self.target,
-                images,
-                n_parts=c.n_parts,
-                size=size,
-                levels=c.levels,
-                n_iter=10,
-                seed=c.seed,
+                network, images, n_parts=c.n_parts, size=size, levels=c.levels, n_iter=10, seed=c.seed
             )
         finally:
-            self.target.train(was_training)
+            network.train(was_training)
 
     def grid_side(self, side: int) -> int:
         """Side of the encoder's map for views of ``side`` pixels."""
@@ -266,14 +267,16 @@ class PARTICLE(Method):
         return self._sides[side]
 
     def forward(self, batch: "Batch") -> dict[str, Tensor]:
-        """Part contrast of both views against the momentum encoder, and DINO for a ViT."""
+        """Part contrast of both views, and DINO for a ViT."""
         size = (batch.views[0].shape[-2], batch.views[0].shape[-1])
         labels = [torch.where(batch.valid[:, None, None], m, -1) for m in self.labels(batch)]
         both = torch.cat(batch.views)
         online = self.encoder.features(both)
+        f1, f2 = self.encoder.to_map(online, size).chunk(2)
+        if self.target is None:
+            return {"loss": self.part_loss(f1, f2, labels[0], labels[1])}
         with torch.no_grad():
             momentum = self.target.features(both)
-        f1, f2 = self.encoder.to_map(online, size).chunk(2)
         t1, t2 = self.target.to_map(momentum, size).chunk(2)
         part = self.part_loss(f1, f2, labels[0], labels[1], t1, t2)
         if not self.encoder.is_vit:
@@ -286,8 +289,9 @@ class PARTICLE(Method):
 
     def after_step(self, progress: Progress) -> None:
         """Move the momentum copies; the decay rises from ``momentum`` to 1 as a cosine."""
-        import math
-
+        self.epoch = int(progress.share * self.config.epochs)
+        if self.target is None:
+            return
         decay = 1 - (1 - self.config.momentum) * (math.cos(math.pi * progress.share) + 1) / 2
         target_projector = self.part_loss.target_projector
         assert target_projector is not None  # given in __init__
@@ -299,7 +303,6 @@ class PARTICLE(Method):
             pairs.append((self.target_dino_head, self.dino_head))
         for target, online in pairs:
             update_momentum(target, online, decay)
-        self.epoch = int(progress.share * self.config.epochs)
 
     def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":
         """Parts over whole photographs as the network finds them now, and its views, each beside its parts."""

@@ -179,6 +179,29 @@ def test_momentum_encoder_follows_slowly(drawn: Path, tmp_path: Path) -> None:
     assert torch.equal(target, now)
 
 
+@pytest.mark.parametrize("parts", ["truth", "online"])
+def test_the_network_can_be_its_own_target(drawn: Path, tmp_path: Path, parts: str) -> None:
+    """--target self keeps no copy, costs two passes less a picture, trains, and gives keys a gradient."""
+    config = config_for(drawn, tmp_path / "run", parts=parts, target="self")
+    method, with_copy = PARTICLE(config), PARTICLE(replace(config, target="momentum"))
+    assert method.passes_per_image == with_copy.passes_per_image - 2
+    assert not [name for name in method.state_dict() if "target" in name or "predictor" in name]
+    batch = batch_of(whole=64)
+    method(batch)["loss"].backward()
+    first, weight = next(iter(method.encoder.named_parameters()))
+    assert weight.grad is not None
+    assert weight.grad.abs().sum() > 0
+    out = pretrain("particle", config)
+    init, last = (torch.load(out / f"{n}.pt", weights_only=True)["method"] for n in ("init", "last"))
+    assert not torch.equal(init[f"encoder.{first}"], last[f"encoder.{first}"])
+
+
+def test_a_vit_needs_its_copy(drawn: Path, tmp_path: Path) -> None:
+    """DINO teaches by the momentum copy, so a ViT cannot go without."""
+    with pytest.raises(UserError, match="leave --target self out"):
+        PARTICLE(config_for(drawn, tmp_path, target="self", model="test_vit", model_args=""))
+
+
 def test_pictures_show_parts_and_views(drawn: Path, tmp_path: Path) -> None:
     """The method draws photographs beside their parts, and each view beside its own."""
     found = PARTICLE(config_for(drawn, tmp_path)).eval().pictures(batch_of())
