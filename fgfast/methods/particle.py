@@ -12,6 +12,7 @@ from fgfast.errors import UserError
 from fgfast.losses import DINOLoss, PartContrastiveLoss
 from fgfast.methods.base import Method, Progress, build_encoder
 from fgfast.methods.parts import cluster_keys, cluster_pyramid, discover, grid_labels
+from fgfast.methods.simclr import nt_xent
 from fgfast.models.heads import MLP, DINOHead, momentum_copy, update_momentum
 from fgfast.train.config import TrainConfig
 
@@ -59,6 +60,8 @@ class PARTICLEConfig(TrainConfig):
     """Keys of the contrast: a momentum copy behind a predictor (DetCon-B), or the network itself (DetCon-S)."""
     momentum: float = 0.99
     """Start of the momentum encoder's decay, which rises to 1 as a cosine."""
+    image_weight: float = 0.0
+    """Weight of NT-Xent between whole views beside the contrast of parts (CNN only); 0 leaves it out."""
     dino_weight: float = 1.0
     """Weight of the DINO loss (ViT only)."""
     prototypes: int = 4096
@@ -81,6 +84,7 @@ _PAPER = {
 }  # fmt: skip
 
 
+IMAGE_TEMPERATURE = 0.2  # of NT-Xent between whole views: SimCLR's default
 ONLINE = 4  # id maps made inside a step are this much smaller than stored ones: nearer to the grid that pools
 
 
@@ -92,7 +96,9 @@ class PARTICLE(Method):
 
         loss = PartContrast(predictor(projector(part)), projector'(part')) over both directions,
 
-    where the primed networks are momentum copies. A ViT adds ``dino_weight`` x DINO on the CLS tokens of both views.
+    where the primed networks are momentum copies (``--target self``: the networks themselves, and no predictor, as in
+    DetCon-S). A ViT adds ``dino_weight`` x DINO on the CLS tokens of both views. For a CNN the paper has the parts
+    alone; ``--image-weight`` is ours and adds NT-Xent between the averages of whole views, which nothing trains else.
 
     Defaults that are ours: heads of 512 and 128, momentum 0.99 to 1, blur scaled by the size of the views, parts that
     are absent from a view masked and the mean taken over the rows with a positive.
@@ -129,6 +135,10 @@ class PARTICLE(Method):
             self.n_parts, projector, predictor, momentum_copy(projector) if with_copy else None, config.temperature,
             config.negatives, max_parts=config.max_parts or None,
         )  # fmt: skip
+        if config.image_weight:
+            if self.encoder.is_vit:
+                raise UserError("A ViT contrasts whole views by DINO (--dino-weight): leave --image-weight out.")
+            self.image_projector = MLP((dim, config.hidden, head))
         if self.encoder.is_vit:
             self.dino_head = DINOHead(dim, config.prototypes)
             self.target_dino_head = momentum_copy(self.dino_head)
@@ -273,14 +283,19 @@ class PARTICLE(Method):
         both = torch.cat(batch.views)
         online = self.encoder.features(both)
         f1, f2 = self.encoder.to_map(online, size).chunk(2)
-        if self.target is None:
-            return {"loss": self.part_loss(f1, f2, labels[0], labels[1])}
-        with torch.no_grad():
-            momentum = self.target.features(both)
-        t1, t2 = self.target.to_map(momentum, size).chunk(2)
-        part = self.part_loss(f1, f2, labels[0], labels[1], t1, t2)
+        targets: tuple[Tensor, ...] = ()
+        if self.target is not None:
+            with torch.no_grad():
+                momentum = self.target.features(both)
+            targets = self.target.to_map(momentum, size).chunk(2)
+        part = self.part_loss(f1, f2, labels[0], labels[1], *targets)
+        if self.config.image_weight:
+            z = self.image_projector(self.encoder.pool(online))
+            image = nt_xent(z, batch, IMAGE_TEMPERATURE, self.group)
+            return {"loss": part + self.config.image_weight * image, "part": part.detach(), "image": image.detach()}
         if not self.encoder.is_vit:
             return {"loss": part}
+        assert self.target is not None  # a ViT has it
         student = self.dino_head(self.encoder.pool(online)).chunk(2)
         with torch.no_grad():
             teacher = self.target_dino_head(self.target.pool(momentum)).chunk(2)

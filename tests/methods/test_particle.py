@@ -196,10 +196,25 @@ def test_the_network_can_be_its_own_target(drawn: Path, tmp_path: Path, parts: s
     assert not torch.equal(init[f"encoder.{first}"], last[f"encoder.{first}"])
 
 
-def test_a_vit_needs_its_copy(drawn: Path, tmp_path: Path) -> None:
-    """DINO teaches by the momentum copy, so a ViT cannot go without."""
-    with pytest.raises(UserError, match="leave --target self out"):
-        PARTICLE(config_for(drawn, tmp_path, target="self", model="test_vit", model_args=""))
+def test_whole_views_may_be_contrasted_beside_the_parts(drawn: Path, tmp_path: Path) -> None:
+    """The loss is the parts' and the weighted term of the views, and that term alone trains its head."""
+    from fgfast.train.log import read_metrics
+
+    out = pretrain("particle", config_for(drawn, tmp_path / "run", parts="grid", image_weight=0.5))
+    rows = [r for r in read_metrics(out / "metrics.jsonl")[0] if "loss" in r]
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["part"] + 0.5 * row["image"], rel=1e-4)
+    init, last = (torch.load(out / f"{n}.pt", weights_only=True)["method"] for n in ("init", "last"))
+    assert not torch.equal(init["image_projector.layers.0.weight"], last["image_projector.layers.0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("values", "remedy"), [({"target": "self"}, "--target self"), ({"image_weight": 1.0}, "--image")]
+)
+def test_a_vit_has_dino_for_whole_views(drawn: Path, tmp_path: Path, values: dict, remedy: str) -> None:
+    """DINO contrasts whole views and teaches by the momentum copy, so a ViT takes neither switch."""
+    with pytest.raises(UserError, match=f"leave {remedy}"):
+        PARTICLE(config_for(drawn, tmp_path, model="test_vit", model_args="", **values))
 
 
 def test_pictures_show_parts_and_views(drawn: Path, tmp_path: Path) -> None:
