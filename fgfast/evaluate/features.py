@@ -1,6 +1,7 @@
 """Frozen features of a set of pictures: one row a picture, from the whole picture without augmentation."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from fgfast.errors import UserError
 
 @torch.no_grad()
 def extract(
-    encoder: Callable[[Tensor], Tensor],
+    encoder: Callable[..., Tensor],
     images: ImageSet,
     size: int,
     *,
@@ -22,6 +23,7 @@ def extract(
     center: float | None = None,
     threads: int | None = None,
     loader: str = "auto",
+    maps: Path | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Features and classes of every picture that decodes, in the order of the set.
 
@@ -36,6 +38,7 @@ def extract(
         center: share of the short side that a centre crop keeps before resizing; None squashes the whole picture.
         threads: decoding threads; None = the loader's choice.
         loader: backend of the loader: "auto", "dali" or "torchvision".
+        maps: folder of id maps; ``encoder`` then takes (pictures, id maps int64 [B, S, S], -1 = absent).
 
     Returns:
         Features float32 [N, D] and classes int64 [N], both on the CPU.
@@ -43,10 +46,11 @@ def extract(
     Raises:
         UserError: no picture is left, or a feature is not finite.
     """
-    spec = ViewSpec(whole=size, center=center)
+    spec = ViewSpec(whole=size, center=center, whole_masks=maps is not None)
     batches = make_loader(
-        images, spec, batch_size, shuffle=False, drop_last=False, device=str(device), threads=threads, backend=loader
-    )
+        images, spec, batch_size, shuffle=False, drop_last=False, maps=maps, device=str(device), threads=threads,
+        backend=loader,
+    )  # fmt: skip
     training = isinstance(encoder, torch.nn.Module) and encoder.training
     if isinstance(encoder, torch.nn.Module):
         encoder.eval()
@@ -55,7 +59,8 @@ def extract(
         for batch in batches:
             assert batch.whole is not None  # the spec asks for it
             valid = batch.valid.cpu()
-            rows.append(encoder(batch.whole).float()[valid.to(device)].cpu())
+            given = (batch.whole,) if maps is None else (batch.whole, batch.whole_labels)
+            rows.append(encoder(*given).float()[valid.to(device)].cpu())
             targets.append(batch.target.cpu()[valid])
             order.append(batch.index.cpu()[valid])
     finally:
