@@ -97,7 +97,7 @@ def test_id_maps_move_with_the_pixels(coded_set: ImageSet, tmp_path: Path, varia
     """The picture says where each pixel was: there lies its id; holes and the white around are absent."""
     spec = ViewSpec(crops=(Crop(size=32, **PLAIN), Crop(size=40, **MOVING, **PLAIN)), masks=True, whole=8, **RAW)
     with loading(coded_set, spec, 8, variant, maps=tmp_path / "maps") as loader:
-        batches = [*loader, *loader]
+        batches = list(loader)
     for batch in batches:
         assert batch.boxes[:, 0].isfinite().all()
         assert batch.boxes[:, 1].isnan().all()
