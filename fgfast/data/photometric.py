@@ -98,9 +98,9 @@ def photometric(pixels: Tensor, draw: Draw | None, mean: Triple, std: Triple) ->
     return out
 
 
-def chunks(pixels: Tensor) -> list[slice]:
+def chunks(pixels: Tensor, values: int = _CHUNK_VALUES) -> list[slice]:
     """On the CPU a few pictures at a time, so that the steps in between stay in the cache; all at once on a GPU."""
-    few = _CHUNK_VALUES // max(1, pixels.shape[1:].numel()) if pixels.device.type == "cpu" else len(pixels)
+    few = values // max(1, pixels.shape[1:].numel()) if pixels.device.type == "cpu" else len(pixels)
     return [slice(start, start + max(1, few)) for start in range(0, len(pixels), max(1, few))]
 
 

@@ -49,10 +49,13 @@ def by_loop(x: torch.Tensor, draw: Draw, labels: torch.Tensor) -> tuple[torch.Te
     return torch.stack([a for a, _ in found]), torch.stack([b for _, b in found])
 
 
-@pytest.mark.parametrize("size", [16, 21, 64])  # divided by 4 and 16; by 7; by 4 and 16, in two chunks
+@pytest.mark.parametrize("size", [16, 21, 64])  # divided by 4 and 16; by 7; by 4 and 16, with larger blocks
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_batch_is_moved_as_the_loop_moves_each_picture(change: str, size: int) -> None:
-    n = 22 if size == 64 else 3
+def test_a_batch_is_moved_as_the_loop_moves_each_picture(
+    change: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fgfast.data.rearrange._CHUNK_BYTES", 2 * 3 * size**2)  # two chunks of the three pictures
+    n = 3
     draw, x = drawn(Crop(size=size, **CHANGES[change]), n), pixels(n, size)
     labels = torch.randint(-1, 9, (n, size, size), generator=torch.Generator().manual_seed(0))
     kept = x.clone(), labels.clone()
