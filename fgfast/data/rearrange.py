@@ -32,12 +32,14 @@ def rearrange(pixels: Tensor, draw: Draw, labels: Tensor | None = None) -> tuple
         New pixels and labels of the same shapes and types; the arguments themselves where ``draw`` moves nothing.
 
     Example:
+        >>> from dataclasses import replace
         >>> from fgfast.data.sampling import draw_crop, generator
         >>> from fgfast.data.views import Crop
         >>> view = torch.arange(16, dtype=torch.uint8).reshape(1, 4, 4, 1).expand(-1, -1, -1, 3)
         >>> draw = draw_crop(Crop(size=4, grid=2), np.array([[9, 9]]), generator(0, 0, 0, 0))
-        >>> draw.blocks[0].tolist(), rearrange(view, draw)[0][0, :, :, 0].tolist()
-        ([[2, 0], [3, 1]], [[8, 9, 0, 1], [12, 13, 4, 5], [10, 11, 2, 3], [14, 15, 6, 7]])
+        >>> draw = replace(draw, blocks=np.array([[[2, 0], [3, 1]]]))
+        >>> rearrange(view, draw)[0][0, :, :, 0].tolist()
+        [[8, 9, 0, 1], [12, 13, 4, 5], [10, 11, 2, 3], [14, 15, 6, 7]]
     """
     if draw.patches is draw.blocks is draw.holes is draw.paste is None or not len(pixels):
         return pixels, labels

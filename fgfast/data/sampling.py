@@ -127,7 +127,7 @@ def _blocks(crop: Crop, batch: int, rng: np.random.Generator) -> np.ndarray:
     if not crop.reach:
         return rng.random((batch, n * n)).argsort(1).reshape(batch, n, n)
     blocks = np.broadcast_to(np.arange(n * n).reshape(n, n), (batch, n, n))
-    for axis in (2, 1):  # |i - j| < reach + 1 in the sorted order: two that are reach + 1 apart never exchange
+    for axis in (2, 1):  # two blocks that are reach + 1 places apart never exchange
         place = np.arange(n)[:, None] if axis == 1 else np.arange(n)
         moved = place + (crop.reach + 1) * (rng.random((batch, n, n)) - 0.5)
         blocks = np.take_along_axis(blocks, moved.argsort(axis), axis)

@@ -127,7 +127,7 @@ class ViewSpec:
 
     Args:
         crops: the random views, each drawn independently.
-        masks: id maps of a maps folder travel with each crop (same window, same flip, nearest).
+        masks: id maps of a maps folder travel with each crop (same window, flip and moves, nearest).
         whole: side of an unaugmented view of the whole picture, squashed to a square; None for none.
         whole_masks: the id map of the whole picture too, at that side.
         center: the whole view is a centred square of this share of the short side instead; None squashes.
