@@ -28,6 +28,7 @@ from fgfast.data.base import Loader, Source, replace_failed
 from fgfast.data.manifest import convert, read_picture
 from fgfast.data.maps import ABSENT, map_path, read_map
 from fgfast.data.photometric import photometric
+from fgfast.data.rearrange import rearrange
 from fgfast.data.sampling import Draw
 from fgfast.data.views import Batch
 
@@ -185,6 +186,7 @@ class DaliLoader(Loader):
         draws = source.draws(epoch, batch, rows)
         boxes = [draw.boxes(source.records.sizes[rows]) for draw in draws]
         job = _Job(epoch, batch, rows, valid, draws, np.stack(boxes, 1) if boxes else np.zeros((len(rows), 0, 5), "f4"))
+        job.boxes[:, source.spec.moved] = np.nan
         windows = [draw.window.astype(np.float32) for draw in job.draws]
         flips = [draw.flip for draw in job.draws]
         if self._whole is not None:
@@ -284,13 +286,18 @@ class DaliLoader(Loader):
         return job, tensors
 
     def _finish(self, job: _Job, tensors: list[Tensor]) -> list[Tensor]:
-        """Colours and label types; on the CPU in the background thread, on a GPU in the stream of the caller."""
+        """What follows the resize; on the CPU in the background thread, on a GPU in the stream of the caller."""
         spec = self.source.spec
         views = len(self._sides) + (self._whole is not None)
+        pictures, labels = tensors[:views], [x.squeeze(-1).to(torch.int64) for x in tensors[views:]]
+        labels = [x.masked_fill_(x == ABSENT, -1) for x in labels]
+        for v, draw in enumerate(job.draws):
+            pictures[v], moved = rearrange(pictures[v], draw, labels[v] if spec.masks else None)
+            if moved is not None:
+                labels[v] = moved
         draws = [*job.draws, None][:views]
-        pictures = [photometric(x, draw, spec.mean, spec.std) for x, draw in zip(tensors, draws, strict=False)]
-        labels = [x.squeeze(-1).to(torch.int64) for x in tensors[views:]]
-        return [*pictures, *(x.masked_fill_(x == ABSENT, -1) for x in labels)]
+        pictures = [photometric(x, draw, spec.mean, spec.std) for x, draw in zip(pictures, draws, strict=True)]
+        return [*pictures, *labels]
 
     def _deliver(self, job: _Job, tensors: list[Tensor]) -> Batch:
         source = self.source

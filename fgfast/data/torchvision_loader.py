@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional as F
 from fgfast.data.base import Loader, Source, replace_failed
 from fgfast.data.manifest import read_picture
 from fgfast.data.maps import ABSENT, read_map
+from fgfast.data.rearrange import rearrange
 from fgfast.data.sampling import Draw
 from fgfast.data.views import Batch, warp_labels
 from fgfast.errors import UserError
@@ -121,14 +122,14 @@ class _Batches(Dataset):
             for row in rows:
                 ids = torch.from_numpy(read_map(source.maps, source.rel(row))).long()
                 maps.append(ids.masked_fill_(ids == ABSENT, -1)[None])  # [1, H, W]
-        views = [
-            self._stack([_augment(x, draw, i, crop.size) for i, x in enumerate(pictures)])
-            for crop, draw in zip(spec.crops, draws, strict=True)
-        ]
-        labels = []
-        if spec.masks:
-            for v, crop in enumerate(spec.crops):
-                labels.append(torch.cat([warp_labels(m, boxes[i : i + 1, v], crop.size) for i, m in enumerate(maps)]))
+        views, labels = [], []
+        for v, (crop, draw) in enumerate(zip(spec.crops, draws, strict=True)):
+            warped = [warp_labels(m, boxes[i : i + 1, v], crop.size) for i, m in enumerate(maps)] if spec.masks else []
+            cut = torch.stack([_cut(x, draw, i, crop.size) for i, x in enumerate(pictures)])
+            moved, found = rearrange(cut.permute(0, 2, 3, 1), draw, torch.cat(warped) if warped else None)
+            views.append(self._stack([_colour(x, draw, i) for i, x in enumerate(moved.permute(0, 3, 1, 2))]))
+            labels += [] if found is None else [found]
+        boxes[:, spec.moved] = torch.nan
         whole, whole_labels = None, None
         if spec.whole is not None:
             windows = source.whole(rows)
@@ -161,11 +162,16 @@ def _resized(picture: Tensor, window: np.ndarray, size: int) -> Tensor:
     return F.resized_crop(picture, y, x, max(1, h), max(1, w), [size, size], InterpolationMode.BILINEAR, antialias=True)
 
 
-def _augment(picture: Tensor, draw: Draw, i: int, size: int) -> Tensor:
-    """One view, uint8 [3, size, size]."""
+def _cut(picture: Tensor, draw: Draw, i: int, size: int) -> Tensor:
+    """The window of one view, uint8 [3, size, size]."""
     view = _resized(picture, draw.window[i], size)
-    if draw.flip[i]:
-        view = F.horizontal_flip(view)
+    return F.horizontal_flip(view) if draw.flip[i] else view
+
+
+def _colour(view: Tensor, draw: Draw, i: int) -> Tensor:
+    """One view, uint8 [3, size, size], in its own colours."""
+    if draw.gamma is not None:
+        view = F.adjust_gamma(view, float(draw.gamma[i]))
     brightness, contrast, saturation, hue = (float(value) for value in draw.colour[i])
     if (brightness, contrast, hue) != (1.0, 1.0, 0.0) or saturation not in (0.0, 1.0):
         view = F.adjust_brightness(view, brightness)
@@ -176,6 +182,6 @@ def _augment(picture: Tensor, draw: Draw, i: int, size: int) -> Tensor:
         view = F.rgb_to_grayscale(view, 3)
     sigma = float(draw.sigma[i])
     if sigma > 0:
-        radius = min(math.ceil(3 * sigma), size - 1)
+        radius = min(math.ceil(3 * sigma), view.shape[-1] - 1)
         view = F.gaussian_blur(view, [2 * radius + 1] * 2, [sigma, sigma])
     return F.solarize(view, 128) if draw.solarize[i] else view

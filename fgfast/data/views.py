@@ -7,20 +7,26 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+from fgfast.ops._tensors import values_checked
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class Crop:
-    """One random view of a picture: a window, a flip, and changes of colour.
+    """One random view of a picture: a window, a flip, pixels that move or go, and changes of colour.
 
-    The order is fixed: window and flip, brightness, contrast, saturation, hue, grey, blur, solarise, normalise. The
-    resize is bilinear with antialiasing (torchvision v2's default; the PARTICLE release used bicubic).
+    The order is fixed: window, border and flip, swap, blocks, holes, paste, gamma, brightness, contrast, saturation,
+    hue, grey, blur, solarise, normalise. The resize is bilinear with antialiasing (torchvision v2's default; the
+    PARTICLE release used bicubic). Lengths are shares of the view's side, rounded to pixels, so that a setting given
+    for 512 pixels works at any size. An id map moves with its view and is -1 in holes and around a pasted region;
+    the box of a view whose pixels move is NaN, as no window describes it.
 
     Args:
         size: side of the square view in pixels, >= 1.
-        scale: range of the share of the picture's area that the window covers, in (0, 1].
+        scale: range of the share of the picture's area that the window covers, in (0, 1]; None takes the whole
+            picture, squashed to the square.
         ratio: range of the window's width / height, drawn uniformly in the logarithm.
         flip: probability of a left-right flip.
         jitter: strengths (brightness, contrast, saturation, hue); the first three draw a factor from
@@ -30,6 +36,20 @@ class Crop:
         blur: probability of a Gaussian blur.
         blur_sigma: range of its standard deviation in pixels of the view.
         solarize: probability of inverting every value from 128 up.
+        border: share of the window that is cut off at each of its sides, in [0, 0.5).
+        gamma: range of the exponent g of x^g, x in [0, 1], drawn uniformly; None leaves it out.
+        holes: range of the number of square holes, drawn uniformly; they are black and may overlap.
+        hole_size: range of their sides as shares of the view, in (0, 1]: uniform over whole pixels, at least one.
+        swap: side, as a share in [0, 0.5], of two patches that change places, one of the upper and one of the lower
+            half; 0 leaves it out.
+        grid: blocks a side that change places; where it does not divide the size, blocks differ by a pixel and are
+            stretched by nearest neighbour. 0 leaves it out.
+        reach: the farthest that a block moves along each axis, in places: first the blocks of each row, then those of
+            each column are sorted by i + u, u uniform in +-(reach + 1) / 2 (DCL, whose k is half of reach + 1).
+            0: every order of all blocks is as likely as any other.
+        paste: range of the sides, as shares in (0, 1], of a region that is pasted at the centre of a white view: its
+            height and width are uniform over whole pixels, its own centre is that of the picture's edges (the mean
+            place of the steps between neighbouring pixels, weighted by their heights). None leaves it out.
 
     Raises:
         ValueError: a probability outside [0, 1] or an empty range; the message names the field.
@@ -40,7 +60,7 @@ class Crop:
     """
 
     size: int = 64
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: tuple[float, float] | None = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
@@ -49,6 +69,14 @@ class Crop:
     blur: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize: float = 0.0
+    border: float = 0.0
+    gamma: tuple[float, float] | None = None
+    holes: tuple[int, int] = (0, 0)
+    hole_size: tuple[float, float] = (10 / 512, 25 / 512)
+    swap: float = 0.0
+    grid: int = 0
+    reach: int = 0
+    paste: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that no view can have."""
@@ -57,12 +85,40 @@ class Crop:
         for name in ("flip", "jitter_p", "grayscale", "blur", "solarize"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Crop.{name} is {getattr(self, name)}: give a probability in [0, 1].")
-        for name, top in (("scale", 1.0), ("ratio", float("inf")), ("blur_sigma", float("inf"))):
-            low, high = getattr(self, name)
+        inf = float("inf")
+        tops = {"scale": 1, "ratio": inf, "blur_sigma": inf, "gamma": inf, "hole_size": 1, "paste": 1}
+        for name, top in tops.items():
+            low, high = getattr(self, name) or (1, 1)
             if not 0 < low <= high <= top:
                 raise ValueError(f"Crop.{name} is ({low}, {high}): give a range with 0 < low <= high <= {top:g}.")
         if len(self.jitter) != 4 or min(self.jitter) < 0 or self.jitter[3] > 0.5:
             raise ValueError(f"Crop.jitter is {self.jitter}: give four strengths >= 0, the last (hue) at most 0.5.")
+        if not 0 <= self.border < 0.5:
+            raise ValueError(f"Crop.border is {self.border}: give a share in [0, 0.5).")
+        if not 0 <= self.holes[0] <= self.holes[1]:
+            raise ValueError(f"Crop.holes is {self.holes}: give a range with 0 <= low <= high.")
+        if self.swap and not 1 <= self.pixels(self.swap) <= self.size // 2:
+            raise ValueError(
+                f"Crop.swap is {self.swap} on a view of {self.size} pixels: "
+                f"give a share for 1 to {self.size // 2} pixels, so that each half holds a patch."
+            )
+        if not 0 <= self.grid <= self.size:
+            raise ValueError(
+                f"Crop.grid is {self.grid} on a view of {self.size} pixels: give 0 to {self.size} blocks a side."
+            )
+        if not 0 <= self.reach < max(1, self.grid):
+            raise ValueError(
+                f"Crop.reach is {self.reach} with {self.grid} blocks a side: give less than these, or 0 for all orders."
+            )
+
+    def pixels(self, share: float) -> int:
+        """A share of the view's side in whole pixels."""
+        return round(share * self.size)
+
+    @property
+    def moves(self) -> bool:
+        """Whether pixels change places within the view, so that no box describes it."""
+        return bool(self.swap or self.grid or self.paste)
 
 
 @dataclass(frozen=True)
@@ -71,7 +127,7 @@ class ViewSpec:
 
     Args:
         crops: the random views, each drawn independently.
-        masks: id maps of a maps folder travel with each crop (same window, same flip, nearest).
+        masks: id maps of a maps folder travel with each crop (same window, flip and moves, nearest).
         whole: side of an unaugmented view of the whole picture, squashed to a square; None for none.
         whole_masks: the id map of the whole picture too, at that side.
         center: the whole view is a centred square of this share of the short side instead; None squashes.
@@ -108,6 +164,11 @@ class ViewSpec:
             raise ValueError("ViewSpec.masks asks for id maps of crops: give at least one crop.")
 
     @property
+    def moved(self) -> list[int]:
+        """The numbers of the crops whose pixels change places."""
+        return [v for v, crop in enumerate(self.crops) if crop.moves]
+
+    @property
     def needs_maps(self) -> bool:
         """Whether a maps folder must be given."""
         return self.masks or self.whole_masks
@@ -119,7 +180,8 @@ class Batch:
 
     Args:
         views: V tensors [B, 3, S, S], float32, normalised, channels_last in memory.
-        boxes: float32 [B, V, 5]: window (y0, x0, h, w) in [0, 1] of the upright picture, then 1 where flipped.
+        boxes: float32 [B, V, 5]: window (y0, x0, h, w) in [0, 1] of the upright picture, then 1 where flipped; NaN
+            for a view whose pixels change places (``Crop.moves``).
         labels: V id maps int64 [B, S, S], -1 = absent; empty without maps.
         whole: the unaugmented picture, float32 [B, 3, W, W], or None.
         whole_labels: its id map, int64 [B, W, W], or None.
@@ -173,7 +235,8 @@ def warp_labels(labels: Tensor, boxes: Tensor, size: int) -> Tensor:
         [B, size, size].
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes that do not belong together, or boxes with NaN, of views whose pixels change places: take
+            ``Batch.labels`` for those (on a GPU, where looking would wait, the result is -1 there).
 
     Example:
         >>> ids = torch.arange(16).reshape(1, 4, 4)
@@ -184,6 +247,10 @@ def warp_labels(labels: Tensor, boxes: Tensor, size: int) -> Tensor:
         raise ValueError(
             f"warp_labels got labels {tuple(labels.shape)} and boxes {tuple(boxes.shape)}: give [B, H, W] and [B, 5]."
         )
+    if values_checked(boxes) and bool(boxes.isnan().any()):
+        raise ValueError(
+            "warp_labels got a box of a view whose pixels change places: no window describes it, take Batch.labels."
+        )
     batch, height, width = labels.shape
     step = (torch.arange(size, device=labels.device, dtype=torch.float32) + 0.5) / size  # [S]
     box = boxes.to(device=labels.device, dtype=torch.float32)
@@ -191,4 +258,6 @@ def warp_labels(labels: Tensor, boxes: Tensor, size: int) -> Tensor:
     rows = ((box[:, 0:1] + step * box[:, 2:3]) * height).long().clamp_(0, height - 1)  # [B, S]
     columns = ((box[:, 1:2] + across * box[:, 3:4]) * width).long().clamp_(0, width - 1)  # [B, S]
     flat = rows[:, :, None] * width + columns[:, None, :]  # [B, S, S]
-    return labels.flatten(1).gather(1, flat.flatten(1)).reshape(batch, size, size)
+    warped = labels.flatten(1).gather(1, flat.flatten(1)).reshape(batch, size, size)
+    absent = torch.full((), -1, device=labels.device).to(labels.dtype)
+    return torch.where(box[:, :1, None].isnan(), absent, warped)

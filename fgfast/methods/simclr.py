@@ -1,11 +1,12 @@
 """SimCLR: two views of a picture agree, all other pictures of the batch disagree."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from fgfast.errors import UserError
 from fgfast.methods.base import Method, build_encoder
 from fgfast.models.heads import MLP
 from fgfast.ops.contrast import contrastive_loss
@@ -28,6 +29,35 @@ class SimCLRConfig(TrainConfig):
     """Width of the projector's hidden layer."""
     projection: int = 128
     """Width of the projection."""
+    views: Literal[
+        "original", "gamma", "coarse-dropout", "patch-swap", "random-jigsaw", "dcl-jigsaw", "cropped-region"
+    ] = "original"
+    """What a picture is compared with: another crop of it, or a transform of it."""
+    pair: Literal["asymmetric", "symmetric"] = "asymmetric"
+    """Whether one view is the picture and the other its transform, or both are transformed."""
+    blocks: int = 0
+    """Blocks a side of the jigsaws; 0 takes 4 (random-jigsaw) or 7 (dcl-jigsaw)."""
+
+
+def transform(views: str, blocks: int = 0) -> dict[str, Any]:
+    """The fields of ``Crop`` that turn a picture into its transform, by the name that --views has for it.
+
+    Lengths were given for views of 512 pixels and are shares of the side here.
+
+    Example:
+        >>> transform("random-jigsaw"), transform("dcl-jigsaw", blocks=3)["grid"]
+        ({'grid': 4}, 3)
+    """
+    fields: dict[str, dict[str, Any]] = {
+        "original": {},
+        "gamma": {"gamma": (0.5, 2.5)},
+        "coarse-dropout": {"holes": (5, 20), "hole_size": (10 / 512, 25 / 512)},
+        "patch-swap": {"swap": 200 / 512},
+        "random-jigsaw": {"grid": blocks or 4},
+        "dcl-jigsaw": {"grid": blocks or 7, "reach": 1, "border": 10 / 512},
+        "cropped-region": {"paste": (200 / 512, 300 / 512)},
+    }
+    return fields[views]
 
 
 class SimCLR(Method):
@@ -38,7 +68,20 @@ class SimCLR(Method):
     Defaults are for sets of thousands of pictures on small inputs (temperature, head and crops are ours); the
     ImageNet recipe has temperature 0.1, a 2048-wide head, LARS and batches of 4,096.
 
-    Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020.
+    ``--views`` other than original compare a picture with a transform of it (``transform``), made anew each epoch:
+    gamma on crops of both, otherwise both squashed whole; then each flipped 0.5, jitter (0.8, 0.8, 0.8, 0.2) 0.3, grey
+    0.2, no blur. Lengths are shares of the view, given for 512 pixels. Differences from the release of these views: a
+    transform was made once for each picture and stored; its files were paired by their order in two folders; the
+    DCL blocks were shuffled two by two along a row, so that one could drift to its end, and rows as wholes (here by
+    the rule of DCL's paper, one place at most); random jigsaw moved every block (here all orders are alike); the
+    lower patch lay within 50 pixels of the middle (here anywhere in the lower half); a region was cropped around the
+    corners that a detector found and pasted off the centre (here re-created, around the mean place of the edges);
+    flips and strengths that differ between its notebooks are the same for all here, and ``original`` keeps
+    ours, where the release had no flip and jitter 0.4 of the time.
+
+    Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020; Al Breiki,
+    Ridzuan and Grandhe, "Self-Supervised Learning for Fine-Grained Image Classification", 2021; Chen et al.,
+    "Destruction and Construction Learning for Fine-grained Image Recognition", 2019.
     """
 
     name = "simclr"
@@ -48,17 +91,29 @@ class SimCLR(Method):
     def __init__(self, config: SimCLRConfig) -> None:
         super().__init__()
         self.config = config
+        try:
+            self.views()
+        except ValueError as error:
+            raise UserError(
+                f"--views {config.views} does not fit --size {config.size} and --blocks {config.blocks}: {error}"
+            ) from None
         self.encoder = build_encoder(config)
         self.projector = MLP((self.encoder.dim, config.hidden, config.projection))
 
     def views(self) -> "ViewSpec":
-        """Two alike crops: flip, colour jitter, grey 0.2, blur 0.5."""
+        """Two alike crops: flip, colour jitter, grey 0.2, blur 0.5; or a picture and its transform."""
         from fgfast.data.views import Crop, ViewSpec
 
+        c = self.config
+        if c.views != "original":
+            scale = (c.crop_scale, 1.0) if c.views == "gamma" else None
+            plain = Crop(size=c.size, scale=scale, jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.3, grayscale=0.2)
+            changed = replace(plain, **transform(c.views, c.blocks))
+            return ViewSpec(crops=(changed if c.pair == "symmetric" else plain, changed))
         crop = Crop(
-            size=self.config.size, scale=(self.config.crop_scale, 1.0), jitter=(0.4, 0.4, 0.4, 0.1),
+            size=c.size, scale=(c.crop_scale, 1.0), jitter=(0.4, 0.4, 0.4, 0.1),
             grayscale=0.2, blur=0.5,
-            blur_sigma=(0.1, max(0.2, 2.0 * self.config.size / 224)),
+            blur_sigma=(0.1, max(0.2, 2.0 * c.size / 224)),
         )  # fmt: skip
         return ViewSpec(crops=(crop, crop))
 

@@ -1,5 +1,7 @@
 """Colour changes: each equals torchvision's where torchvision has it, and probabilities are what was asked for."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -81,9 +83,19 @@ def test_solarise_inverts_from_128_up() -> None:
     assert torch.allclose(got[0, 0].flatten(), torch.where(values >= 128, 255 - values, values), atol=1e-4)
 
 
+def test_gamma_is_that_of_torchvision_and_comes_before_the_colours() -> None:
+    x = torch.arange(256, dtype=torch.uint8).repeat_interleave(3).reshape(1, 16, 16, 3).repeat(4, 1, 1, 1)
+    gamma = np.array([0.5, 1.0, 1.7, 2.5], np.float32)
+    raw = x.permute(0, 3, 1, 2).float() / 255
+    expected = torch.stack([tv.adjust_gamma(view, float(g)) for view, g in zip(raw, gamma, strict=True)])
+    assert torch.allclose(photometric(x, replace(draw(4), gamma=gamma), *RAW), expected * 255, atol=1e-3)
+    dark = photometric(x, replace(draw(4, (0.5, 1, 1, 0)), gamma=gamma), *RAW)
+    assert torch.allclose(dark, expected * 127.5, atol=1e-3)
+
+
 def test_each_picture_gets_its_own_changes() -> None:
     x = pixels(100)  # more than one chunk of the loop over pictures
-    crop = Crop(size=17, blur=0.5, solarize=0.3, grayscale=0.3)
+    crop = Crop(size=17, blur=0.5, solarize=0.3, grayscale=0.3, gamma=(0.5, 2.5))
     many = draw_crop(crop, np.full((100, 2), 50), generator(0, 0, 0, 0))
     together = photometric(x, many, *RAW)
     for i in (0, 37, 99):

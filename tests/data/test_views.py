@@ -16,6 +16,17 @@ from fgfast.data.views import Batch, Crop, ViewSpec, warp_labels
         ({"scale": (0.5, 1.5)}, "scale"),
         ({"ratio": (2.0, 1.0)}, "ratio"),
         ({"jitter": (0.1, 0.1, 0.1, 0.6)}, "jitter"),
+        ({"border": 0.5}, "border"),
+        ({"gamma": (0.0, 2.0)}, "gamma"),
+        ({"holes": (3, 2)}, "holes"),
+        ({"holes": (-1, 2)}, "holes"),
+        ({"hole_size": (0.0, 0.1)}, "hole_size"),
+        ({"swap": 0.6}, "swap"),
+        ({"swap": 0.001}, "swap"),
+        ({"size": 32, "grid": 33}, "grid"),
+        ({"grid": 4, "reach": 4}, "reach"),
+        ({"reach": 1}, "reach"),
+        ({"paste": (0.5, 1.5)}, "paste"),
     ],
 )
 def test_a_crop_names_the_field_it_refuses(kwargs: dict, name: str) -> None:
@@ -52,6 +63,12 @@ def test_the_whole_window_at_the_map_size_is_the_map() -> None:
     warped = warp_labels(labels, box, 16)
     assert torch.equal(warped[0], labels[0])
     assert torch.equal(warped[1], labels[1].flip(1))
+
+
+def test_a_box_of_a_view_whose_pixels_moved_is_refused() -> None:
+    boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0], [torch.nan] * 5])
+    with pytest.raises(ValueError, match=r"take Batch\.labels"):
+        warp_labels(torch.zeros(2, 4, 4, dtype=torch.int64), boxes, 3)
 
 
 def test_warp_labels_takes_an_empty_batch_and_refuses_wrong_shapes() -> None:
