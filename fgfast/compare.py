@@ -95,7 +95,7 @@ class Comparison:
     def _config(self, entry: Entry, data: Path, seed: int) -> TrainConfig:
         """The configuration of one run; shared settings that only other methods have are left out."""
         config = method_class("simclr" if entry.name in UNTRAINED else entry.name).Config()
-        known = vars(config)
+        known = vars(config).keys() - (set() if config.takes_unlabelled else {"unlabelled"})
         values = {k: v.replace("{seed}", str(seed)) if isinstance(v, str) else v for k, v in self.shared.items()}
         texts = {k: v for k, v in values.items() if isinstance(v, str) and k.replace("-", "_") in known}
         plain = {k: v for k, v in values.items() if not isinstance(v, str) and k.replace("-", "_") in known}

@@ -84,7 +84,7 @@ def _read(
     split = table("train_test_split.txt", 2)[:, 0]
     if not np.isin(split, (0, 1)).all():
         raise UserError(f"{root / 'train_test_split.txt'} must hold 0 (test) or 1 (train): correct the values.")
-    boxes, keypoints, part_names = None, None, ()
+    boxes, keypoints, part_names = None, None, tuple[str, ...]()
     if (root / "bounding_boxes.txt").exists():
         boxes = table("bounding_boxes.txt", 5).astype(np.float32)
     if (root / "parts").is_dir():
