@@ -4,9 +4,12 @@ import dataclasses
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 from fgfast.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass
@@ -72,7 +75,7 @@ class TrainConfig:
     """torch.compile the encoder."""
 
 
-C = TypeVar("C", bound=TrainConfig)
+C = TypeVar("C", bound="DataclassInstance")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -122,7 +125,7 @@ def with_values(config: C, values: dict[str, Any], source: str) -> C:
     return dataclasses.replace(config, **checked)
 
 
-def parse_values(config: TrainConfig, pairs: dict[str, str], source: str) -> dict[str, Any]:
+def parse_values(config: "DataclassInstance", pairs: dict[str, str], source: str) -> dict[str, Any]:
     """Field values from text, by the fields' types, for "name=value" lists."""
     hints = get_type_hints(type(config))
     values: dict[str, Any] = {}
