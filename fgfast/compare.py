@@ -222,9 +222,10 @@ class Comparison:
         """Put a row into compare.csv, in place of an earlier one of the same run."""
         text = io.StringIO()
         with _lock(self.out / "compare.csv.lock"):
-            rows = self._begun() | {(row["data"], row["method"], str(row["seed"])): row}
-            columns = dict.fromkeys([*COLUMNS, *(name for r in rows.values() for name in r)])
-            writer = csv.DictWriter(text, list(columns), restval="")
+            rows = self._begun()
+            columns = dict.fromkeys([*COLUMNS, *(name for r in rows.values() for name in r), *self.scored])
+            rows[row["data"], row["method"], str(row["seed"])] = row
+            writer = csv.DictWriter(text, list(columns), extrasaction="ignore", restval="")
             writer.writeheader()
             writer.writerows(rows.values())
             write_atomic(self.out / "compare.csv", lambda p: p.write_text(text.getvalue()))
