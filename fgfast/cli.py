@@ -246,13 +246,15 @@ def _discover(words: list[str]) -> None:
 
 
 def _eval(words: list[str]) -> None:
-    """Score the frozen features of a run: kNN or linear, before or after training."""
+    """Score the encoder of a run with labels: kNN, linear, mlp, finetune, retrieval."""
     import tyro
+
+    from fgfast.evaluate.heads import ClassWeights
 
     @dataclass
     class Args:
-        protocol: Annotated[Literal["knn", "linear"], tyro.conf.Positional]
-        """knn or linear."""
+        protocol: Annotated[Literal["knn", "linear", "mlp", "finetune", "retrieval"], tyro.conf.Positional]
+        """On frozen features: knn, linear, mlp, retrieval. With them: finetune."""
         run: Annotated[Path, tyro.conf.Positional]
         """Run folder."""
         data: Path
@@ -263,20 +265,48 @@ def _eval(words: list[str]) -> None:
         """Print JSON."""
         device: str = "auto"
         """auto, cpu, cuda."""
+        stages: str | None = None
+        """finetune: how many of the last stages (blocks of a ViT) are trained, 0 for none, or all (default 1)."""
+        epochs: int | None = None
+        """mlp: epochs at most (100); finetune: epochs (20)."""
+        hidden: int | None = None
+        """mlp: width of the hidden layer (256)."""
+        patience: int | None = None
+        """mlp: epochs without gain on a held-out tenth after which training ends (5)."""
+        lr: float | None = None
+        """mlp (0.0003), finetune (0.0001): learning rate of Adam."""
+        weight_decay: float | None = None
+        """mlp (0), finetune (0.0005): weight decay of Adam."""
+        batch_size: int | None = None
+        """mlp (16), finetune (32): pictures a step."""
+        class_weights: ClassWeights | None = None
+        """mlp, finetune: weight classes inverse to their frequency, or proportional to it (default none)."""
+        seed: int | None = None
+        """mlp, finetune: seed (0)."""
 
     args = parse(Args, words, "eval")
-    from fgfast.evaluate.protocols import evaluate
+    from fgfast.evaluate.protocols import evaluate, parse_options
     from fgfast.report.html import write_report
     from fgfast.train.distributed import choose_device
 
-    score = evaluate(args.run, args.protocol, args.data, checkpoint=args.checkpoint, device=choose_device(args.device))
+    names = [f.name for f in dataclasses.fields(Args)][6:]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options = parse_options(args.protocol, given, f"fgfast eval {args.protocol}")
+    device = choose_device(args.device)
+    score = evaluate(args.run, args.protocol, args.data, checkpoint=args.checkpoint, device=device, options=options)
     write_report(args.run)
     if args.json:
         print(json.dumps(score.row()))
     else:
+        more = "".join(
+            f", {name} {score.more[key]:.2%}"
+            for name, key in (("rank 5", "rank5"), ("mAP", "map"))
+            if key in score.more
+        )
         print(
-            f"{args.protocol} top-1 of {args.run} ({args.checkpoint}): {score.top1:.2%} "
-            f"(95% interval {score.low:.2%} to {score.high:.2%}, {len(score.correct)} pictures)"
+            f"{args.protocol} {'rank 1' if more else 'top-1'} of {args.run} ({args.checkpoint}): {score.top1:.2%} "
+            f"(95% interval {score.low:.2%} to {score.high:.2%}, {len(score.correct)} pictures){more}, "
+            f"macro-F1 {score.macro_f1:.2%}, weighted-F1 {score.weighted_f1:.2%}"
         )
 
 
@@ -327,6 +357,8 @@ def _compare(words: list[str]) -> None:
         """Share of the budget that a tuning run takes."""
         baseline: str = ""
         """Method that the others are compared with in pairs; the first by default."""
+        protocols: list[str] = field(default_factory=lambda: ["linear", "knn"])
+        """How runs are scored, such as linear,knn,mlp,retrieval,finetune:stages=all,epochs=5."""
         set: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
         """A setting that all runs share, name=value; may be repeated."""
 
@@ -341,7 +373,7 @@ def _compare(words: list[str]) -> None:
         shared[name] = value
     comparison = Comparison(
         out=args.out, data=args.data, methods=args.methods, seeds=args.seeds, shared=shared, lrs=args.lrs,
-        tune_share=args.tune_share, baseline=args.baseline or args.methods[0],
+        tune_share=args.tune_share, baseline=args.baseline or args.methods[0], protocols=args.protocols,
     )  # fmt: skip
     comparison.run()
     print(comparison.table())

@@ -6,14 +6,18 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from fgfast.data.layouts import open_images
 from fgfast.errors import UserError
 from fgfast.evaluate.bootstrap import accuracy_interval, paired_interval
+from fgfast.evaluate.finetune import FinetuneOptions
+from fgfast.evaluate.heads import MLPOptions
+from fgfast.evaluate.protocols import Protocol, parse_protocols
 from fgfast.files import write_atomic
 from fgfast.methods.base import METHODS, method_class
 from fgfast.train.checkpoint import write_json
@@ -26,6 +30,7 @@ COLUMNS = (
     "data", "method", "seed", "lr", "steps", "passes", "seconds", "images_per_s", "data_wait", "linear",
     "knn", "nmi", "ari",
 )  # fmt: skip
+SUMMARY = ("passes", "seconds", "images_per_s", "data_wait", "nmi", "ari")  # columns whose means the table shows
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Comparison:
         lrs: learning rates to choose from for every trained method alike; empty keeps what the settings say.
         tune_share: share of the budget of a tuning run.
         baseline: entry with which the others are compared in pairs.
+        protocols: how every run is scored, as ``parse_protocols`` reads them; a row that lacks one is completed.
     """
 
     out: Path
@@ -79,10 +85,12 @@ class Comparison:
     lrs: list[float] = field(default_factory=list)
     tune_share: float = 0.3
     baseline: str = ""
+    protocols: list[str] = field(default_factory=lambda: ["linear", "knn"])
 
     def __post_init__(self) -> None:
         """Check everything before the first run."""
         self.entries = [Entry.parse(m) for m in self.methods]
+        self.scored = parse_protocols(self.protocols)
         for data in self.data:
             open_images(data)
             for entry in self.entries:
@@ -95,7 +103,7 @@ class Comparison:
     def _config(self, entry: Entry, data: Path, seed: int) -> TrainConfig:
         """The configuration of one run; shared settings that only other methods have are left out."""
         config = method_class("simclr" if entry.name in UNTRAINED else entry.name).Config()
-        known = vars(config)
+        known = vars(config).keys() - (set() if config.takes_unlabelled else {"unlabelled"})
         values = {k: v.replace("{seed}", str(seed)) if isinstance(v, str) else v for k, v in self.shared.items()}
         texts = {k: v for k, v in values.items() if isinstance(v, str) and k.replace("-", "_") in known}
         plain = {k: v for k, v in values.items() if not isinstance(v, str) and k.replace("-", "_") in known}
@@ -143,7 +151,7 @@ class Comparison:
                 for seed in self.seeds:
                     config = self._config(entry, data, seed)
                     run = Path(config.out)
-                    if self._key(entry, data, seed) in self._done():
+                    if self._key(entry, data, seed) in self._begun():
                         if not (run / "correct.npz").is_file():
                             raise UserError(
                                 f"{self.out / 'compare.csv'} has a row of {run}, which is gone: remove the row."
@@ -154,8 +162,12 @@ class Comparison:
     def _lock_file(self, entry: Entry, data: Path, seed: int) -> Path:
         return Path(self._config(entry, data, seed).out + ".lock")
 
+    def _begun(self) -> dict[tuple[str, str, str], dict[str, str]]:
+        return {(r["data"], r["method"], r["seed"]): r for r in self.rows()}
+
     def _done(self) -> set[tuple[str, str, str]]:
-        return {(r["data"], r["method"], r["seed"]) for r in self.rows()}
+        """The keys of the rows that have a score of every protocol."""
+        return {key for key, row in self._begun().items() if all(row.get(label) for label in self.scored)}
 
     def _key(self, entry: Entry, data: Path, seed: int) -> tuple[str, str, str]:
         return data.name, entry.label, str(seed)
@@ -167,31 +179,55 @@ class Comparison:
 
     def _one(self, entry: Entry, data: Path, seed: int) -> None:
         from fgfast.evaluate.parts import score_discovery
-        from fgfast.evaluate.protocols import evaluate
         from fgfast.train.distributed import choose_device
         from fgfast.train.loop import pretrain
 
         config = self._config(entry, data, seed)
+        row: dict[str, Any] | None = self._begun().get(self._key(entry, data, seed))
+        if row is not None:
+            self._append(row | self._scores(Path(config.out), entry, data, config, row))
+            return
         if self.lrs and entry.name not in UNTRAINED:
             config = replace(config, lr=self._tuned(entry, data))
         name = "simclr" if entry.name in UNTRAINED else entry.name
         run = pretrain(name, config, train=entry.name not in UNTRAINED)
         device = choose_device(config.device)
         checkpoint: Any = "init" if entry.name in UNTRAINED else "last"
-        scores = {p: evaluate(run, p, data, checkpoint=checkpoint, device=device) for p in ("linear", "knn")}
-        write_atomic(run / "correct.npz", lambda p: _save_arrays(p, {k: s.correct for k, s in scores.items()}))
-        row: dict[str, Any] = {"data": data.name, "method": entry.label, "seed": seed, "lr": config.lr}
-        row |= training_summary(run) | {k: round(s.top1, 5) for k, s in scores.items()}
+        row = {"data": data.name, "method": entry.label, "seed": seed, "lr": config.lr}
+        row |= training_summary(run) | self._scores(run, entry, data, config, {})
         if open_images(data).masks is not None:
             row |= {k: round(v, 4) for k, v in score_discovery(run, data, checkpoint=checkpoint, device=device).items()}
         self._append(row)
 
+    def _scores(
+        self, run: Path, entry: Entry, data: Path, config: TrainConfig, row: dict[str, str]
+    ) -> dict[str, float]:
+        """Top-1 under every protocol that ``row`` lacks; what was right stands in correct.npz after each."""
+        from fgfast.evaluate.protocols import evaluate
+        from fgfast.train.distributed import choose_device
+
+        device, file, found = choose_device(config.device), run / "correct.npz", {}
+        checkpoint: Any = "init" if entry.name in UNTRAINED else "last"
+        for label in (label for label in self.scored if not row.get(label)):
+            name, options = self.scored[label]
+            if isinstance(options, MLPOptions | FinetuneOptions) and "seed" not in label:
+                options = replace(options, seed=config.seed)
+            score = evaluate(run, cast(Protocol, name), data, checkpoint=checkpoint, device=device, options=options)
+            arrays = dict(np.load(file)) if file.is_file() else {}
+            write_atomic(file, partial(_save_arrays, arrays=arrays | {label: score.correct}))
+            found[label] = round(score.top1, 5)
+        return found
+
     def _append(self, row: dict[str, Any]) -> None:
+        """Put a row into compare.csv, in place of an earlier one of the same run."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", restval="")
-        writer.writeheader()
         with _lock(self.out / "compare.csv.lock"):
-            writer.writerows([*self.rows(), row])
+            rows = self._begun()
+            columns = dict.fromkeys([*COLUMNS, *(name for r in rows.values() for name in r), *self.scored])
+            rows[row["data"], row["method"], str(row["seed"])] = row
+            writer = csv.DictWriter(text, list(columns), extrasaction="ignore", restval="")
+            writer.writeheader()
+            writer.writerows(rows.values())
             write_atomic(self.out / "compare.csv", lambda p: p.write_text(text.getvalue()))
 
     def _tuned(self, entry: Entry, data: Path) -> float:
@@ -232,11 +268,11 @@ class Comparison:
         lines = []
         rows = self.rows()
         for data in self.data:
-            lines += [
-                f"**{data.name}**", "",
-                "| method | seeds | linear | gain on baseline | kNN | NMI / ARI | passes | minutes | img/s | wait |",
-                "|---|---|---|---|---|---|---|---|---|---|",
-            ]  # fmt: skip
+            scores = [
+                name for label in self.scored for name in ([label, "gain on baseline"] if label != "knn" else ["kNN"])
+            ]
+            names = ["method", "seeds", *scores, "NMI / ARI", "passes", "minutes", "img/s", "wait"]
+            lines += [f"**{data.name}**", "", "| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
             base = next((e for e in self.entries if e.label == self.baseline), None)
             for entry in self.entries:
                 mine = [r for r in rows if r["data"] == data.name and r["method"] == entry.label]
@@ -248,25 +284,35 @@ class Comparison:
         if rows:
             from fgfast.report import plots
 
-            plots.save(plots.bars(rows, value="linear", unit="linear top-1, %"), self.out / "compare.png")
+            first = next(iter(self.scored))
+            rows = [row for row in rows if row.get(first)]
+            plots.save(plots.bars(rows, value=first, unit=f"{first} top-1, %"), self.out / "compare.png")
         return text
 
     def _line(self, entry: Entry, base: Entry | None, data: Path, mine: list[dict[str, str]]) -> str:
-        linear, knn = (self._correct(entry, data, p) for p in ("linear", "knn"))
-        gain = "-"
-        if base is not None and base != entry:
-            other = self._correct(base, data, "linear")
-            n = min(len(linear), len(other))
-            gain = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in paired_interval(linear[:n], other[:n])))
-        means = {k: np.mean([float(r[k]) for r in mine]) if mine[0][k] else float("nan") for k in COLUMNS[4:]}
+        scores = []
+        for label in self.scored:
+            correct = self._correct(entry, data, label)
+            scores.append(_percent(correct))
+            if label != "knn":
+                scores.append(self._gain(correct, entry, base, data, label))
+        means = {k: np.mean([float(r[k]) for r in mine]) if mine[0][k] else float("nan") for k in SUMMARY}
         parts = "-" if np.isnan(means["nmi"]) else f"{means['nmi']:.3f} / {means['ari']:.3f}"
         trained = entry.name not in UNTRAINED
         cells = [
-            f"`{entry.label}`", str(len(mine)), _percent(linear), gain, _percent(knn), parts,
+            f"`{entry.label}`", str(len(mine)), *scores, parts,
             f"{means['passes'] / 1e6:.2f} M" if trained else "0", f"{means['seconds'] / 60:.1f}" if trained else "0",
             f"{means['images_per_s']:.0f}" if trained else "-", f"{means['data_wait']:.1%}" if trained else "-",
         ]  # fmt: skip
         return "| " + " | ".join(cells) + " |"
+
+    def _gain(self, correct: np.ndarray, entry: Entry, base: Entry | None, data: Path, label: str) -> str:
+        """The paired difference from the baseline under a protocol, with its interval; "-" for the baseline."""
+        if base is None or base == entry:
+            return "-"
+        other = self._correct(base, data, label)
+        n = min(len(correct), len(other))
+        return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in paired_interval(correct[:n], other[:n])))
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from torch.utils.dlpack import from_dlpack
 
 from fgfast.data.background import Producer
 from fgfast.data.base import Loader, Source, replace_failed
-from fgfast.data.manifest import convert, read_picture
+from fgfast.data.manifest import convert, read_picture, shown_size
 from fgfast.data.maps import ABSENT, map_path, read_map
 from fgfast.data.photometric import photometric
 from fgfast.data.rearrange import rearrange
@@ -369,7 +369,7 @@ class DaliLoader(Loader):
                 self._maps_read.add(row)
 
     def _resized(self, row: int, height: int, width: int) -> None:
-        self.source.records.sizes[row] = height, width
+        self.source.records.sizes[row] = shown_size(self.source.records.images, height, width)
 
     def _recover(self, error: RuntimeError) -> None:
         """The pipeline is lost: find the file, leave it out, and build a new pipeline for the same batches."""

@@ -68,7 +68,7 @@ class Records:
         index: record numbers of the usable ones, int64 [N].
         files: the files to read, N absolute paths.
         stamps: (bytes, time of change) of each file when it was decoded in full; None = it never was.
-        sizes: (H, W) of the upright pictures, int32 [N, 2].
+        sizes: (H, W) of the upright pictures without the banner, int32 [N, 2].
         skipped: (relative path, reason) of the others.
     """
 
@@ -188,8 +188,9 @@ def check_images(images: ImageSet, *, full: bool = True, threads: int | None = N
     known = _load(cache)
     verdicts: list[Verdict | None] = []
     unknown: list[tuple[int, str, int, int]] = []
-    for i, rel in enumerate(images.paths):
-        path = f"{root}/{rel}"
+    files = images.files()
+    keys = [file.removeprefix(f"{root}/") for file in files]  # of a mounted picture the whole path
+    for i, (path, rel) in enumerate(zip(files, keys, strict=True)):
         try:
             stat = os.stat(path)
         except FileNotFoundError as error:
@@ -207,16 +208,16 @@ def check_images(images: ImageSet, *, full: bool = True, threads: int | None = N
             for (i, *_), found in zip(
                 unknown, pool.map(lambda u: _inspect(u[1], u[2], u[3], full), unknown), strict=True
             ):
-                verdicts[i] = known[images.paths[i]] = found
+                verdicts[i] = known[keys[i]] = found
         table = {rel: list(vars(verdict).values()) for rel, verdict in known.items()}
         try:
             write_atomically(cache, json.dumps({"version": _VERSION, "root": root, "files": table}).encode())
         except UserError as error:  # the verdicts are known, they only have to be found again next time
             log.warning("the manifest is not kept: %s", error)
-    return _records(images, root, [verdict for verdict in verdicts if verdict is not None])
+    return _records(images, files, [verdict for verdict in verdicts if verdict is not None])
 
 
-def _records(images: ImageSet, root: str, verdicts: list[Verdict]) -> Records:
+def _records(images: ImageSet, paths: list[str], verdicts: list[Verdict]) -> Records:
     skipped = tuple((rel, v.reason) for rel, v in zip(images.paths, verdicts, strict=True) if v.reason)
     if skipped:
         named = "; ".join(f"{rel} ({reason})" for rel, reason in skipped[:10])
@@ -228,15 +229,20 @@ def _records(images: ImageSet, root: str, verdicts: list[Verdict]) -> Records:
             )
         log.warning("skipped %d of %d pictures that do not decode: %s%s", len(skipped), len(images), named, more)
     index = np.array([i for i, v in enumerate(verdicts) if not v.reason], np.int64)
-    files = tuple(verdicts[i].source or f"{root}/{images.paths[i]}" for i in index)
+    files = tuple(verdicts[i].source or paths[i] for i in index)
     return Records(
         images=images,
         index=index,
         files=files,
         stamps=tuple(_stamp(verdicts[i]) for i in index),
-        sizes=np.array([(verdicts[i].height, verdicts[i].width) for i in index], np.int32).reshape(-1, 2),
+        sizes=np.array([shown_size(images, verdicts[i].height, verdicts[i].width) for i in index], "i4").reshape(-1, 2),
         skipped=skipped,
     )
+
+
+def shown_size(images: ImageSet, height: int, width: int) -> tuple[int, int]:
+    """Size of the part of an upright picture that views are cut from: without the banner at the bottom."""
+    return max(1, height - images.banner), width
 
 
 def _stamp(verdict: Verdict) -> tuple[int, int] | None:

@@ -213,6 +213,8 @@ class PARTICLE(Method):
         """Discover the parts of a round, or point to the set's own masks."""
         c = self.config
         if c.parts == "truth":
+            if (images.targets < 0).any():
+                raise UserError("--parts truth has no masks of pictures without a label: choose other --parts.")
             return self._truth()
         if c.parts != "discovered":
             return None

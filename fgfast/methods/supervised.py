@@ -1,7 +1,7 @@
 """Supervised training with the labels: the ceiling that the methods without labels are held against."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 @dataclass
 class SupervisedConfig(TrainConfig):
     """Options of supervised training."""
+
+    takes_unlabelled: ClassVar[bool] = False
 
     n_classes: int = 0
     """Number of classes; 0 counts those of the data set."""

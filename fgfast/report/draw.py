@@ -41,11 +41,12 @@ def draw_run(run: Path, data: Path, *, checkpoint: Checkpoint = "last", device: 
     method.load_state_dict(load_checkpoint(run / f"{checkpoint}.pt", name)["method"])
     method.eval()
 
-    shown = images.test_set() if len(images.test_set()) else images
+    shown = images.test_set() if len(images.test_set()) else images.train_set()
     some = shown.subset(np.sort(np.random.default_rng(0).permutation(len(shown))[:SHOWN]))
     spec = method.views()
     if spec.masks:  # stored maps are those of the training pictures: draw on them
-        some = images.train_set().subset(np.arange(min(SHOWN, int(images.train.sum()))))
+        some = images.train_set()
+        some = some.subset(np.arange(min(SHOWN, len(some))))
     maps = method.prepare(images.train_set(), run, max(0, getattr(config, "rounds", 1) - 1)) if spec.masks else None
     loader = make_loader(
         some, replace(spec, whole=spec.whole or 2 * config.size), len(some), shuffle=False, seed=config.seed, maps=maps,
@@ -81,6 +82,11 @@ def _neighbours(
         loader.close()
     queries = list(range(0, len(searched), max(1, len(searched) // 6)))[:6]
     rows = neighbours(
-        pictures, torch.as_tensor(features), 5, queries=queries, targets=targets, classes=searched.classes
+        pictures,
+        torch.as_tensor(features),
+        min(5, len(features) - 1),
+        queries=queries,
+        targets=targets,
+        classes=searched.classes,
     )
     return grid(rows, path, description="Each row: a picture and its five nearest by cosine similarity of the features")

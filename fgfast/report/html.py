@@ -20,7 +20,9 @@ from fgfast.report import plots
 from fgfast.train.log import read_metrics
 
 CHECKPOINTS = {"init": "before", "last": "after"}
-PROTOCOLS = {"knn": "kNN", "linear": "Linear probe"}
+PROTOCOLS = {
+    "knn": "kNN", "linear": "Linear probe", "mlp": "MLP", "finetune": "Fine-tuning", "retrieval": "Retrieval, rank 1",
+}  # fmt: skip
 ALT = {"parts": "Photographs with the discovered parts painted over them, one colour a part"}
 
 
@@ -87,16 +89,17 @@ def _percent(share: object) -> str:
 
 def _results(page: Page, rows: list[dict[str, Any]]) -> None:
     """Fill the table: a line for each protocol and data set, a cell for each checkpoint; of repeats the last counts."""
-    lines: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    lines: dict[tuple[str, str, str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        key = str(row["protocol"]), str(row.get("data", "")), str(row.get("path", ""))
+        key = str(row["protocol"]), str(row.get("options", "")), str(row.get("data", "")), str(row.get("path", ""))
         lines.setdefault(key, {})[str(row["checkpoint"])] = row
     seen = {str(row["checkpoint"]) for row in rows}
     ordered = [name for name in CHECKPOINTS if name in seen] + sorted(seen - set(CHECKPOINTS))
     page.checkpoints = [CHECKPOINTS.get(name, name) for name in ordered]
-    several_sets = len({key[1:] for key in lines}) > 1
-    for (protocol, data, _), by_checkpoint in lines.items():
-        name = PROTOCOLS.get(protocol, protocol) + (f", {data}" if several_sets and data else "")
+    several_sets = len({key[2:] for key in lines}) > 1
+    for (protocol, options, data, _), by_checkpoint in lines.items():
+        name = PROTOCOLS.get(protocol, protocol) + (f" ({options.replace(',', ', ')})" if options else "")
+        name += f", {data}" if several_sets and data else ""
         line: dict[str, Any] = {"name": name, "cells": [], "gain": "", "n": ""}
         for row in (by_checkpoint.get(checkpoint, {}) for checkpoint in ordered):
             low, high = _percent(row.get("low")), _percent(row.get("high"))

@@ -4,17 +4,25 @@ import dataclasses
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 from fgfast.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass
 class TrainConfig:
     """Options of every method; each method's own class adds to them."""
 
+    takes_unlabelled: ClassVar[bool] = True
+    """Whether the method can train on pictures that have no label."""
+
     data: str = ""
-    """Folder of the pictures: an image folder or CUB-200-2011's layout."""
+    """Folder of the pictures: an image folder, or a data set in its official layout."""
+    unlabelled: str = ""
+    """Folder of further pictures without labels, which are trained on and never scored."""
     out: str = ""
     """Run folder that is written."""
     model: str = "resnet18"
@@ -67,7 +75,7 @@ class TrainConfig:
     """torch.compile the encoder."""
 
 
-C = TypeVar("C", bound=TrainConfig)
+C = TypeVar("C", bound="DataclassInstance")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -117,7 +125,7 @@ def with_values(config: C, values: dict[str, Any], source: str) -> C:
     return dataclasses.replace(config, **checked)
 
 
-def parse_values(config: TrainConfig, pairs: dict[str, str], source: str) -> dict[str, Any]:
+def parse_values(config: "DataclassInstance", pairs: dict[str, str], source: str) -> dict[str, Any]:
     """Field values from text, by the fields' types, for "name=value" lists."""
     hints = get_type_hints(type(config))
     values: dict[str, Any] = {}
@@ -148,6 +156,8 @@ def validate(config: TrainConfig) -> None:
         raise UserError("No data set is named: give --data DIR.")
     if not config.out:
         raise UserError("No run folder is named: give --out RUN.")
+    if config.unlabelled and not config.takes_unlabelled:
+        raise UserError("--unlabelled adds pictures that supervised training has no use for: leave it out.")
     for name, value in vars(config).items():
         flag = "--" + name.replace("_", "-")
         if name in _AT_LEAST and not value >= _AT_LEAST[name]:

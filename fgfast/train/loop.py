@@ -20,7 +20,7 @@ from fgfast.train.config import TrainConfig, to_toml, validate
 from fgfast.train.distributed import Ranks, barrier, start
 from fgfast.train.log import RunLog, peak_memory_mb
 from fgfast.train.optim import FiniteGuard, learning_rate, make_optimizer
-from fgfast.train.splits import training_images
+from fgfast.train.splits import pretext_images
 
 if TYPE_CHECKING:
     from fgfast.data.layouts import ImageSet
@@ -48,7 +48,7 @@ def pretrain(name: str, config: TrainConfig, *, train: bool = True) -> Path:
     validate(config)
     ranks = start(config.device)
     run = Path(config.out)
-    images, _ = training_images(config)
+    images = pretext_images(config)
     torch.manual_seed(config.seed)
     method = method_class(name)(config).to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     method.train()

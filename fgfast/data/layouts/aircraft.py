@@ -1,0 +1,77 @@
+"""FGVC-Aircraft."""
+
+from pathlib import Path
+
+import numpy as np
+
+from fgfast.data.layouts.imageset import ImageSet
+from fgfast.data.layouts.text import by_image, named, numbers, read_rows
+from fgfast.errors import UserError
+
+LEVELS = {"variant": "variants.txt", "family": "families.txt", "manufacturer": "manufacturers.txt"}
+BANNER = 20
+_LAYOUT = "FGVC-Aircraft"
+
+
+def lists_folder(root: Path) -> Path:
+    """Where the lists lie: data/ of the unpacked archive, or the folder itself."""
+    return root / "data" if (root / "data" / "images").is_dir() else root
+
+
+def is_aircraft(root: Path) -> bool:
+    """Whether the folder has a list that only this set has."""
+    lists = (*LEVELS.values(), *(f"images_{level}_{split}.txt" for level in LEVELS for split in ("trainval", "test")))
+    return any((lists_folder(root) / name).is_file() for name in lists)
+
+
+def read_aircraft(root: Path, level: str = "variant") -> ImageSet:
+    """FGVC-Aircraft: images_LEVEL_{trainval,test}.txt ("ID NAME"), variants.txt, images_box.txt, images/ID.jpg.
+
+    Training is trainval (train and val where that list is missing), test is test. Boxes are corners that count from
+    (1, 1), the last pixel included. The lowest 20 rows of each picture name its photographer: ``banner``.
+
+    Args:
+        root: the unpacked archive, or its folder data/.
+        level: "variant" (100 classes), "family" (70) or "manufacturer" (30).
+
+    Source: Maji et al., "Fine-Grained Visual Classification of Aircraft", 2013.
+    """
+    if level not in LEVELS:
+        raise UserError(f"FGVC-Aircraft has no level {level!r}: choose one of {', '.join(LEVELS)}.")
+    base = lists_folder(root)
+    classes = [name for (name,) in read_rows(base / LEVELS[level], lambda line: (line,), layout=_LAYOUT)]
+    place = {name: i for i, name in enumerate(classes)}
+    joined = (base / f"images_{level}_trainval.txt").is_file() or not (base / f"images_{level}_train.txt").is_file()
+    paths: list[str] = []
+    targets: list[int] = []
+    train: list[bool] = []
+    for split in ("trainval", "test") if joined else ("train", "val", "test"):
+        file = base / f"images_{level}_{split}.txt"
+        for number, name in read_rows(file, named(str), layout=_LAYOUT):
+            if name not in place:
+                raise UserError(f"{file} gives {number} the class {name!r}, which {LEVELS[level]} lacks: correct it.")
+            paths.append(f"{number}.jpg")
+            targets.append(place[name])
+            train.append(split != "test")
+    if len(set(paths)) < len(paths):
+        twice = next(rel for i, rel in enumerate(paths) if rel in paths[:i])
+        raise UserError(f"The lists of {base} name {twice} twice: correct them.")
+    boxes = None
+    if (base / "images_box.txt").is_file():
+        rows = read_rows(base / "images_box.txt", numbers(5, str), layout=_LAYOUT)
+        ids = {rel.removesuffix(".jpg"): i for i, rel in enumerate(paths)}
+        corners = by_image(
+            [row for row in rows if row[0] in ids], base / "images_box.txt", 5, ids, f"images_{level}_*.txt"
+        )
+        boxes = corner_boxes(corners)
+    if not (base / "images").is_dir():
+        raise UserError(f"{base / 'images'} is missing: unpack the pictures there.")
+    return ImageSet(
+        base / "images", tuple(paths), np.array(targets, np.int64), tuple(classes), np.array(train, bool), boxes,
+        banner=BANNER,
+    )  # fmt: skip
+
+
+def corner_boxes(corners: np.ndarray) -> np.ndarray:
+    """(x, y, w, h) float32 [N, 4] from (xmin, ymin, xmax, ymax) that count from 1, the last pixel included."""
+    return np.concatenate([corners[:, :2] - 1, corners[:, 2:] - corners[:, :2] + 1], 1).astype(np.float32)

@@ -1,0 +1,127 @@
+"""Folders of pictures: a class a folder, with or without splits, and cassava's with its unlabelled pictures."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from fgfast.data.layouts.imageset import ImageSet
+from fgfast.data.layouts.text import by_image, named, numbers, read_rows
+from fgfast.errors import UserError
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2"})
+
+
+def pictures_below(folder: Path, *, skip: str = "") -> list[str]:
+    """Relative paths of all visible pictures below a folder, sorted; folders called ``skip`` are left out."""
+    folders, pictures = _entries(folder)
+    inside = (f"{name}/{rel}" for name in folders if name != skip for rel in pictures_below(folder / name, skip=skip))
+    return [*pictures, *inside]
+
+
+def read_folder(root: Path, known: str = "") -> ImageSet:
+    """train/CLASS/picture with val/ or test/; CLASS/picture, all training; or pictures alone, one unlabelled class.
+
+    Args:
+        root: the folder.
+        known: the layouts that it could have had, for the message where it has none.
+    """
+    folders, pictures = _entries(root)
+    masks = root / "part_masks"
+    if "train" in folders:
+        held_out = [name for name in ("val", "test") if name in folders]
+        if not held_out:
+            raise UserError(f"{root} has train/ but neither val/ nor test/: add one of them.")
+        parts = [(_class_folders(root, f"{name}/"), name == "train") for name in ("train", *held_out)]
+        if not parts[0][0]:
+            raise UserError(f"{root / 'train'} has no class folder: put the pictures into train/CLASS/.")
+        for found, is_train in parts:
+            strange = sorted(set(found) - set(parts[0][0]))
+            if strange and not is_train:
+                raise UserError(f"Class {strange[0]} of {root} is not in train/: add it there or remove it.")
+    else:
+        folders = [name for name in folders if name != masks.name]
+        if folders and pictures:
+            raise UserError(f"{root} mixes pictures and folders: put the pictures into folders of their class.")
+        if not pictures and not any(pictures_below(root / name) for name in folders):
+            raise UserError(f"{root} holds no picture and no list of a known layout: give the folder of {known}.")
+        parts = [({"unlabelled": pictures} if pictures else _class_folders(root, "", folders), True)]
+    return _image_set(root, parts, masks)
+
+
+def read_cassava(root: Path) -> ImageSet:
+    """Cassava leaf diseases (Kaggle's cassava-disease): train/CLASS/picture and unlabelled extraimages/ and test/0/.
+
+    The class folders may lie in the root too. Pictures of extraimages/ have no label; test/ is left out, as its labels
+    were never published. So the labelled pictures are split here: by images.txt and train_test_split.txt in the root
+    where they are there (the form of the authors' lists), otherwise every fourth of each class in alphabetical order is
+    for testing, the share of those lists (4,242 and 1,414), not their pictures.
+
+    Source: Mwebaze et al., "iCassava 2019 Fine-Grained Visual Categorization Challenge", 2019.
+    """
+    inside = "train/" if (root / "train").is_dir() else ""
+    folders, _ = _entries(root / inside)
+    found = _class_folders(root, inside, [name for name in folders if name not in ("extraimages", "test")])
+    if not found:
+        raise UserError(f"{root / inside} has extraimages/ beside it and no class folder: put pictures into CLASS/.")
+    images = _image_set(root, [(found, True)], root / "part_masks")
+    if (root / "train_test_split.txt").exists():
+        train = _listed_split(root, images.paths, inside)
+    else:
+        place = np.concatenate([np.arange(len(pictures)) for _, pictures in sorted(found.items())])
+        train = place % 4 != 3
+    extra = pictures_below(root / "extraimages")
+    if not extra:
+        raise UserError(f"{root / 'extraimages'} holds no picture: restore the pictures or remove the folder.")
+    split = ImageSet(root, images.paths, images.targets, images.classes, train, masks=images.masks)
+    return split.with_unlabelled([f"extraimages/{rel}" for rel in extra])
+
+
+def _listed_split(root: Path, paths: tuple[str, ...], inside: str) -> np.ndarray:
+    """The split by picture number, for pictures that images.txt names relative to the class folders."""
+    listed = {name: number for number, name in read_rows(root / "images.txt", named(int), layout="cassava")}
+    path = root / "train_test_split.txt"
+    ids = {number: i for i, number in enumerate(listed.values())}
+    split = by_image(read_rows(path, numbers(2), layout="cassava"), path, 2, ids, "images.txt")[:, 0]
+    if not np.isin(split, (0, 1)).all():
+        raise UserError(f"{path} must hold 0 (test) or 1 (train): correct the values.")
+    names = [rel.removeprefix(inside) for rel in paths]
+    absent = next((name for name in names if name not in listed), None)
+    if absent is not None:
+        raise UserError(f"{root / 'images.txt'} does not name {absent}: add the line, or remove both lists.")
+    return np.array([split[ids[listed[name]]] == 1 for name in names])
+
+
+def _entries(folder: Path) -> tuple[list[str], list[str]]:
+    """Sorted names of the visible sub-folders and of everything else that looks like a picture."""
+    with os.scandir(folder) as scan:
+        found = sorted((entry.name, entry.is_dir()) for entry in scan if not entry.name.startswith("."))
+    pictures = [name for name, is_dir in found if not is_dir and Path(name).suffix.lower() in EXTENSIONS]
+    return [name for name, is_dir in found if is_dir], pictures
+
+
+def _class_folders(root: Path, prefix: str, folders: list[str] | None = None) -> dict[str, list[str]]:
+    folders = _entries(root / prefix)[0] if folders is None else folders
+    found = {name: [f"{prefix}{name}/{rel}" for rel in pictures_below(root / prefix / name)] for name in folders}
+    for name, pictures in found.items():
+        if not pictures:
+            raise UserError(f"Class folder {root / prefix / name} has no picture: add pictures or remove the folder.")
+    return found
+
+
+def _image_set(root: Path, parts: list[tuple[dict[str, list[str]], bool]], masks: Path) -> ImageSet:
+    classes = sorted(parts[0][0])
+    records = [
+        (rel, classes.index(name), is_train)
+        for found, is_train in parts
+        for name in sorted(found)
+        for rel in found[name]
+    ]
+    return ImageSet(
+        root=root,
+        paths=tuple(rel for rel, _, _ in records),
+        targets=np.array([target for _, target, _ in records], np.int64),
+        classes=tuple(classes),
+        train=np.array([is_train for _, _, is_train in records], bool),
+        masks=masks if masks.is_dir() else None,
+    )

@@ -1,0 +1,98 @@
+"""Oxford-IIIT Pet."""
+
+import hashlib
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+
+from fgfast.data.layouts.imageset import ImageSet
+from fgfast.data.layouts.text import read_rows
+from fgfast.errors import UserError
+
+log = logging.getLogger("fgfast")
+
+IDS = np.full(256, 255, np.uint8)
+"""Trimap value to id: 1 (pet) is 0, 2 (background) is 1, everything else (3: not classified) is absent."""
+IDS[1], IDS[2] = 0, 1
+
+
+def read_pets(root: Path) -> ImageSet:
+    """Oxford-IIIT Pet: annotations/{trainval,test}.txt ("NAME CLASS SPECIES BREED"), images/NAME.jpg, trimaps/NAME.png.
+
+    The trimaps are the ``masks``: id 0 is the pet, 1 the background, the border is absent. They are rewritten once in
+    the form of ``fgfast.data.maps``, into the cache folder. The boxes of the set are of heads, for some pictures only,
+    and are not read.
+
+    Source: Parkhi et al., "Cats and Dogs", CVPR 2012.
+    """
+    notes = root / "annotations"
+    names: dict[int, str] = {}
+    records: list[tuple[str, int, bool]] = []
+    for split in ("trainval", "test"):
+        path = notes / f"{split}.txt"
+        for name, number in read_rows(path, _parse, layout="Oxford-IIIT Pet", comment="#"):
+            breed = name.rsplit("_", 1)[0]
+            if names.setdefault(number, breed) != breed:
+                raise UserError(f"{path} gives class {number} to {names[number]} and to {breed}: correct the lines.")
+            records.append((f"{name}.jpg", number, split == "trainval"))
+    if not (root / "images").is_dir():
+        raise UserError(f"{root / 'images'} is missing: unpack the pictures there.")
+    order = sorted(names)
+    paths = tuple(rel for rel, _, _ in records)
+    trimaps = notes / "trimaps"
+    return ImageSet(
+        root=root / "images",
+        paths=paths,
+        targets=np.array([order.index(number) for _, number, _ in records], np.int64),
+        classes=tuple(names[number] for number in order),
+        train=np.array([train for _, _, train in records], bool),
+        masks=_masks(trimaps, paths) if trimaps.is_dir() else None,
+    )
+
+
+def _parse(line: str) -> tuple[str, int]:
+    name, number, _species, _breed = line.split()
+    return name, int(number)
+
+
+def _masks(trimaps: Path, paths: tuple[str, ...]) -> Path:
+    """The folder of rewritten trimaps, made where it is missing or of other pictures."""
+    from fgfast.data.manifest import cache_folder
+    from fgfast.data.maps import map_path, read_maps_info, write_atomically, write_maps_info
+
+    what = f"trimaps of {trimaps.resolve()}, {trimaps.stat().st_mtime_ns}, {hash_of(paths)}"
+    out = cache_folder() / "trimaps" / hash_of([str(trimaps.resolve())])
+    if (out / "maps.json").is_file() and read_maps_info(out)["run"] == what:
+        return out
+    log.info("rewriting %d trimaps into %s, once", len(paths), out)
+
+    def rewrite(rel: str) -> tuple[int, int]:
+        from PIL import Image
+
+        source = trimaps / f"{rel.removesuffix('.jpg')}.png"
+        try:
+            with Image.open(source) as image:
+                if image.mode not in ("L", "P"):
+                    raise OSError(f"mode {image.mode}")
+                ids = IDS[np.asarray(image)]
+        except FileNotFoundError as error:
+            raise UserError(f"{source} is missing: restore the trimap, or remove the folder.") from error
+        except (OSError, SyntaxError) as error:
+            raise UserError(f"{source} is no readable trimap ({error}): restore it.") from error
+        stream = BytesIO()
+        Image.fromarray(ids).save(stream, "PNG", compress_level=1)
+        write_atomically(map_path(out, rel), stream.getvalue())
+        return ids.shape[0], ids.shape[1]
+
+    with ThreadPoolExecutor() as pool:
+        sizes = set(pool.map(rewrite, paths))
+    write_maps_info(out, 2, sizes.pop() if len(sizes) == 1 else (0, 0), what)
+    return out
+
+
+def hash_of(words: tuple[str, ...] | list[str]) -> str:
+    """Sixteen digits that name a list of words."""
+    return hashlib.sha1("\n".join(words).encode()).hexdigest()[:16]

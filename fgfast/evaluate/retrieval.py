@@ -1,0 +1,59 @@
+"""Retrieval: every picture of a set queries all the others."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Retrieval(NamedTuple):
+    """Results of the N queries; a query whose class has no other picture has nothing to find and is not ``counted``."""
+
+    nearest: Tensor  # int64 [N]: class of the most similar other picture
+    rank5: Tensor  # bool [N]: one of the five most similar has the query's class
+    precision: Tensor  # float64 [N]: average precision over the whole ranking
+    counted: Tensor  # bool [N]
+
+
+@torch.no_grad()
+def retrieve(x: Tensor, y: Tensor, *, chunk: int = 256) -> Retrieval:
+    """Leave-one-out retrieval by cosine similarity.
+
+    With R other pictures of the query's class at ranks k_1 < ... < k_R (from 1) of the N - 1 others, the average
+    precision is (1 / R) sum_r r / k_r. Equal similarities keep the order of the set.
+
+    Args:
+        x: float [N, D], N >= 2.
+        y: classes, int64 [N].
+        chunk: queries at a time, which bounds the memory to chunk x N similarities.
+
+    Raises:
+        ValueError: fewer than two rows, or shapes that do not fit.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+        >>> retrieve(x, torch.tensor([0, 0, 1, 0])).nearest.tolist()
+        [0, 0, 0, 1]
+
+    Source: the evaluation of Shi et al., "LoDisc: Learning Global-Local Discriminative Features for Self-Supervised
+    Fine-Grained Visual Recognition", 2024; it uses the predictor's output, here it is what the caller gives.
+    """
+    if x.ndim != 2 or len(x) < 2 or y.shape != x.shape[:1]:
+        raise ValueError(f"x is {list(x.shape)}, y {list(y.shape)}: give [N, D] with N >= 2 and one class a row.")
+    x, y = F.normalize(x.float(), dim=1), y.to(x.device)
+    nearest, rank5, precision, counted = [], [], [], []
+    for start in range(0, len(x), chunk):
+        rows = torch.arange(start, min(start + chunk, len(x)), device=x.device)
+        similarity = x[rows] @ x.T
+        similarity.scatter_(1, rows[:, None], -torch.inf)  # the query itself comes last and is cut off
+        classes = y[similarity.sort(dim=1, descending=True, stable=True).indices[:, :-1]]  # [m, N - 1]
+        hit = classes == y[rows, None]
+        found = hit.sum(1)
+        rank = torch.arange(1, len(x), device=x.device, dtype=torch.float64)
+        summed = (hit.cumsum(1) / rank * hit).sum(1)
+        nearest.append(classes[:, 0])
+        rank5.append(hit[:, :5].any(1))
+        precision.append(summed / found.clamp(min=1))
+        counted.append(found > 0)
+    return Retrieval(*(torch.cat(parts).cpu() for parts in (nearest, rank5, precision, counted)))

@@ -1,0 +1,156 @@
+"""Protocols from the command line and in comparisons: their scores, options and files."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fgfast.cli import main
+from fgfast.compare import Comparison
+from fgfast.errors import UserError
+from fgfast.evaluate import protocols
+from fgfast.evaluate.protocols import evaluate, parse_protocols
+from fgfast.methods.simclr import SimCLRConfig
+from fgfast.train.loop import pretrain
+from tests.conftest import TINY
+
+CPU = torch.device("cpu")
+SHARED = {
+    "model": TINY, "size": 32, "batch_size": 6, "device": "cpu", "threads": 1, "amp": "off", "hidden": 16,
+    "projection": 8, "passes": 24, "knn_every": 0, "log_every": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run before its first step."""
+    config = SimCLRConfig(data=str(drawn), out=str(tmp_path_factory.mktemp("protocols") / "run"), **SHARED)  # type: ignore[arg-type]
+    return pretrain("simclr", config, train=False)
+
+
+def test_f1_of_hand_made_predictions() -> None:
+    """F1 by hand: class 0: 2 * 2 / (2 + 3), class 1: 2 * 1 / (2 + 1), class 2: never right; weights 2, 2, 1."""
+    truth, predicted = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 0, 0, 1, 0])
+    score = protocols._score("knn", "last", predicted, truth, 5, "", {})
+    f0, f1 = 2 * 2 / (2 + 4), 2 * 1 / (2 + 1)
+    assert score.macro_f1 == pytest.approx((f0 + f1) / 3)
+    assert score.weighted_f1 == pytest.approx((2 * f0 + 2 * f1) / 5)
+    assert score.top1 == 0.6
+
+
+@pytest.mark.parametrize(
+    ("protocol", "flags"),
+    [
+        ("knn", []), ("linear", []), ("retrieval", []), ("mlp", ["--epochs", "2", "--class-weights", "inverse"]),
+        ("finetune", ["--epochs", "1", "--stages", "2", "--class-weights", "frequency", "--seed", "3"]),
+    ],
+)  # fmt: skip
+def test_every_protocol_prints_and_notes_its_scores(
+    run: Path, drawn: Path, protocol: str, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", protocol, str(run), "--data", str(drawn), "--checkpoint", "init", "--device", "cpu", *flags]
+    assert main([*words, "--json"]) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0 <= row["low"] <= row["top1"] <= row["high"] <= 1
+    assert 0 <= row["macro_f1"] <= 1
+    assert 0 <= row["weighted_f1"] <= 1
+    assert (row["n"], row["n_train"]) == (18, 0 if protocol == "retrieval" else 18)
+    assert row["options"] == {
+        "mlp": "epochs=2,class_weights=inverse",
+        "finetune": "stages=2,epochs=1,class_weights=frequency,seed=3",
+    }.get(protocol, "")
+    if protocol == "retrieval":
+        assert row["top1"] <= row["rank5"] <= 1
+        assert 0 < row["map"] <= 1
+    noted = [r for r in json.loads((run / "eval.json").read_text()) if r["protocol"] == protocol]
+    assert len(noted) == 1
+    assert row.items() <= noted[0].items()
+    assert main(words) == 0
+    assert "macro-F1" in capsys.readouterr().out
+    assert len([r for r in json.loads((run / "eval.json").read_text()) if r["protocol"] == protocol]) == 1
+    assert not list(run.glob("finetune-*.pt"))
+
+
+def test_rows_with_other_options_stand_side_by_side(run: Path, drawn: Path) -> None:
+    for epochs in (1, 2, 1):
+        evaluate(run, "mlp", drawn, checkpoint="init", device=CPU, options=protocols.MLPOptions(epochs=epochs))
+    rows = json.loads((run / "eval.json").read_text())
+    found = [r["options"] for r in rows if r["protocol"] == "mlp" and "inverse" not in r["options"]]
+    assert sorted(found) == ["epochs=1", "epochs=2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["finetune", "--stages", "9"], "test_resnet has 4 stages"),
+        (["finetune", "--stages", "many"], "stages = 'many'"),
+        (["finetune", "--epochs", "0"], "epochs = 0"),
+        (["finetune", "--lr", "0"], "lr = 0"),
+        (["mlp", "--stages", "1"], "'stages', which MLPOptions does not have"),
+        (["knn", "--epochs", "1"], "knn has no option 'epochs'"),
+        (["mlp", "--class-weights", "odd"], "odd"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_two(
+    run: Path, drawn: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run / "eval.json").read_bytes() if (run / "eval.json").exists() else None
+    assert main(["eval", words[0], str(run), "--data", str(drawn), "--checkpoint", "init", *words[1:]]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert before == ((run / "eval.json").read_bytes() if (run / "eval.json").exists() else None)
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels"),
+    [
+        (["linear,knn,finetune"], ["linear", "knn", "finetune"]),
+        (["finetune:stages=all,epochs=5,knn"], ["finetune:stages=all,epochs=5", "knn"]),
+        (["finetune:stages=1", "mlp"], ["finetune", "mlp"]),
+    ],
+)
+def test_protocols_are_read(texts: list[str], labels: list[str]) -> None:
+    assert list(parse_protocols(texts)) == labels
+
+
+@pytest.mark.parametrize("text", ["nosuch", "epochs=5", "mlp:epochs", "mlp:epochs=many", "knn:k=3", ""])
+def test_bad_protocols_are_refused(text: str) -> None:
+    with pytest.raises(UserError):
+        parse_protocols([text])
+
+
+def test_compare_completes_rows_of_an_earlier_table(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows written with linear and kNN alone get the new protocols; nothing that stands there is done again."""
+
+    def comparison(*names: str) -> Comparison:
+        return Comparison(tmp_path, [drawn], ["random", "simclr"], [0], SHARED, baseline="random", protocols=[*names])
+
+    comparison("linear", "knn").run()
+    before = list(csv.DictReader((tmp_path / "compare.csv").open()))
+    assert list(before[0])[-4:] == ["linear", "knn", "nmi", "ari"]
+    done: list[str] = []
+    real = protocols.evaluate
+    monkeypatch.setattr(protocols, "evaluate", lambda run, p, *a, **k: (done.append(p), real(run, p, *a, **k))[1])
+    full = comparison("linear,knn,mlp:epochs=2", "retrieval", "finetune:epochs=1")
+    full.run()
+    assert sorted(done) == sorted(["mlp", "retrieval", "finetune"] * 2)
+    after = list(csv.DictReader((tmp_path / "compare.csv").open()))
+    assert [{k: r[k] for k in before[0]} for r in after] == before
+    assert all(0 <= float(r[label]) <= 1 for r in after for label in ("mlp:epochs=2", "retrieval", "finetune:epochs=1"))
+    arrays = np.load(tmp_path / "runs" / drawn.name / "simclr" / "seed0" / "correct.npz")
+    assert set(arrays) == {"linear", "knn", "mlp:epochs=2", "retrieval", "finetune:epochs=1"}
+    head = next(line for line in full.table().splitlines() if line.startswith("| method"))
+    columns = [c.strip() for c in head.strip("|").split("|")]
+    assert columns[2:10] == ["linear", "gain on baseline", "kNN", "mlp:epochs=2", "gain on baseline", "retrieval",
+                             "gain on baseline", "finetune:epochs=1"]  # fmt: skip
+    rows = [line for line in full.table().splitlines() if line.startswith("| `")]
+    assert all(len(line.strip("|").split("|")) == len(columns) for line in rows)
+    full.run()
+    assert len(done) == 6
+    assert "linear | gain on baseline | kNN | NMI" in comparison("linear", "knn").table()

@@ -1,0 +1,177 @@
+"""Pictures without labels: every method that needs none trains on them, and no score ever sees them."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fgfast.cli import main
+from fgfast.compare import Comparison
+from fgfast.data.layouts import EXTRA, open_images
+from fgfast.data.manifest import check_images
+from fgfast.data.maps import map_path
+from fgfast.errors import UserError
+from fgfast.evaluate.protocols import evaluate, online_knn
+from fgfast.methods.particle import PARTICLEConfig
+from fgfast.methods.simclr import SimCLRConfig
+from fgfast.methods.supervised import SupervisedConfig
+from fgfast.train import loop
+from fgfast.train.loop import pretrain
+from fgfast.train.splits import pretext_images, training_images
+from tests.conftest import TINY
+from tests.data import trees
+
+CPU = torch.device("cpu")
+COMMON: dict[str, Any] = {
+    "model": TINY, "size": 32, "batch_size": 7, "epochs": 1, "log_every": 1, "knn_every": 1, "device": "cpu",
+    "threads": 1, "amp": "off",
+}  # fmt: skip
+
+
+def simclr(data: Path, out: Path, **values: object) -> SimCLRConfig:
+    return SimCLRConfig(data=str(data), out=str(out), hidden=16, projection=8, **COMMON | values)
+
+
+@pytest.fixture
+def extra(tmp_path: Path) -> Path:
+    """Four pictures in folders, one of them broken, and a text."""
+    trees.pictures(tmp_path / "extra", ["a/1.jpg", "a/b/2.png", "3.jpg"])
+    (tmp_path / "extra" / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "extra" / "notes.txt").write_text("")
+    return tmp_path / "extra"
+
+
+def test_both_kinds_are_trained_on_and_scored_never(
+    tmp_path: Path, extra: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run on cassava's form sees 8 labelled, 3 own unlabelled and 3 of --unlabelled; scores see 8 and 2."""
+    data = trees.cassava(tmp_path / "set")
+    config = simclr(data, tmp_path / "run", unlabelled=str(extra), batch_size=7)
+    monkeypatch.setattr("fgfast.data.manifest.MAX_BROKEN", 0.2)
+    images = pretext_images(config)
+    assert images.targets.tolist() == [0] * 4 + [1] * 4 + [-1] * 7
+    records = check_images(images)
+    assert [rel for rel, _ in records.skipped] == [f"{EXTRA}/broken.jpg"]
+    assert len(records) == 14
+    assert str(extra / "a" / "b" / "2.png") in records.files
+    seen: set[int] = set()
+    real = loop._Trainer._update
+
+    def noted(self: Any, loss: Any, lr: float, index: torch.Tensor, **kw: Any) -> Any:
+        seen.update(index.tolist())
+        return real(self, loss, lr, index, **kw)
+
+    monkeypatch.setattr(loop._Trainer, "_update", noted)
+    run = pretrain("simclr", config)
+    assert seen == set(records.index.tolist())
+    score = evaluate(run, "knn", data, device=CPU)
+    assert (score.n_train, len(score.correct)) == (8, 2)
+    assert "broken.jpg" in (run / "log.txt").read_text()
+
+
+def test_online_knn_sees_labelled_pictures_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fgfast.evaluate import protocols
+    from fgfast.methods.base import build_encoder
+
+    config = simclr(trees.cassava(tmp_path / "set"), tmp_path / "run")
+    targets: list[int] = []
+    real = protocols.extract
+    monkeypatch.setattr(
+        protocols, "extract", lambda e, images, *a, **k: targets.extend(images.targets) or real(e, images, *a, **k)
+    )
+    assert online_knn(build_encoder(config), config, CPU) is not None
+    assert sorted(set(targets)) == [0, 1]
+    assert len(targets) == 10
+
+
+def test_holdout_is_of_labelled_pictures(tmp_path: Path, extra: Path) -> None:
+    """The held-out pictures are labelled, the same with and without further pictures, and not trained on."""
+    config = simclr(trees.cassava(tmp_path / "set"), tmp_path / "run", holdout=0.25)
+    kept, held = training_images(config)
+    more = training_images(replace(config, unlabelled=str(extra)))
+    assert (more[0].paths, more[1].paths) == (kept.paths, held.paths)
+    assert held.targets.tolist() == [0, 1]
+    assert set(pretext_images(config).paths) == set(open_images(config.data).subset([*range(13)]).paths) - {
+        *held.paths,
+        *open_images(config.data).test_set().paths,
+    }
+
+
+def test_a_set_without_unlabelled_pictures_is_trained_on_as_it_is(drawn: Path, tmp_path: Path) -> None:
+    config = simclr(drawn, tmp_path)
+    assert pretext_images(config).paths == training_images(config)[0].paths == open_images(drawn).train_set().paths
+
+
+def test_part_maps_of_unlabelled_pictures_lie_in_the_run(tmp_path: Path, drawn: Path) -> None:
+    trees.pictures(tmp_path / "extra", [f"{i}.jpg" for i in range(3)])
+    config = PARTICLEConfig(
+        data=str(drawn), out=str(tmp_path / "run"), unlabelled=str(tmp_path / "extra"), parts="discovered", n_parts=3,
+        map_size=8, hidden=16, projection=8, **COMMON | {"knn_every": 0},
+    )  # fmt: skip
+    maps = pretrain("particle", config) / "parts_0"
+    assert all(map_path(maps, f"{EXTRA}/{i}.jpg").is_file() for i in range(3))
+    assert sorted(p.name for p in (tmp_path / "extra").iterdir()) == ["0.jpg", "1.jpg", "2.jpg"]
+    with pytest.raises(UserError, match="--parts truth has no masks"):
+        pretrain("particle", replace(config, parts="truth", out=str(tmp_path / "two")))
+
+
+def test_supervised_trains_on_labelled_pictures_and_refuses_others(tmp_path: Path, extra: Path) -> None:
+    data = trees.cassava(tmp_path / "set")
+    config = SupervisedConfig(data=str(data), out=str(tmp_path / "run"), **COMMON | {"knn_every": 0})
+    assert (pretext_images(config).targets >= 0).all()
+    with pytest.raises(UserError, match="--unlabelled"):
+        pretrain("supervised", replace(config, unlabelled=str(extra)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_compare_gives_them_to_the_methods_that_can_use_them(tmp_path: Path) -> None:
+    data = trees.cassava(tmp_path / "set")
+    trees.pictures(tmp_path / "extra", ["1.jpg"])
+    shared = COMMON | {"unlabelled": str(tmp_path / "extra")}
+    c = Comparison(tmp_path / "cmp", [data], ["random", "simclr", "supervised"], [0], shared)
+    found = {entry.name: c._config(entry, data, 0).unlabelled for entry in c.entries}
+    assert found == {"random": shared["unlabelled"], "simclr": shared["unlabelled"], "supervised": ""}
+    with pytest.raises(UserError, match="--unlabelled"):
+        Comparison(tmp_path / "cmp", [data], ["supervised:unlabelled=x"], [0], COMMON)
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [("nowhere", "nowhere of --unlabelled does not exist"), ("empty", "holds no picture"), ("set", "in --data and in")],
+)
+def test_a_bad_folder_is_one_sentence(
+    tmp_path: Path, folder: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = trees.cassava(tmp_path / "set")
+    (tmp_path / "empty").mkdir()
+    words = ["--data", str(data), "--out", str(tmp_path / "run"), "--unlabelled", str(tmp_path / folder)]
+    assert main(["pretrain", "simclr", *words, "--device", "cpu"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_without_a_label_have_no_box_and_no_key_point(tmp_path: Path) -> None:
+    images = open_images(trees.nabirds(tmp_path / "set")).with_unlabelled(["x.jpg"])
+    assert images.boxes is not None
+    assert images.keypoints is not None
+    assert np.isnan(images.boxes[3]).all()
+    assert not images.keypoints[3].any()
+    assert len(images.train_set()) + len(images.test_set()) == 3
+
+
+def test_a_changed_folder_of_the_same_name_is_checked_anew(tmp_path: Path) -> None:
+    """Verdicts of mounted pictures belong to their own folder."""
+    data = trees.flowers(tmp_path / "set")
+    for name, content in (("one", None), ("two", b"broken")):
+        trees.pictures(tmp_path / name, ["same.png"])
+        if content:
+            (tmp_path / name / "same.png").write_bytes(b"x" * (tmp_path / "one" / "same.png").stat().st_size)
+    images = open_images(data)
+    assert not check_images(images.with_folder(tmp_path / "one")).skipped
+    with pytest.raises(UserError, match=r"1 of 7 pictures"):
+        check_images(images.with_folder(tmp_path / "two"))
