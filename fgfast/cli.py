@@ -246,15 +246,15 @@ def _discover(words: list[str]) -> None:
 
 
 def _eval(words: list[str]) -> None:
-    """Score the encoder of a run with labels: kNN, linear, mlp, finetune, retrieval."""
+    """Score the encoder of a run with labels: knn, linear, parts, mlp, finetune, retrieval."""
     import tyro
 
     from fgfast.evaluate.heads import ClassWeights
 
     @dataclass
     class Args:
-        protocol: Annotated[Literal["knn", "linear", "mlp", "finetune", "retrieval"], tyro.conf.Positional]
-        """On frozen features: knn, linear, mlp, retrieval. With them: finetune."""
+        protocol: Annotated[Literal["knn", "linear", "parts", "mlp", "finetune", "retrieval"], tyro.conf.Positional]
+        """On frozen features: knn, linear, parts (linear, of each true part), mlp, retrieval. With them: finetune."""
         run: Annotated[Path, tyro.conf.Positional]
         """Run folder."""
         data: Path

@@ -1,15 +1,17 @@
-"""Frozen features of a set of pictures: one row a picture, from the whole picture without augmentation."""
+"""Frozen features of a set of pictures: one row a picture, from the whole picture without augmentation or its parts."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fgfast.data.layouts import ImageSet
 from fgfast.data.loader import make_loader
 from fgfast.data.views import ViewSpec
 from fgfast.errors import UserError
+from fgfast.models.backbone import Backbone
+from fgfast.ops.part_pool import labels_to_grid, part_pool
 
 
 @torch.no_grad()
@@ -73,3 +75,28 @@ def extract(
     if not features.isfinite().all():
         raise UserError("The features are not finite: the network's weights have diverged, take an earlier checkpoint.")
     return features[place], torch.cat(targets)[place]
+
+
+class PartFeatures(nn.Module):
+    """The last map of an encoder averaged over each part, side by side; zeros where a part is absent.
+
+    Args:
+        encoder: the network.
+        n_parts: K; ids are 0..K-1, -1 is no part.
+
+    Example:
+        >>> features = PartFeatures(Backbone("resnet18", size=64), 5)
+        >>> features(torch.zeros(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.int64)).shape
+        torch.Size([2, 2560])
+    """
+
+    def __init__(self, encoder: Backbone, n_parts: int) -> None:
+        super().__init__()
+        self.encoder, self.n_parts = encoder, n_parts
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Features [B, K D] of pictures [B, 3, S, S] with id maps [B, S, S]."""
+        size = (images.shape[-2], images.shape[-1])
+        features = self.encoder.to_map(self.encoder.features(images), size)
+        grid = labels_to_grid(labels, (features.shape[-2], features.shape[-1]), self.n_parts)
+        return part_pool(features, grid, self.n_parts).pooled.flatten(1)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fgfast.data.layouts import ImageSet, open_images
+from fgfast.data.maps import read_maps_info
 from fgfast.errors import UserError
 from fgfast.evaluate.bootstrap import accuracy_interval
-from fgfast.evaluate.features import extract
+from fgfast.evaluate.features import PartFeatures, extract
 from fgfast.evaluate.finetune import FinetuneOptions, finetune
 from fgfast.evaluate.heads import MLPOptions, mlp_probe
 from fgfast.evaluate.knn import knn_predict
@@ -26,7 +27,7 @@ from fgfast.train.checkpoint import load_checkpoint, write_json
 from fgfast.train.config import TrainConfig, parse_values, with_values
 from fgfast.train.splits import training_images
 
-Protocol = Literal["knn", "linear", "mlp", "finetune", "retrieval"]
+Protocol = Literal["knn", "linear", "parts", "mlp", "finetune", "retrieval"]
 Options = MLPOptions | FinetuneOptions
 OPTIONS: dict[str, type[Options]] = {"mlp": MLPOptions, "finetune": FinetuneOptions}
 """The options of the protocols that have some."""
@@ -130,7 +131,7 @@ def parse_protocols(texts: list[str]) -> dict[str, tuple[str, Options | None]]:
         text = options_text(options)
         found[f"{name}:{text}" if text else name] = name, options
     if not found:
-        raise UserError("--protocols names none: give linear, knn, mlp, finetune or retrieval.")
+        raise UserError("--protocols names none: give linear, knn, parts, mlp, finetune or retrieval.")
     return found
 
 
@@ -169,13 +170,26 @@ def _features(encoder: Backbone, images: ImageSet, config: TrainConfig, device: 
     return extract(encoder, images, config.size, device=device, threads=config.threads, loader=config.loader)
 
 
+def _part_features(
+    encoder: Backbone, images: ImageSet, config: TrainConfig, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    if images.masks is None:
+        raise UserError(f"{images.root} has no true part masks: choose another protocol than parts.")
+    n_parts = int(read_maps_info(images.masks)["n_parts"])
+    return extract(
+        PartFeatures(encoder, n_parts), images, config.size, device=device, threads=config.threads,
+        loader=config.loader, maps=images.masks,
+    )  # fmt: skip
+
+
 def _classify(
     protocol: Protocol, encoder: Backbone, config: TrainConfig, fit: ImageSet, test: ImageSet, device: torch.device,
     options: Options | None,
 ) -> tuple[Tensor, Tensor, int]:  # fmt: skip
     """Predicted and true classes of the test pictures from frozen features, and the training count."""
-    x, y = _features(encoder, fit, config, device)
-    tx, ty = _features(encoder, test, config, device)
+    take = _part_features if protocol == "parts" else _features
+    x, y = take(encoder, fit, config, device)
+    tx, ty = take(encoder, test, config, device)
     if protocol == "knn":
         return knn_predict(x, y, tx, k=min(KNN_K, len(x)), n_classes=len(fit.classes)), ty, len(x)
     if isinstance(options, MLPOptions):
@@ -205,6 +219,7 @@ def evaluate(
     Args:
         run: run folder.
         protocol: "knn": cosine, k = 20, votes weighted by exp(similarity / 0.07). "linear": logistic regression.
+            "parts": the same on features averaged over each true part, side by side; for sets with part masks.
             "mlp": one hidden layer, on features too. "finetune": the last stages of the encoder and a new classifier.
             "retrieval": every test picture queries the other ones by their features.
         data: a labelled set.

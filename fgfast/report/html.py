@@ -21,7 +21,8 @@ from fgfast.train.log import read_metrics
 
 CHECKPOINTS = {"init": "before", "last": "after"}
 PROTOCOLS = {
-    "knn": "kNN", "linear": "Linear probe", "mlp": "MLP", "finetune": "Fine-tuning", "retrieval": "Retrieval, rank 1",
+    "knn": "kNN", "linear": "Linear probe", "parts": "Linear probe of true parts", "mlp": "MLP",
+    "finetune": "Fine-tuning", "retrieval": "Retrieval, rank 1",
 }  # fmt: skip
 ALT = {"parts": "Photographs with the discovered parts painted over them, one colour a part"}
 

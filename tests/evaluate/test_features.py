@@ -9,7 +9,8 @@ from PIL import Image
 
 from fgfast.data.layouts import ImageSet, open_images
 from fgfast.errors import UserError
-from fgfast.evaluate.features import extract
+from fgfast.evaluate.features import PartFeatures, extract
+from fgfast.models.backbone import Backbone
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +75,19 @@ def test_a_broken_picture_has_no_row(greys, tmp_path):
 def test_features_that_are_not_finite_are_named(greys):
     with pytest.raises(UserError, match="not finite"):
         extract(lambda x: x.mean(dim=(2, 3)) / 0, greys, 16, threads=1)
+
+
+def test_part_features_are_means_over_each_part_side_by_side():
+    """Against means taken by hand on the encoder's own map; an absent part is zero, and -1 belongs to none."""
+    torch.manual_seed(0)
+    encoder = Backbone("test_resnet", size=32, args={"output_stride": 8}).eval()
+    images, labels = torch.randn(2, 3, 32, 32), torch.full((2, 32, 32), -1)
+    labels[:, :16], labels[1, 16:, 16:] = 2, 0  # whole cells of the 4 x 4 map
+    with torch.no_grad():
+        found = PartFeatures(encoder, 3)(images, labels).view(2, 3, -1)
+        features = encoder.to_map(encoder.features(images), (32, 32))
+    assert features.shape[-2:] == (4, 4)
+    torch.testing.assert_close(found[:, 2], features[:, :, :2].mean((2, 3)))
+    torch.testing.assert_close(found[1, 0], features[1, :, 2:, 2:].mean((1, 2)))
+    assert not found[0, 0].any()
+    assert not found[:, 1].any()

@@ -44,7 +44,8 @@ def test_f1_of_hand_made_predictions() -> None:
 @pytest.mark.parametrize(
     ("protocol", "flags"),
     [
-        ("knn", []), ("linear", []), ("retrieval", []), ("mlp", ["--epochs", "2", "--class-weights", "inverse"]),
+        ("knn", []), ("linear", []), ("parts", []), ("retrieval", []),
+        ("mlp", ["--epochs", "2", "--class-weights", "inverse"]),
         ("finetune", ["--epochs", "1", "--stages", "2", "--class-weights", "frequency", "--seed", "3"]),
     ],
 )  # fmt: skip
@@ -72,6 +73,17 @@ def test_every_protocol_prints_and_notes_its_scores(
     assert "macro-F1" in capsys.readouterr().out
     assert len([r for r in json.loads((run / "eval.json").read_text()) if r["protocol"] == protocol]) == 1
     assert not list(run.glob("finetune-*.pt"))
+
+
+def test_parts_want_masks(run: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (40, 40)).save(tmp_path / split / name / "0.png")
+    with pytest.raises(UserError, match="no true part masks"):
+        evaluate(run, "parts", tmp_path, checkpoint="init", device=CPU)
 
 
 def test_rows_with_other_options_stand_side_by_side(run: Path, drawn: Path) -> None:
