@@ -11,7 +11,7 @@ GROUPS = 8  # of each normalisation; widths are multiples of it
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions with group norm, beside a shortcut: maps [B, before, h, w] to [B, after, h, w].
+    """Two 3x3 convolutions with a group norm between, beside a shortcut: maps [B, before, h, w] to [B, after, h, w].
 
     Example:
         >>> Residual(16, 8)(torch.zeros(2, 16, 4, 4)).shape
@@ -24,8 +24,7 @@ class Residual(nn.Module):
             nn.Conv2d(before, after, 3, padding=1, bias=False),
             nn.GroupNorm(GROUPS, after),
             nn.ReLU(inplace=True),
-            nn.Conv2d(after, after, 3, padding=1, bias=False),
-            nn.GroupNorm(GROUPS, after),
+            nn.Conv2d(after, after, 3, padding=1),
         )
         self.shortcut = nn.Identity() if before == after else nn.Conv2d(before, after, 1)
 
