@@ -17,6 +17,7 @@ from fgfast.ops.kmeans import KMeansResult, kmeans
 from fgfast.ops.kmeans_step import KMeansStep, kmeans_step
 from fgfast.ops.mask import PivotalMask, mask_images, pivotal_mask
 from fgfast.ops.part_pool import PartPool, labels_to_grid, part_pool
+from fgfast.ops.perturb import Perturbed, perturb
 from fgfast.ops.ring import global_ids
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "NTXentLoss",
     "PartContrastiveLoss",
     "PartPool",
+    "Perturbed",
     "PivotalMask",
     "SupConLoss",
     "__version__",
@@ -43,6 +45,7 @@ __all__ = [
     "labels_to_grid",
     "mask_images",
     "part_pool",
+    "perturb",
     "pivotal_mask",
     "use_backend",
 ]

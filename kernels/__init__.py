@@ -11,4 +11,5 @@ OPERATIONS: tuple[str, ...] = (
     "kmeans_step",
     "labels_to_grid",
     "part_pool",
+    "perturb",
 )

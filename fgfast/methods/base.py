@@ -115,4 +115,4 @@ def method_class(name: str) -> type[Method]:
     return found
 
 
-METHODS = ("lodisc", "mocov3", "particle", "simclr", "supervised")
+METHODS = ("lodisc", "mocov3", "particle", "simclr", "supervised", "synthpair")

@@ -270,12 +270,7 @@ class PARTICLE(Method):
         if not hasattr(self, "_sides"):
             self._sides: dict[int, int] = {}
         if side not in self._sides:
-            was_training = self.encoder.training
-            self.encoder.eval()
-            with torch.no_grad():
-                x = torch.zeros(1, 3, side, side, device=next(self.parameters()).device)
-                self._sides[side] = self.encoder.to_map(self.encoder.features(x), (side, side)).shape[-1]
-            self.encoder.train(was_training)
+            self._sides[side] = self.encoder.map_side(side)
         return self._sides[side]
 
     def forward(self, batch: "Batch") -> dict[str, Tensor]:

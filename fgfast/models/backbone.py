@@ -103,6 +103,25 @@ class Backbone(nn.Module):
         patches = features[:, self.net.num_prefix_tokens :]
         return patches.transpose(1, 2).unflatten(2, grid)
 
+    def map_side(self, side: int) -> int:
+        """Side of the map of pictures of ``side`` x ``side`` pixels.
+
+        Raises:
+            UserError: the network's features are no map [B, D, h, w] with as many channels as pooled features.
+        """
+        was_training = self.training
+        self.eval()
+        with torch.no_grad():
+            x = torch.zeros(1, 3, side, side, device=next(self.parameters()).device)
+            found = self.to_map(self.features(x), (side, side))
+        self.train(was_training)
+        if found.dim() != 4 or found.shape[1] != self.dim:
+            raise UserError(
+                f"{self.name} gives {tuple(found.shape)} where a map [1, {self.dim}, h, w] is needed: "
+                "choose another --model."
+            )
+        return found.shape[-1]
+
     def pyramid(self, x: Tensor, levels: int = 4) -> list[Tensor]:
         """Maps [B, D_l, h_l, w_l] of the last ``levels`` stages (blocks of a ViT), deepest first."""
         maps = self.net.forward_intermediates(x, intermediates_only=True, norm=self.is_vit)

@@ -1,0 +1,252 @@
+"""Contrast on synthesised pairs: what a picture decodes to should not change with the features that do not matter."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from fgfast.errors import UserError
+from fgfast.methods.base import Method, Progress, build_encoder
+from fgfast.methods.bases import BASES, mean_valid
+from fgfast.models.decoder import Decoder
+from fgfast.models.statistics import KeyQueue, RunningVariance, unrecorded
+from fgfast.ops.perturb import Perturbed, lowest, perturb
+from fgfast.reference.draws import philox
+from fgfast.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from fgfast.data.views import Batch, ViewSpec
+    from fgfast.report.pictures import Panel
+
+
+@dataclass
+class SynthPairConfig(TrainConfig):
+    """Options of contrast on synthesised pairs."""
+
+    base: Literal["simclr", "moco", "simsiam", "byol"] = "simclr"
+    """The contrast that it builds on."""
+    temperature: float = 0.2
+    """Temperature of the contrast (SimCLR, MoCo)."""
+    hidden: int = 512
+    """Width of the hidden layers of the heads."""
+    projection: int = 128
+    """Width of the projection."""
+    momentum: float = 0.99
+    """Decay of the momentum encoder (MoCo; BYOL: its start, which rises to 1 as a cosine)."""
+    queue: int = 512
+    """Keys of the queues (MoCo)."""
+    criterion: Literal["both", "variance", "gradcam", "random"] = "both"
+    """What calls a dimension unimportant: low variance, low Grad-CAM importance, both, or chance (a control)."""
+    combine: Literal["union", "intersection"] = "union"
+    """How both criteria are joined."""
+    importance: Literal["absolute", "positive"] = "absolute"
+    """Grad-CAM importance: |w r|, or max(w r, 0)."""
+    p_v: float = 0.3
+    """Share of the dimensions that the variance calls unimportant."""
+    p_g: float = 0.3
+    """Share of the dimensions of a picture that Grad-CAM (or chance) calls unimportant."""
+    decay: float = 0.99
+    """Decay of the running variance."""
+    strategy: Literal["noise", "swap", "zero"] = "noise"
+    """How a dimension is changed: noise of its own spread, the value of another picture, or none."""
+    strength: float = 1.0
+    """Size of the change, lambda; 0 changes nothing."""
+    alpha: float = 0.05
+    """Weight of the reconstruction loss."""
+    nu: float = 0.2
+    """Weight of the contrast of synthesised pairs."""
+    synth_warmup: float = 0.15
+    """Share of the steps before synthesised pairs count."""
+    synth_share: float = 1.0
+    """Share of the batch that pairs are synthesised from."""
+    synth_size: int = 0
+    """Side to which decoded pictures are resized before they are encoded; 0 leaves them at --size."""
+    both_views: bool = False
+    """Reconstruct the second view too (bases that encode both): twice the decoder's time."""
+    stop_gradient: bool = False
+    """Keep the reconstruction from training the encoder."""
+    latent: int = 128
+    """Width of the decoder's code."""
+    decoder_width: int = 0
+    """Channels of the decoder at the encoder's grid; 0 takes the encoder's, at most 512."""
+    decoder_depth: int = 1
+    """Residual blocks of the decoder a stage."""
+
+
+GUARD = 0.5  # share of the energy of a feature vector that may change
+
+
+class SynthPair(Method):
+    r"""A contrastive base, a decoder, and the same contrast on pairs of pictures that the decoder makes.
+
+    .. math:: L = L_C + \alpha L_R + \nu L_{Cp}, \quad L_R = \|D(r) - x\|^2, \quad
+              L_{Cp} = \text{contrast of } D(r) \text{ with } D(r'), \quad r' = r + M \lambda \|r\| \sigma \epsilon,
+
+    r the pooled features of the view x. The mask M holds the dimensions of low variance over the data (running, of
+    r / ||r||) and, in each picture, those of least Grad-CAM importance |w r|, w the mean over positions of
+    the gradient of L_C; together at most half of the energy of r. The pair gets no gradient itself: it trains the
+    encoder to tell no difference. nu is 0 until the decoder has learned to reconstruct (``synth_warmup``).
+
+    This is a re-creation: the paper's code, settings and tables are not public. Known are the two criteria, the three
+    losses and that it builds on bases such as MoCo v2 and SimSiam. Ours are: all numbers, the running variance, the
+    first-order gradient as Grad-CAM weight, its absolute value (of a loss, either sign matters), the guard, noise of
+    the dimension's own spread (of the mean spread where that is low, or it would not show), the decoder's group norms
+    (two equal vectors give one picture), and that pairs are made from the first view, only flipped at random, have a
+    queue of their own and leave no trace in the encoder's running statistics.
+
+    ``passes_per_image`` counts the encoder passes over decoded pictures by their area and share, after the warm-up; the
+    decoder is not counted.
+
+    Source: after Wang, Liu, Weston, Tian, Li, "On Learning Discriminative Features from Synthesized Data for
+    Self-Supervised Fine-Grained Visual Recognition", ECCV 2024.
+    """
+
+    name = "synthpair"
+    Config = SynthPairConfig
+
+    def __init__(self, config: SynthPairConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        if c.synth_size and not 16 <= c.synth_size <= c.size:
+            raise UserError(f"--synth-size is {c.synth_size}: give 0, or 16 to --size {c.size}.")
+        self.encoder = build_encoder(c)
+        self.base = BASES[c.base](self.encoder, c)
+        self.queues = torch.nn.ModuleList(KeyQueue(c.queue, c.projection) for _ in range(2 * self.base.has_queue))
+        self.decoder = Decoder(
+            self.encoder.dim, c.size, self.encoder.map_side(c.size), c.latent, c.decoder_width, c.decoder_depth
+        )
+        self.variance = RunningVariance(self.encoder.dim, c.decay)
+        area = ((c.synth_size or c.size) / c.size) ** 2
+        pairs = c.synth_share * area * (1 - c.synth_warmup) if c.nu else 0.0
+        self.passes_per_image = self.base.passes * (1 + pairs)
+        self.progress = Progress(0, 1)
+
+    def get_extra_state(self) -> dict[str, int]:
+        """Where training stands, which the warm-up and the noise follow; kept in checkpoints."""
+        return {"step": self.progress.step, "total": self.progress.total}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Take the step from a checkpoint."""
+        self.progress = Progress(state["step"], state["total"])
+
+    def set_group(self, group: "ProcessGroup | None") -> None:
+        """Contrast with, and take statistics over, the pictures of all ranks."""
+        super().set_group(group)
+        self.base.group = group
+
+    def views(self) -> "ViewSpec":
+        """MoCo v2's pair of alike crops: flip, colour jitter, grey 0.2, blur 0.5 (scaled by the size)."""
+        from fgfast.data.views import Crop, ViewSpec
+
+        c = self.config
+        crop = Crop(
+            size=c.size, scale=(c.crop_scale, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2, blur=0.5,
+            blur_sigma=(0.1, max(0.2, 2.0 * c.size / 224)),
+        )  # fmt: skip
+        return ViewSpec(crops=(crop, crop))
+
+    def forward(self, batch: "Batch") -> dict[str, Tensor]:
+        """L_C + alpha L_R, and after the warm-up nu L_Cp."""
+        c = self.config
+        x = torch.cat(batch.views[: self.base.online])  # [V B, 3, S, S]
+        valid = batch.valid.repeat(self.base.online)
+        maps = self.encoder.features(x)
+        r = self.encoder.pool(maps)  # [V B, D]
+        contrast = self.base(r, batch, self._queue(0))
+        self.variance.update(r, valid, self.group)
+        shown = len(x) if c.both_views else len(batch)
+        decoded = self.decoder(r[:shown].detach() if c.stop_gradient else r[:shown]).float()
+        error = (decoded - x[:shown]).square().mean((1, 2, 3))
+        reconstruction = mean_valid(error, valid[:shown], self.group)
+        out = {"contrast": contrast.detach(), "reconstruction": reconstruction.detach()}
+        loss = contrast + c.alpha * reconstruction
+        if c.nu and self.progress.share >= c.synth_warmup:
+            n = min(len(batch), max(2, round(c.synth_share * len(batch))))
+            changed = self.perturbed(r[:n], maps, contrast)
+            with torch.no_grad():
+                other = self.decoder(changed.features).float()
+            pair = self.contrast_pair(decoded[:n].detach(), other, batch)
+            loss = loss + c.nu * pair
+            out |= {"pair": pair.detach(), "changed": changed.mask.float().mean()}
+        return {"loss": loss, **out}
+
+    def perturbed(self, r: Tensor, maps: Tensor, contrast: Tensor) -> Perturbed:
+        """Features r [n, D] changed where they matter least to the contrast, whose graph stays; maps are the encoder's.
+
+        r are the first n rows of those that were pooled from the maps.
+        """
+        c, dim = self.config, r.shape[1]
+        variance = self.variance.variance
+        low = lowest(variance[None], int(c.p_v * dim + 1e-9))[0]
+        std = variance.sqrt()
+        std = torch.where(low, std.mean(), std)
+        gradient, importance = None, "given"
+        if c.criterion == "random":
+            gradient = philox(self._seed(1), len(r), dim, r.device)
+        elif c.criterion != "variance":
+            (slope,) = torch.autograd.grad(contrast, maps, retain_graph=True)
+            positions = (2, 3) if slope.dim() == 4 else (1,)
+            gradient, importance = slope[: len(r)].float().mean(positions), c.importance
+        return perturb(
+            r.detach().float(), gradient, low_variance=low if c.criterion in ("variance", "both") else None, std=std,
+            lowest=c.p_g, importance=importance, combine=c.combine, strategy=c.strategy, strength=c.strength,
+            budget=GUARD, seed=self._seed(0),
+        )  # fmt: skip
+
+    def contrast_pair(self, decoded: Tensor, other: Tensor, batch: "Batch") -> Tensor:
+        """L_Cp of pictures decoded from features as they are and as they were changed, of the first rows of a batch."""
+        from fgfast.data.views import Batch
+
+        n, side = len(decoded), self.config.synth_size
+        coins = philox(self._seed(2), 2, n, decoded.device) < 0.5
+        views = [
+            torch.where(coin[:, None, None, None], y.flip(3), y)
+            for y, coin in zip((decoded, other), coins, strict=True)
+        ]
+        if side:
+            views = [F.interpolate(y, (side, side), mode="bilinear", antialias=True) for y in views]
+        pairs = Batch(views=views, target=batch.target[:n], index=batch.index[:n], valid=batch.valid[:n])
+        with unrecorded(self.encoder, self.base):
+            r = self.encoder(torch.cat(views[: self.base.online]))
+            return self.base(r, pairs, self._queue(1))
+
+    def _queue(self, number: int) -> KeyQueue | None:
+        """The queue of photographs (0) or of decoded pictures (1), of a base that has them."""
+        queue = self.queues[number] if self.base.has_queue else None
+        assert queue is None or isinstance(queue, KeyQueue)
+        return queue
+
+    def _seed(self, stream: int) -> int:
+        """A seed of this step and rank: counter-based numbers make a resumed run draw what it would have drawn."""
+        rank = 0 if self.group is None else dist.get_rank(self.group)
+        return (self.config.seed % 2**16) << 46 | stream << 44 | rank << 32 | self.progress.step
+
+    def after_step(self, progress: Progress) -> None:
+        """Move the momentum copies."""
+        self.base.after_step(self.encoder, progress)
+        self.progress = progress
+
+    def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":
+        """Views beside what their features decode to, as they are and changed."""
+        from fgfast.report.pictures import Panel, in_rows, to_uint8
+
+        x = torch.cat(batch.views[: self.base.online])
+        with torch.enable_grad():
+            maps = self.encoder.features(x)
+            r = self.encoder.pool(maps)
+            changed = self.perturbed(r[: len(batch)], maps, self.base(r, batch, self._queue(0)))
+        with torch.no_grad():
+            decoded, other = self.decoder(r.float()), self.decoder(changed.features)
+        panels = []
+        for i in range(min(8, len(batch))):
+            panels += [
+                Panel(to_uint8(x[i]), "view"),
+                Panel(to_uint8(decoded[i]), "decoded"),
+                Panel(to_uint8(other[i]), f"{changed.mask[i].float().mean():.0%} changed"),
+            ]
+        return {"decoded": in_rows(panels, 6)} | super().pictures(batch)

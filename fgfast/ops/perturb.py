@@ -1,0 +1,261 @@
+"""``perturb``: choose the dimensions of features that matter least, and change those alone.
+
+What is compared or summed to make the mask is one rounding of float32 or a whole number: the mask is the same, bit for
+bit, on every device and by every backend, whatever the order of its sums.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fgfast.backend import check_triton, preference, resolve
+from fgfast.ops._tensors import accumulation, check_device, check_float, check_tensor, check_whole
+from fgfast.reference import perturb as reference
+from fgfast.reference.draws import normal
+
+IMPORTANCE = ("absolute", "positive", "given")
+COMBINE = ("union", "intersection")
+STRATEGIES = ("noise", "swap", "zero")
+MOST = 4096  # channels that a program of the kernel holds in its registers
+SHARE_BITS = 16  # the budget is a whole number of 2^-16
+
+
+class Perturbed(NamedTuple):
+    """What `perturb` returns: features [B, D] in their dtype, mask bool [B, D], True = changed."""
+
+    features: Tensor
+    mask: Tensor
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """Mask bool [B, D] of the ``count`` smallest scores of each row, ties to the lowest index, NaN last.
+
+    Example:
+        >>> lowest(torch.tensor([[2.0, 1.0, 1.0, 0.0]]), 2).tolist()
+        [[False, True, False, True]]
+    """
+    if count == 0 or not scores.numel():
+        return torch.zeros_like(scores, dtype=torch.bool)
+    scores = torch.where(scores.isnan(), torch.inf, scores)
+    limit = scores.kthvalue(count, dim=1, keepdim=True).values
+    below, equal = scores < limit, scores == limit
+    return below | (equal & (equal.cumsum(1) <= count - below.sum(1, keepdim=True)))
+
+
+def _affordable(rows: Tensor, mask: Tensor, share: int) -> Tensor:
+    """The part of the mask that holds at most the share of the energy of each row; rows are float32 [B, D]."""
+    top = rows.abs().amax(1, keepdim=True)
+    finite = top < torch.inf  # False for NaN
+    exponent = (268 - (top.view(torch.int32) >> 23)).clamp(max=254)  # of the power of two that brings top under 2^15
+    scale = torch.where(finite, exponent << 23, 0).view(torch.float32)
+    cost = (torch.where(finite, rows, 0) * scale).square().long()
+    mask = mask & finite
+    allowed = cost.sum(1, keepdim=True) * share >> SHARE_BITS
+    if mask.device.type == "cpu" and not bool((torch.where(mask, cost, 0).sum(1, keepdim=True) > allowed).any()):
+        return mask
+    order = torch.where(mask, cost, 1 << reference.UNITS).sort(dim=1, stable=True)
+    kept = order.values.cumsum(1) <= allowed
+    return torch.zeros_like(mask).scatter_(1, order.indices, kept) & mask
+
+
+def _perturb_torch(
+    features: Tensor,
+    gradient: Tensor | None,
+    low_variance: Tensor | None,
+    std: Tensor | None,
+    noise: Tensor | None,
+    count: int,
+    importance: str,
+    combine: str,
+    strategy: str,
+    strength: float,
+    share: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    wide = features.to(accumulation(features.dtype))
+    masks = [] if low_variance is None else [low_variance.expand(features.shape)]
+    if gradient is not None:
+        weight = gradient.to(wide.dtype)
+        scores = weight if importance == "given" else weight * wide
+        masks.append(lowest(scores.clamp_min(0) if importance == "positive" else scores.abs(), count))
+    mask = masks[0] if len(masks) == 1 else masks[0] | masks[1] if combine == "union" else masks[0] & masks[1]
+    if not wide.numel():
+        return features.clone(), mask.clone()
+    mask = _affordable(wide.float(), mask, share)
+    if strategy == "noise":
+        assert std is not None  # checked
+        drawn = normal(seed, len(features), features.shape[1], features.device) if noise is None else noise
+        change = wide.norm(dim=1, keepdim=True) * std.to(wide.dtype) * drawn.to(wide.dtype)
+    else:
+        change = (wide.roll(-1, 0) if strategy == "swap" else 0) - wide
+    return torch.where(mask, wide + strength * change, wide).to(features.dtype), mask
+
+
+@torch.library.custom_op("fgfast::perturb", mutates_args=())
+def _perturb(
+    features: Tensor,
+    gradient: Tensor | None,
+    low_variance: Tensor | None,
+    std: Tensor | None,
+    noise: Tensor | None,
+    count: int,
+    importance: str,
+    combine: str,
+    strategy: str,
+    strength: float,
+    share: int,
+    seed: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        from fgfast.kernels.perturb import perturb as run
+    else:
+        run = reference.perturb if backend == "reference" else _perturb_torch
+    with torch.autocast(features.device.type, enabled=False):
+        out, mask = run(
+            features, gradient, low_variance, std, noise, count, importance, combine, strategy, strength, share, seed
+        )
+    return out.contiguous(), mask.contiguous()
+
+
+@_perturb.register_fake
+def _(
+    features: Tensor,
+    gradient: Tensor | None,
+    low_variance: Tensor | None,
+    std: Tensor | None,
+    noise: Tensor | None,
+    count: int,
+    importance: str,
+    combine: str,
+    strategy: str,
+    strength: float,
+    share: int,
+    seed: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return features.new_empty(features.shape), features.new_empty(features.shape, dtype=torch.bool)
+
+
+def _check(
+    features: Tensor, gradient: Tensor | None, low_variance: Tensor | None, std: Tensor | None, noise: Tensor | None
+) -> None:
+    """Types, shapes and devices."""
+    check_float("features", features)
+    if features.dim() != 2 or features.shape[1] < 1:
+        raise ValueError(f"features has shape {tuple(features.shape)}: give one row a picture, [B, D].")
+    rows, row = tuple(features.shape), tuple(features.shape[1:])
+    for name, x, shape in (
+        ("gradient", gradient, rows), ("low_variance", low_variance, row), ("std", std, row), ("noise", noise, rows),
+    ):  # fmt: skip
+        if x is None:
+            continue
+        if name == "low_variance":
+            check_tensor(name, x)
+            if x.dtype != torch.bool:
+                raise TypeError(f"low_variance has dtype {x.dtype}: give bool, True = low.")
+        else:
+            check_float(name, x)
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)} and features {rows}: give {shape}.")
+        check_device(name, x, features.device)
+
+
+def perturb(
+    features: Tensor,
+    gradient: Tensor | None = None,
+    *,
+    low_variance: Tensor | None = None,
+    std: Tensor | None = None,
+    lowest: float = 0.3,
+    importance: str = "absolute",
+    combine: str = "union",
+    strategy: str = "noise",
+    strength: float = 1.0,
+    budget: float = 0.5,
+    noise: Tensor | None = None,
+    seed: int | None = None,
+    backend: str | None = None,
+) -> Perturbed:
+    r"""Change the dimensions of each feature vector that two criteria call unimportant, in one pass over them.
+
+    .. math:: r'_{bd} = r_{bd} + \lambda M_{bd} \Delta_{bd}, \qquad
+              \Delta_{bd} = \|r_b\| \sigma_d \epsilon_{bd} \;\text{(noise)}, \quad
+              r_{b+1,d} - r_{bd} \;\text{(swap)}, \quad -r_{bd} \;\text{(zero)}
+
+    The mask M joins the dimensions of low variance, the same for all rows, with the floor(lowest x D) dimensions of a
+    row whose importance :math:`|w_{bd} r_{bd}|` is smallest, ties to the lowest index. Where these hold more than the
+    share ``budget`` of the row's energy :math:`\sum_d r_{bd}^2`, the dimensions with the most energy are spared until
+    the rest do not (the largest energy is counted in 28 to 30 bits). What is not masked keeps its bits. A row with a
+    number that is not finite, in float32, keeps all of them.
+
+    Args:
+        features: r, float [B, D], any strides.
+        gradient: w, float [B, D], such as that of a loss (Grad-CAM); None leaves this criterion out.
+        low_variance: bool [D], True where the data vary little; None leaves this criterion out.
+        std: float [D], sigma, for rows scaled to norm 1: needed by "noise".
+        lowest: share of the dimensions of a row that the gradient's criterion takes, 0 to 1.
+        importance: "absolute" is |w r|, "positive" is max(w r, 0), "given" is |w|.
+        combine: "union" or "intersection" of two criteria.
+        strategy: "noise", "swap" (with the next row, the last one with the first) or "zero".
+        strength: lambda; 0 changes nothing.
+        budget: largest share of a row's energy that may change, 0 to 1, rounded down to 2^-16.
+        noise: epsilon, float [B, D]; None draws standard normal numbers from ``seed``, row and dimension (Philox
+            4x32-10, Box and Muller), the same ones on every device.
+        seed: 0 and up; None takes one from torch's generator.
+        backend: "triton" (D up to 4,096), "torch" or "reference"; strict. None follows `use_backend`.
+
+    Returns:
+        Perturbed(features [B, D] in the dtype of features, mask bool [B, D], True = changed). Masks are equal for all
+        backends; changed values agree to a few roundings of float32. No gradient flows.
+
+    Raises:
+        ValueError: neither criterion, no std for "noise", shapes or devices that do not fit, an option out of range.
+        TypeError: a dtype that is not of the kind asked for.
+
+    Example:
+        >>> r, w = torch.tensor([[3.0, 1.0, 1.0, 2.0]]), torch.tensor([[0.1, 1.0, 0.0, 1.0]])
+        >>> perturb(r, w, lowest=0.5, strategy="zero").features.tolist()  # 3.0 would be more than half of the energy
+        [[3.0, 1.0, 0.0, 2.0]]
+
+    Source: after Wang, Liu, Weston, Tian, Li, "On Learning Discriminative Features from Synthesized Data for
+    Self-Supervised Fine-Grained Visual Recognition", ECCV 2024. Their settings and code are not public: shares, guard
+    and changes are a re-creation.
+    """
+    _check(features, gradient, low_variance, std, noise)
+    for name, value, known in (
+        ("importance", importance, IMPORTANCE), ("combine", combine, COMBINE), ("strategy", strategy, STRATEGIES),
+    ):  # fmt: skip
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}: choose one of {', '.join(known)}.")
+    for name, share in (("lowest", lowest), ("budget", budget)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} is {share}: give a share from 0 to 1.")
+    if not math.isfinite(strength):
+        raise ValueError(f"strength is {strength}: give a finite number.")
+    if gradient is None and low_variance is None:
+        raise ValueError("Neither gradient nor low_variance is given: no dimension can be chosen.")
+    if strategy == "noise" and std is None:
+        raise ValueError('std is missing, and strategy is "noise": give the standard deviation of each dimension.')
+    if seed is None:
+        seed = int(torch.randint(1 << 62, ())) if strategy == "noise" and noise is None else 0
+    check_whole("seed", seed)
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed is {seed}: give a number from 0 to 2^63 - 1.")
+    chosen = resolve("perturb", backend, _order(features))
+    if chosen == "triton":
+        check_triton("features", features)
+        if features.shape[1] > MOST:
+            raise ValueError(f"features has {features.shape[1]} channels, over the {MOST} of a kernel: choose 'torch'.")
+    given = [None if x is None else x.detach() for x in (features, gradient, low_variance, std, noise)]
+    count = math.floor(lowest * features.shape[1] + 1e-9)
+    bits = math.floor(budget * (1 << SHARE_BITS))
+    return Perturbed(*_perturb(*given, count, importance, combine, strategy, float(strength), bits, seed, chosen))
+
+
+def _order(features: Tensor) -> tuple[str, ...]:
+    """Backends, the one that "auto" takes first."""
+    order = preference("perturb", features)
+    return order if features.shape[1] <= MOST else ("torch", "reference", "triton")

@@ -1,0 +1,108 @@
+"""The definition of the perturbation of features, in loops over rows, and of the running variance that steers it."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fgfast.ops._tensors import accumulation
+from fgfast.reference.draws import normal
+
+UNITS = 30  # bits in which a row's largest energy is counted
+
+
+def lowest(scores: Tensor, count: int) -> list[int]:
+    """Indices of the ``count`` smallest of scores [D], ties to the lowest index, NaN last.
+
+    Example:
+        >>> lowest(torch.tensor([2.0, 1.0, 1.0, 0.0]), 2)
+        [3, 1]
+    """
+    values = [math.inf if math.isnan(v) else v for v in scores.tolist()]
+    return sorted(range(len(values)), key=lambda d: (values[d], d))[:count]
+
+
+def energies(row: Tensor) -> list[int]:
+    """Squares of row [D] as whole numbers below 2^30, the row scaled to lie under 2^15 by a power of two.
+
+    Whole numbers have one sum, whatever the order: so each backend spares the same dimensions.
+
+    Example:
+        >>> energies(torch.tensor([1.0, 0.5])) == [2**28, 2**26]
+        True
+    """
+    exponent = max(math.frexp(float(row.abs().max()))[1], UNITS // 2 - 127)
+    return (row.double() * 2.0 ** (UNITS // 2 - exponent)).float().square().long().tolist()
+
+
+def affordable(row: Tensor, candidates: set[int], share: int) -> set[int]:
+    """The candidates that may change: those of the least energy first, while they hold share / 2^16 of the row's."""
+    cost = energies(row.float())
+    left = sum(cost) * share >> 16
+    chosen = set()
+    for d in sorted(candidates, key=lambda d: (cost[d], d)):
+        left -= cost[d]
+        if left < 0:
+            break
+        chosen.add(d)
+    return chosen
+
+
+def perturb(
+    features: Tensor,
+    gradient: Tensor | None,
+    low_variance: Tensor | None,
+    std: Tensor | None,
+    noise: Tensor | None,
+    count: int,
+    importance: str,
+    combine: str,
+    strategy: str,
+    strength: float,
+    share: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Features [B, D] with the chosen dimensions changed, and the mask bool [B, D] of these; see `fgfast.perturb`."""
+    batch, channels = features.shape
+    wide = features.to(accumulation(features.dtype))
+    out, mask = wide.clone(), torch.zeros_like(features, dtype=torch.bool)
+    if strategy == "noise" and noise is None:
+        noise = normal(seed, batch, channels, features.device)
+    for b, row in enumerate(wide):
+        if not row.float().isfinite().all():
+            continue
+        criteria = []
+        if low_variance is not None:
+            criteria.append(set(low_variance.nonzero().flatten().tolist()))
+        if gradient is not None:
+            weight = gradient[b].to(wide.dtype)
+            product = weight * row
+            score = {"absolute": product.abs(), "positive": product.relu(), "given": weight.abs()}[importance]
+            criteria.append(set(lowest(score, count)))
+        chosen = set.union(*criteria) if combine == "union" else set.intersection(*criteria)
+        for d in affordable(row, chosen, share):
+            mask[b, d] = True
+            if strategy == "noise":
+                assert std is not None  # checked by the operation
+                assert noise is not None
+                change = row.norm() * std[d].to(wide.dtype) * noise[b, d].to(wide.dtype)
+            else:
+                change = (wide[(b + 1) % batch, d] if strategy == "swap" else 0) - row[d]
+            out[b, d] = row[d] + strength * change
+    return out.to(features.dtype), mask
+
+
+def running_variance(batches: list[Tensor], decay: float) -> Tensor:
+    """Variance [D] of unit rows: each batch [n, D] of features counts ``decay`` times as much as the one after it.
+
+    Example:
+        >>> x = torch.tensor([[3.0, 0.0], [0.0, 2.0]])
+        >>> running_variance([x], 0.9).tolist()
+        [0.25, 0.25]
+    """
+    shares = [decay ** (len(batches) - 1 - i) for i in range(len(batches))]
+    units = [torch.nn.functional.normalize(x.double(), dim=1) for x in batches]
+    mean = sum(s * x.mean(0) for s, x in zip(shares, units, strict=True)) / sum(shares)
+    spread = sum(s * (x - mean).square().mean(0) for s, x in zip(shares, units, strict=True)) / sum(shares)
+    assert isinstance(spread, Tensor)  # of one batch at least
+    return spread

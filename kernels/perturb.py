@@ -1,0 +1,180 @@
+r"""Perturbation of the dimensions that matter least.
+
+One launch: features, gradient and noise [B, D] by strides, low_variance and std [D] -> out and mask [B, D].
+
+.. math:: r'_{bd} = r_{bd} + \lambda M_{bd} \Delta_{bd}
+
+A program walks over rows, one after the other, each in registers from its one load to its one store; what all rows
+share is loaded before. The k-th smallest score, and the energy up to which dimensions may change, are found bit by bit
+from above: 31 counts or sums of whole numbers, which have one value in any order. Floors: B D elements of each input
+and of the two outputs; the counts work on registers alone.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fgfast.kernels._common import AotCase, on_device_of, output_dtype
+from fgfast.kernels.configs import processors
+
+PROGRAMS = 8  # at most, for each multiprocessor
+NO_GRADIENT, ABSOLUTE, POSITIVE, GIVEN = (tl.constexpr(i) for i in range(4))
+NOISE, DRAWN, SWAP, ZERO = (tl.constexpr(i) for i in range(4))
+KINDS = {"absolute": ABSOLUTE, "positive": POSITIVE, "given": GIVEN}
+CHANGES = {"noise": NOISE, "swap": SWAP, "zero": ZERO}
+
+
+@triton.jit
+def _lowest(bits, count):
+    """The ``count`` lanes of the lowest bits (int32, 0 and up), ties to the first ones."""
+    limit = 0
+    for i in range(31):  # the largest limit under which at most ``count`` lanes lie
+        higher = limit | (1 << (30 - i))
+        limit = tl.where(tl.sum((bits < higher).to(tl.int32), 0) <= count, higher, limit)
+    below, equal = bits < limit, (bits == limit).to(tl.int32)
+    room = count - tl.sum(below.to(tl.int32), 0)
+    return below | ((equal > 0) & (tl.cumsum(equal, 0) <= room))
+
+
+@triton.jit
+def _spent(cost, chosen):
+    return tl.sum(tl.where(chosen, cost, 0).to(tl.int64), 0)
+
+
+@triton.jit
+def _affordable(cost, chosen, allowed):
+    """The chosen lanes of the lowest cost (int32, 0 and up) that sum to at most ``allowed``, ties to the first ones."""
+    limit = 0
+    for i in range(31):
+        higher = limit | (1 << (30 - i))
+        limit = tl.where(_spent(cost, chosen & (cost < higher)) <= allowed, higher, limit)
+    below, equal = chosen & (cost < limit), (chosen & (cost == limit)).to(tl.int32)
+    room = (allowed - _spent(cost, below)) // limit  # limit is 1 or more: nothing costs less than 0
+    return below | ((equal > 0) & (tl.cumsum(equal, 0).to(tl.int64) <= room))
+
+
+@triton.jit
+def _cosine(turn):
+    """cos(2 pi turn) for turn in [0, 1), to 2^-23: the device's own takes a stack for angles that do not occur here."""
+    z = (tl.abs(turn - 0.5) - 0.25) * 6.283185307179586  # sin z, |z| <= pi / 2
+    q = z * z
+    p = -2.5052108e-08 * q + 2.7557319e-06
+    p = (p * q - 1.9841270e-04) * q + 8.3333333e-03
+    return z + z * q * (p * q - 1.6666667e-01)
+
+
+@triton.jit
+def _normal(seed, row, d):
+    """fgfast.reference.draws.normal: the quad of words of four neighbours, a pair of normal numbers of two words."""
+    zero = d * 0
+    a, b, c, e = tl.philox(seed, d // 4, zero, zero + row.to(tl.int32), zero + (row >> 32).to(tl.int32))
+    first = d % 4 < 2
+    u = ((tl.where(first, a, c) >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
+    v = ((tl.where(first, b, e) >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    turn = tl.where(d % 2 == 0, v, tl.where(v < 0.25, v + 0.75, v - 0.25))  # the odd ones take the sine
+    return tl.sqrt(-2.0 * tl.log(u)) * _cosine(turn)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def perturb_kernel(
+    features, gradient, low_variance, std, noise, out, mask, B, D, count, share, strength, seed,
+    f_b, f_d, g_b, g_d, n_b, n_d,
+    KIND: tl.constexpr, LOW: tl.constexpr, UNION: tl.constexpr, CHANGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows program, program + programs, ... of out and mask."""
+    d = tl.arange(0, BLOCK)
+    inside = d < D
+    if LOW:
+        low = tl.load(low_variance + d, mask=inside, other=0) > 0
+    if CHANGE <= DRAWN:  # noise, given or drawn
+        sigma = tl.load(std + d, mask=inside, other=0.0).to(tl.float32)
+    row = tl.program_id(0).to(tl.int64)
+    while row < B:
+        r = tl.load(features + row * f_b + d.to(tl.int64) * f_d, mask=inside, other=0.0).to(tl.float32)
+        chosen = inside
+        if KIND != NO_GRADIENT:
+            w = tl.load(gradient + row * g_b + d.to(tl.int64) * g_d, mask=inside, other=0.0).to(tl.float32)
+            score = w if KIND == GIVEN else w * r
+            score = tl.abs(tl.where(score > 0, score, 0.0) if KIND == POSITIVE else score)
+            bits = tl.where(score < float("inf"), score, float("inf")).to(tl.int32, bitcast=True)  # NaN: infinity
+            chosen = _lowest(tl.where(inside, bits, 0x7FFFFFFF), count)
+            if LOW:
+                chosen = (chosen | low) if UNION else (chosen & low)
+        else:
+            chosen = low
+
+        size = tl.abs(r)
+        finite = tl.max(tl.where(size < float("inf"), 0, 1), 0) == 0
+        exponent = 268 - (tl.max(size, 0).to(tl.int32, bitcast=True) >> 23)
+        scale = (tl.minimum(exponent, 254) << 23).to(tl.float32, bitcast=True)  # brings the largest under 2^15
+        scaled = tl.where(finite, r * tl.where(finite, scale, 0.0), 0.0)
+        cost = (scaled * scaled).to(tl.int32)
+        allowed = (tl.sum(cost.to(tl.int64), 0) * share) >> 16
+        chosen = chosen & inside & (cost < tl.where(finite, 0x7FFFFFFF, 0))
+        if _spent(cost, chosen) > allowed:
+            chosen = _affordable(cost, chosen, allowed)
+
+        if CHANGE <= DRAWN:  # noise, given or drawn
+            if CHANGE == DRAWN:
+                epsilon = _normal(seed, row, d)
+            else:
+                at = noise + row * n_b + d.to(tl.int64) * n_d
+                epsilon = tl.load(at, mask=chosen, other=0.0).to(tl.float32)
+            change = tl.sqrt(tl.sum(r * r, 0)) * sigma * epsilon
+        elif CHANGE == SWAP:
+            other = tl.where(row + 1 < B, row + 1, 0)
+            at = features + other * f_b + d.to(tl.int64) * f_d
+            change = tl.load(at, mask=chosen, other=0.0).to(tl.float32) - r
+        else:
+            change = -r
+        tl.store(out + row * D + d, tl.where(chosen, r + strength * change, r), mask=inside)
+        tl.store(mask + row * D + d, chosen.to(tl.uint8), mask=inside)
+        row += tl.num_programs(0)
+
+
+def _launch(channels: int) -> dict[str, int]:
+    """The lanes of a program and its warps: 8 lanes a thread at most."""
+    block = max(32, triton.next_power_of_2(channels))
+    return {"BLOCK": block, "num_warps": max(1, block // 256)}
+
+
+def perturb(
+    features: Tensor, gradient: Tensor | None, low_variance: Tensor | None, std: Tensor | None, noise: Tensor | None,
+    count: int, importance: str, combine: str, strategy: str, strength: float, share: int, seed: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Features [B, D] with the chosen dimensions changed, and the mask bool [B, D] of these."""
+    batch, channels = features.shape
+    out = features.new_empty(features.shape, dtype=output_dtype(features.dtype))
+    mask = features.new_empty(features.shape, dtype=torch.uint8)
+    if batch:
+        change = DRAWN if strategy == "noise" and noise is None else CHANGES[strategy]
+        g, n = (features if x is None else x for x in (gradient, noise))
+        low = mask if low_variance is None else low_variance.contiguous().view(torch.uint8)
+        with on_device_of(features):
+            perturb_kernel[(min(batch, PROGRAMS * processors(features.device)),)](
+                features, g, low, features if std is None else std.contiguous(), n, out, mask,
+                batch, channels, count, share, strength, seed, *features.stride(), *g.stride(), *n.stride(),
+                KIND=NO_GRADIENT if gradient is None else KINDS[importance], LOW=low_variance is not None,
+                UNION=combine == "union", CHANGE=change, **_launch(channels),
+            )  # fmt: skip
+    return out.to(features.dtype), mask.view(torch.bool)
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """Each change at 2,048 channels with both criteria, and the largest row."""
+    pointers = {"low_variance": "*u8:16", "mask": "*u8:16", "std": "*fp32:16", "noise": "*fp32:16"}
+    rows = [(2048, "bf16", change) for change in (NOISE, DRAWN, SWAP, ZERO)]
+    for channels, kind, change in [*rows, (2048, "fp32", DRAWN), (4096, "bf16", DRAWN), (4096, "fp32", DRAWN)]:
+        launch = _launch(channels)
+        flags = {"KIND": ABSOLUTE, "LOW": True, "UNION": True, "CHANGE": change, "BLOCK": launch["BLOCK"]}
+        constexprs = flags | {"f_d": 1, "g_d": 1, "n_d": 1}
+        types = pointers | dict.fromkeys(("features", "gradient", "out"), f"*{kind}:16")
+        types |= {"strength": "fp32", "seed": "i64"}
+        names = perturb_kernel.arg_names
+        signature = {n: "constexpr" if n in constexprs else types.get(n, "i32") for n in names}
+        rare = channels == 2048 and change not in (DRAWN, SWAP)
+        name = f"perturb {channels} {kind} {('noise', 'drawn', 'swap', 'zero')[change.value]}"
+        yield AotCase(name, perturb_kernel, signature, constexprs, launch["num_warps"], 1, rare=rare)

@@ -1,0 +1,59 @@
+"""The running variance against its definition, the queue as first in first out, norms that record nothing."""
+
+from collections import deque
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fgfast.models.statistics import KeyQueue, RunningVariance, unrecorded
+from fgfast.reference.perturb import running_variance
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.lists(st.integers(1, 5), min_size=1, max_size=6), st.sampled_from([0.0, 0.5, 0.99]))
+def test_variance_is_that_of_the_faded_batches(seed: int, sizes: list[int], decay: float) -> None:
+    """Every batch so far, each counting ``decay`` times as much as the one after it; invalid rows count nothing."""
+    g = torch.Generator().manual_seed(seed)
+    batches = [torch.randn(n, 5, generator=g) for n in sizes]
+    running = RunningVariance(5, decay)
+    for x in batches:
+        padded = torch.cat([x, torch.full((1, 5), torch.nan)])
+        running.update(padded, torch.arange(len(padded)) < len(x))
+        running.update(padded, torch.zeros(len(padded), dtype=torch.bool))  # nobody valid: nothing moves
+    torch.testing.assert_close(running.variance, running_variance(batches, decay).float(), rtol=1e-5, atol=1e-9)
+
+
+def test_no_batch_has_no_variance() -> None:
+    """Zeros, and no division by zero."""
+    assert RunningVariance(3).variance.tolist() == [0, 0, 0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 7), st.lists(st.integers(1, 5), max_size=4))
+def test_queue_holds_the_last_valid_keys(seed: int, size: int, sizes: list[int]) -> None:
+    """The newest batch in front, in its own order; what is not valid never enters."""
+    g = torch.Generator().manual_seed(seed)
+    queue = KeyQueue(size, 2)
+    expected = deque(queue.keys.clone())
+    for n in sizes:
+        keys, valid = torch.randn(n, 2, generator=g), torch.rand(n, generator=g) < 0.6
+        queue.push(keys, valid)
+        expected.extendleft(reversed(keys[valid]))
+    assert torch.equal(queue.keys, torch.stack(list(expected)[:size]))
+
+
+def test_norms_record_nothing_inside() -> None:
+    """Batches are normalised by themselves; running statistics and counts move outside alone."""
+    net, x = nn.Sequential(nn.BatchNorm1d(3), nn.Identity()), torch.randn(8, 3) + 5
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with unrecorded(net):
+        inside = net(x)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    torch.testing.assert_close(net(x), inside)
+    assert net[0].num_batches_tracked == 1
+    net.eval()
+    with unrecorded(net):
+        torch.testing.assert_close(net(x), net(x))
+        assert not torch.allclose(net(x), inside)  # evaluation goes by the running statistics
