@@ -123,7 +123,8 @@ def perturb_kernel(
             else:
                 at = noise + row * n_b + d.to(tl.int64) * n_d
                 epsilon = tl.load(at, mask=chosen, other=0.0).to(tl.float32)
-            change = tl.sqrt(tl.sum(r * r, 0)) * sigma * epsilon
+            norm = tl.sqrt(tl.sum(scaled * scaled, 0)) / scale  # r * r may overflow
+            change = norm * sigma * epsilon
         elif CHANGE == SWAP:
             other = tl.where(row + 1 < B, row + 1, 0)
             at = features + other * f_b + d.to(tl.int64) * f_d

@@ -87,7 +87,9 @@ def _perturb_torch(
     if strategy == "noise":
         assert std is not None  # checked
         drawn = normal(seed, len(features), features.shape[1], features.device) if noise is None else noise
-        change = wide.norm(dim=1, keepdim=True) * std.to(wide.dtype) * drawn.to(wide.dtype)
+        most = wide.abs().amax(1, keepdim=True).clamp(min=torch.finfo(wide.dtype).tiny)  # squares may overflow
+        norm = (wide / most).norm(dim=1, keepdim=True) * most
+        change = norm * std.to(wide.dtype) * drawn.to(wide.dtype)
     else:
         change = (wide.roll(-1, 0) if strategy == "swap" else 0) - wide
     return torch.where(mask, wide + strength * change, wide).to(features.dtype), mask

@@ -85,7 +85,7 @@ def perturb(
             if strategy == "noise":
                 assert std is not None  # checked by the operation
                 assert noise is not None
-                change = row.norm() * std[d].to(wide.dtype) * noise[b, d].to(wide.dtype)
+                change = row.double().norm().to(wide.dtype) * std[d].to(wide.dtype) * noise[b, d].to(wide.dtype)
             else:
                 change = (wide[(b + 1) % batch, d] if strategy == "swap" else 0) - row[d]
             out[b, d] = row[d] + strength * change
