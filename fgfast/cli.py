@@ -215,10 +215,14 @@ def _discover(words: list[str]) -> None:
         """Folder of maps that is written."""
         checkpoint: Literal["init", "last"] = "last"
         """Which weights."""
-        n_parts: int = 0
-        """Clusters a picture; 0 takes the run's setting, or 15."""
-        levels: int = 0
-        """Last maps that the hypercolumns take; 0 takes the run's setting, or 4."""
+        n_parts: int | None = None
+        """Clusters a picture; by default the run's setting, or 15."""
+        levels: int | None = None
+        """Last maps that the hypercolumns take; by default the run's setting, or 4."""
+        metric: Literal["euclidean", "cosine"] | None = None
+        """Distance of pixels (CNN); by default the run's setting, or euclidean."""
+        border: float | None = None
+        """Clusters touching the border by more than border x sqrt(area) are background; by default as the run, or 0."""
         image_size: int = 0
         """Side to which the whole picture is squashed; 0 is twice the training size."""
         map_size: int = 64
@@ -229,18 +233,19 @@ def _discover(words: list[str]) -> None:
     args = parse(Args, words, "discover")
     from fgfast.data.layouts import open_images
     from fgfast.evaluate.protocols import load_encoder_of
-    from fgfast.methods.parts import discover
+    from fgfast.methods.parts import Clustering, discover
     from fgfast.train.distributed import choose_device
 
     device = choose_device(args.device)
     encoder, config = load_encoder_of(args.run, args.checkpoint, device)
     images = open_images(args.data)
+    names = [f.name for f in dataclasses.fields(Clustering)]
+    own = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    how = Clustering(**own | {name: getattr(args, name) for name in names if getattr(args, name) is not None})
     print(
         discover(
-            encoder, images, args.out, n_parts=args.n_parts or getattr(config, "n_parts", 15),
-            image_size=args.image_size or 2 * config.size, map_size=args.map_size,
-            levels=args.levels or getattr(config, "levels", 4), run=f"{args.run.name}, {args.checkpoint}",
-            device=device,             threads=config.threads,
+            encoder, images, args.out, how, image_size=args.image_size or 2 * config.size, map_size=args.map_size,
+            run=f"{args.run.name}, {args.checkpoint}", device=device, threads=config.threads,
         )
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from fgfast.data.views import ViewSpec
 from fgfast.errors import UserError
 from fgfast.evaluate.discovery import nmi_ari
 from fgfast.evaluate.protocols import Checkpoint, load_encoder_of
-from fgfast.methods.parts import cluster_keys, cluster_pyramid
+from fgfast.methods.parts import Clustering, cluster_keys, cluster_pyramid
 
 
 def score_discovery(
@@ -55,9 +55,8 @@ def score_discovery(
             if encoder.is_vit:
                 labels = cluster_keys(encoder, whole, n_parts=n_parts, seed=config.seed)
             else:
-                labels = cluster_pyramid(
-                    encoder, whole, n_parts=n_parts, size=64, levels=getattr(config, "levels", 4), seed=config.seed
-                )
+                how = Clustering(n_parts, getattr(config, "levels", 4), getattr(config, "metric", "euclidean"))
+                labels = cluster_pyramid(encoder, whole, how, size=64, seed=config.seed)
             labels = torch.nn.functional.interpolate(labels[:, None].float(), size=(size, size)).long()[:, 0]
             found.append(labels.cpu())
             true.append(batch.whole_labels[batch.valid].cpu())

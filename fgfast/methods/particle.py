@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fgfast.errors import UserError
 from fgfast.losses import DINOLoss, PartContrastiveLoss
 from fgfast.methods.base import Method, Progress, build_encoder
-from fgfast.methods.parts import cluster_keys, cluster_pyramid, discover, grid_labels
+from fgfast.methods.parts import Clustering, cluster_keys, cluster_pyramid, discover, grid_labels
 from fgfast.methods.simclr import nt_xent
 from fgfast.models.heads import MLP, DINOHead, momentum_copy, update_momentum
 from fgfast.train.config import TrainConfig
@@ -42,6 +42,10 @@ class PARTICLEConfig(TrainConfig):
     """Which parts a part is contrasted with."""
     levels: int = 4
     """Last maps of the network that the hypercolumns take; 1 is the last map alone."""
+    metric: Literal["euclidean", "cosine"] = "euclidean"
+    """Distance of pixels in the clustering of a CNN; a ViT's keys always take cosine."""
+    border: float = 0.0
+    """Clusters of a CNN that touch the border by more than border x sqrt(area) are background (1, say); 0 keeps all."""
     discover_size: int = 0
     """Side to which the whole picture is squashed for discovery; 0 is twice the training size."""
     map_size: int = 64
@@ -205,6 +209,12 @@ class PARTICLE(Method):
         )
 
     @property
+    def clustering(self) -> Clustering:
+        """How pixels are clustered."""
+        c = self.config
+        return Clustering(c.n_parts, c.levels, c.metric, c.border)
+
+    @property
     def discover_size(self) -> int:
         """Side of the whole picture in discovery, pixels."""
         return self.config.discover_size or 2 * self.config.size
@@ -223,9 +233,9 @@ class PARTICLE(Method):
         out = run / f"parts_{round_}"
         if not (out / "maps.json").exists():
             discover(
-                self.encoder, images, out, n_parts=c.n_parts, image_size=self.discover_size, map_size=c.map_size,
-                levels=c.levels, run=f"{run.name}, round {round_}", device=next(self.parameters()).device,
-                threads=c.threads, seed=c.seed, loader=c.loader,
+                self.encoder, images, out, self.clustering, image_size=self.discover_size, map_size=c.map_size,
+                run=f"{run.name}, round {round_}", device=next(self.parameters()).device, threads=c.threads,
+                seed=c.seed, loader=c.loader,
             )  # fmt: skip
         return out
 
@@ -259,9 +269,7 @@ class PARTICLE(Method):
         try:
             if self.encoder.is_vit:
                 return cluster_keys(network, images, n_parts=c.n_parts, seed=c.seed)
-            return cluster_pyramid(
-                network, images, n_parts=c.n_parts, size=size, levels=c.levels, n_iter=10, seed=c.seed
-            )
+            return cluster_pyramid(network, images, self.clustering, size=size, n_iter=10, seed=c.seed)
         finally:
             network.train(was_training)
 

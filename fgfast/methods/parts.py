@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -24,28 +25,75 @@ ELBOW = 0.975  # stop when one more cluster keeps more than this share of the in
 STAGE1 = 14  # most clusters of stage one
 
 
+@dataclass(frozen=True)
+class Clustering:
+    """How the pixels of a picture are clustered.
+
+    Args:
+        n_parts: clusters a picture (ViT: foreground parts).
+        levels: last maps of a CNN that the hypercolumn takes; 1 is the last map alone.
+        metric: "euclidean", as released, or "cosine", which weighs pixels alike and hides differences of contrast.
+        border: boundary connectivity over which a cluster of a CNN is background and becomes -1; 0 keeps all.
+    """
+
+    n_parts: int = 15
+    levels: int = 4
+    metric: Literal["euclidean", "cosine"] = "euclidean"
+    border: float = 0.0
+
+
 @torch.no_grad()
 def cluster_pyramid(
-    encoder: Backbone, images: Tensor, *, n_parts: int, size: int, levels: int, n_iter: int = 20, seed: int = 0
+    encoder: Backbone, images: Tensor, how: Clustering, *, size: int, n_iter: int = 20, seed: int = 0
 ) -> Tensor:
     """Parts of each picture by k-means of its hypercolumns, which are never built.
 
     Args:
         encoder: the CNN (or ViT, whose blocks are then the levels).
         images: pictures [B, 3, H, W], normalised.
-        n_parts: clusters a picture.
+        how: number of parts, levels, metric, border.
         size: side of the id maps.
-        levels: last maps that the hypercolumn takes; 1 is the last map alone.
         n_iter: most Lloyd steps.
         seed: seed of the k-means++ starts.
 
     Returns:
-        Labels int64 [B, size, size] in [0, n_parts); they mean nothing across pictures.
+        Labels int64 [B, size, size] in [0, n_parts), -1 for background; they mean nothing across pictures.
 
     Source: Saha and Maji, "PARTICLE: Part Discovery and Contrastive Learning for Fine-grained Recognition", 2023.
     """
-    maps = [m.float() for m in encoder.pyramid(images, levels)]
-    return kmeans(maps, n_parts, size=(size, size), n_iter=n_iter, seed=seed).labels
+    maps = [m.float() for m in encoder.pyramid(images, how.levels)]
+    labels = kmeans(maps, how.n_parts, size=(size, size), n_iter=n_iter, metric=how.metric, seed=seed).labels
+    return without_background(labels, how.n_parts, how.border) if how.border else labels
+
+
+def without_background(labels: Tensor, n_parts: int, border: float) -> Tensor:
+    """Take out the clusters that lie along the border of the picture, as backgrounds do and objects seldom.
+
+    A cluster's boundary connectivity is (its pixels on the border) / sqrt(its pixels): 4 for the whole of a square
+    picture, about 1 for a quarter disc in a corner, less for what touches the border with a small part of its outline.
+
+    Args:
+        labels: int64 [B, H, W] in [0, n_parts), -1 for none.
+        n_parts: K.
+        border: connectivity over which a cluster becomes -1, above 0.
+
+    Example:
+        >>> labels = torch.zeros(1, 5, 5, dtype=torch.int64)
+        >>> labels[0, 1:4, 1:4] = 1
+        >>> without_background(labels, 2, 1.0)[0, 1].tolist()
+        [-1, 1, 1, 1, -1]
+
+    Source: Zhu, Liang, Wei, Sun, "Saliency Optimization from Robust Background Detection", CVPR 2014, for clusters
+    instead of superpixels.
+    """
+    edge = torch.zeros_like(labels, dtype=torch.bool)
+    edge[:, 0], edge[:, -1], edge[:, :, 0], edge[:, :, -1] = True, True, True, True
+    cluster = torch.where(labels < 0, n_parts, labels).flatten(1)  # [B, H W]
+    area = torch.zeros(len(labels), n_parts + 1, device=labels.device)
+    along = area.scatter_add(1, cluster, edge.flatten(1).to(area.dtype))
+    area = area.scatter_add(1, cluster, torch.ones_like(cluster, dtype=area.dtype))
+    background = along > border * area.sqrt()
+    return torch.where(background.gather(1, cluster).view_as(labels), -1, labels)
 
 
 @torch.no_grad()
@@ -125,11 +173,10 @@ def discover(
     encoder: Backbone,
     images: "ImageSet",
     out: Path,
+    how: Clustering,
     *,
-    n_parts: int,
     image_size: int,
     map_size: int,
-    levels: int,
     run: str,
     device: torch.device,
     threads: int = 2,
@@ -143,10 +190,9 @@ def discover(
         images: the pictures.
         out: folder of maps that is written. A call that was interrupted goes on where it stopped (CNN; a ViT's groups
             begin again); one that is complete is left as it is.
-        n_parts: clusters (ViT: foreground parts, with one id more for the background).
+        how: number of parts (a ViT's maps have one id more, for the background), levels, metric, border.
         image_size: side to which the whole picture is squashed.
         map_size: side of the id maps of a CNN (a ViT's have its key grid).
-        levels: levels of the pyramid.
         run: what made the maps, for maps.json.
         device: where to run.
         threads: data threads.
@@ -161,8 +207,10 @@ def discover(
     """
     from fgfast.data.maps import map_path, read_maps_info, save_maps, write_maps_info
 
-    total = n_parts + 1 if encoder.is_vit else n_parts
-    name = f"{run}, weights {_digest(encoder)}, image size {image_size}, levels {levels}, seed {seed}"
+    total = how.n_parts + 1 if encoder.is_vit else how.n_parts
+    name = f"{run}, weights {_digest(encoder)}, image size {image_size}, levels {how.levels}, seed {seed}"
+    if not encoder.is_vit and (how.metric, how.border) != ("euclidean", 0):
+        name += f", {how.metric}, border {how.border:g}"
     if (out / "maps.json").is_file():
         info = read_maps_info(out)
         if info["run"] == name and info["n_parts"] == total:
@@ -174,8 +222,8 @@ def discover(
     write_atomic(begun, lambda p: p.write_text(json.dumps(what)))
     side = (map_size, map_size)
     for rels, labels in _label_batches(
-        encoder, images, n_parts=n_parts, image_size=image_size, map_size=map_size, levels=levels, device=device,
-        threads=threads, seed=seed, loader=loader,
+        encoder, images, how, image_size=image_size, map_size=map_size, device=device, threads=threads, seed=seed,
+        loader=loader,
     ):  # fmt: skip
         save_maps(out, rels, labels.to(torch.uint8).cpu().numpy())
         side = (labels.shape[1], labels.shape[2])
@@ -195,11 +243,10 @@ def _digest(encoder: Backbone) -> str:
 def _label_batches(
     encoder: Backbone,
     images: "ImageSet",
+    how: Clustering,
     *,
-    n_parts: int,
     image_size: int,
     map_size: int,
-    levels: int,
     device: torch.device,
     threads: int,
     seed: int,
@@ -224,9 +271,9 @@ def _label_batches(
             rels = [images.paths[i] for i in batch.index[valid].tolist()]
             if encoder.is_vit:
                 patch = encoder.net.patch_embed.patch_size[0]
-                labels = discover_group(encoder, whole, n_parts=n_parts, stride=max(1, patch // 2), seed=seed)
+                labels = discover_group(encoder, whole, n_parts=how.n_parts, stride=max(1, patch // 2), seed=seed)
             else:
-                labels = cluster_pyramid(encoder, whole, n_parts=n_parts, size=map_size, levels=levels, seed=seed)
+                labels = cluster_pyramid(encoder, whole, how, size=map_size, seed=seed)
             yield rels, labels
     finally:
         encoder.train(was_training)

@@ -103,17 +103,17 @@ def test_interrupted_discovery_goes_on(drawn: Path, tmp_path: Path, monkeypatch:
     encoder, images = PARTICLE(config_for(drawn, tmp_path)).encoder, open_images(drawn)
     real, sizes = parts_module.cluster_pyramid, []
 
-    def once(encoder: object, pictures: torch.Tensor, **options: object) -> torch.Tensor:
+    def once(encoder: object, pictures: torch.Tensor, how: object, **options: object) -> torch.Tensor:
         if sizes == [32]:
             sizes.append(0)
             raise KeyboardInterrupt
         sizes.append(len(pictures))
-        return real(encoder, pictures, **options)  # type: ignore[arg-type]
+        return real(encoder, pictures, how, **options)  # type: ignore[arg-type]
 
     def found(name: str, n_parts: int = 4) -> Path:
         return parts_module.discover(
-            encoder, images, tmp_path / name, n_parts=n_parts, image_size=64, map_size=16, levels=4, run="a test",
-            device=torch.device("cpu"), threads=1,
+            encoder, images, tmp_path / name, parts_module.Clustering(n_parts), image_size=64, map_size=16,
+            run="a test", device=torch.device("cpu"), threads=1,
         )  # fmt: skip
 
     monkeypatch.setattr(parts_module, "cluster_pyramid", once)
@@ -128,6 +128,37 @@ def test_interrupted_discovery_goes_on(drawn: Path, tmp_path: Path, monkeypatch:
         np.testing.assert_array_equal(read_map(tmp_path / "stopped", rel), read_map(tmp_path / "whole", rel))
     with pytest.raises(UserError, match="already holds maps of a test"):
         found("stopped", n_parts=3)
+
+
+def test_background_is_what_lies_along_the_border() -> None:
+    """By the formula, on random maps; absent stays absent; the order of the ids says nothing."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(-1, 5, (6, 9, 11), generator=g)
+    labels[3] = 2
+    for border in (0.3, 1.0, 4.0):
+        found = parts_module.without_background(labels, 5, border)
+        for before, after in zip(labels, found, strict=True):
+            for k in range(5):
+                inside = before == k
+                along = inside.sum() - inside[1:-1, 1:-1].sum()
+                gone = bool(along > border * inside.sum().sqrt())
+                assert torch.equal(after[inside], before[inside] * 0 - 1 if gone else before[inside])
+            assert (after[before == -1] == -1).all()
+    assert (parts_module.without_background(labels, 5, 100.0) == labels).all()
+    assert (parts_module.without_background(labels, 5, 1e-9)[3] == -1).all()
+
+
+@pytest.mark.parametrize("parts", ["discovered", "online"])
+def test_a_border_leaves_background_out_of_the_contrast(drawn: Path, tmp_path: Path, parts: str) -> None:
+    """With a border clusters go; maps say so, and a map of other settings is refused."""
+    config = config_for(drawn, tmp_path / "run", parts=parts, metric="cosine", border=0.5)
+    out = pretrain("particle", config)
+    if parts == "online":
+        assert (PARTICLE(config).cluster(batch_of().whole, 8) == -1).any()
+        return
+    info = read_maps_info(out / "parts_0")
+    assert info["run"].endswith("cosine, border 0.5")
+    assert np.mean([(read_map(out / "parts_0", p) == 255).mean() for p in open_images(drawn).train_set().paths]) > 0.1
 
 
 def test_padded_pictures_change_nothing(drawn: Path, tmp_path: Path) -> None:
