@@ -136,8 +136,12 @@ _AT_LEAST = {
     "size": 16, "epochs": 1, "batch_size": 2, "threads": 1, "log_every": 1, "save_every": 1, "rounds": 1, "n_parts": 2,
     "levels": 1, "map_size": 2, "grid": 1, "hidden": 1, "projection": 1, "prototypes": 2, "lr": 0, "weight_decay": 0,
     "clip": 0, "passes": 0, "knn_every": 0, "max_parts": 0, "discover_size": 0, "dino_weight": 0, "seed": 0,
+    "n_permutations": 2, "tile": 0, "cells": 0,
 }  # fmt: skip
-_UP_TO = {"warmup": 1.0, "holdout": 0.9, "crop_scale": 1.0, "momentum": 1.0, "smoothing": 0.99}
+_UP_TO = {
+    "warmup": 1.0, "holdout": 0.9, "crop_scale": 1.0, "momentum": 1.0, "smoothing": 0.99, "dropout": 1.0,
+    "brightness": 1.0, "centre": 1.0,
+}  # fmt: skip
 _POSITIVE = ("temperature", "crop_scale")
 
 
