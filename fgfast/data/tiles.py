@@ -79,23 +79,24 @@ def brighten(pictures: Tensor, factor: Tensor, mean: tuple[float, ...], std: tup
     """Multiply the values in [0, 1] of normalised pictures by a factor each, clamp, and normalise again.
 
     Args:
-        pictures: float [N, C, h, w], overwritten.
+        pictures: float [N, C, h, w]; overwritten where channels_last.
         factor: [N], > 0.
         mean, std: what the pictures are normalised with, one number a channel.
 
     Returns:
-        ``pictures``.
+        the same shape.
 
     Example:
         >>> brighten(torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1, 1), torch.full((3,), 1.5), (0.5,), (0.5,)).flatten()
         tensor([-1.0000,  0.5000,  1.0000])
     """
-    shape = (1, -1, 1, 1)
-    centre, scale = (torch.tensor(v, dtype=pictures.dtype).to(pictures.device, non_blocking=True) for v in (mean, std))
-    black = (-centre / scale).view(shape)
-    white = ((1 - centre) / scale).view(shape)
-    gain = factor.to(pictures.dtype).view(-1, 1, 1, 1)
-    return pictures.mul_(gain).add_((1 - gain) * black).clamp_(black, white)
+    channels, width = pictures.shape[1], pictures.shape[3]
+    centre, scale = (torch.tensor(v * width, dtype=pictures.dtype).to(pictures.device) for v in (mean, std))
+    black, white = -centre / scale, (1 - centre) / scale  # [w C]: a row's values, so that the inner loop is long
+    gain = factor.to(pictures.dtype).view(-1, 1, 1)
+    rows = pictures.permute(0, 2, 3, 1).flatten(2)  # [N, h, w C], a view where channels_last
+    rows = rows.mul_(gain).add_((1 - gain) * black).clamp_(black, white)
+    return rows.unflatten(2, (width, channels)).permute(0, 3, 1, 2)
 
 
 def draw_puzzles(

@@ -77,7 +77,8 @@ def load_encoder_of(run: Path, checkpoint: Checkpoint, device: torch.device) -> 
     """
     name, config = read_run(run)
     state = load_checkpoint(run / f"{checkpoint}.pt", name)
-    encoder = Backbone(config.model, size=config.size, args=parse_model_args(config.model_args))
+    args = parse_model_args(config.model_args)
+    encoder = Backbone(config.model, size=config.size, args=args, grey=config.grey_input)
     tensors = encoder_state(state)
     encoder.net.load_state_dict({k: tensors[k] for k in encoder.net.state_dict()})
     return encoder.to(device, memory_format=torch.channels_last).eval(), config  # type: ignore[call-overload]

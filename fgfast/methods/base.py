@@ -93,8 +93,9 @@ class Method(nn.Module):
 def build_encoder(config: TrainConfig) -> Backbone:
     """The backbone that a configuration asks for, its weights loaded."""
     encoder = Backbone(
-        config.model, size=config.size, args=parse_model_args(config.model_args), pretrained=config.init == "timm"
-    )
+        config.model, size=config.size, args=parse_model_args(config.model_args), pretrained=config.init == "timm",
+        grey=config.grey_input,
+    )  # fmt: skip
     if config.init not in ("timm", "none"):
         from fgfast.models.weights import load_encoder
 
@@ -117,4 +118,4 @@ def method_class(name: str) -> type[Method]:
     return found
 
 
-METHODS = ("jigsaw", "lodisc", "mocov3", "particle", "simclr", "supervised")
+METHODS = ("color", "jigsaw", "lodisc", "mocov3", "particle", "simclr", "supervised")

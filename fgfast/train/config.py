@@ -4,7 +4,7 @@ import dataclasses
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 from fgfast.errors import UserError
 
@@ -12,6 +12,8 @@ from fgfast.errors import UserError
 @dataclass
 class TrainConfig:
     """Options of every method; each method's own class adds to them."""
+
+    grey_input: ClassVar[bool] = False  # whether the encoder sees lightness alone, in training and in evaluation
 
     data: str = ""
     """Folder of the pictures: an image folder or CUB-200-2011's layout."""
@@ -136,11 +138,11 @@ _AT_LEAST = {
     "size": 16, "epochs": 1, "batch_size": 2, "threads": 1, "log_every": 1, "save_every": 1, "rounds": 1, "n_parts": 2,
     "levels": 1, "map_size": 2, "grid": 1, "hidden": 1, "projection": 1, "prototypes": 2, "lr": 0, "weight_decay": 0,
     "clip": 0, "passes": 0, "knn_every": 0, "max_parts": 0, "discover_size": 0, "dino_weight": 0, "seed": 0,
-    "n_permutations": 2, "tile": 0, "cells": 0,
+    "n_permutations": 2, "tile": 0, "cells": 0, "prior_pictures": 1,
 }  # fmt: skip
 _UP_TO = {
     "warmup": 1.0, "holdout": 0.9, "crop_scale": 1.0, "momentum": 1.0, "smoothing": 0.99, "dropout": 1.0,
-    "brightness": 1.0, "centre": 1.0,
+    "brightness": 1.0, "centre": 1.0, "uniform": 1.0,
 }  # fmt: skip
 _POSITIVE = ("temperature", "crop_scale")
 
