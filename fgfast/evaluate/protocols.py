@@ -20,7 +20,7 @@ from fgfast.evaluate.heads import MLPOptions, mlp_probe
 from fgfast.evaluate.knn import knn_predict
 from fgfast.evaluate.linear import linear_probe
 from fgfast.evaluate.retrieval import retrieve
-from fgfast.methods.base import method_class
+from fgfast.methods.base import Method, method_class
 from fgfast.models.backbone import Backbone, parse_model_args
 from fgfast.models.weights import encoder_state
 from fgfast.train.checkpoint import load_checkpoint, write_json
@@ -160,7 +160,8 @@ def load_encoder_of(run: Path, checkpoint: Checkpoint, device: torch.device) -> 
     """
     name, config = read_run(run)
     state = load_checkpoint(run / f"{checkpoint}.pt", name)
-    encoder = Backbone(config.model, size=config.size, args=parse_model_args(config.model_args))
+    args = parse_model_args(config.model_args)
+    encoder = Backbone(config.model, size=config.size, args=args, grey=config.grey_input)
     tensors = encoder_state(state)
     encoder.net.load_state_dict({k: tensors[k] for k in encoder.net.state_dict()})
     return encoder.to(device, memory_format=torch.channels_last).eval(), config  # type: ignore[call-overload]
@@ -300,3 +301,34 @@ def online_knn(encoder: Backbone, config: TrainConfig, device: torch.device) -> 
     finally:
         encoder.train(was_training)
     return float((predicted.cpu() == truth).float().mean())
+
+
+@torch.no_grad()
+def held_out_terms(method: Method, config: TrainConfig, device: torch.device) -> dict[str, float]:
+    """Means of ``method.held_out`` over at most 4,000 held-out pictures, as "held_out_NAME"; no label is needed.
+
+    The views are those of training, the same at every call; empty where nothing is held out.
+    """
+    from fgfast.data.loader import make_loader
+
+    test = training_images(config)[1] if config.holdout else open_images(Path(config.data)).test_set()
+    if not method.held_out or not len(test):
+        return {}
+    test = test.subset(np.sort(np.random.default_rng(0).permutation(len(test))[:MOST_FOR_ONLINE]))
+    loader = make_loader(
+        test, method.views(), config.batch_size, shuffle=False, seed=config.seed, device=device,
+        threads=config.threads, backend=config.loader,
+    )  # fmt: skip
+    sums, count = dict.fromkeys(method.held_out, 0.0), 0
+    was_training = method.training
+    method.eval()
+    try:
+        for batch in loader:
+            n = int(batch.valid.sum())
+            out = method(batch)
+            sums = {name: total + n * float(out[name]) for name, total in sums.items()}
+            count += n
+    finally:
+        loader.close()
+        method.train(was_training)
+    return {f"held_out_{name}": total / max(1, count) for name, total in sums.items()}

@@ -43,6 +43,7 @@ class Method(nn.Module):
         passes_per_image: encoder passes that a picture costs in a step, the unit in which runs are made equal: one is a
             forward pass over a view, with or without gradient; a larger picture counts by its area.
         passes_to_prepare: encoder passes that a picture costs before each round.
+        held_out: terms of ``forward`` that are also taken on held-out pictures, beside the online kNN.
         group: process group whose ranks share their columns, or None.
     """
 
@@ -50,6 +51,7 @@ class Method(nn.Module):
     Config: ClassVar[type[TrainConfig]] = TrainConfig
     passes_per_image: float
     passes_to_prepare: float = 0
+    held_out: ClassVar[tuple[str, ...]] = ()
     encoder: Backbone
     group: "ProcessGroup | None" = None
 
@@ -91,8 +93,9 @@ class Method(nn.Module):
 def build_encoder(config: TrainConfig) -> Backbone:
     """The backbone that a configuration asks for, its weights loaded."""
     encoder = Backbone(
-        config.model, size=config.size, args=parse_model_args(config.model_args), pretrained=config.init == "timm"
-    )
+        config.model, size=config.size, args=parse_model_args(config.model_args), pretrained=config.init == "timm",
+        grey=config.grey_input,
+    )  # fmt: skip
     if config.init not in ("timm", "none"):
         from fgfast.models.weights import load_encoder
 
@@ -115,4 +118,4 @@ def method_class(name: str) -> type[Method]:
     return found
 
 
-METHODS = ("lodisc", "mocov3", "particle", "simclr", "supervised", "synthpair")
+METHODS = ("color", "jigsaw", "lodisc", "mocov3", "particle", "simclr", "supervised", "synthpair")

@@ -46,6 +46,7 @@ class Backbone(nn.Module):
         size: side of the pictures in training, pixels; ViTs are built for it and accept other sizes too.
         args: further arguments of timm.create_model, such as {"output_stride": 16}.
         pretrained: take timm's weights (needs a network).
+        grey: show the network the lightness of the pictures alone.
 
     Raises:
         UserError: timm has no such model, refuses the arguments, or cannot fetch the weights.
@@ -59,8 +60,9 @@ class Backbone(nn.Module):
     net: Any  # timm's networks share no type
 
     def __init__(
-        self, name: str, *, size: int = 64, args: dict[str, Any] | None = None, pretrained: bool = False
-    ) -> None:
+        self, name: str, *, size: int = 64, args: dict[str, Any] | None = None, pretrained: bool = False,
+        grey: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         import timm
 
@@ -79,7 +81,7 @@ class Backbone(nn.Module):
                     f"timm could not load weights of {name!r}: check the network, or give --init a file."
                 ) from error
             raise UserError(f"timm could not build {name!r} with {options}: {error}.") from error
-        self.name = name
+        self.name, self.grey = name, grey
         self.dim: int = self.net.num_features
         self.is_vit = hasattr(self.net, "blocks") and hasattr(self.net, "patch_embed")
 
@@ -89,7 +91,15 @@ class Backbone(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Unpooled features: a map [B, D, h, w] of a CNN, normalised tokens [B, T, D] of a ViT."""
-        return self.net.forward_features(x)
+        return self.net.forward_features(self._seen(x))
+
+    def _seen(self, x: Tensor) -> Tensor:
+        if not self.grey:
+            return x
+        from fgfast.data.lab import to_grey
+        from fgfast.data.views import IMAGENET_MEAN, IMAGENET_STD
+
+        return to_grey(x, IMAGENET_MEAN, IMAGENET_STD)
 
     def pool(self, features: Tensor) -> Tensor:
         """Pooled features [B, D] from :meth:`features`: average of a map, CLS of a ViT that has it."""
@@ -124,7 +134,7 @@ class Backbone(nn.Module):
 
     def pyramid(self, x: Tensor, levels: int = 4) -> list[Tensor]:
         """Maps [B, D_l, h_l, w_l] of the last ``levels`` stages (blocks of a ViT), deepest first."""
-        maps = self.net.forward_intermediates(x, intermediates_only=True, norm=self.is_vit)
+        maps = self.net.forward_intermediates(self._seen(x), intermediates_only=True, norm=self.is_vit)
         return maps[-levels:][::-1]
 
     def keys(self, x: Tensor, *, stride: int | None = None) -> Keys:
@@ -139,7 +149,7 @@ class Backbone(nn.Module):
             UserError: the network is no plain ViT with a CLS token.
         """
         with self._rows(last=1) as seen, _patch_stride(self.net.patch_embed, stride):
-            self.net.forward_features(x)
+            self.net.forward_features(self._seen(x))
             grid = tuple(
                 (n - p) // s + 1
                 for n, p, s in zip(
@@ -175,7 +185,7 @@ class Backbone(nn.Module):
         if not self.is_vit:
             raise UserError(f"{self.name} has no tokens to drop: leave --drop-tokens out.")
         net = self.net
-        tokens = net._pos_embed(net.patch_embed(x))
+        tokens = net._pos_embed(net.patch_embed(self._seen(x)))
         prefix, patches = tokens.split([net.num_prefix_tokens, tokens.shape[1] - net.num_prefix_tokens], 1)
         kept = patches.gather(1, index[..., None].expand(-1, -1, patches.shape[2]))
         return net.norm(net.blocks(net.norm_pre(torch.cat([prefix, kept], 1))))

@@ -10,6 +10,7 @@ Keys of metrics.jsonl, one JSON object a line:
     memory_mb              peak memory of the device (CUDA), else of the process
     skipped                steps skipped so far because the loss was not finite
     knn                    only on lines of an evaluation: online kNN top-1, 0 to 1
+    held_out_NAME          likewise: a term of the method on held-out pictures, in evaluation mode
 """
 
 import json

@@ -275,13 +275,15 @@ class _Trainer:
             self._knn(log, self.step // epoch)
 
     def _knn(self, log: RunLog, per_epoch: int) -> None:
-        """Online kNN top-1 on the test split (the held-out part under --holdout); nothing is chosen by it."""
-        from fgfast.evaluate.protocols import online_knn
+        """Online kNN top-1 and held-out terms on the test split (--holdout: its part); nothing is chosen by them."""
+        from fgfast.evaluate.protocols import held_out_terms, online_knn
 
         if self.ranks.first:
             score = online_knn(self.method.encoder, self.config, self.ranks.device)
-            if score is not None:
-                log.write({"step": self.step, "epoch": self.step / per_epoch, "knn": score})
+            row = {} if score is None else {"knn": score}
+            row |= held_out_terms(self.method, self.config, self.ranks.device)
+            if row:
+                log.write({"step": self.step, "epoch": self.step / per_epoch, **row})
         barrier(self.ranks)
 
     def _save(self, round_: int, loader: "Loader") -> None:

@@ -79,7 +79,8 @@ class FiniteGuard:
         self.optimizer.step()
         for now, before in zip(self.buffers, self.before, strict=True):
             torch.where(finite, now, before, out=before)
-        torch._foreach_copy_(self.buffers, self.before)
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, self.before)
         verdict, ready = flags.to("cpu", non_blocking=True), None
         if finite.is_cuda:
             ready = torch.cuda.Event()

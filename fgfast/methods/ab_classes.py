@@ -1,0 +1,138 @@
+"""Colour as a class: bins of the ab plane that sRGB can reach, soft labels, and weights that favour rare colours."""
+
+import itertools
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from fgfast.data.lab import rgb_to_lab
+
+NEIGHBOURS = 5
+SIGMA = 5.0  # of the soft labels and of the smoothed prior, in units of ab
+
+
+@lru_cache(maxsize=4)
+def ab_bins(step: int = 10) -> Tensor:
+    """The points of a grid over the ab plane that surround the colours of sRGB, float32 [Q, 2], sorted by a, then b.
+
+    The gamut is a solid, so its shadow on the ab plane is that of its surface: all 8-bit colours with a channel at 0
+    or 255 are converted, and the corners of every square of the grid that holds one are kept.
+
+    Example:
+        >>> ab_bins().shape
+        torch.Size([309, 2])
+    """
+    axis = torch.arange(256) / 255
+    first, second = torch.meshgrid(axis, axis, indexing="ij")
+    squares = []
+    for fixed, value in itertools.product(range(3), (0.0, 1.0)):
+        channels = [first, second]
+        channels.insert(fixed, torch.full_like(first, value))
+        ab = rgb_to_lab(torch.stack(channels))[1:].flatten(1).T
+        squares.append(torch.unique((ab / step).floor().long(), dim=0))
+    corners = torch.cartesian_prod(torch.arange(2), torch.arange(2))
+    return torch.unique((torch.cat(squares)[:, None] + corners).flatten(0, 1), dim=0).float() * step
+
+
+def _candidates(centres: Tensor, origin: Tensor, shape: Tensor, step: int) -> Tensor:
+    """For each square of the grid the numbers of the bins that can be among the five nearest of a colour in it.
+
+    A bin is left out when five others are nearer to every point of the square: even the nearest point of the square
+    is farther from it than the farthest one is from each of those.
+    """
+    rows, columns = shape.tolist()
+    low = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)) * step + origin  # [squares, 2]
+    below = low[:, None] - centres  # [squares, Q, 2]
+    above = -below - step
+    nearest = torch.maximum(below, above).clamp(min=0).square().sum(2)
+    farthest = torch.maximum(below.abs(), above.abs()).square().sum(2)
+    bound = farthest.kthvalue(NEIGHBOURS, dim=1, keepdim=True).values
+    width = int((nearest <= bound).sum(1).max())
+    return nearest.topk(width, dim=1, largest=False).indices
+
+
+class AbClasses(nn.Module):
+    """The bins as classes of a colour.
+
+    A colour x gets the weights exp(-|x - c|^2 / (2 sigma^2)) of its five nearest bins c, which sum to 1 (sigma = 5).
+
+    Args:
+        step: side of a bin.
+
+    Attributes:
+        centres: float32 [Q, 2]. It and the other tables are constants, so checkpoints do not hold them.
+    """
+
+    centres: Tensor
+    _origin: Tensor
+    _shape: Tensor
+    _table: Tensor
+    _a: Tensor
+    _b: Tensor
+
+    def __init__(self, step: int = 10) -> None:
+        super().__init__()
+        self.step = step
+        tables = {"centres": ab_bins(step)}
+        origin = tables["_origin"] = tables["centres"].min(0).values
+        shape = tables["_shape"] = ((tables["centres"].max(0).values - origin) / step).long()
+        table = tables["_table"] = _candidates(tables["centres"], origin, shape, step)
+        tables["_a"], tables["_b"] = (axis[table] for axis in tables["centres"].unbind(1))
+        for name, values in tables.items():
+            self.register_buffer(name, values, persistent=False)
+
+    def __len__(self) -> int:
+        """Q."""
+        return len(self.centres)
+
+    def encode(self, ab: Tensor) -> tuple[Tensor, Tensor]:
+        """The soft label of each colour.
+
+        Args:
+            ab: float32 [N, 2], colours of sRGB.
+
+        Returns:
+            numbers of the five nearest bins, nearest first, int64 [N, 5], and their weights, float32 [N, 5].
+        """
+        square = torch.minimum(((ab - self._origin) / self.step).long().clamp(min=0), self._shape - 1)
+        square = square[:, 0] * self._shape[1] + square[:, 1]
+        distance = (ab[:, :1] - self._a[square]).square() + (ab[:, 1:] - self._b[square]).square()  # [N, candidates]
+        nearest, which = distance.topk(NEIGHBOURS, dim=1, largest=False)
+        return self._table[square].gather(1, which), (-nearest / (2 * SIGMA**2)).softmax(1)
+
+    def histogram(self, ab: Tensor) -> Tensor:
+        """Sum of the soft labels of colours [N, 2], float64 [Q]."""
+        index, weight = self.encode(ab)
+        total = torch.zeros(len(self), dtype=torch.float64, device=ab.device)
+        return total.index_add_(0, index.flatten(), weight.flatten().double())
+
+    def smoothed(self, counts: Tensor) -> Tensor:
+        """Counts [Q] as probabilities, smoothed over the ab plane by the same Gaussian, float64 [Q]."""
+        distance = torch.cdist(self.centres.double(), self.centres.double())
+        kernel = (-distance.square() / (2 * SIGMA**2)).exp()
+        kernel = kernel / kernel.sum(0, keepdim=True)  # a bin at the edge of the gamut hands out 1 like any other
+        smooth = kernel @ counts.double()
+        return smooth / smooth.sum()
+
+    def annealed_mean(self, logits: Tensor, temperature: float = 0.38) -> Tensor:
+        """One colour out of a distribution: the mean of softmax(logits / T), [..., Q] to [..., 2]."""
+        return (logits.float() / temperature).softmax(-1) @ self.centres
+
+
+def class_weights(prior: Tensor, mix: float = 0.5) -> Tensor:
+    """Weights 1 / ((1 - mix) p + mix / Q), scaled so that their expectation under the prior p is 1.
+
+    Args:
+        prior: probabilities [Q], sum 1.
+        mix: share of the uniform distribution, 0 to 1.
+
+    Returns:
+        the dtype and shape of ``prior``.
+
+    Example:
+        >>> class_weights(torch.tensor([0.5, 0.5]))
+        tensor([1., 1.])
+    """
+    weights = 1 / ((1 - mix) * prior + mix / len(prior))
+    return weights / (weights * prior).sum()
