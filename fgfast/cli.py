@@ -223,6 +223,8 @@ def _discover(words: list[str]) -> None:
         """Distance of pixels (CNN); by default the run's setting, or euclidean."""
         border: float | None = None
         """Clusters touching the border by more than border x sqrt(area) are background; by default as the run, or 0."""
+        position: float | None = None
+        """Variance of the coordinates that join the features (CNN), in their units; by default as the run, or 0."""
         image_size: int = 0
         """Side to which the whole picture is squashed; 0 is twice the training size."""
         map_size: int = 64

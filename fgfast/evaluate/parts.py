@@ -1,5 +1,6 @@
 """Part discovery of a run against the true parts of a set that has them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ def score_discovery(
 ) -> dict[str, float]:
     """NMI and ARI of clustered pixels against true part masks, mean over pictures, true-part pixels only.
 
-    Every picture is clustered alone: a CNN's hypercolumns, a ViT's keys, with the run's own numbers of parts and levels
-    (15 and 4 for runs of methods without parts).
+    Every picture is clustered alone: a CNN's hypercolumns by the run's own settings (the defaults for methods without
+    parts; no cluster is taken for background), a ViT's keys into the run's number of parts.
 
     Args:
         run: run folder.
@@ -55,7 +56,7 @@ def score_discovery(
             if encoder.is_vit:
                 labels = cluster_keys(encoder, whole, n_parts=n_parts, seed=config.seed)
             else:
-                how = Clustering(n_parts, getattr(config, "levels", 4), getattr(config, "metric", "euclidean"))
+                how = replace(getattr(config, "clustering", Clustering(n_parts)), border=0.0)
                 labels = cluster_pyramid(encoder, whole, how, size=64, seed=config.seed)
             labels = torch.nn.functional.interpolate(labels[:, None].float(), size=(size, size)).long()[:, 0]
             found.append(labels.cpu())

@@ -46,6 +46,8 @@ class PARTICLEConfig(TrainConfig):
     """Distance of pixels in the clustering of a CNN; a ViT's keys always take cosine."""
     border: float = 0.0
     """Clusters of a CNN that touch the border by more than border x sqrt(area) are background (1, say); 0 keeps all."""
+    position: float = 0.0
+    """Variance of the pixels' coordinates, in units of the features', which join them in the clustering of a CNN."""
     discover_size: int = 0
     """Side to which the whole picture is squashed for discovery; 0 is twice the training size."""
     map_size: int = 64
@@ -72,6 +74,11 @@ class PARTICLEConfig(TrainConfig):
     """Outputs of the DINO head (65,536 in the paper)."""
     preset: Literal["small", "paper"] = "small"
     """paper takes the released settings of the authors for the network at hand."""
+
+    @property
+    def clustering(self) -> Clustering:
+        """How pixels are clustered."""
+        return Clustering(self.n_parts, self.levels, self.metric, self.border, self.position)
 
 
 _PAPER = {
@@ -125,6 +132,8 @@ class PARTICLE(Method):
         self.config = config
         self.encoder = build_encoder(config)
         self.n_parts = self._count_parts()
+        if config.position and config.metric == "cosine":
+            raise UserError("Coordinates have no direction to compare: give --position with --metric euclidean.")
         with_copy = config.target == "momentum"
         if self.encoder.is_vit and not with_copy:
             raise UserError("A ViT learns by DINO too, which needs its momentum copy: leave --target self out.")
@@ -209,12 +218,6 @@ class PARTICLE(Method):
         )
 
     @property
-    def clustering(self) -> Clustering:
-        """How pixels are clustered."""
-        c = self.config
-        return Clustering(c.n_parts, c.levels, c.metric, c.border)
-
-    @property
     def discover_size(self) -> int:
         """Side of the whole picture in discovery, pixels."""
         return self.config.discover_size or 2 * self.config.size
@@ -233,7 +236,7 @@ class PARTICLE(Method):
         out = run / f"parts_{round_}"
         if not (out / "maps.json").exists():
             discover(
-                self.encoder, images, out, self.clustering, image_size=self.discover_size, map_size=c.map_size,
+                self.encoder, images, out, self.config.clustering, image_size=self.discover_size, map_size=c.map_size,
                 run=f"{run.name}, round {round_}", device=next(self.parameters()).device, threads=c.threads,
                 seed=c.seed, loader=c.loader,
             )  # fmt: skip
@@ -269,7 +272,7 @@ class PARTICLE(Method):
         try:
             if self.encoder.is_vit:
                 return cluster_keys(network, images, n_parts=c.n_parts, seed=c.seed)
-            return cluster_pyramid(network, images, self.clustering, size=size, n_iter=10, seed=c.seed)
+            return cluster_pyramid(network, images, self.config.clustering, size=size, n_iter=10, seed=c.seed)
         finally:
             network.train(was_training)
 

@@ -34,12 +34,21 @@ class Clustering:
         levels: last maps of a CNN that the hypercolumn takes; 1 is the last map alone.
         metric: "euclidean", as released, or "cosine", which weighs pixels alike and hides differences of contrast.
         border: boundary connectivity over which a cluster of a CNN is background and becomes -1; 0 keeps all.
+        position: variance of the two coordinates of a pixel that join the hypercolumn of a CNN, in units of the
+            variance of its features in the picture; parts then hang together. Euclidean only.
     """
 
     n_parts: int = 15
     levels: int = 4
     metric: Literal["euclidean", "cosine"] = "euclidean"
     border: float = 0.0
+    position: float = 0.0
+
+    def text(self) -> str:
+        """What is not as released, for the record of a folder of maps."""
+        changes = [str(self.metric)] if self.metric != "euclidean" else []
+        changes += [f"{name} {value:g}" for name in ("border", "position") if (value := getattr(self, name))]
+        return "".join(f", {change}" for change in changes)
 
 
 @torch.no_grad()
@@ -62,8 +71,22 @@ def cluster_pyramid(
     Source: Saha and Maji, "PARTICLE: Part Discovery and Contrastive Learning for Fine-grained Recognition", 2023.
     """
     maps = [m.float() for m in encoder.pyramid(images, how.levels)]
+    if how.position:
+        maps.append(_coordinates(maps, how.position))
     labels = kmeans(maps, how.n_parts, size=(size, size), n_iter=n_iter, metric=how.metric, seed=seed).labels
     return without_background(labels, how.n_parts, how.border) if how.border else labels
+
+
+def _coordinates(maps: list[Tensor], share: float) -> Tensor:
+    """Coordinates of the pixels [B, 2, h, w], with ``share`` of the variance that the features of a picture have."""
+    variance = torch.stack([m.flatten(2).var(2, correction=0).sum(1) for m in maps]).sum(0)  # [B]
+    height, width = max((m.shape[-2], m.shape[-1]) for m in maps)
+    axes = [
+        torch.linspace(-1, 1, n, device=variance.device) if n > 1 else variance.new_zeros(1) for n in (height, width)
+    ]
+    place = torch.stack(torch.meshgrid(*axes, indexing="ij"))  # [2, h, w]
+    own = place.flatten(1).var(1, correction=0).sum().clamp(min=1e-12)
+    return (share * variance / own).sqrt()[:, None, None, None] * place
 
 
 def without_background(labels: Tensor, n_parts: int, border: float) -> Tensor:
@@ -209,8 +232,7 @@ def discover(
 
     total = how.n_parts + 1 if encoder.is_vit else how.n_parts
     name = f"{run}, weights {_digest(encoder)}, image size {image_size}, levels {how.levels}, seed {seed}"
-    if not encoder.is_vit and (how.metric, how.border) != ("euclidean", 0):
-        name += f", {how.metric}, border {how.border:g}"
+    name += "" if encoder.is_vit else how.text()
     if (out / "maps.json").is_file():
         info = read_maps_info(out)
         if info["run"] == name and info["n_parts"] == total:

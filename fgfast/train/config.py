@@ -146,8 +146,8 @@ _AT_LEAST = {
     "size": 16, "epochs": 1, "batch_size": 2, "threads": 1, "log_every": 1, "save_every": 1, "rounds": 1, "n_parts": 2,
     "levels": 1, "map_size": 2, "grid": 1, "hidden": 1, "projection": 1, "prototypes": 2, "lr": 0, "weight_decay": 0,
     "clip": 0, "passes": 0, "knn_every": 0, "max_parts": 0, "discover_size": 0, "dino_weight": 0, "seed": 0,
-    "border": 0, "image_weight": 0, "blocks": 0, "queue": 1, "latent": 1, "decoder_depth": 1, "decoder_width": 0,
-    "synth_size": 0, "alpha": 0, "nu": 0, "strength": 0, "n_permutations": 2, "tile": 0, "cells": 0,
+    "border": 0, "position": 0, "image_weight": 0, "blocks": 0, "queue": 1, "latent": 1, "decoder_depth": 1,
+    "decoder_width": 0, "synth_size": 0, "alpha": 0, "nu": 0, "strength": 0, "n_permutations": 2, "tile": 0, "cells": 0,
     "prior_pictures": 1,
 }  # fmt: skip
 _UP_TO = {

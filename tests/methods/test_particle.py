@@ -148,6 +148,28 @@ def test_background_is_what_lies_along_the_border() -> None:
     assert (parts_module.without_background(labels, 5, 1e-9)[3] == -1).all()
 
 
+def test_coordinates_join_the_features(drawn: Path, tmp_path: Path) -> None:
+    """Their variance is the given share of each picture's own; much of them gives cells that hang together."""
+    g = torch.Generator().manual_seed(0)
+    maps = [torch.randn(3, 5, 8, 6, generator=g) * torch.tensor([1.0, 10.0, 0.1])[:, None, None, None]]
+    maps.append(torch.randn(3, 2, 4, 3, generator=g))
+    place = parts_module._coordinates(maps, 0.5)
+    assert place.shape == (3, 2, 8, 6)
+    expected = sum(m.double().flatten(2).var(2, correction=0).sum(1) for m in maps) / 2
+    torch.testing.assert_close(place.double().flatten(2).var(2, correction=0).sum(1), expected, rtol=1e-5, atol=0)
+    assert (place[:, 0].diff(dim=1) > 0).all()
+    assert (place[:, 1].diff(dim=2) > 0).all()
+    encoder, images = PARTICLE(config_for(drawn, tmp_path)).encoder.eval(), torch.randn(2, 3, 32, 32, generator=g)
+    labels = [
+        parts_module.cluster_pyramid(encoder, images, parts_module.Clustering(4, position=share), size=16, seed=1)
+        for share in (0.0, 1e4)
+    ]
+    breaks = [sum((x.diff(dim=d) != 0).sum() for d in (1, 2)) for x in labels]
+    assert breaks[1] < breaks[0] / 2
+    with pytest.raises(UserError, match="--metric euclidean"):
+        PARTICLE(config_for(drawn, tmp_path, position=1.0, metric="cosine"))
+
+
 @pytest.mark.parametrize("parts", ["discovered", "online"])
 def test_a_border_leaves_background_out_of_the_contrast(drawn: Path, tmp_path: Path, parts: str) -> None:
     """With a border clusters go; maps say so, and a map of other settings is refused."""
