@@ -27,7 +27,7 @@ from fgfast.data.background import Producer
 from fgfast.data.base import Loader, Source, replace_failed
 from fgfast.data.manifest import convert, read_picture
 from fgfast.data.maps import ABSENT, map_path, read_map
-from fgfast.data.photometric import photometric
+from fgfast.data.photometric import photometric, with_reduced
 from fgfast.data.sampling import Draw
 from fgfast.data.views import Batch
 
@@ -196,6 +196,15 @@ class DaliLoader(Loader):
                 job.inputs["map_files"] = [_text(str(map_path(source.maps, source.rel(row)))) for row in rows]
         elif source.maps is not None:
             job.inputs["maps"] = [self._maps[row] for row in rows]
+        if source.spec.patch is not None:
+            corners, side = source.corners(epoch, batch, rows), source.spec.patch.size
+            if self._keep:
+                job.inputs["patch"] = [
+                    np.ascontiguousarray(self._levels[row][0][y : y + side, x : x + side])
+                    for row, (y, x) in zip(rows, corners, strict=True)
+                ]
+            else:
+                job.inputs["corner"] = corners.astype(np.int32)
         for v, (window, flip) in enumerate(zip(windows, flips, strict=True)):
             shrink = np.ones((len(rows), 1), np.float32)
             if self._keep:
@@ -228,6 +237,7 @@ class DaliLoader(Loader):
             prefetch_queue_depth=self._depth,
         )
         sides = self._sides if self._whole is None else [*self._sides, self._whole]
+        patch = self.source.spec.patch
 
         def put(name: str, layout: str | None = None) -> Any:
             return fn.external_source(name=name, layout=layout, no_copy=not gpu)
@@ -268,6 +278,13 @@ class DaliLoader(Loader):
                             interp_type=types.INTERP_NN,
                         )
                     )
+            if patch is not None:
+                if self._keep:
+                    pixels = put("patch", "HWC")
+                    window = pixels.gpu() if gpu else fn.copy(pixels)  # the fed arrays go when the run is done
+                else:
+                    window = fn.slice(pixels, put("corner"), [patch.size, patch.size], axes=[0, 1])
+                outputs.append(window)
             pipe.set_outputs(*outputs)
         pipe.build()
         return pipe
@@ -289,13 +306,15 @@ class DaliLoader(Loader):
         views = len(self._sides) + (self._whole is not None)
         draws = [*job.draws, None][:views]
         pictures = [photometric(x, draw, spec.mean, spec.std) for x, draw in zip(tensors, draws, strict=False)]
+        pair = [] if spec.patch is None else with_reduced(tensors.pop().permute(0, 3, 1, 2), spec.patch.reduce)
         labels = [x.squeeze(-1).to(torch.int64) for x in tensors[views:]]
-        return [*pictures, *(x.masked_fill_(x == ABSENT, -1) for x in labels)]
+        return [*pictures, *(x.masked_fill_(x == ABSENT, -1) for x in labels), *pair]
 
     def _deliver(self, job: _Job, tensors: list[Tensor]) -> Batch:
         source = self.source
         if self.device.type != "cpu":
             tensors = self._finish(job, tensors)
+        reduced, patch = (tensors.pop(), tensors.pop()) if source.spec.patch is not None else (None, None)
         views = len(self._sides)
         at = views + (self._whole is not None)
         index = source.records.index[job.rows]
@@ -308,6 +327,8 @@ class DaliLoader(Loader):
             target=torch.from_numpy(source.records.images.targets[index]),
             index=torch.from_numpy(index),
             valid=torch.from_numpy(job.valid),
+            patch=patch,
+            reduced=reduced,
         )
         return batch if self.device.type == "cpu" else batch.to(self.device)
 
@@ -317,7 +338,8 @@ class DaliLoader(Loader):
         """Decode every picture once; PIL's JPEG pixels equal DALI's, and a broken file is an ordinary error there."""
         from PIL import Image
 
-        smallest = min([*self._sides, *([self._whole] if self._whole is not None else [])])
+        sides = [*self._sides, *([self._whole] if self._whole is not None else [])]
+        smallest = min(sides, default=2**31)  # a patch alone is cut from the picture itself
 
         def load(row: int) -> list[np.ndarray] | OSError:
             try:
