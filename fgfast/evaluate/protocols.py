@@ -15,10 +15,9 @@ from fgfast.evaluate.features import extract
 from fgfast.evaluate.knn import knn_predict
 from fgfast.evaluate.linear import linear_probe
 from fgfast.methods.base import method_class
-from fgfast.models.backbone import Backbone, parse_model_args
-from fgfast.models.weights import encoder_state
+from fgfast.models.backbone import Backbone
 from fgfast.train.checkpoint import load_checkpoint, write_json
-from fgfast.train.config import TrainConfig, with_values
+from fgfast.train.config import TrainConfig, parse_values, with_values
 from fgfast.train.splits import training_images
 
 Protocol = Literal["knn", "linear"]
@@ -69,17 +68,20 @@ def read_run(run: Path) -> tuple[str, TrainConfig]:
     return name, with_values(method_class(name).Config(), values, str(file))
 
 
-def load_encoder_of(run: Path, checkpoint: Checkpoint, device: torch.device) -> tuple[Backbone, TrainConfig]:
+def load_encoder_of(
+    run: Path, checkpoint: Checkpoint, device: torch.device, settings: dict[str, str] | None = None
+) -> tuple[Backbone, TrainConfig]:
     """The encoder of a run at step 0 ("init") or at its newest checkpoint ("last"), in evaluation mode.
 
+    ``settings`` replace settings of the run, such as the blocks that srgan's encoder leaves out.
+
     Raises:
-        UserError: the run or the checkpoint is missing or of another method.
+        UserError: the run or the checkpoint is missing or of another method, or does not fit the settings.
     """
     name, config = read_run(run)
+    config = with_values(config, parse_values(config, settings or {}, "--set"), "--set")
     state = load_checkpoint(run / f"{checkpoint}.pt", name)
-    encoder = Backbone(config.model, size=config.size, args=parse_model_args(config.model_args))
-    tensors = encoder_state(state)
-    encoder.net.load_state_dict({k: tensors[k] for k in encoder.net.state_dict()})
+    encoder = method_class(name).stored_encoder(config, state)
     return encoder.to(device, memory_format=torch.channels_last).eval(), config  # type: ignore[call-overload]
 
 
@@ -113,7 +115,13 @@ def _splits(config: TrainConfig, data: Path) -> tuple[ImageSet, ImageSet]:
 
 
 def evaluate(
-    run: Path, protocol: Protocol, data: Path, *, checkpoint: Checkpoint = "last", device: torch.device
+    run: Path,
+    protocol: Protocol,
+    data: Path,
+    *,
+    checkpoint: Checkpoint = "last",
+    device: torch.device,
+    settings: dict[str, str] | None = None,
 ) -> Score:
     """Score a checkpoint of a run and note it in RUN/eval.json.
 
@@ -123,6 +131,7 @@ def evaluate(
         data: a labelled set.
         checkpoint: "init" (before training) or "last".
         device: where the features are computed.
+        settings: settings that replace the run's, as text.
 
     Returns:
         The score with its 95% interval.
@@ -130,22 +139,23 @@ def evaluate(
     Raises:
         UserError: the run, the checkpoint or the data cannot be used.
     """
-    encoder, config = load_encoder_of(run, checkpoint, device)
+    encoder, config = load_encoder_of(run, checkpoint, device, settings)
     predicted, truth, n_train = predict(protocol, encoder, config, data, device)
     correct = predicted == truth
     low, high = accuracy_interval(correct)
     score = Score(protocol, checkpoint, correct, low, high, n_train)
-    note_score(run, {**score.row(), "data": data.name, "path": str(data.resolve())})
+    note = {"set": ",".join(f"{k}={v}" for k, v in sorted(settings.items()))} if settings else {}
+    note_score(run, {**score.row(), "data": data.name, "path": str(data.resolve()), **note})
     return score
 
 
 def note_score(run: Path, row: dict[str, Any]) -> None:
-    """Put a row into RUN/eval.json in place of the one with the same protocol, checkpoint and path of the data."""
+    """Put a row into RUN/eval.json in place of the one with the same protocol, checkpoint, path and settings."""
     import json
 
     file = run / "eval.json"
     rows = json.loads(file.read_text()) if file.is_file() else []
-    key = ("protocol", "checkpoint", "path")
+    key = ("protocol", "checkpoint", "path", "set")
     rows = [r for r in rows if any(r.get(k) != row.get(k) for k in key)]
     write_json(file, [*rows, row])
 

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone, parse_model_args
+from fgfast.models.weights import encoder_state, load_encoder
 from fgfast.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class Method(nn.Module):
         passes_per_image: encoder passes that a picture costs in a step, the unit in which runs are made equal: one is a
             forward pass over a view, with or without gradient; a larger picture counts by its area.
         passes_to_prepare: encoder passes that a picture costs before each round.
+        idle_parameters: some parameters get no gradient in some steps (ranks must then look for them).
         group: process group whose ranks share their columns, or None.
     """
 
@@ -50,6 +53,7 @@ class Method(nn.Module):
     Config: ClassVar[type[TrainConfig]] = TrainConfig
     passes_per_image: float
     passes_to_prepare: float = 0
+    idle_parameters: ClassVar[bool] = False
     encoder: Backbone
     group: "ProcessGroup | None" = None
 
@@ -70,8 +74,15 @@ class Method(nn.Module):
         """Let the ranks of ``group`` share their columns."""
         self.group = group
 
+    def before_step(self, progress: Progress) -> None:
+        """Choose what the next step does, where training has stages."""
+
     def after_step(self, progress: Progress) -> None:
         """Move what the optimiser does not: momentum encoders, queues, schedules."""
+
+    def scores(self, device: torch.device) -> dict[str, float]:
+        """Scores on held-out pictures that are written beside the online kNN; none unless a method has some."""
+        return {}
 
     def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":
         """What the method sees, as rows of panels under a title: its views unless a method shows more."""
@@ -87,6 +98,14 @@ class Method(nn.Module):
         """Work before the round ``round_`` of training, such as part discovery; returns a folder of id maps or None."""
         return None
 
+    @classmethod
+    def stored_encoder(cls, config: TrainConfig, checkpoint: dict[str, Any]) -> Backbone:
+        """The encoder of a checkpoint of a run with ``config``."""
+        encoder = Backbone(config.model, size=config.size, args=parse_model_args(config.model_args))
+        tensors = encoder_state(checkpoint)
+        encoder.net.load_state_dict({k: tensors[k] for k in encoder.net.state_dict()})
+        return encoder
+
 
 def build_encoder(config: TrainConfig) -> Backbone:
     """The backbone that a configuration asks for, its weights loaded."""
@@ -94,8 +113,6 @@ def build_encoder(config: TrainConfig) -> Backbone:
         config.model, size=config.size, args=parse_model_args(config.model_args), pretrained=config.init == "timm"
     )
     if config.init not in ("timm", "none"):
-        from fgfast.models.weights import load_encoder
-
         load_encoder(encoder.net, Path(config.init))
     return encoder
 
@@ -115,4 +132,4 @@ def method_class(name: str) -> type[Method]:
     return found
 
 
-METHODS = ("lodisc", "mocov3", "particle", "simclr", "supervised")
+METHODS = ("lodisc", "mocov3", "particle", "simclr", "srgan", "supervised")

@@ -1,6 +1,7 @@
 """The options of a training run, as a flat dataclass that the command line, config.toml and the methods share."""
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,13 +59,20 @@ class TrainConfig:
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     knn_every: int = 10
-    """Epochs between online kNN scores; 0 for none."""
+    """Epochs between online scores (kNN; srgan also PSNR and SSIM); 0 for none."""
     save_every: int = 10
     """Epochs between checkpoints."""
     resume: bool = False
     """Go on from RUN/last.pt."""
     compile: bool = False
     """torch.compile the encoder."""
+
+    def learning_rate(self, step: int, total: int) -> float:
+        """Linear warm-up over ``warmup`` of the steps, then half a cosine from ``lr`` to 0; steps count from 0."""
+        warm = round(self.warmup * total)
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
 C = TypeVar("C", bound=TrainConfig)
@@ -136,8 +144,9 @@ _AT_LEAST = {
     "size": 16, "epochs": 1, "batch_size": 2, "threads": 1, "log_every": 1, "save_every": 1, "rounds": 1, "n_parts": 2,
     "levels": 1, "map_size": 2, "grid": 1, "hidden": 1, "projection": 1, "prototypes": 2, "lr": 0, "weight_decay": 0,
     "clip": 0, "passes": 0, "knn_every": 0, "max_parts": 0, "discover_size": 0, "dino_weight": 0, "seed": 0,
+    "width": 1, "blocks": 1, "drop": 0, "gan_lr": 0, "perceptual_weight": 0, "adversarial_weight": 0,
 }  # fmt: skip
-_UP_TO = {"warmup": 1.0, "holdout": 0.9, "crop_scale": 1.0, "momentum": 1.0, "smoothing": 0.99}
+_UP_TO = {"warmup": 1.0, "holdout": 0.9, "crop_scale": 1.0, "momentum": 1.0, "smoothing": 0.99, "gan_share": 1.0}
 _POSITIVE = ("temperature", "crop_scale")
 
 

@@ -1,5 +1,7 @@
 """SRGAN's networks: shapes at any size, the paper's sizes, what an encoder of them keeps."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -46,7 +48,7 @@ def test_paper_sizes() -> None:
     assert sum(p.numel() for p in wide.parameters()) == 16 * block + neck + up + ends
     judge = Discriminator()
     widths = [64, 64, 128, 128, 256, 256, 512, 512]
-    convs = 27 * 64 + 64 + sum(9 * a * b + 2 * b for a, b in zip(widths, widths[1:], strict=False))
+    convs = 27 * 64 + 64 + sum(9 * a * b + 2 * b for a, b in pairwise(widths))
     assert sum(p.numel() for p in judge.parameters()) == convs + 512 * 36 * 1024 + 1024 + 1024 + 1
 
 
