@@ -37,7 +37,8 @@ def upscale(
         The files written.
 
     Raises:
-        UserError: the run is of another method, two pictures have the same name, or none can be read.
+        UserError: the run is of another method, two pictures have the same name, one would be replaced, or none can be
+            read.
     """
     name, config = read_run(run)
     if not isinstance(config, SRGANConfig):
@@ -47,6 +48,9 @@ def upscale(
         raise UserError(f"Two pictures would become {twice[0].stem}.png, {twice[0]} one of them: enlarge them apart.")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: give another --out.")
+    own = [p for p in images if (out / f"{p.stem}.png").resolve() == p.resolve()]
+    if own:
+        raise UserError(f"{own[0]} would be replaced by its enlargement: give another --out.")
     method = SRGAN(replace(config, init="none"))
     method.load_state_dict(load_checkpoint(run / f"{checkpoint}.pt", name)["method"])
     generator = method.generator.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]

@@ -4,8 +4,9 @@ One pipeline serves both devices. A window is fn.resize with a region of interes
 region's ends exchanged) and resizing are one pass; an id map goes through the same region with nearest neighbour.
 Where all decoded pictures fit into ``memory_mb``, they are decoded once and stay in memory with halved copies
 (mip levels): a view is then cut from the smallest level that is still no smaller than the view, so that the resize
-reads at most four pixels for each one it writes. DALI's own random operators are not used: what happens to a picture
-is drawn on the host (``sampling``), which is what makes resuming exact.
+reads at most four pixels for each one it writes. A patch is cut from the picture itself; its reduced copy is made in
+torch (``photometric.with_reduced``). DALI's own random operators are not used: what happens to a picture is drawn on
+the host, which is what makes resuming exact.
 """
 
 from __future__ import annotations

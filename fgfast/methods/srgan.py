@@ -29,6 +29,7 @@ log = logging.getLogger("fgfast")
 
 FACTOR = 4
 SCORED = 256  # held-out pictures on which PSNR and SSIM are taken
+MOST_DB = 60.0  # a flat window is met exactly, and its infinite PSNR would be the mean's
 
 
 @dataclass
@@ -210,8 +211,10 @@ class SRGAN(Method):
         discriminator = _mean(F.softplus(-real) + F.softplus(fake), valid)
         generator = pixel + c.adversarial_weight * fooled
         if self.judge is not None:
-            maps, true_maps = _last_map(self.judge, made).float(), _last_map(self.judge, truth).float()
-            perceptual = _mean((maps - true_maps).square().flatten(1).mean(1), valid)
+            with torch.no_grad():
+                true_map = _last_map(self.judge, truth).float()
+            off = _last_map(self.judge, made).float() - true_map
+            perceptual = _mean(off.square().flatten(1).mean(1), valid)
             generator = generator + c.perceptual_weight * perceptual
             terms["perceptual"] = perceptual.detach()
         terms |= {"adversarial": fooled.detach(), "discriminator": discriminator.detach()}
@@ -219,7 +222,7 @@ class SRGAN(Method):
 
     @torch.no_grad()
     def scores(self, device: torch.device) -> dict[str, float]:
-        """PSNR (dB) and SSIM of windows of held-out pictures, generated and bicubic, means over pictures."""
+        """PSNR (dB, at most 60 a window) and SSIM of windows of held-out pictures, generated and bicubic, means."""
         from fgfast.data.layouts import open_images
         from fgfast.data.loader import make_loader
         from fgfast.train.splits import training_images
@@ -237,7 +240,7 @@ class SRGAN(Method):
                 assert batch.patch is not None
                 assert batch.reduced is not None
                 pair = self.generator(batch.reduced), bicubic(batch.reduced)
-                kinds = [f(x.clamp(0, 1), batch.patch) for f in (psnr, ssim) for x in pair]
+                kinds = [f(x.clamp(0, 1), batch.patch).clamp(max=MOST_DB) for f in (psnr, ssim) for x in pair]
                 rows.append(torch.stack(kinds, 1)[batch.valid])
         finally:
             loader.close()
