@@ -156,6 +156,14 @@ def _take(words: list[str], flag: str) -> tuple[str | None, list[str]]:
     return None, words
 
 
+def _pairs(texts: list[str]) -> dict[str, str]:
+    """The settings of a --set that may be repeated."""
+    for text in texts:
+        if "=" not in text:
+            raise UserError(f"--set {text!r} is not of the form name=value.")
+    return {name: value for name, _, value in (text.partition("=") for text in texts)}
+
+
 def _generate(words: list[str]) -> None:
     """Draw the synthetic set: birds whose classes differ in parts alone."""
     import tyro
@@ -268,6 +276,8 @@ def _eval(words: list[str]) -> None:
         """A labelled set."""
         checkpoint: Literal["init", "last"] = "last"
         """Which weights."""
+        set: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+        """A setting in place of the run's, name=value, such as drop=3 of srgan; may be repeated."""
         json: bool = False
         """Print JSON."""
         device: str = "auto"
@@ -300,7 +310,10 @@ def _eval(words: list[str]) -> None:
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     options = parse_options(args.protocol, given, f"fgfast eval {args.protocol}")
     device = choose_device(args.device)
-    score = evaluate(args.run, args.protocol, args.data, checkpoint=args.checkpoint, device=device, options=options)
+    score = evaluate(
+        args.run, args.protocol, args.data, checkpoint=args.checkpoint, device=device, options=options,
+        settings=_pairs(args.set),
+    )  # fmt: skip
     write_report(args.run)
     if args.json:
         print(json.dumps(score.row()))
@@ -342,6 +355,33 @@ def _pictures(words: list[str]) -> None:
     print(write_report(args.run))
 
 
+def _upscale(words: list[str]) -> None:
+    """Enlarge pictures by four with the generator of an srgan run."""
+    import tyro
+
+    @dataclass
+    class Args:
+        run: Annotated[Path, tyro.conf.Positional]
+        """Run folder."""
+        images: Annotated[list[Path], tyro.conf.Positional]
+        """Pictures of any size."""
+        out: Path
+        """Folder that is written, NAME.png for each picture."""
+        checkpoint: Literal["init", "last"] = "last"
+        """Which weights."""
+        device: str = "auto"
+        """auto, cpu, cuda."""
+
+    args = parse(Args, words, "upscale")
+    from fgfast.train.distributed import choose_device
+    from fgfast.upscale import upscale
+
+    if not args.images:
+        raise UserError("fgfast upscale needs pictures: name them after the run.")
+    for path in upscale(args.run, args.images, args.out, checkpoint=args.checkpoint, device=choose_device(args.device)):
+        print(path)
+
+
 def _compare(words: list[str]) -> None:
     """Run methods x data x seeds, resumable, one row of compare.csv for each finished run."""
     import tyro
@@ -372,12 +412,7 @@ def _compare(words: list[str]) -> None:
     args = parse(Args, words, "compare")
     from fgfast.compare import Comparison
 
-    shared = read_toml(args.config) if args.config else {}
-    for pair in args.set:
-        name, sign, value = pair.partition("=")
-        if not sign:
-            raise UserError(f"--set {pair!r} is not of the form name=value.")
-        shared[name] = value
+    shared = (read_toml(args.config) if args.config else {}) | _pairs(args.set)
     comparison = Comparison(
         out=args.out, data=args.data, methods=args.methods, seeds=args.seeds, shared=shared, lrs=args.lrs,
         tune_share=args.tune_share, baseline=args.baseline or args.methods[0], protocols=args.protocols,
@@ -436,5 +471,5 @@ def _info(words: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "generate": _generate, "pretrain": _pretrain, "discover": _discover, "pictures": _pictures, "eval": _eval,
-    "compare": _compare, "report": _report, "demo": _demo, "info": _info,
+    "upscale": _upscale, "compare": _compare, "report": _report, "demo": _demo, "info": _info,
 }  # fmt: skip

@@ -15,7 +15,7 @@ from fgfast.data.layouts import ImageSet
 from fgfast.data.manifest import Records, check_images
 from fgfast.data.maps import map_sizes
 from fgfast.data.sampling import Draw, draw_crop, epoch_order, generator, whole_window
-from fgfast.data.views import Batch, ViewSpec
+from fgfast.data.views import Batch, Patch, ViewSpec
 from fgfast.errors import UserError
 
 log = logging.getLogger("fgfast")
@@ -68,6 +68,17 @@ class Source:
         rng = generator(self.seed, epoch, self.rank, batch)
         return [draw_crop(crop, self.records.sizes[rows], rng) for crop in self.spec.crops]
 
+    def corners(self, epoch: int, batch: int, rows: np.ndarray) -> np.ndarray:
+        """Upper left corner (y, x) of the patch of each picture of one batch, int64 [B, 2].
+
+        Raises:
+            UserError: a picture is smaller than the patch.
+        """
+        assert self.spec.patch is not None
+        check_patch(self.records, self.spec.patch, rows)
+        rng = np.random.default_rng([self.seed, epoch, self.rank, batch, 1])  # apart from what the crops draw
+        return rng.integers(0, self.records.sizes[rows] - self.spec.patch.size, endpoint=True)
+
     def whole(self, rows: np.ndarray) -> np.ndarray:
         """Window of the unaugmented view in pixels, float32 [B, 4]."""
         return whole_window(self.records.sizes[rows], self.spec.center)
@@ -75,6 +86,24 @@ class Source:
     def rel(self, row: int) -> str:
         """The path of a record within its image set."""
         return self.records.images.paths[self.records.index[row]]
+
+
+def check_patch(records: Records, patch: Patch, rows: np.ndarray | None = None) -> None:
+    """Refuse pictures that are smaller than a patch.
+
+    Raises:
+        UserError: the first of them, its size and the remedy.
+    """
+    rows = np.arange(len(records)) if rows is None else rows
+    small = rows[records.sizes[rows].min(1) < patch.size]
+    if len(small):
+        height, width = records.sizes[small[0]]
+        largest = int(records.sizes[small].min()) // patch.reduce * patch.reduce
+        raise UserError(
+            f"{records.images.paths[records.index[small[0]]]} is {width} x {height} pixels, smaller than a patch of "
+            f"{patch.size} x {patch.size} (as are {len(small)} of {len(rows)} pictures): give --size {largest} or "
+            "less, or remove small pictures."
+        )
 
 
 def make_source(
@@ -104,6 +133,8 @@ def make_source(
     if spec.needs_maps and maps is None:
         raise ValueError("The views ask for id maps: give make_loader the folder in maps.")
     records = check_images(images, full=check, threads=threads)
+    if spec.patch is not None:
+        check_patch(records, spec.patch)
     sizes = None
     if spec.needs_maps and maps is not None:
         sizes = map_sizes(maps, [images.paths[i] for i in records.index])

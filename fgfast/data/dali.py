@@ -4,8 +4,9 @@ One pipeline serves both devices. A window is fn.resize with a region of interes
 region's ends exchanged) and resizing are one pass; an id map goes through the same region with nearest neighbour.
 Where all decoded pictures fit into ``memory_mb``, they are decoded once and stay in memory with halved copies
 (mip levels): a view is then cut from the smallest level that is still no smaller than the view, so that the resize
-reads at most four pixels for each one it writes. DALI's own random operators are not used: what happens to a picture
-is drawn on the host (``sampling``), which is what makes resuming exact.
+reads at most four pixels for each one it writes. A patch is cut from the picture itself; its reduced copy is made in
+torch (``photometric.with_reduced``). DALI's own random operators are not used: what happens to a picture is drawn on
+the host, which is what makes resuming exact.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fgfast.data.background import Producer
 from fgfast.data.base import Loader, Source, replace_failed
 from fgfast.data.manifest import convert, read_picture, shown_size
 from fgfast.data.maps import ABSENT, map_path, read_map
-from fgfast.data.photometric import photometric
+from fgfast.data.photometric import photometric, with_reduced
 from fgfast.data.rearrange import rearrange
 from fgfast.data.sampling import Draw
 from fgfast.data.views import Batch
@@ -198,6 +199,15 @@ class DaliLoader(Loader):
                 job.inputs["map_files"] = [_text(str(map_path(source.maps, source.rel(row)))) for row in rows]
         elif source.maps is not None:
             job.inputs["maps"] = [self._maps[row] for row in rows]
+        if source.spec.patch is not None:
+            corners, side = source.corners(epoch, batch, rows), source.spec.patch.size
+            if self._keep:
+                job.inputs["patch"] = [
+                    np.ascontiguousarray(self._levels[row][0][y : y + side, x : x + side])
+                    for row, (y, x) in zip(rows, corners, strict=True)
+                ]
+            else:
+                job.inputs["corner"] = corners.astype(np.int32)
         for v, (window, flip) in enumerate(zip(windows, flips, strict=True)):
             shrink = np.ones((len(rows), 1), np.float32)
             if self._keep:
@@ -230,6 +240,7 @@ class DaliLoader(Loader):
             prefetch_queue_depth=self._depth,
         )
         sides = self._sides if self._whole is None else [*self._sides, self._whole]
+        patch = self.source.spec.patch
 
         def put(name: str, layout: str | None = None) -> Any:
             return fn.external_source(name=name, layout=layout, no_copy=not gpu)
@@ -270,6 +281,13 @@ class DaliLoader(Loader):
                             interp_type=types.INTERP_NN,
                         )
                     )
+            if patch is not None:
+                if self._keep:
+                    pixels = put("patch", "HWC")
+                    window = pixels.gpu() if gpu else fn.copy(pixels)  # the fed arrays go when the run is done
+                else:
+                    window = fn.slice(pixels, put("corner"), [patch.size, patch.size], axes=[0, 1])
+                outputs.append(window)
             pipe.set_outputs(*outputs)
         pipe.build()
         return pipe
@@ -289,6 +307,7 @@ class DaliLoader(Loader):
         """What follows the resize; on the CPU in the background thread, on a GPU in the stream of the caller."""
         spec = self.source.spec
         views = len(self._sides) + (self._whole is not None)
+        pair = [] if spec.patch is None else with_reduced(tensors.pop().permute(0, 3, 1, 2), spec.patch.reduce)
         pictures, labels = tensors[:views], [x.squeeze(-1).to(torch.int64) for x in tensors[views:]]
         labels = [x.masked_fill_(x == ABSENT, -1) for x in labels]
         for v, draw in enumerate(job.draws):
@@ -297,12 +316,13 @@ class DaliLoader(Loader):
                 labels[v] = moved
         draws = [*job.draws, None][:views]
         pictures = [photometric(x, draw, spec.mean, spec.std) for x, draw in zip(pictures, draws, strict=True)]
-        return [*pictures, *labels]
+        return [*pictures, *labels, *pair]
 
     def _deliver(self, job: _Job, tensors: list[Tensor]) -> Batch:
         source = self.source
         if self.device.type != "cpu":
             tensors = self._finish(job, tensors)
+        reduced, patch = (tensors.pop(), tensors.pop()) if source.spec.patch is not None else (None, None)
         views = len(self._sides)
         at = views + (self._whole is not None)
         index = source.records.index[job.rows]
@@ -315,6 +335,8 @@ class DaliLoader(Loader):
             target=torch.from_numpy(source.records.images.targets[index]),
             index=torch.from_numpy(index),
             valid=torch.from_numpy(job.valid),
+            patch=patch,
+            reduced=reduced,
         )
         return batch if self.device.type == "cpu" else batch.to(self.device)
 
@@ -324,7 +346,8 @@ class DaliLoader(Loader):
         """Decode every picture once; PIL's JPEG pixels equal DALI's, and a broken file is an ordinary error there."""
         from PIL import Image
 
-        smallest = min([*self._sides, *([self._whole] if self._whole is not None else [])])
+        sides = [*self._sides, *([self._whole] if self._whole is not None else [])]
+        smallest = min(sides, default=2**31)  # a patch alone is cut from the picture itself
 
         def load(row: int) -> list[np.ndarray] | OSError:
             try:

@@ -80,6 +80,28 @@ def blur(x: Tensor, sigma: np.ndarray) -> Tensor:
     return x
 
 
+def with_reduced(pixels: Tensor, factor: int) -> list[Tensor]:
+    """Patches and their copies reduced by ``factor``, both in [0, 1].
+
+    Bicubic (a = -1/2) with antialiasing, weights renormalised at the border, rounded once to 8 bits: PIL's, whose two
+    passes round twice. DALI's resize repeats the border instead, which moves values there by up to 10 of 255.
+
+    Args:
+        pixels: uint8 [B, 3, P, P], P a multiple of ``factor``.
+        factor: how many times smaller the copies are.
+
+    Returns:
+        float32 [B, 3, P, P] and [B, 3, P / factor, P / factor], channels_last in memory.
+
+    Example:
+        >>> [x.shape[2] for x in with_reduced(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), 4)]
+        [32, 8]
+    """
+    x = pixels.to(torch.float32, memory_format=torch.channels_last)
+    small = F.interpolate(x, scale_factor=1 / factor, mode="bicubic", antialias=True).round().clamp(0, 255)
+    return [x / 255, small.contiguous(memory_format=torch.channels_last) / 255]
+
+
 def photometric(pixels: Tensor, draw: Draw | None, mean: Triple, std: Triple) -> Tensor:
     """Gamma, colour, blur, solarise and normalise a batch of resized views.
 

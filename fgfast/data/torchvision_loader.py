@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional as F
 from fgfast.data.base import Loader, Source, replace_failed
 from fgfast.data.manifest import read_picture
 from fgfast.data.maps import ABSENT, read_map
+from fgfast.data.photometric import with_reduced
 from fgfast.data.rearrange import rearrange
 from fgfast.data.sampling import Draw
 from fgfast.data.views import Batch, warp_labels
@@ -138,6 +139,11 @@ class _Batches(Dataset):
                 full = np.concatenate([windows / np.concatenate([sizes, sizes], 1), np.zeros((len(rows), 1))], 1)
                 box = torch.from_numpy(full.astype(np.float32))
                 whole_labels = torch.cat([warp_labels(m, box[i : i + 1], spec.whole) for i, m in enumerate(maps)])
+        patch, reduced = None, None
+        if spec.patch is not None:
+            corners, side = source.corners(epoch, number, rows), spec.patch.size
+            cuts = [x[:, i : i + side, j : j + side] for x, (i, j) in zip(pictures, corners, strict=True)]
+            patch, reduced = with_reduced(torch.stack(cuts), spec.patch.reduce)
         index = source.records.index[rows]
         return Batch(
             views=views,
@@ -148,6 +154,8 @@ class _Batches(Dataset):
             target=torch.from_numpy(source.records.images.targets[index]),
             index=torch.from_numpy(index),
             valid=torch.from_numpy(valid),
+            patch=patch,
+            reduced=reduced,
         )
 
     def _stack(self, pictures: list[Tensor]) -> Tensor:

@@ -122,6 +122,34 @@ class Crop:
 
 
 @dataclass(frozen=True)
+class Patch:
+    """A square window of a picture's own pixels, never resized, with a reduced copy of it.
+
+    The window lies anywhere in the picture with equal chance. The copy is made of the window alone: bicubic (a = -1/2)
+    with antialiasing, rounded to 8 bits.
+
+    Args:
+        size: side of the window in pixels, a multiple of ``reduce``.
+        reduce: factor by which the copy is smaller, >= 1.
+
+    Raises:
+        ValueError: the sizes do not fit together.
+
+    Example:
+        >>> Patch(size=96, reduce=4).size
+        96
+    """
+
+    size: int = 96
+    reduce: int = 4
+
+    def __post_init__(self) -> None:
+        """Refuse a window that cannot be reduced."""
+        if self.reduce < 1 or self.size < self.reduce or self.size % self.reduce:
+            raise ValueError(f"Patch.size is {self.size}: give a multiple of Patch.reduce, {self.reduce}.")
+
+
+@dataclass(frozen=True)
 class ViewSpec:
     """Everything that one batch must hold; a method's ``views()`` returns one.
 
@@ -133,6 +161,7 @@ class ViewSpec:
         center: the whole view is a centred square of this share of the short side instead; None squashes.
         mean: mean of each channel for values in [0, 1].
         std: standard deviation of each channel for values in [0, 1].
+        patch: a window of the picture's own pixels and its reduced copy; None for none.
 
     Raises:
         ValueError: nothing to deliver, or ``whole_masks`` or ``center`` without ``whole``.
@@ -149,11 +178,12 @@ class ViewSpec:
     center: float | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    patch: Patch | None = None
 
     def __post_init__(self) -> None:
         """Refuse a specification that delivers nothing or contradicts itself."""
-        if not self.crops and self.whole is None:
-            raise ValueError("ViewSpec delivers nothing: give at least one crop or a side for whole.")
+        if not self.crops and self.whole is None and self.patch is None:
+            raise ValueError("ViewSpec delivers nothing: give at least one crop, a side for whole, or a patch.")
         if self.whole is None and (self.whole_masks or self.center is not None):
             raise ValueError("ViewSpec.whole_masks and ViewSpec.center describe the whole view: give whole a side.")
         if self.whole is not None and self.whole < 1:
@@ -188,6 +218,8 @@ class Batch:
         target: class, int64 [B].
         index: record number in the image set, int64 [B].
         valid: bool [B]; False marks padding, which no loss and no score may count.
+        patch: windows of the pictures' own pixels, float32 [B, 3, P, P] in [0, 1], not normalised, or None.
+        reduced: their reduced copies, float32 [B, 3, P / reduce, P / reduce] in [0, 1], or None.
 
     Example:
         >>> batch = Batch(target=torch.zeros(2, dtype=torch.int64))
@@ -203,6 +235,8 @@ class Batch:
     target: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     index: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     valid: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    patch: Tensor | None = None
+    reduced: Tensor | None = None
 
     def __len__(self) -> int:
         """B, padding included."""

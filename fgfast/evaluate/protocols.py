@@ -21,8 +21,7 @@ from fgfast.evaluate.knn import knn_predict
 from fgfast.evaluate.linear import linear_probe
 from fgfast.evaluate.retrieval import retrieve
 from fgfast.methods.base import Method, method_class
-from fgfast.models.backbone import Backbone, parse_model_args
-from fgfast.models.weights import encoder_state
+from fgfast.models.backbone import Backbone
 from fgfast.train.checkpoint import load_checkpoint, write_json
 from fgfast.train.config import TrainConfig, parse_values, with_values
 from fgfast.train.splits import training_images
@@ -152,18 +151,20 @@ def read_run(run: Path) -> tuple[str, TrainConfig]:
     return name, with_values(method_class(name).Config(), values, str(file))
 
 
-def load_encoder_of(run: Path, checkpoint: Checkpoint, device: torch.device) -> tuple[Backbone, TrainConfig]:
+def load_encoder_of(
+    run: Path, checkpoint: Checkpoint, device: torch.device, settings: dict[str, str] | None = None
+) -> tuple[Backbone, TrainConfig]:
     """The encoder of a run at step 0 ("init") or at its newest checkpoint ("last"), in evaluation mode.
 
+    ``settings`` replace settings of the run, such as the blocks that srgan's encoder leaves out.
+
     Raises:
-        UserError: the run or the checkpoint is missing or of another method.
+        UserError: the run or the checkpoint is missing or of another method, or does not fit the settings.
     """
     name, config = read_run(run)
+    config = with_values(config, parse_values(config, settings or {}, "--set"), "--set")
     state = load_checkpoint(run / f"{checkpoint}.pt", name)
-    args = parse_model_args(config.model_args)
-    encoder = Backbone(config.model, size=config.size, args=args, grey=config.grey_input)
-    tensors = encoder_state(state)
-    encoder.net.load_state_dict({k: tensors[k] for k in encoder.net.state_dict()})
+    encoder = method_class(name).stored_encoder(config, state)
     return encoder.to(device, memory_format=torch.channels_last).eval(), config  # type: ignore[call-overload]
 
 
@@ -213,7 +214,7 @@ def _splits(config: TrainConfig, data: Path) -> tuple[ImageSet, ImageSet]:
 
 def evaluate(
     run: Path, protocol: Protocol, data: Path, *, checkpoint: Checkpoint = "last", device: torch.device,
-    options: Options | None = None,
+    options: Options | None = None, settings: dict[str, str] | None = None,
 ) -> Score:  # fmt: skip
     """Score a checkpoint of a run and note it in RUN/eval.json.
 
@@ -227,6 +228,7 @@ def evaluate(
         checkpoint: "init" (before training) or "last".
         device: where the networks run.
         options: of "mlp" and "finetune"; None takes their defaults.
+        settings: settings that replace the run's, as text.
 
     Returns:
         The score with its 95% interval.
@@ -234,7 +236,7 @@ def evaluate(
     Raises:
         UserError: the run, the checkpoint or the data cannot be used.
     """
-    encoder, config = load_encoder_of(run, checkpoint, device)
+    encoder, config = load_encoder_of(run, checkpoint, device, settings)
     fit, test = _splits(config, data)
     options = OPTIONS[protocol]() if options is None and protocol in OPTIONS else options
     more: dict[str, Any] = {} if options is None else {"settings": asdict(options)}
@@ -250,7 +252,7 @@ def evaluate(
         more = {"rank5": rank5, "map": precision}
     elif isinstance(options, FinetuneOptions):
         stamp = (run / f"{checkpoint}.pt").stat()
-        name = hashlib.sha1(f"{options}{data.resolve()}".encode()).hexdigest()[:8]
+        name = hashlib.sha1(f"{options}{settings or ''}{data.resolve()}".encode()).hexdigest()[:8]
         predicted, truth = finetune(
             encoder, fit, test, config, options, device=device, keep=run / f"finetune-{checkpoint}-{name}.pt",
             start=f"{checkpoint} {stamp.st_size} {stamp.st_mtime_ns}",
@@ -259,7 +261,8 @@ def evaluate(
     else:
         predicted, truth, n_train = _classify(protocol, encoder, config, fit, test, device, options)
     score = _score(protocol, checkpoint, predicted, truth, n_train, options_text(options), more)
-    note_score(run, {**score.row(), "data": data.name, "path": str(data.resolve())})
+    note = {"set": ",".join(f"{k}={v}" for k, v in sorted(settings.items()))} if settings else {}
+    note_score(run, {**score.row(), "data": data.name, "path": str(data.resolve()), **note})
     return score
 
 
@@ -276,12 +279,12 @@ def _score(
 
 
 def note_score(run: Path, row: dict[str, Any]) -> None:
-    """Put a row into RUN/eval.json in place of the one with the same protocol, options, checkpoint and data path."""
+    """Put a row into RUN/eval.json in place of the one of the same protocol, options, checkpoint, data and settings."""
     import json
 
     file = run / "eval.json"
     rows = json.loads(file.read_text()) if file.is_file() else []
-    key = ("protocol", "checkpoint", "path")
+    key = ("protocol", "checkpoint", "path", "set")
     rows = [r for r in rows if any(r.get(k) != row.get(k) for k in key) or r.get("options", "") != row["options"]]
     write_json(file, [*rows, row])
 

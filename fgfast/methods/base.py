@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone, parse_model_args
+from fgfast.models.weights import encoder_state, load_encoder
 from fgfast.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class Method(nn.Module):
             forward pass over a view, with or without gradient; a larger picture counts by its area.
         passes_to_prepare: encoder passes that a picture costs before each round.
         held_out: terms of ``forward`` that are also taken on held-out pictures, beside the online kNN.
+        idle_parameters: some parameters get no gradient in some steps (ranks must then look for them).
         group: process group whose ranks share their columns, or None.
     """
 
@@ -52,6 +55,7 @@ class Method(nn.Module):
     passes_per_image: float
     passes_to_prepare: float = 0
     held_out: ClassVar[tuple[str, ...]] = ()
+    idle_parameters: ClassVar[bool] = False
     encoder: Backbone
     group: "ProcessGroup | None" = None
 
@@ -72,8 +76,17 @@ class Method(nn.Module):
         """Let the ranks of ``group`` share their columns."""
         self.group = group
 
+    def before_step(self, progress: Progress) -> None:
+        """Choose what the next step does, where training has stages."""
+
     def after_step(self, progress: Progress) -> None:
         """Move what the optimiser does not: momentum encoders, queues, schedules."""
+
+    def scores(self, device: torch.device) -> dict[str, float]:
+        """Scores on held-out pictures that are written beside the online kNN: the terms that ``held_out`` names."""
+        from fgfast.evaluate.protocols import held_out_terms
+
+        return held_out_terms(self, self.config, device) if self.held_out else {}  # type: ignore[arg-type]
 
     def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":
         """What the method sees, as rows of panels under a title: its views unless a method shows more."""
@@ -89,6 +102,15 @@ class Method(nn.Module):
         """Work before the round ``round_`` of training, such as part discovery; returns a folder of id maps or None."""
         return None
 
+    @classmethod
+    def stored_encoder(cls, config: TrainConfig, checkpoint: dict[str, Any]) -> Backbone:
+        """The encoder of a checkpoint of a run with ``config``."""
+        args = parse_model_args(config.model_args)
+        encoder = Backbone(config.model, size=config.size, args=args, grey=config.grey_input)
+        tensors = encoder_state(checkpoint)
+        encoder.net.load_state_dict({k: tensors[k] for k in encoder.net.state_dict()})
+        return encoder
+
 
 def build_encoder(config: TrainConfig) -> Backbone:
     """The backbone that a configuration asks for, its weights loaded."""
@@ -97,8 +119,6 @@ def build_encoder(config: TrainConfig) -> Backbone:
         grey=config.grey_input,
     )  # fmt: skip
     if config.init not in ("timm", "none"):
-        from fgfast.models.weights import load_encoder
-
         load_encoder(encoder.net, Path(config.init))
     return encoder
 
@@ -118,4 +138,4 @@ def method_class(name: str) -> type[Method]:
     return found
 
 
-METHODS = ("color", "jigsaw", "lodisc", "mocov3", "particle", "simclr", "supervised", "synthpair")
+METHODS = ("color", "jigsaw", "lodisc", "mocov3", "particle", "simclr", "srgan", "supervised", "synthpair")

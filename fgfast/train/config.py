@@ -1,6 +1,7 @@
 """The options of a training run, as a flat dataclass that the command line, config.toml and the methods share."""
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,13 +69,20 @@ class TrainConfig:
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     knn_every: int = 10
-    """Epochs between online kNN scores; 0 for none."""
+    """Epochs between online scores (kNN; srgan also PSNR and SSIM); 0 for none."""
     save_every: int = 10
     """Epochs between checkpoints."""
     resume: bool = False
     """Go on from RUN/last.pt."""
     compile: bool = False
     """torch.compile the encoder."""
+
+    def learning_rate(self, step: int, total: int) -> float:
+        """Linear warm-up over ``warmup`` of the steps, then half a cosine from ``lr`` to 0; steps count from 0."""
+        warm = round(self.warmup * total)
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
 C = TypeVar("C", bound="DataclassInstance")
@@ -148,12 +156,12 @@ _AT_LEAST = {
     "clip": 0, "passes": 0, "knn_every": 0, "max_parts": 0, "discover_size": 0, "dino_weight": 0, "seed": 0,
     "border": 0, "position": 0, "image_weight": 0, "blocks": 0, "queue": 1, "latent": 1, "decoder_depth": 1,
     "decoder_width": 0, "synth_size": 0, "alpha": 0, "nu": 0, "strength": 0, "n_permutations": 2, "tile": 0, "cells": 0,
-    "prior_pictures": 1,
+    "prior_pictures": 1, "width": 1, "drop": 0, "gan_lr": 0, "perceptual_weight": 0, "adversarial_weight": 0,
 }  # fmt: skip
 _UP_TO = {
     "warmup": 1.0, "holdout": 0.9, "crop_scale": 1.0, "momentum": 1.0, "smoothing": 0.99, "p_v": 1.0, "p_g": 1.0,
     "decay": 0.9999, "synth_warmup": 1.0, "synth_share": 1.0, "dropout": 1.0, "brightness": 1.0, "centre": 1.0,
-    "uniform": 1.0,
+    "uniform": 1.0, "gan_share": 1.0,
 }  # fmt: skip
 _POSITIVE = ("temperature", "crop_scale", "synth_share")
 

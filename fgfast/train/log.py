@@ -11,6 +11,8 @@ Keys of metrics.jsonl, one JSON object a line:
     skipped                steps skipped so far because the loss was not finite
     knn                    only on lines of an evaluation: online kNN top-1, 0 to 1
     held_out_NAME          likewise: a term of the method on held-out pictures, in evaluation mode
+    psnr, ssim             srgan, on such lines: of generated held-out windows (dB; -1 to 1)
+    psnr_bicubic, ...      the same of bicubic enlargement
 """
 
 import json
@@ -149,5 +151,9 @@ class RunLog:
             self.bar.update(self.task, row=shown)
             if not self.console.is_terminal and row["step"] % 200 == 0:
                 self.say(f"step {row['step']}/{self.bar.tasks[0].total:.0f}  {shown}")
-        elif "knn" in row:
-            self.say(f"step {row['step']}  online kNN top-1 {row['knn']:.1%}")
+            return
+        scores = [f"online kNN top-1 {row['knn']:.1%}"] if "knn" in row else []
+        if "psnr" in row:
+            scores.append(f"PSNR {row['psnr']:.2f} dB (bicubic {row['psnr_bicubic']:.2f})")
+            scores.append(f"SSIM {row['ssim']:.3f} (bicubic {row['ssim_bicubic']:.3f})")
+        self.say("  ".join([f"step {row['step']}", *scores]))

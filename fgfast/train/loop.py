@@ -150,7 +150,7 @@ class _Trainer:
                 "forward_sync_buffers" in inspect.signature(ddp).parameters
             )  # the name before torch 2.15 warns there
             buffers: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
-            self.model = ddp(method, device_ids=ids, **buffers)
+            self.model = ddp(method, device_ids=ids, find_unused_parameters=method.idle_parameters, **buffers)
 
     def steps_in_all(self, per_epoch: int) -> int:
         """Steps of the whole run: epochs, or what a budget of encoder passes pays for."""
@@ -219,6 +219,7 @@ class _Trainer:
                     if batch is None:
                         break
                     lr = learning_rate(self.step, total, c)
+                    self.method.before_step(Progress(self.step, total))
                     with autocast:
                         out = self.model(batch)
                     grad_norm = self._update(out["loss"], lr, batch.index, stop=bool(caught))
@@ -275,15 +276,17 @@ class _Trainer:
             self._knn(log, self.step // epoch)
 
     def _knn(self, log: RunLog, per_epoch: int) -> None:
-        """Online kNN top-1 and held-out terms on the test split (--holdout: its part); nothing is chosen by them."""
-        from fgfast.evaluate.protocols import held_out_terms, online_knn
+        """Online kNN top-1 on the test split (the held-out part under --holdout) and the method's own scores.
+
+        Nothing is chosen by them.
+        """
+        from fgfast.evaluate.protocols import online_knn
 
         if self.ranks.first:
             score = online_knn(self.method.encoder, self.config, self.ranks.device)
-            row = {} if score is None else {"knn": score}
-            row |= held_out_terms(self.method, self.config, self.ranks.device)
-            if row:
-                log.write({"step": self.step, "epoch": self.step / per_epoch, **row})
+            found = self.method.scores(self.ranks.device) | ({} if score is None else {"knn": score})
+            if found:
+                log.write({"step": self.step, "epoch": self.step / per_epoch, **found})
         barrier(self.ranks)
 
     def _save(self, round_: int, loader: "Loader") -> None:

@@ -1,6 +1,5 @@
 """The optimiser, its schedule, and the guard that skips a step whose loss is not finite without a device sync."""
 
-import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -28,11 +27,8 @@ def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """Linear warm-up over ``config.warmup`` of the steps, then half a cosine from ``config.lr`` to 0."""
-    warm = round(config.warmup * total)
-    if step < warm:
-        return config.lr * (step + 1) / warm
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+    """The learning rate of a step, counted from 0."""
+    return config.learning_rate(step, total)
 
 
 @dataclass

@@ -46,9 +46,12 @@ def _train(rank: int, port: int, data: str, out: str, method: str, interrupt: bo
         return build
 
     loop.method_class = kept  # type: ignore[assignment]
+    nets = {"model": TINY, "model_args": "output_stride=8", "hidden": 16, "projection": 8}
+    if method == "srgan":  # two steps in which the discriminator has no gradient, then one in which it has
+        nets = {"width": 4, "blocks": 1, "gan_share": 0.4}
     config = method_class(method).Config(
-        data=data, out=out, model=TINY, model_args="output_stride=8", size=32, batch_size=4, epochs=1, log_every=1,
-        knn_every=1, device="cpu", threads=1, amp="off", hidden=16, projection=8,
+        data=data, out=out, size=32, batch_size=4, epochs=1, log_every=1, knn_every=1, device="cpu", threads=1,
+        amp="off", **nets,
     )  # fmt: skip
     if interrupt:
         config.epochs, config.knn_every = 20, 0
@@ -60,7 +63,7 @@ def _train(rank: int, port: int, data: str, out: str, method: str, interrupt: bo
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("method", ["simclr", "particle"])
+@pytest.mark.parametrize("method", ["simclr", "particle", "srgan"])
 def test_two_ranks_end_with_the_same_weights(drawn: Path, tmp_path: Path, method: str) -> None:
     """18 pictures over 2 ranks of 4 make 3 steps; both ranks hold the same parameters afterwards."""
     out = tmp_path / "run"

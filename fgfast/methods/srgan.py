@@ -1,0 +1,305 @@
+"""SRGAN: pictures four times as large from small ones; the generator or the discriminator is the encoder."""
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from fgfast.data.views import IMAGENET_MEAN, IMAGENET_STD
+from fgfast.errors import UserError
+from fgfast.evaluate.fidelity import psnr, ssim
+from fgfast.methods.base import Method, Progress
+from fgfast.models.backbone import Backbone
+from fgfast.models.srgan import Discriminator, Generator, SRGANEncoder, check_fixed
+from fgfast.models.weights import load_encoder
+from fgfast.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from fgfast.data.layouts import ImageSet
+    from fgfast.data.views import Batch, ViewSpec
+    from fgfast.report.pictures import Panel
+
+log = logging.getLogger("fgfast")
+
+FACTOR = 4
+SCORED = 256  # held-out pictures on which PSNR and SSIM are taken
+MOST_DB = 60.0  # a flat window is met exactly, and its infinite PSNR would be the mean's
+
+
+@dataclass
+class SRGANConfig(TrainConfig):
+    """Options of SRGAN."""
+
+    model: str = "srgan"
+    """Its own networks; see width and blocks."""
+    size: int = 96
+    """Side of the true windows, pixels, a multiple of 4; the networks see a quarter of it."""
+    batch_size: int = 16
+    """Pictures a step and process."""
+    weight_decay: float = 0.0
+    """Weight decay; norms and biases get none."""
+    clip: float = 0.0
+    """Largest gradient norm of both networks together; 0 does not clip."""
+    width: int = 64
+    """Channels of the generator, and of the discriminator's first block."""
+    blocks: int = 16
+    """Residual blocks of the generator."""
+    gan_share: float = 36 / 216
+    """Share of the steps, the last ones, that are adversarial; those before minimise the squared error alone."""
+    gan_lr: float = 1e-4
+    """Peak learning rate of the adversarial steps."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """Of each stage: warm-up and half a cosine; or constant, a tenth from the middle of the adversarial stage on."""
+    perceptual: str = "none"
+    """Network of the perceptual loss: none, a run folder, a timm name (weights are fetched) or NAME=WEIGHTS_FILE."""
+    perceptual_weight: float = 0.006
+    """Weight of the perceptual loss."""
+    adversarial_weight: float = 0.001
+    """Weight of the generator's adversarial loss."""
+    features: Literal["generator", "discriminator"] = "generator"
+    """The network whose blocks are the encoder."""
+    drop: int = 0
+    """How many of its last blocks the encoder leaves out."""
+    fixed_flatten: bool = False
+    """The discriminator refuses pictures whose last map is not 6 x 6 (81 to 96 pixels), as the paper's does."""
+    preset: Literal["small", "paper"] = "small"
+    """paper takes the released settings of the authors."""
+
+    def first_adversarial(self, total: int) -> int:
+        """Number of the first adversarial step of ``total``."""
+        return total - round(self.gan_share * total)
+
+    def learning_rate(self, step: int, total: int) -> float:
+        """Each stage has a schedule of its own, so that the discriminator does not start at a rate near 0."""
+        first = self.first_adversarial(total)
+        start, end, peak = (0, first, self.lr) if step < first else (first, total, self.gan_lr)
+        if self.schedule == "step":
+            return peak if step < (first + total) / 2 else 0.1 * peak
+        return TrainConfig.learning_rate(replace(self, lr=peak), step - start, end - start)
+
+
+class SRGAN(Method):
+    """Super-resolution by 4 as the pretext task: squared error first, then an adversary besides.
+
+    x = G(y), y the true window t reduced by 4 (bicubic).  First stage: loss = mean |x - t|^2.  Second stage:
+
+        generator      |x - t|^2 + 0.006 |V(x) - V(t)|^2 - 0.001 log D(x)
+        discriminator  - log D(t) - log(1 - D(x))
+
+    V is the last map of ``--perceptual`` (of a VGG the one before its last pooling) for pictures normalised with
+    ImageNet's statistics; without a network the term is left out, and the log says so. One optimiser holds both
+    networks: Adam's step of a parameter depends on its own gradient alone, the discriminator's loss sees x detached and
+    the generator's sees the discriminator's weights detached, so the sum of the losses trains each network by its own.
+
+    The encoder is the blocks of the generator or the discriminator but for the last ``drop``, averaged over their map;
+    it takes pictures of any size. ``fgfast eval ... --set features=discriminator --set drop=3`` reads a run otherwise.
+
+    Quirks of the release and of the code that it builds on which differ here: both networks step at once instead of
+    the discriminator first, because there is one optimiser step; the discriminator averages its last map into 6 x 6
+    cells, which is the same at 81 to 96 pixels and possible at others (``--fixed-flatten`` refuses others); the
+    generator's downstream features are its averaged map instead of a new convolution and a linear layer with
+    3 x 176 x 176 inputs, tied to one size; probes have no class weights, where the release weights classes by
+    their frequency. How long the release trained is unknown: ``--preset paper`` has the epochs, rates and losses of
+    the code that it builds on, and wants its VGG19, ``--perceptual vgg19`` (fetched) or ``--perceptual vgg19=FILE``.
+    Defaults that are ours: the cosine in each stage, and a first rate of 1e-3. A step counts as one pass, whatever its
+    stage.
+
+    Source: Ledig et al., "Photo-Realistic Single Image Super-Resolution Using a Generative Adversarial Network", CVPR
+    2017; as a pretext: Al Breiki, Ridzuan, Grandhe, "Self-Supervised Learning for Fine-Grained Image Classification",
+    2021.
+    """
+
+    name = "srgan"
+    Config = SRGANConfig
+    passes_per_image = 1
+    idle_parameters = True
+
+    def __init__(self, config: SRGANConfig) -> None:
+        super().__init__()
+        if config.model != "srgan" or config.model_args or config.init == "timm" or config.compile:
+            raise UserError(
+                "srgan has its own networks: leave --model, --model-args, --init timm and --compile out (in a "
+                "comparison of methods with a shared model give srgan:model=srgan)."
+            )
+        if config.size % FACTOR:
+            raise UserError(f"--size is {config.size}: srgan needs a multiple of {FACTOR}.")
+        if config.fixed_flatten:
+            check_fixed(config.size)
+        self.config = config
+        self.generator = Generator(config.width, config.blocks)
+        self.discriminator = Discriminator(config.width, config.fixed_flatten)
+        self.adversarial = config.gan_share >= 1
+        self._judge: list[Backbone] = []  # the perceptual network: no part of the checkpoint, nothing that trains
+        encoder = self.encoder
+        if config.init != "none":
+            load_encoder(encoder.net, Path(config.init))
+
+    @classmethod
+    def paper(cls, model: str | None) -> SRGANConfig:
+        """The settings of the code that the release was made from; its perceptual network has to be given."""
+        return SRGANConfig(
+            model=model or "srgan", preset="paper", epochs=216, lr=1e-4, gan_lr=1e-4, warmup=0.0, schedule="step",
+            fixed_flatten=True,
+        )  # fmt: skip
+
+    @property
+    def encoder(self) -> Backbone:  # type: ignore[override]
+        """The blocks that are evaluated; they are those of the networks themselves."""
+        network = self.generator if self.config.features == "generator" else self.discriminator
+        return SRGANEncoder(network, self.config.drop).train(self.training)
+
+    @classmethod
+    def stored_encoder(cls, config: TrainConfig, checkpoint: dict[str, Any]) -> Backbone:
+        """The encoder of a checkpoint, of the network and blocks that ``config`` names."""
+        assert isinstance(config, SRGANConfig)
+        method = cls(replace(config, init="none"))
+        method.load_state_dict(checkpoint["method"])
+        return method.encoder
+
+    def views(self) -> "ViewSpec":
+        """A window of the picture's own pixels and its copy of a quarter."""
+        from fgfast.data.views import Patch, ViewSpec
+
+        return ViewSpec(patch=Patch(self.config.size, FACTOR))
+
+    def prepare(self, images: "ImageSet", run: Path, round_: int) -> None:
+        """Refuse what would end the run later: pictures of either split that are too small, a missing network."""
+        from fgfast.data.base import check_patch
+        from fgfast.data.layouts import open_images
+        from fgfast.data.manifest import check_images
+
+        patch = self.views().patch
+        assert patch is not None
+        check_patch(check_images(open_images(Path(self.config.data)), full=False), patch)
+        if self.config.gan_share > 0:
+            if self.judge is None:
+                log.warning("srgan trains without a perceptual loss; --perceptual names a network for it.")
+            else:
+                log.warning("srgan's perceptual loss compares maps of %s.", self.config.perceptual)
+
+    @property
+    def judge(self) -> Backbone | None:
+        """The frozen network of the perceptual loss, loaded when it is first asked for; None where there is none."""
+        if not self._judge and self.config.perceptual != "none":
+            network = perceptual_network(self.config.perceptual, self.config.size)
+            self._judge.append(network.to(next(self.parameters()).device).requires_grad_(False).eval())
+        return self._judge[0] if self._judge else None
+
+    def before_step(self, progress: Progress) -> None:
+        """Choose the stage."""
+        self.adversarial = progress.step >= self.config.first_adversarial(progress.total)
+
+    def forward(self, batch: "Batch") -> dict[str, Tensor]:
+        """Losses of the stage, means over the valid pictures."""
+        truth, valid = batch.patch, batch.valid
+        assert truth is not None
+        assert batch.reduced is not None
+        made = self.generator(batch.reduced).float()
+        pixel = _mean((made - truth).square().flatten(1).mean(1), valid)
+        if not self.adversarial:
+            return {"loss": pixel, "pixel": pixel.detach()}
+        c, terms = self.config, {"pixel": pixel.detach()}
+        frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+        fooled = _mean(F.softplus(-functional_call(self.discriminator, frozen, (made,)).float())[:, 0], valid)
+        real, fake = (self.discriminator(x).float()[:, 0] for x in (truth, made.detach()))
+        discriminator = _mean(F.softplus(-real) + F.softplus(fake), valid)
+        generator = pixel + c.adversarial_weight * fooled
+        if self.judge is not None:
+            with torch.no_grad():
+                true_map = _last_map(self.judge, truth).float()
+            off = _last_map(self.judge, made).float() - true_map
+            perceptual = _mean(off.square().flatten(1).mean(1), valid)
+            generator = generator + c.perceptual_weight * perceptual
+            terms["perceptual"] = perceptual.detach()
+        terms |= {"adversarial": fooled.detach(), "discriminator": discriminator.detach()}
+        return {"loss": generator + discriminator, **terms}
+
+    @torch.no_grad()
+    def scores(self, device: torch.device) -> dict[str, float]:
+        """PSNR (dB, at most 60 a window) and SSIM of windows of held-out pictures, generated and bicubic, means."""
+        from fgfast.data.layouts import open_images
+        from fgfast.data.loader import make_loader
+        from fgfast.train.splits import training_images
+
+        c = self.config
+        held = training_images(c)[1] if c.holdout else open_images(Path(c.data)).test_set()
+        if not len(held):
+            return {}
+        held = held.subset(np.sort(np.random.default_rng(0).permutation(len(held))[:SCORED]))
+        loader = make_loader(held, self.views(), 16, shuffle=False, device=device, threads=c.threads, backend=c.loader)
+        was_training, rows = self.training, []
+        self.eval()
+        try:
+            for batch in loader:
+                assert batch.patch is not None
+                assert batch.reduced is not None
+                pair = self.generator(batch.reduced), bicubic(batch.reduced)
+                kinds = [f(x.clamp(0, 1), batch.patch).clamp(max=MOST_DB) for f in (psnr, ssim) for x in pair]
+                rows.append(torch.stack(kinds, 1)[batch.valid])
+        finally:
+            loader.close()
+            self.train(was_training)
+        names = ("psnr", "psnr_bicubic", "ssim", "ssim_bicubic")
+        return dict(zip(names, torch.cat(rows).mean(0).tolist(), strict=True))
+
+    def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":
+        """What the generator gets, what bicubic makes of it, what it makes of it, and the truth."""
+        from fgfast.report.pictures import Panel
+
+        assert batch.patch is not None
+        assert batch.reduced is not None
+        small, truth = batch.reduced[:8], batch.patch[:8]
+        kinds = {"bicubic": bicubic(small).clamp(0, 1), "generated": self.generator(small).clamp(0, 1)}
+        rows = [[Panel(to_pixels(x), "input")] for x in small]
+        for name, large in kinds.items():
+            for row, x, score in zip(rows, large, psnr(large, truth), strict=True):
+                row.append(Panel(to_pixels(x), f"{name}, {score:.1f} dB"))
+        for row, x in zip(rows, truth, strict=True):
+            row.append(Panel(to_pixels(x), "truth"))
+        return {"super-resolution": rows}
+
+
+def bicubic(small: Tensor) -> Tensor:
+    """Pictures [B, 3, H, W] enlarged to [B, 3, 4 H, 4 W], with PIL's kernel (a = -1/2) and border."""
+    return F.interpolate(small, scale_factor=FACTOR, mode="bicubic", antialias=True)
+
+
+def to_pixels(x: Tensor) -> np.ndarray:
+    """A picture [3, H, W] of values in [0, 1] as uint8 [H, W, 3]; what lies outside is clipped."""
+    return (x.detach().float() * 255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+
+
+def perceptual_network(text: str, size: int) -> Backbone:
+    """The network that ``--perceptual`` names: a run folder, NAME=FILE, or a timm name.
+
+    Raises:
+        UserError: the network or its weights cannot be had.
+    """
+    from fgfast.evaluate.protocols import load_encoder_of
+
+    name, sign, file = text.partition("=")
+    if Path(text).is_dir():
+        return load_encoder_of(Path(text), "last", torch.device("cpu"))[0]
+    if Path(text).is_file():
+        raise UserError(f"--perceptual {text} is a file of weights: name its network too, such as vgg19={text}.")
+    network = Backbone(name, size=size, pretrained=not sign)
+    if sign:
+        load_encoder(network.net, Path(file))
+    return network
+
+
+def _last_map(network: Backbone, x: Tensor) -> Tensor:
+    """The last map [B, D, h, w] of pictures in [0, 1]; of a VGG the one before its last pooling."""
+    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return network.pyramid((x - mean) / std, 2)[1 if network.name.startswith("vgg") else 0]
+
+
+def _mean(values: Tensor, valid: Tensor) -> Tensor:
+    """Mean of ``values`` [B] over the valid pictures."""
+    return torch.where(valid, values, 0).sum() / valid.sum().clamp(min=1)

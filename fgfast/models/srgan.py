@@ -1,0 +1,176 @@
+"""SRGAN's generator and discriminator, and either of them as an encoder of pictures."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fgfast.data.views import IMAGENET_MEAN, IMAGENET_STD
+from fgfast.errors import UserError
+from fgfast.models.backbone import Backbone
+
+FIXED = (81, 96)  # sides that four halvings take to 6
+
+
+class Residual(nn.Module):
+    """x + BN(conv(PReLU(BN(conv(x))))), 3 x 3, the map's size and width kept."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            _conv(width, width), nn.BatchNorm2d(width), nn.PReLU(), _conv(width, width), nn.BatchNorm2d(width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, width, H, W] to the same."""
+        return x + self.body(x)
+
+
+def _conv(inside: int, outside: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
+    return nn.Conv2d(inside, outside, 3, stride, 1, bias=bias)
+
+
+class Generator(nn.Module):
+    """Pictures four times as large: 9 x 9, residual blocks, a skip around them, two pixel shuffles, 9 x 9.
+
+    Args:
+        width: channels, 64 in the paper.
+        blocks: residual blocks, 16 in the paper.
+
+    Example:
+        >>> Generator(width=4, blocks=1)(torch.zeros(1, 3, 5, 7)).shape
+        torch.Size([1, 3, 20, 28])
+    """
+
+    def __init__(self, width: int = 64, blocks: int = 16) -> None:
+        super().__init__()
+        self.head = nn.Sequential(nn.Conv2d(3, width, 9, 1, 4), nn.PReLU())
+        self.blocks = nn.Sequential(*(Residual(width) for _ in range(blocks)))
+        self.neck = nn.Sequential(_conv(width, width), nn.BatchNorm2d(width))
+        self.up = nn.Sequential(
+            *(m for _ in range(2) for m in (_conv(width, 4 * width, bias=True), nn.PixelShuffle(2), nn.PReLU()))
+        )
+        self.tail = nn.Conv2d(width, 3, 9, 1, 4)
+
+    @property
+    def reach(self) -> int:
+        """Pixels of the small picture, to each side, that a pixel of the large one depends on (or more)."""
+        return 4 + 2 * len(self.blocks) + 1 + 1 + 1 + 1  # 9 x 9; blocks; neck; two shuffles; 9 x 9 at four times
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Small pictures [B, 3, H, W] to large ones [B, 3, 4 H, 4 W]; values of about [0, 1] on both sides."""
+        x = self.head(x)
+        return self.tail(self.up(x + self.neck(self.blocks(x))))
+
+
+class Discriminator(nn.Module):
+    """Logit that a picture is real: eight 3 x 3 convolutions, every second one halving, then two linear layers.
+
+    The last map is averaged into 6 x 6 cells, which for sides of 81 to 96 pixels is the map itself: there the network
+    is the paper's, and other sizes have the same weights.
+
+    Args:
+        width: channels of the first block, 64 in the paper; the last has eight times as many.
+        fixed: refuse pictures whose last map is not 6 x 6, as the paper's flatten does.
+
+    Example:
+        >>> Discriminator(width=2)(torch.zeros(2, 3, 40, 56)).shape
+        torch.Size([2, 1])
+    """
+
+    def __init__(self, width: int = 64, fixed: bool = False) -> None:
+        super().__init__()
+        self.fixed = fixed
+        widths = [width, width, 2 * width, 2 * width, 4 * width, 4 * width, 8 * width, 8 * width]
+        self.blocks = nn.Sequential()
+        for i, (inside, outside) in enumerate(zip([3, *widths], widths, strict=False)):
+            norm = [nn.BatchNorm2d(outside)] if i else []  # the first has none, so it keeps its bias
+            act = nn.LeakyReLU(0.2, inplace=True)
+            self.blocks.append(nn.Sequential(_conv(inside, outside, 1 + i % 2, bias=i == 0), *norm, act))
+        self.head = nn.Sequential(
+            nn.AdaptiveAvgPool2d(6), nn.Flatten(), nn.Linear(8 * width * 36, 16 * width),
+            nn.LeakyReLU(0.2, inplace=True), nn.Linear(16 * width, 1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W], values of about [0, 1], to logits [B, 1].
+
+        Raises:
+            UserError: ``fixed``, and a side outside 81 to 96.
+        """
+        if self.fixed:
+            check_fixed(*x.shape[-2:])
+        return self.head(self.blocks(x))
+
+
+def check_fixed(*sides: int) -> None:
+    """Refuse sides that the fixed flatten does not take."""
+    if not all(FIXED[0] <= side <= FIXED[1] for side in sides):
+        raise UserError(
+            f"The fixed flatten takes pictures of {FIXED[0]} to {FIXED[1]} pixels, not {' x '.join(map(str, sides))}: "
+            "give --size 96, or --no-fixed-flatten."
+        )
+
+
+class Trunk(nn.Module):
+    """The first blocks of a generator or discriminator, with the methods of timm's networks that an encoder needs.
+
+    It shares the modules of the network that it is made from, and takes pictures normalised as the loaders do.
+
+    Args:
+        network: a generator or a discriminator.
+        drop: how many of its last blocks are left out; what follows the blocks always is.
+
+    Raises:
+        UserError: no block would be left.
+    """
+
+    def __init__(self, network: Generator | Discriminator, drop: int = 0) -> None:
+        super().__init__()
+        kept = len(network.blocks) - drop
+        if not 0 <= drop < len(network.blocks):
+            kind = type(network).__name__.lower()
+            raise UserError(
+                f"--drop is {drop}: the {kind} has {len(network.blocks)} blocks, give 0 to {len(network.blocks) - 1}."
+            )
+        head = [network.head] if isinstance(network, Generator) else []
+        self.layers = nn.Sequential(*head, *network.blocks[:kept])
+        self.num_features = next(m for m in list(self.layers.modules())[::-1] if isinstance(m, nn.Conv2d)).out_channels
+
+    def forward_intermediates(
+        self, x: Tensor, intermediates_only: Literal[True] = True, norm: bool = False
+    ) -> list[Tensor]:
+        """The map after every layer, first to last."""
+        mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+        x, maps = x * std + mean, []
+        for layer in self.layers:
+            x = layer(x)
+            maps.append(x)
+        return maps
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last map [B, D, h, w]."""
+        return self.forward_intermediates(x)[-1]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = True) -> Tensor:
+        """Its mean [B, D]."""
+        return x.mean((2, 3))
+
+
+class SRGANEncoder(Backbone):
+    """A trunk as the encoder that evaluation, discovery and pictures take.
+
+    Args:
+        network: a generator or a discriminator, whose modules it shares.
+        drop: how many of its last blocks are left out.
+
+    Example:
+        >>> encoder = SRGANEncoder(Discriminator(width=2), drop=3)
+        >>> encoder(torch.zeros(1, 3, 50, 40)).shape == (1, encoder.dim)
+        True
+    """
+
+    def __init__(self, network: Generator | Discriminator, drop: int = 0) -> None:
+        nn.Module.__init__(self)  # Backbone's own builds a timm network
+        self.net = Trunk(network, drop)
+        self.name, self.dim, self.is_vit = "srgan", self.net.num_features, False

@@ -1,0 +1,101 @@
+"""Pictures four times as large, made by a trained generator: ``fgfast upscale``."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fgfast.data.manifest import read_picture
+from fgfast.errors import UserError
+from fgfast.evaluate.protocols import Checkpoint, read_run
+from fgfast.files import write_atomic
+from fgfast.methods.srgan import FACTOR, SRGAN, SRGANConfig, to_pixels
+from fgfast.models.srgan import Generator
+from fgfast.train.checkpoint import load_checkpoint
+
+log = logging.getLogger("fgfast")
+
+TILE = 128  # side of the piece of a picture that is enlarged at a time, without its surroundings
+
+
+def upscale(
+    run: Path, images: list[Path], out: Path, *, checkpoint: Checkpoint = "last", device: torch.device
+) -> list[Path]:
+    """Write OUT/NAME.png, four times as large, for every picture that can be read; the others are named in the log.
+
+    Args:
+        run: run folder of srgan.
+        images: pictures of any size and kind (grey, CMYK, 16 bits, turned by EXIF).
+        out: folder that is written; each picture at once or not at all.
+        checkpoint: "init" or "last".
+        device: where the generator runs.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: the run is of another method, two pictures have the same name, one would be replaced, or none can be
+            read.
+    """
+    name, config = read_run(run)
+    if not isinstance(config, SRGANConfig):
+        raise UserError(f"{run} is a run of {name}, which makes no pictures: give one of srgan.")
+    twice = [p for i, p in enumerate(images) if p.stem in {q.stem for q in images[:i]}]
+    if twice:
+        raise UserError(f"Two pictures would become {twice[0].stem}.png, {twice[0]} one of them: enlarge them apart.")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: give another --out.")
+    own = [p for p in images if (out / f"{p.stem}.png").resolve() == p.resolve()]
+    if own:
+        raise UserError(f"{own[0]} would be replaced by its enlargement: give another --out.")
+    method = SRGAN(replace(config, init="none"))
+    method.load_state_dict(load_checkpoint(run / f"{checkpoint}.pt", name)["method"])
+    generator = method.generator.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    written = []
+    for path in images:
+        try:
+            pixels = read_picture(str(path))
+        except OSError as error:
+            log.warning("skipped %s, which is no picture that can be read: %s", path, error)
+            continue
+        large, target = Image.fromarray(enlarge(generator, pixels)), out / f"{path.stem}.png"
+        write_atomic(target, lambda p, large=large: large.save(p, format="PNG"))  # type: ignore[misc]
+        written.append(target)
+    if not written:
+        raise UserError(f"None of the {len(images)} pictures could be read: check their paths.")
+    return written
+
+
+@torch.no_grad()
+def enlarge(generator: Generator, pixels: np.ndarray, tile: int = TILE) -> np.ndarray:
+    """A picture four times as large, made piece by piece, so that memory does not grow with it.
+
+    A piece is enlarged together with all the pixels around it that its own depend on, so pieces leave no seams.
+
+    Args:
+        generator: in evaluation mode.
+        pixels: uint8 [H, W, 3].
+        tile: side of a piece in pixels.
+
+    Returns:
+        uint8 [4 H, 4 W, 3].
+
+    Example:
+        >>> enlarge(Generator(4, 1).eval(), np.zeros((5, 7, 3), np.uint8)).shape
+        (20, 28, 3)
+    """
+    height, width = pixels.shape[:2]
+    device, reach = next(generator.parameters()).device, generator.reach
+    out = np.empty((FACTOR * height, FACTOR * width, 3), np.uint8)
+    for y in range(0, height, tile):
+        for x in range(0, width, tile):
+            y0, x0 = max(0, y - reach), max(0, x - reach)
+            piece = torch.from_numpy(pixels[y0 : y + tile + reach, x0 : x + tile + reach].copy()).to(device)
+            large = to_pixels(generator(piece.permute(2, 0, 1)[None] / 255)[0])
+            inner = large[FACTOR * (y - y0) :, FACTOR * (x - x0) :][: FACTOR * tile, : FACTOR * tile]
+            part = out[FACTOR * y : FACTOR * (y + tile), FACTOR * x : FACTOR * (x + tile)]
+            part[:] = inner[: part.shape[0], : part.shape[1]]
+    return out
