@@ -302,11 +302,11 @@ def _eval(words: list[str]) -> None:
         """mlp, finetune: seed (0)."""
 
     args = parse(Args, words, "eval")
-    from fgfast.evaluate.protocols import evaluate, parse_options
+    from fgfast.evaluate.protocols import OPTIONS, evaluate, parse_options
     from fgfast.report.html import write_report
     from fgfast.train.distributed import choose_device
 
-    names = [f.name for f in dataclasses.fields(Args)][6:]
+    names = sorted({f.name for kind in OPTIONS.values() for f in dataclasses.fields(kind)})
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     options = parse_options(args.protocol, given, f"fgfast eval {args.protocol}")
     device = choose_device(args.device)

@@ -173,4 +173,4 @@ class SRGANEncoder(Backbone):
     def __init__(self, network: Generator | Discriminator, drop: int = 0) -> None:
         nn.Module.__init__(self)  # Backbone's own builds a timm network
         self.net = Trunk(network, drop)
-        self.name, self.dim, self.is_vit = "srgan", self.net.num_features, False
+        self.name, self.dim, self.is_vit, self.grey = "srgan", self.net.num_features, False, False
