@@ -34,22 +34,23 @@ SHARE = 0.04  # of the bytes of a level: the most that its partial sums may cost
 UNIT_BYTES = 512 << 10  # of features that a program reads, about
 STRIP = 1024  # pixels that are labelled together
 SAMPLED = 1 << 25
-GRAM_TILE = 32  # cells, and channels
+HELD = 4096  # sums in the registers of a program
+GRAM_TILE = 32  # cells
 LONGEST = 1 << 14  # rows or columns: products of two sides are 32-bit
 
 
 def held(row: Row, KP: int) -> int:
     """Channels whose sums a program holds in its registers."""
-    return row.tiles["HELD"] // (KP if KP <= 64 else 2 * KP)
+    return max(16, min(row.tiles["HELD"], HELD // KP))
 
 
 def blocks(row: Row, KP: int) -> dict[str, int]:
     """Tiles for KP padded clusters: cells and pixels that are scored together, channels of sums and of centroids."""
     t = row.tiles
     return {
-        "BLOCK_C": min(t["BLOCK_C"], max(16, 2048 // KP)), "BLOCK_N": max(16, min(64, 1024 // KP)),
-        "BLOCK_S": min(t["BLOCK_S"], held(row, KP)), "BLOCK_M": max(16, min(t["BLOCK_D"], 512 // KP)),
-        "num_warps": row.warps * (2 if KP > 64 else 1), "num_stages": row.stages,
+        "BLOCK_C": min(t["BLOCK_C"], max(16, 1024 // KP)), "BLOCK_N": max(16, min(64, 1024 // KP)),
+        "BLOCK_S": min(t["BLOCK_S"], held(row, KP)), "BLOCK_M": 16, "MOVE_WARPS": max(1, min(4, KP // 16)),
+        "num_warps": row.warps * (2 if KP > 32 else 1), "num_stages": row.stages,
     }  # fmt: skip
 
 
@@ -94,7 +95,7 @@ class Levels:
         products = torch.empty(self.batch, 4, self.cells, dtype=torch.float32, device=self.device)
         device_side.grams[(self.batch * tiles,)](
             self.xs, self.strides, self.sizes, mu, products, tiles, self.cells, self.DP,
-            FLATS=self.flats, **self.known, PAD=self.pad, BLOCK_C=GRAM_TILE, BLOCK_D=min(GRAM_TILE, self.pad),
+            FLATS=self.flats, **self.known, PAD=self.pad, BLOCK_C=GRAM_TILE, BLOCK_D=16,
         )  # fmt: skip
         out = torch.empty(self.batch, self.pixels, dtype=torch.float32, device=self.device)
         block = min(256, power(self.pixels))
@@ -141,7 +142,6 @@ class Adder:
             wanted = size * chunks * self.BLOCK_S // UNIT_BYTES
             shares.append(max(1, min(wanted, h, int(SHARE * size / (8 * clusters)))))
         self.splits = tuple(shares)
-        self.launch = {name: self.blocks[name] for name in ("num_warps", "num_stages")}
         groups = (triton.cdiv(d, c * self.BLOCK_S) for (d, _, _), c in zip(levels.sizes, self.chunks, strict=True))
         self.units = sum(s * g for s, g in zip(self.splits, groups, strict=True))
         self.parts = tuple(
@@ -156,7 +156,7 @@ class Adder:
             x.xs, x.strides, x.sizes, self.parts, self.splits, labels, scale, done, *x.size, self.units, self.K,
             FLATS=x.flats, **x.known, UNIT=unit, PRECISION=precision, UPCAST=interpreted(), CHUNKS=self.chunks,
             BLOCKS_C=tuple(min(self.blocks["BLOCK_C"], power(w)) for _, _, w in x.sizes), BLOCK_S=self.BLOCK_S,
-            BLOCK_X=min(self.blocks["BLOCK_C"], power(x.size[1])), KP=self.KP, **self.launch,
+            BLOCK_X=min(self.blocks["BLOCK_C"], power(x.size[1])), KP=self.KP, **x.row.launch,
         )  # fmt: skip
 
 
@@ -217,7 +217,7 @@ class Solver:
             *x.size, self.rows, self.strips, self.spans, self.programs, x.cells, self.blocks, x.DP, self.K,
             FLATS=x.flats, **x.known, COSINE=self.cosine, WEIGHTED=self.weight is not None, PRECISION=self.precision,
             UPCAST=interpreted(), BLOCK_C=self.cut["BLOCK_C"], BLOCK_D=x.pad, BLOCK_N=self.cut["BLOCK_N"], KP=self.KP,
-            **self.adder.launch,
+            num_warps=self.cut["num_warps"], num_stages=self.cut["num_stages"],
         )  # fmt: skip
 
     def sums(self, done: Tensor) -> None:
@@ -234,8 +234,8 @@ class Solver:
                 self.changed, self.lengths, self.shift, self.bias, c, self.m, self.mu, limit, done, steps, self.moved,
                 *x.size, self.strips, self.blocks, x.DP, x.channels, self.K,
                 START=begin, LENGTHS=lengths, COSINE=self.cosine, WEIGHTED=self.weight is not None,
-                FARTHEST=empty == "farthest", **x.known, PAD=x.pad, BLOCK=1024, BLOCK_D=self.BLOCK_M, KP=self.KP,
-                num_warps=4,
+                FARTHEST=empty == "farthest", **x.known, PAD=x.pad, BLOCK=256, BLOCK_D=self.BLOCK_M, KP=self.KP,
+                num_warps=self.cut["MOVE_WARPS"],
             )  # fmt: skip
 
     def lloyd(self, centroids: Tensor, n_iter: int, limit: Tensor, empty: str) -> Outcome:
@@ -385,8 +385,8 @@ def aot_cases() -> Iterator[AotCase]:
             for kernel, own in (
                 (device_side.score, {"BLOCK_D": t["BLOCK_D"]}),
                 (device_side.sums, {}),
-                (device_side.move, {"BLOCK": 1024, "BLOCK_D": cut["BLOCK_M"]}),
-                (device_side.grams, {"BLOCK_C": GRAM_TILE, "BLOCK_D": GRAM_TILE}),
+                (device_side.move, {"BLOCK": 256, "BLOCK_D": cut["BLOCK_M"]}),
+                (device_side.grams, {"BLOCK_C": GRAM_TILE, "BLOCK_D": 16}),
                 (device_side.rows, {"BLOCK": 16, "BLOCK_D": t["BLOCK_D"]}),
                 (device_side.squares, {"BLOCK_N": 256}),
             ):
@@ -394,9 +394,10 @@ def aot_cases() -> Iterator[AotCase]:
                 if once and (layout in ("channels", "many") or (kernel is device_side.squares and kind != "fp32")):
                     continue
                 full = f"kmeans_pyramid {name.split()[-1]} {kernel.__name__} {kind} {layout}"
-                tiled = kernel in (device_side.score, device_side.sums)
-                launch = row._replace(warps=cut["num_warps"]) if tiled else row._replace(warps=4, stages=3)
-                yield _case(full, kernel, kind, unit, flags | own, launch, archs, rare, "tuned" in name)
+                warps = {device_side.score: cut["num_warps"], device_side.move: cut["MOVE_WARPS"]}.get(kernel, 4)
+                yield _case(
+                    full, kernel, kind, unit, flags | own, row._replace(warps=warps), archs, rare, "tuned" in name
+                )
 
 
 def _case(
