@@ -45,6 +45,7 @@ class Fused(PARTICLE):
     def levels(self, images: Tensor | None) -> list[Tensor]:
         """The pyramid of the momentum encoder."""
         assert images is not None
+        assert self.target is not None
         return [m.float() for m in self.target.eval().pyramid(images, self.config.levels)]
 
 
@@ -70,6 +71,7 @@ class Plain(Fused):
         labels, k = self.labels(batch), self.config.n_parts
         both = torch.cat(batch.views)
         maps = self.encoder.features(both)
+        assert self.target is not None
         with torch.no_grad():
             targets = self.target.features(both)
         hot = torch.cat([F.one_hot(ids + 1, k + 1)[..., 1:].permute(0, 3, 1, 2).float() for ids in labels])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from benchmarks.conftest import Race, Run
 from fgfast.data.photometric import photometric
@@ -48,7 +49,7 @@ def dali(pixels: Tensor, operator: Callable[[Any, Any], Any], inputs: dict[str, 
             pipe.feed_input(name, values)
         pipe.schedule_run()
         (found,) = pipe.outputs()
-        return [torch.from_dlpack(found.as_tensor())]
+        return [from_dlpack(found.as_tensor())]
 
     return run
 

@@ -82,6 +82,31 @@ def kmeans_step(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
         yield Count("kmeans_step", sizes(B=1, N=n, D=d, K=k), name, fewest(x, centroids, *out), traffic, goal)
 
 
+def kmeans(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
+    """The two launches of a step on a pyramid, over the bytes of the levels: both read each level once.
+
+    The small shape is there to be quick: its operands and scores are a fifth of its levels.
+    """
+    from fgfast.kernels.kmeans_pyramid import Levels, Solver
+
+    resnet50 = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
+    for levels, size, k in ((((128, 16, 16), (256, 8, 8)), 16, 8), *(() if quick else ((resnet50, 64, 15),))):
+        maps = [torch.randn(1, *shape).to(dtype) for shape in levels]
+        x = Levels(maps, (size, size))
+        mu, ones = x.wide(None), torch.ones(1, x.pixels)
+        solver = Solver(x, k, None, ones, x.squares(mu), mu, "euclidean", "ieee")
+        limit, going = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
+        solver.move(torch.randn(1, k, x.channels), limit, going, going.clone(), "keep", begin=True)
+
+        def step(solver: Any = solver, going: Tensor = going) -> None:
+            solver.score(going)
+            solver.sums(going)
+
+        _, traffic = _counted([], step)
+        shape = sizes(B=1, N=x.pixels, D=x.channels, K=k, levels=len(maps))
+        yield Count("kmeans pyramid step", shape, name, fewest(*maps), traffic, None if size == 16 else 2.2)
+
+
 def assign_and_pool(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
     x, centroids = torch.randn(1, 256, 24, 24).to(dtype), torch.randn(1, 8, 256)
     run = partial(fgfast.assign_and_pool, x, centroids, backend="triton")
@@ -105,7 +130,7 @@ def contrast(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
     yield Count("contrast backward", shape, name, given + 12 * m + fewest(*(g.float() for g in grads)), traffic, None)
 
 
-KERNELS = (part_pool, labels_to_grid, kmeans_step, assign_and_pool, contrast)
+KERNELS = (part_pool, labels_to_grid, kmeans_step, kmeans, assign_and_pool, contrast)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 

@@ -137,7 +137,8 @@ class _Watch:
         tensors = [(f"given tensor {i}", x) for i, x in enumerate(self.given)]
         tensors += [
             (name, x)
-            for name, x in arguments.items()
+            for name, value in arguments.items()
+            for x in (value if isinstance(value, tuple) else (value,))
             if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given
         ]
         memories: dict[int, _Memory] = {}

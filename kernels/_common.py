@@ -18,13 +18,14 @@ class AotCase(NamedTuple):
     """One compilation that :mod:`fgfast.kernels.aot` makes without a GPU.
 
     A kernel file offers its own through ``aot_cases()``. The signature maps every argument to its type as Triton writes
-    it ("*bf16", "i32", "constexpr"), with ":16" behind it for a pointer or integer that is a multiple of 16. A row that
-    serves some architectures names them; a case that is like others, but for little, is rare.
+    it ("*bf16", "i32", "constexpr"), with ":16" behind it for a pointer or integer that is a multiple of 16, and the
+    types of a tuple as a tuple, in which "constexpr=1" is the constant 1. A row that serves some architectures names
+    them; a case that is like others, but for little, is rare.
     """
 
     name: str
     kernel: Any
-    signature: dict[str, str]
+    signature: dict[str, Any]
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int

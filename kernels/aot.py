@@ -80,18 +80,38 @@ def compile_case(job: Job) -> Report:
         return Report(0, 0, 0, f"{type(error).__name__}: {error}")
 
 
+def _leaves(kind: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
+    """The types within a type that may be a tuple, each with its place."""
+    if isinstance(kind, str):
+        yield path, kind
+    else:
+        for i, inner in enumerate(kind):
+            yield from _leaves(inner, (*path, i))
+
+
+def _plain(kind: Any) -> Any:
+    """A type as Triton writes it.
+
+    Example:
+        >>> _plain(("*fp32:16", ("i32", "constexpr=1")))
+        ('*fp32', ('i32', 'constexpr'))
+    """
+    return re.split("[:=]", kind)[0] if isinstance(kind, str) else tuple(map(_plain, kind))
+
+
 def _compiled(module: str, name: str, arch: str) -> Report:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     case = cases(module)[name]
-    types = {name: case.signature.get(name, "constexpr").partition(":") for name in case.kernel.arg_names}
+    signature = {name: case.signature.get(name, "constexpr") for name in case.kernel.arg_names}
+    leaves = {path: kind for i, whole in enumerate(signature.values()) for path, kind in _leaves(whole, (i,))}
     source = ASTSource(
         fn=case.kernel,
-        signature={name: kind for name, (kind, _, _) in types.items()},
-        constexprs=case.constexprs,
-        attrs={(i,): [["tt.divisibility", int(n)]] for i, (_, _, n) in enumerate(types.values()) if n},
+        signature={name: _plain(kind) for name, kind in signature.items()},
+        constexprs=case.constexprs | {path: int(kind[10:]) for path, kind in leaves.items() if "=" in kind},
+        attrs={path: [["tt.divisibility", int(kind[-2:])]] for path, kind in leaves.items() if ":" in kind},
     )
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)

@@ -39,6 +39,12 @@ DEFAULTS: dict[str, tuple[Row, ...]] = {
         Row(32, {"BLOCK_D": 64, "BLOCK_P": 32}, 4, 3, 64),
         Row(32, {"BLOCK_D": 32, "BLOCK_P": 32}, 4, 1, 32),
     ),
+    # BLOCK_C, BLOCK_D: cells and channels of a tile; BLOCK_S: channels of a tile of sums, HELD of a program.
+    "kmeans_pyramid": (
+        Row(16, {"BLOCK_C": 64, "BLOCK_D": 64, "BLOCK_S": 64, "HELD": 256}, 4, 3, 72),
+        Row(16, {"BLOCK_C": 32, "BLOCK_D": 32, "BLOCK_S": 32, "HELD": 64}, 4, 1, 48),
+        Row(32, {"BLOCK_C": 32, "BLOCK_D": 32, "BLOCK_S": 32, "HELD": 64}, 4, 2, 48),
+    ),
 }
 
 

@@ -180,16 +180,20 @@ def _plus_plus(gram_ptr, weight_ptr, uniform_ptr, chosen_ptr, M, K, TRIALS, COSI
         tl.store(chosen_ptr + b * K + k, tl.cast(winner, tl.int64))
 
 
-def plus_plus(rows: Tensor, weight: Tensor, numbers: Tensor, n_clusters: int, metric: str) -> Tensor:
-    """Positions [B, K] in rows [B, M, D] that greedy k-means++ chooses with uniform numbers [K, trials].
+def inner_products(rows: Tensor) -> Tensor:
+    """Inner products [B, M, M] in float32 of rows [B, M, D]."""
+    turned = rows.transpose(1, 2)
+    half = rows.dtype != torch.float32
+    return torch.bmm(rows, turned, out_dtype=torch.float32) if half else torch.bmm(rows, turned)
+
+
+def drawn(gram: Tensor, weight: Tensor, numbers: Tensor, n_clusters: int, metric: str) -> Tensor:
+    """Positions [B, K] among M samples that greedy k-means++ chooses with uniform numbers [K, trials].
 
     Distances come from the inner products of the samples, [B, M, M] in float32: the reads of K rounds at one product.
     """
-    batch, samples, _ = rows.shape
-    turned = rows.transpose(1, 2)
-    half = rows.dtype != torch.float32
-    gram = torch.bmm(rows, turned, out_dtype=torch.float32) if half else torch.bmm(rows, turned)
-    chosen = torch.empty(batch, n_clusters, dtype=torch.int64, device=rows.device)
+    batch, samples, _ = gram.shape
+    chosen = torch.empty(batch, n_clusters, dtype=torch.int64, device=gram.device)
     _plus_plus[(batch,)](
         gram, weight, numbers, chosen, samples, n_clusters, numbers.shape[1], COSINE=metric == "cosine",
         BLOCK=power(samples), num_warps=8,
@@ -274,7 +278,8 @@ def starts(
         rows = pixels(x[part], chosen)
         points = F.normalize(rows.float(), dim=2, eps=1e-12) if metric == "cosine" else rows - mean[part, None]
         points = points.to(torch.float32 if interpreted() else x.dtype)
-        picked = plus_plus(points, w[part].gather(1, chosen).to(torch.float32), u, n_clusters, metric)
+        weights = w[part].gather(1, chosen).to(torch.float32)
+        picked = drawn(inner_products(points), weights, u, n_clusters, metric)
         found.append(rows.gather(1, picked[..., None].expand(-1, -1, x.shape[1])))
     return torch.cat(found).to(torch.float32)
 

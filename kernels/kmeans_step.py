@@ -132,12 +132,31 @@ def _leading(x):
 
 
 @triton.jit
+def _weighed(acc, xt, part, PRECISION: tl.constexpr):
+    """Acc [BLOCK_D, BLOCK_K] + xt [BLOCK_D, BLOCK_N] x part, float32 [BLOCK_N, BLOCK_K].
+
+    In half precision part is split into two bfloat16, which lose at most 2^-16 of it; float16, which has too short a
+    range for it, becomes two bfloat16, exactly.
+    """
+    if xt.dtype == tl.float32:
+        acc = tl.dot(xt, part, acc, input_precision=PRECISION)
+    else:
+        high = part.to(tl.bfloat16)
+        low = (part - high.to(tl.float32)).to(tl.bfloat16)
+        lead = xt.to(tl.bfloat16)
+        acc = tl.dot(lead, low, tl.dot(lead, high, acc))
+        if xt.dtype == tl.float16:
+            rest = (xt.to(tl.float32) - lead.to(tl.float32)).to(tl.bfloat16)
+            acc = tl.dot(rest, low, tl.dot(rest, high, acc))
+    return acc
+
+
+@triton.jit
 def _added(acc, xt, match, scale, UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """Acc [BLOCK_D, BLOCK_K] + xt [BLOCK_D, BLOCK_N] x one-hot [BLOCK_N, BLOCK_K] times scale [BLOCK_N].
 
     A product with 0 or 1 is exact, so three tf32 products of the 11 + 11 + 2 bits of a float32 are its full-precision
-    product, on tensor cores. In half precision the scale is split into two bfloat16, which lose at most 2^-16 of it;
-    float16, which has too short a range for it, becomes two bfloat16, exactly.
+    product, on tensor cores. In half precision a scale goes the way of `_weighed`.
     """
     if xt.dtype == tl.float32:
         if not UNIT:
@@ -154,14 +173,7 @@ def _added(acc, xt, match, scale, UNIT: tl.constexpr, PRECISION: tl.constexpr, U
     elif UNIT:
         acc = tl.dot(xt, match.to(xt.dtype), acc)
     else:
-        part = tl.where(match, scale[:, None], 0.0)
-        high = part.to(tl.bfloat16)
-        low = (part - high.to(tl.float32)).to(tl.bfloat16)
-        lead = xt.to(tl.bfloat16)
-        acc = tl.dot(lead, low, tl.dot(lead, high, acc))
-        if xt.dtype == tl.float16:
-            rest = (xt.to(tl.float32) - lead.to(tl.float32)).to(tl.bfloat16)
-            acc = tl.dot(rest, low, tl.dot(rest, high, acc))
+        acc = _weighed(acc, xt, tl.where(match, scale[:, None], 0.0), PRECISION)
     return acc
 
 

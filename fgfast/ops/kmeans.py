@@ -32,6 +32,8 @@ from fgfast.ops._kmeans_start import start
 from fgfast.ops._tensors import accumulation, check_tensor, check_weight, check_whole, exact
 from fgfast.reference import kmeans as reference
 
+MOST_OF_MAPS = 256  # clusters of a list of maps that the Triton kernels take
+
 
 class KMeansResult(NamedTuple):
     """centroids [B, K, D], labels int64, counts float32 [B, K], inertia float32 [B], n_iter int32 [B]."""
@@ -114,8 +116,14 @@ def _kmeans(
         check_weight(weight)
     if backend == "triton" and xs[0].numel():
         from fgfast.kernels import kmeans as kernels
+        from fgfast.kernels import kmeans_pyramid as pyramids
 
         with exact(xs[0].device, precision):
+            if size is not None:
+                return pyramids.kmeans(
+                    xs, (size[0], size[1]), n_clusters, n_iter, init, first, init_samples, n_init, tol, weight, metric,
+                    empty, seed, precision,
+                )  # fmt: skip
             return kernels.kmeans(
                 xs[0], n_clusters, n_iter, init, first, init_samples, n_init, tol, weight, metric, empty, seed,
                 precision, deterministic,
@@ -193,7 +201,8 @@ def kmeans(
         seed: int or 0-d int64 tensor on the device of x; the same seed gives the same result. None draws one.
         precision: "ieee" or "tf32": how float32 products are made on a GPU.
         deterministic: False lets the Triton kernel add sums with atomics; everything else has a fixed order anyway.
-        backend: "torch", "reference" or, for one tensor, "triton"; strict. None follows `use_backend`.
+        backend: "torch", "reference" or "triton" (of a list of maps up to 256 clusters); strict. None follows
+            `use_backend`.
 
     Returns:
         KMeansResult: centroids [B, K, D] float32 (float64 for float64), labels int64 in the spatial shape of x (-1
@@ -256,11 +265,10 @@ def kmeans(
     w = flat_weight(weight, shape, batch, device)
     chosen = seed_tensor(seed, device)
     name = init if isinstance(init, str) else "given"
-    which = (
-        resolve("kmeans", backend, preference("kmeans", xs[0]))
-        if full is None
-        else resolve("kmeans of a list of maps", backend, BACKENDS)
-    )
+    op, backends = "kmeans", preference("kmeans", xs[0])
+    if full is not None and n_clusters > MOST_OF_MAPS:
+        op, backends = f"kmeans of a list of maps in {n_clusters} clusters", BACKENDS
+    which = resolve(op, backend, backends)
     if which == "reference":
         if w is not None:
             check_weight(w)

@@ -28,7 +28,9 @@ def test_default_rows_compile_for_two_generations(request):
     lines = [line.split() for line in done.stdout.splitlines()[1:]]
     assert {line[-4] for line in lines} == {"sm_80", "sm_90"}
     assert all(int(line[-3]) > 0 for line in lines)
-    assert {line[0] for line in lines} == {"contrast", "kmeans", "labels_to_grid", "part_pool", "perturb"}
+    assert {line[0] for line in lines} == {
+        "contrast", "kmeans", "kmeans_pyramid", "labels_to_grid", "part_pool", "perturb",
+    }  # fmt: skip
 
 
 def test_every_kernel_and_every_default_row_is_compiled():
@@ -39,6 +41,7 @@ def test_every_kernel_and_every_default_row_is_compiled():
         "forward_kernel", "backward_kernel", "join_kernel", "grid_kernel",
         "_step", "_assign", "_sum", "_reduce", "_prepare", "_update", "_plus_plus",
         "prepare", "forward", "join", "gradient", "finish", "perturb_kernel",
+        "score", "sums", "move", "grams", "squares", "rows",
     }  # fmt: skip
     rows = {name for name, _ in configs.table("part_pool") if "tuned" not in name}
     assert rows == {" ".join(case.name.split()[:2]) for case in cases if case.name.startswith("part_pool row")}

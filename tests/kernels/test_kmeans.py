@@ -284,11 +284,6 @@ def test_many_clusters_take_the_route_of_two_reads():
     check_kmeans(blobs(8, 1, 40, 550), 33, seed=0, n_iter=1)
 
 
-def test_a_list_of_maps_says_that_it_has_no_kernel():
-    with pytest.raises(ValueError, match="list of maps has no backend 'triton'"):
-        kmeans([torch.rand(1, 2, 4, 4, device=DEVICE)], 2, size=4, backend="triton")
-
-
 # ---------------------------------------------------------------- registration
 
 
