@@ -41,9 +41,10 @@ def demo(out: Path = Path("runs/demo"), minutes: float = 5.0, device: str = "aut
     console.print(f"synthetic set: {len(open_images(data))} pictures of 20 classes in {data}", soft_wrap=True)
     run = out / "particle"
     config = PARTICLEConfig(
-        data=str(data), out=str(run), model="resnet18", model_args="channels=(16,32,64,128),output_stride=16",
-        rounds=2, batch_size=64, lr=0.003, epochs=max(2, round(minutes * EPOCHS_PER_MINUTE)), device=device,
-        resume=True,
+        data=str(data), out=str(run), model="resnet18",
+        model_args="channels=(16,32,64,128),layers=(1,1,1,1),output_stride=8", rounds=2, levels=2, position=1.0,
+        target="self", image_weight=1.0, batch_size=64, lr=0.003, epochs=max(2, round(minutes * EPOCHS_PER_MINUTE)),
+        device=device, resume=True,
     )  # fmt: skip
     pretrain("particle", config)
 
