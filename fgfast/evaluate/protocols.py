@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fgfast.data.layouts import ImageSet, open_images
+from fgfast.data.layouts import ImageSet
 from fgfast.data.maps import read_maps_info
 from fgfast.errors import UserError
 from fgfast.evaluate.bootstrap import accuracy_interval
@@ -24,7 +24,7 @@ from fgfast.methods.base import Method, method_class
 from fgfast.models.backbone import Backbone
 from fgfast.train.checkpoint import load_checkpoint, write_json
 from fgfast.train.config import TrainConfig, parse_values, with_values
-from fgfast.train.splits import training_images
+from fgfast.train.splits import scored_images, training_images
 
 Protocol = Literal["knn", "linear", "parts", "mlp", "finetune", "retrieval"]
 Options = MLPOptions | FinetuneOptions
@@ -201,8 +201,8 @@ def _classify(
 
 def _splits(config: TrainConfig, data: Path) -> tuple[ImageSet, ImageSet]:
     """The pictures that features are fitted on, and those that are scored."""
-    fit, held = training_images(replace(config, data=str(data)))
-    test = held if config.holdout else open_images(data).test_set()
+    config = replace(config, data=str(data))
+    fit, test = training_images(config)[0], scored_images(config)
     if len(test) == 0:
         raise UserError(
             f"{data} has no test pictures to score on: give a set with a test split, or train with --holdout."
@@ -314,7 +314,7 @@ def held_out_terms(method: Method, config: TrainConfig, device: torch.device) ->
     """
     from fgfast.data.loader import make_loader
 
-    test = training_images(config)[1] if config.holdout else open_images(Path(config.data)).test_set()
+    test = scored_images(config)
     if not method.held_out or not len(test):
         return {}
     test = test.subset(np.sort(np.random.default_rng(0).permutation(len(test))[:MOST_FOR_ONLINE]))

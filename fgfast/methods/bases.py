@@ -4,7 +4,6 @@ A base holds heads and momentum copies; the encoder, its features and the queue 
 the same base serves photographs and pictures made from them.
 """
 
-import math
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fgfast.methods.simclr import nt_xent
-from fgfast.models.heads import MLP, momentum_copy, update_momentum
+from fgfast.models.heads import MLP, momentum_copy, rising_momentum, update_momentum
 from fgfast.ops.contrast import contrastive_loss
 from fgfast.ops.ids import Ids
 
@@ -159,7 +158,7 @@ class BYOLBase(Base):
 
     def after_step(self, encoder: "Backbone", progress: "Progress") -> None:
         """Move the momentum copies."""
-        decay = 1 - (1 - self.momentum) * (math.cos(math.pi * progress.share) + 1) / 2
+        decay = rising_momentum(self.momentum, progress.share)
         update_momentum(self.target, encoder, decay)
         update_momentum(self.target_projector, self.projector, decay)
 

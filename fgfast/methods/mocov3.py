@@ -1,6 +1,5 @@
 """MoCo v3: each view predicts the momentum encoder's view of the same picture among those of all others."""
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fgfast.methods.base import Method, Progress, build_encoder
-from fgfast.models.heads import MLP, momentum_copy, update_momentum
+from fgfast.models.heads import MLP, momentum_copy, rising_momentum, update_momentum
 from fgfast.ops.contrast import contrastive_loss
 from fgfast.ops.ids import Ids
 from fgfast.train.config import TrainConfig
@@ -99,6 +98,6 @@ class MoCoV3(Method):
 
     def after_step(self, progress: Progress) -> None:
         """Move the momentum copies; the decay rises from ``momentum`` to 1 as a cosine."""
-        decay = 1 - (1 - self.config.momentum) * (math.cos(math.pi * progress.share) + 1) / 2
+        decay = rising_momentum(self.config.momentum, progress.share)
         update_momentum(self.target, self.encoder, decay)
         update_momentum(self.target_projector, self.projector, decay)

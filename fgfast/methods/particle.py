@@ -1,6 +1,5 @@
 """PARTICLE: parts found by clustering pixels, then contrasted across two views."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +12,7 @@ from fgfast.losses import DINOLoss, PartContrastiveLoss
 from fgfast.methods.base import Method, Progress, build_encoder
 from fgfast.methods.parts import Clustering, cluster_keys, cluster_pyramid, discover, grid_labels
 from fgfast.methods.simclr import nt_xent
-from fgfast.models.heads import MLP, DINOHead, momentum_copy, update_momentum
+from fgfast.models.heads import MLP, DINOHead, momentum_copy, rising_momentum, update_momentum
 from fgfast.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -315,7 +314,7 @@ class PARTICLE(Method):
         self.epoch = int(progress.share * self.config.epochs)
         if self.target is None:
             return
-        decay = 1 - (1 - self.config.momentum) * (math.cos(math.pi * progress.share) + 1) / 2
+        decay = rising_momentum(self.config.momentum, progress.share)
         target_projector = self.part_loss.target_projector
         assert target_projector is not None  # given in __init__
         pairs: list[tuple[nn.Module, nn.Module]] = [

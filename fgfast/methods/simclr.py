@@ -60,6 +60,17 @@ def transform(views: str, blocks: int = 0) -> dict[str, Any]:
     return fields[views]
 
 
+def alike_crops(config: TrainConfig) -> "ViewSpec":
+    """Two alike crops: flip, colour jitter, grey 0.2, blur 0.5 (scaled by the size)."""
+    from fgfast.data.views import Crop, ViewSpec
+
+    crop = Crop(
+        size=config.size, scale=(config.crop_scale, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2, blur=0.5,
+        blur_sigma=(0.1, max(0.2, 2.0 * config.size / 224)),
+    )  # fmt: skip
+    return ViewSpec(crops=(crop, crop))
+
+
 class SimCLR(Method):
     """Instance discrimination by NT-Xent over the 2B views of a batch.
 
@@ -110,12 +121,7 @@ class SimCLR(Method):
             plain = Crop(size=c.size, scale=scale, jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.3, grayscale=0.2)
             changed = replace(plain, **transform(c.views, c.blocks))
             return ViewSpec(crops=(changed if c.pair == "symmetric" else plain, changed))
-        crop = Crop(
-            size=c.size, scale=(c.crop_scale, 1.0), jitter=(0.4, 0.4, 0.4, 0.1),
-            grayscale=0.2, blur=0.5,
-            blur_sigma=(0.1, max(0.2, 2.0 * c.size / 224)),
-        )  # fmt: skip
-        return ViewSpec(crops=(crop, crop))
+        return alike_crops(c)
 
     def forward(self, batch: "Batch") -> dict[str, Tensor]:
         """The NT-Xent loss of the valid pictures."""

@@ -223,12 +223,11 @@ class SRGAN(Method):
     @torch.no_grad()
     def scores(self, device: torch.device) -> dict[str, float]:
         """PSNR (dB, at most 60 a window) and SSIM of windows of held-out pictures, generated and bicubic, means."""
-        from fgfast.data.layouts import open_images
         from fgfast.data.loader import make_loader
-        from fgfast.train.splits import training_images
+        from fgfast.train.splits import scored_images
 
         c = self.config
-        held = training_images(c)[1] if c.holdout else open_images(Path(c.data)).test_set()
+        held = scored_images(c)
         if not len(held):
             return {}
         held = held.subset(np.sort(np.random.default_rng(0).permutation(len(held))[:SCORED]))

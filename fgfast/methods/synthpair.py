@@ -11,6 +11,7 @@ from torch import Tensor
 from fgfast.errors import UserError
 from fgfast.methods.base import Method, Progress, build_encoder
 from fgfast.methods.bases import BASES, mean_valid
+from fgfast.methods.simclr import alike_crops
 from fgfast.models.decoder import Decoder
 from fgfast.models.statistics import KeyQueue, RunningVariance, unrecorded
 from fgfast.ops.perturb import Perturbed, lowest, perturb
@@ -140,15 +141,8 @@ class SynthPair(Method):
         self.base.group = group
 
     def views(self) -> "ViewSpec":
-        """MoCo v2's pair of alike crops: flip, colour jitter, grey 0.2, blur 0.5 (scaled by the size)."""
-        from fgfast.data.views import Crop, ViewSpec
-
-        c = self.config
-        crop = Crop(
-            size=c.size, scale=(c.crop_scale, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2, blur=0.5,
-            blur_sigma=(0.1, max(0.2, 2.0 * c.size / 224)),
-        )  # fmt: skip
-        return ViewSpec(crops=(crop, crop))
+        """MoCo v2's pair, which is SimCLR's."""
+        return alike_crops(self.config)
 
     def forward(self, batch: "Batch") -> dict[str, Tensor]:
         """L_C + alpha L_R, and after the warm-up nu L_Cp."""

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from typing import TypeVar
 
 import torch
@@ -76,6 +77,16 @@ class DINOHead(nn.Module):
 def momentum_copy(module: M) -> M:
     """A frozen deep copy that :func:`update_momentum` moves."""
     return copy.deepcopy(module).requires_grad_(False)
+
+
+def rising_momentum(start: float, share: float) -> float:
+    """The decay of a momentum copy after ``share`` of the steps: from ``start`` to 1 as half a cosine.
+
+    Example:
+        >>> [round(rising_momentum(0.9, share), 3) for share in (0.0, 0.5, 1.0)]
+        [0.9, 0.95, 1.0]
+    """
+    return 1 - (1 - start) * (math.cos(math.pi * share) + 1) / 2
 
 
 @torch.no_grad()

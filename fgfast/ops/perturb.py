@@ -5,7 +5,7 @@ bit, on every device and by every backend, whatever the order of its sums.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,21 +123,7 @@ def _perturb(
 
 
 @_perturb.register_fake
-def _(
-    features: Tensor,
-    gradient: Tensor | None,
-    low_variance: Tensor | None,
-    std: Tensor | None,
-    noise: Tensor | None,
-    count: int,
-    importance: str,
-    combine: str,
-    strategy: str,
-    strength: float,
-    share: int,
-    seed: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _(features: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return features.new_empty(features.shape), features.new_empty(features.shape, dtype=torch.bool)
 
 

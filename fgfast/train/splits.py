@@ -15,6 +15,11 @@ def training_images(config: TrainConfig) -> tuple[ImageSet, ImageSet]:
     return images.subset(images.train & (images.targets >= 0) & ~held), images.subset(held)
 
 
+def scored_images(config: TrainConfig) -> ImageSet:
+    """The pictures that scores are taken on: the held-out ones under ``config.holdout``, else the test split."""
+    return training_images(config)[1] if config.holdout else open_images(Path(config.data)).test_set()
+
+
 def pretext_images(config: TrainConfig) -> ImageSet:
     """The pictures that a run sees: the labelled ones, the unlabelled ones of the set and of ``config.unlabelled``.
 
