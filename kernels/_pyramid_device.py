@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fgfast.kernels._common import widened
-from fgfast.kernels.kmeans_step import EPS, _finished, _finite, _least, _nearest, _weighed, centred
+from fgfast.kernels.kmeans_step import EPS, _finished, _finite, _least, _nearest, _weighed, centred, farthest
 
 
 @triton.jit
@@ -312,15 +312,7 @@ def _repaired(
     before = count
     for empty in range(K):
         if (tl.sum(tl.where(k == empty, before, 0.0), 0) == 0) & searching:
-            best = -1.0
-            pixel = 0
-            for first in range(0, pixels, BLOCK):
-                n = first + tl.arange(0, BLOCK)
-                near = tl.load(near_ptr + n, n < pixels, other=-1.0)
-                left = (near < far) | ((near == far) & (n > taken))
-                top, at = tl.max(tl.where(left, near, -1.0), 0, return_indices=True)
-                pixel = tl.where(top > best, first + at, pixel)
-                best = tl.maximum(best, top)
+            best, pixel = farthest(near_ptr, pixels, far, taken, BLOCK)
             searching = (best >= 0) & ((far < float("inf")) | (best > 0))
             if searching:
                 far = best

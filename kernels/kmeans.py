@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fgfast.kernels._common import AotCase, interpreted
-from fgfast.kernels.kmeans_step import EPS, Solver, case, centred, centroids_tile, power
+from fgfast.kernels.kmeans_step import EPS, Solver, case, centred, centroids_tile, farthest, power
 from fgfast.ops._kmeans_source import Dense
 from fgfast.ops._kmeans_start import start
 from fgfast.reference.draws import uniform
@@ -41,15 +41,7 @@ def _repair(
     searching = True
     for k in range(K):
         if (tl.load(counts_ptr + k) == 0) & searching:
-            best = -1.0
-            pixel = 0
-            for first in range(0, N, BLOCK):
-                n = first + tl.arange(0, BLOCK)
-                near = tl.load(near_ptr + n, n < N, other=-1.0)
-                left = (near < far) | ((near == far) & (n > taken))
-                top, at = tl.max(tl.where(left, near, -1.0), 0, return_indices=True)
-                pixel = tl.where(top > best, first + at, pixel)
-                best = tl.maximum(best, top)
+            best, pixel = farthest(near_ptr, N, far, taken, BLOCK)
             searching = (best >= 0) & ((far < float("inf")) | (best > 0))
             if searching:
                 far = best

@@ -72,6 +72,21 @@ def _finite(x):
 
 
 @triton.jit
+def farthest(near_ptr, N, far, taken, BLOCK: tl.constexpr):
+    """Largest distance, and its pixel, of those after (far, taken) in falling order, ties to the lowest; -1: none."""
+    best = -1.0
+    pixel = 0
+    for first in range(0, N, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        near = tl.load(near_ptr + n, n < N, other=-1.0)
+        left = (near < far) | ((near == far) & (n > taken))
+        top, at = tl.max(tl.where(left, near, -1.0), 0, return_indices=True)
+        pixel = tl.where(top > best, first + at, pixel)
+        best = tl.maximum(best, top)
+    return best, pixel
+
+
+@triton.jit
 def _nearest(best, squares, w, COSINE: tl.constexpr):
     """Distance, whether the pixel counts, and its factor in the sums, from the least score."""
     good = _finite(squares) & _finite(best)
