@@ -14,7 +14,7 @@ from fgfast.data.lab import lab_to_rgb, lightness, rgb_to_lab, to_grey
 from fgfast.errors import UserError
 from fgfast.methods.ab_classes import AbClasses, class_weights
 from fgfast.methods.base import Method, build_encoder
-from fgfast.train.config import TrainConfig
+from fgfast.train.config import Count, Share, TrainConfig
 
 if TYPE_CHECKING:
     from fgfast.data.layouts import ImageSet
@@ -30,11 +30,11 @@ class ColorConfig(TrainConfig):
 
     grey_input: ClassVar[bool] = True
 
-    hidden: int = 128
+    hidden: Count = 128
     """Width of the decoder."""
-    uniform: float = 0.5
+    uniform: Share = 0.5
     """Share of the uniform distribution in the prior that rare colours are weighted by; 1 weights all alike."""
-    prior_pictures: int = 10_000
+    prior_pictures: Count = 10_000
     """Training pictures, at most, on which that prior is measured."""
 
 

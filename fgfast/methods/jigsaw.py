@@ -1,7 +1,7 @@
 """Jigsaw puzzles: which permutation put the tiles of a picture where they are?"""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from fgfast.data.tiles import brighten, cut_tiles, draw_puzzles, join_tiles
 from fgfast.errors import UserError
 from fgfast.methods.base import Method, Progress, build_encoder
 from fgfast.methods.permutations import permutation_set
-from fgfast.train.config import TrainConfig
+from fgfast.train.config import Count, Natural, Range, Share, TrainConfig
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -26,21 +26,21 @@ CROP_SHARE = 64 / 75  # of a tile's side: the release crops 64 pixels out of 75
 class JigsawConfig(TrainConfig):
     """Options of the jigsaw."""
 
-    grid: int = 3
+    grid: Count = 3
     """Tiles a side of the puzzle."""
-    n_permutations: int = 100
+    n_permutations: Annotated[int, Range(2)] = 100
     """Permutations among which the right one is to be told."""
     permutation_rule: Literal["greedy", "pairs"] = "greedy"
     """Far from each other as a set (largest smallest distance), or in pairs as in the release."""
-    tile: int = 0
+    tile: Natural = 0
     """Side of the random crop inside a tile, pixels; 0 takes 64/75 of the tile (a ViT: whole patches of it)."""
-    brightness: float = 0.5
+    brightness: Share = 0.5
     """Strength of the brightness jitter of each tile: a factor from 1 - s to 1 + s."""
-    cells: int = 0
+    cells: Natural = 0
     """Cells a side to which the map of a tile is averaged; 0 is 2 where the map has them, and 1 for a ViT (its CLS)."""
-    dropout: float = 0.5
+    dropout: Share = 0.5
     """Dropout before the classifier."""
-    centre: float = 0.0
+    centre: Share = 0.0
     """Share of the short side that a fixed centre square takes; 0 takes random crops and flips instead."""
     preset: Literal["small", "paper"] = "small"
     """paper takes the released settings of the authors."""

@@ -1,7 +1,7 @@
 """LoDisc: MoCo v3 with local discrimination; the local key sees only what the momentum encoder attends to."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from fgfast.errors import UserError
 from fgfast.methods.base import Progress
 from fgfast.methods.mocov3 import MoCoV3, MoCoV3Config
 from fgfast.ops.mask import PivotalMask, mask_images, pivotal_mask
+from fgfast.train.config import Count, Range, Weight
 
 if TYPE_CHECKING:
     from fgfast.data.views import Batch
@@ -20,17 +21,17 @@ if TYPE_CHECKING:
 class LoDiscConfig(MoCoV3Config):
     """Options of LoDisc."""
 
-    keep: float = 0.3
+    keep: Annotated[float, Range(0, 1, open=True)] = 0.3
     """Share of the patches that the local key sees."""
     strategy: Literal["topk", "sample", "block", "random"] = "topk"
     """How they are chosen: the paper's top k, or a control (see fgfast.pivotal_mask)."""
-    local_weight: float = 1.0
+    local_weight: Weight = 1.0
     """Weight of the local loss."""
     drop_tokens: bool = False
     """Leave the masked tokens of a ViT out instead of feeding them zeros: faster, and another function."""
     project: bool = True
     """Contrast projections; False contrasts the features themselves, as the released training does."""
-    ema_updates: int = 1
+    ema_updates: Count = 1
     """Momentum updates a step; the release makes 4."""
     preset: Literal["small", "paper"] = "small"
     """paper takes the released settings of the authors."""

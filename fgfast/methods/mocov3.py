@@ -10,7 +10,7 @@ from fgfast.methods.base import Method, Progress, build_encoder
 from fgfast.models.heads import MLP, momentum_copy, rising_momentum, update_momentum
 from fgfast.ops.contrast import contrastive_loss
 from fgfast.ops.ids import Ids
-from fgfast.train.config import TrainConfig
+from fgfast.train.config import Count, Positive, Share, TrainConfig
 
 if TYPE_CHECKING:
     from fgfast.data.views import Batch, ViewSpec
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 class MoCoV3Config(TrainConfig):
     """Options of MoCo v3."""
 
-    temperature: float = 0.2
+    temperature: Positive = 0.2
     """Temperature of the contrast."""
-    hidden: int = 512
+    hidden: Count = 512
     """Width of the hidden layers of projector and predictor."""
-    projection: int = 128
+    projection: Count = 128
     """Width of the projection."""
-    dropout: float = 0.0
+    dropout: Share = 0.0
     """Dropout after the hidden layers of the heads."""
-    momentum: float = 0.99
+    momentum: Share = 0.99
     """Start of the momentum encoder's decay, which rises to 1 as a cosine."""
     freeze_patch_embed: bool = True
     """Keep the patch embedding of a ViT as it is at the start, which steadies its training."""

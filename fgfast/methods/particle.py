@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from fgfast.methods.base import Method, Progress, build_encoder
 from fgfast.methods.parts import Clustering, cluster_keys, cluster_pyramid, discover, grid_labels
 from fgfast.methods.simclr import nt_xent
 from fgfast.models.heads import MLP, DINOHead, momentum_copy, rising_momentum, update_momentum
-from fgfast.train.config import TrainConfig
+from fgfast.train.config import Count, Natural, Positive, Range, Share, TrainConfig, Weight
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -31,45 +31,45 @@ class PARTICLEConfig(TrainConfig):
     """Id maps: stored clusters, clusters made inside the step, the set's own masks, fixed cells, or noise."""
     maps: str = ""
     """Folder of id maps for --parts discovered, as fgfast discover writes them; none are discovered then."""
-    rounds: int = 1
+    rounds: Count = 1
     """Outer rounds: before each, parts are discovered anew with the network as it is."""
-    n_parts: int = 15
+    n_parts: Annotated[int, Range(2)] = 15
     """Clusters a picture (ViT: foreground parts; 5 in the paper)."""
-    max_parts: int = 10
+    max_parts: Natural = 10
     """Parts sampled a picture and view; 0 takes all that are there."""
     negatives: Literal["all", "same_image", "other_images"] = "all"
     """Which parts a part is contrasted with."""
-    levels: int = 4
+    levels: Count = 4
     """Last maps of the network that the hypercolumns take; 1 is the last map alone."""
     metric: Literal["euclidean", "cosine"] = "euclidean"
     """Distance of pixels in the clustering of a CNN; a ViT's keys always take cosine."""
-    border: float = 0.0
+    border: Weight = 0.0
     """Clusters of a CNN that touch the border by more than border x sqrt(area) are background (1, say); 0 keeps all."""
-    position: float = 0.0
+    position: Weight = 0.0
     """Variance of the pixels' coordinates, in units of the features', which join them in the clustering of a CNN."""
-    discover_size: int = 0
+    discover_size: Natural = 0
     """Side to which the whole picture is squashed for discovery; 0 is twice the training size."""
-    map_size: int = 64
+    map_size: Annotated[int, Range(2)] = 64
     """Side of the id maps."""
-    grid: int = 4
+    grid: Count = 4
     """Cells a side of --parts grid."""
-    temperature: float = 0.1
+    temperature: Positive = 0.1
     """Temperature of the contrast."""
-    hidden: int = 512
+    hidden: Count = 512
     """Width of the hidden layers of projector and predictor."""
-    projection: int = 128
+    projection: Count = 128
     """Width of the projection."""
     norm: Literal["batch", "layer"] = "layer"
     """Norm inside the heads; "batch" also counts the zero rows of absent parts."""
     target: Literal["momentum", "self"] = "momentum"
     """Keys of the contrast: a momentum copy behind a predictor (DetCon-B), or the network itself (DetCon-S)."""
-    momentum: float = 0.99
+    momentum: Share = 0.99
     """Start of the momentum encoder's decay, which rises to 1 as a cosine."""
-    image_weight: float = 0.0
+    image_weight: Weight = 0.0
     """Weight of NT-Xent between whole views beside the contrast of parts (CNN only); 0 leaves it out."""
-    dino_weight: float = 1.0
+    dino_weight: Weight = 1.0
     """Weight of the DINO loss (ViT only)."""
-    prototypes: int = 4096
+    prototypes: Annotated[int, Range(2)] = 4096
     """Outputs of the DINO head (65,536 in the paper)."""
     preset: Literal["small", "paper"] = "small"
     """paper takes the released settings of the authors for the network at hand."""

@@ -11,7 +11,7 @@ from fgfast.methods.base import Method, build_encoder
 from fgfast.models.heads import MLP
 from fgfast.ops.contrast import contrastive_loss
 from fgfast.ops.ids import Ids
-from fgfast.train.config import TrainConfig
+from fgfast.train.config import Count, Natural, Positive, TrainConfig
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 class SimCLRConfig(TrainConfig):
     """Options of SimCLR."""
 
-    temperature: float = 0.2
+    temperature: Positive = 0.2
     """Temperature of NT-Xent."""
-    hidden: int = 512
+    hidden: Count = 512
     """Width of the projector's hidden layer."""
-    projection: int = 128
+    projection: Count = 128
     """Width of the projection."""
     views: Literal[
         "original", "gamma", "coarse-dropout", "patch-swap", "random-jigsaw", "dcl-jigsaw", "cropped-region"
@@ -35,7 +35,7 @@ class SimCLRConfig(TrainConfig):
     """What a picture is compared with: another crop of it, or a transform of it."""
     pair: Literal["asymmetric", "symmetric"] = "asymmetric"
     """Whether one view is the picture and the other its transform, or both are transformed."""
-    blocks: int = 0
+    blocks: Natural = 0
     """Blocks a side of the jigsaws; 0 takes 4 (random-jigsaw) or 7 (dcl-jigsaw)."""
 
 

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from fgfast.methods.base import Method, Progress
 from fgfast.models.backbone import Backbone
 from fgfast.models.srgan import Discriminator, Generator, SRGANEncoder, check_fixed
 from fgfast.models.weights import load_encoder
-from fgfast.train.config import TrainConfig
+from fgfast.train.config import Count, Natural, Range, Share, TrainConfig, Weight
 
 if TYPE_CHECKING:
     from fgfast.data.layouts import ImageSet
@@ -38,33 +38,33 @@ class SRGANConfig(TrainConfig):
 
     model: str = "srgan"
     """Its own networks; see width and blocks."""
-    size: int = 96
+    size: Annotated[int, Range(16)] = 96
     """Side of the true windows, pixels, a multiple of 4; the networks see a quarter of it."""
-    batch_size: int = 16
+    batch_size: Annotated[int, Range(2)] = 16
     """Pictures a step and process."""
-    weight_decay: float = 0.0
+    weight_decay: Weight = 0.0
     """Weight decay; norms and biases get none."""
-    clip: float = 0.0
+    clip: Weight = 0.0
     """Largest gradient norm of both networks together; 0 does not clip."""
-    width: int = 64
+    width: Count = 64
     """Channels of the generator, and of the discriminator's first block."""
-    blocks: int = 16
+    blocks: Count = 16
     """Residual blocks of the generator."""
-    gan_share: float = 36 / 216
+    gan_share: Share = 36 / 216
     """Share of the steps, the last ones, that are adversarial; those before minimise the squared error alone."""
-    gan_lr: float = 1e-4
+    gan_lr: Weight = 1e-4
     """Peak learning rate of the adversarial steps."""
     schedule: Literal["cosine", "step"] = "cosine"
     """Of each stage: warm-up and half a cosine; or constant, a tenth from the middle of the adversarial stage on."""
     perceptual: str = "none"
     """Network of the perceptual loss: none, a run folder, a timm name (weights are fetched) or NAME=WEIGHTS_FILE."""
-    perceptual_weight: float = 0.006
+    perceptual_weight: Weight = 0.006
     """Weight of the perceptual loss."""
-    adversarial_weight: float = 0.001
+    adversarial_weight: Weight = 0.001
     """Weight of the generator's adversarial loss."""
     features: Literal["generator", "discriminator"] = "generator"
     """The network whose blocks are the encoder."""
-    drop: int = 0
+    drop: Natural = 0
     """How many of its last blocks the encoder leaves out."""
     fixed_flatten: bool = False
     """The discriminator refuses pictures whose last map is not 6 x 6 (81 to 96 pixels), as the paper's does."""

@@ -1,14 +1,14 @@
 """Supervised training with the labels: the ceiling that the methods without labels are held against."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fgfast.errors import UserError
 from fgfast.methods.base import Method, build_encoder
-from fgfast.train.config import TrainConfig
+from fgfast.train.config import Range, TrainConfig
 
 if TYPE_CHECKING:
     from fgfast.data.views import Batch, ViewSpec
@@ -22,7 +22,7 @@ class SupervisedConfig(TrainConfig):
 
     n_classes: int = 0
     """Number of classes; 0 counts those of the data set."""
-    smoothing: float = 0.1
+    smoothing: Annotated[float, Range(0, 0.99)] = 0.1
     """Label smoothing."""
 
 

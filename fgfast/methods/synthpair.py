@@ -1,7 +1,7 @@
 """Contrast on synthesised pairs: what a picture decodes to should not change with the features that do not matter."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from fgfast.models.decoder import Decoder
 from fgfast.models.statistics import KeyQueue, RunningVariance, unrecorded
 from fgfast.ops.perturb import Perturbed, lowest, perturb
 from fgfast.reference.draws import philox
-from fgfast.train.config import TrainConfig
+from fgfast.train.config import Count, Natural, Positive, Range, Share, TrainConfig, Weight
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -31,15 +31,15 @@ class SynthPairConfig(TrainConfig):
 
     base: Literal["simclr", "moco", "simsiam", "byol"] = "simclr"
     """The contrast that it builds on."""
-    temperature: float = 0.2
+    temperature: Positive = 0.2
     """Temperature of the contrast (SimCLR, MoCo)."""
-    hidden: int = 512
+    hidden: Count = 512
     """Width of the hidden layers of the heads."""
-    projection: int = 128
+    projection: Count = 128
     """Width of the projection."""
-    momentum: float = 0.99
+    momentum: Share = 0.99
     """Decay of the momentum encoder (MoCo; BYOL: its start, which rises to 1 as a cosine)."""
-    queue: int = 512
+    queue: Count = 512
     """Keys of the queues (MoCo)."""
     criterion: Literal["both", "variance", "gradcam", "random"] = "both"
     """What calls a dimension unimportant: low variance, low Grad-CAM importance, both, or chance (a control)."""
@@ -47,35 +47,35 @@ class SynthPairConfig(TrainConfig):
     """How both criteria are joined."""
     importance: Literal["absolute", "positive"] = "absolute"
     """Grad-CAM importance: |w r|, or max(w r, 0)."""
-    p_v: float = 0.3
+    p_v: Share = 0.3
     """Share of the dimensions that the variance calls unimportant."""
-    p_g: float = 0.3
+    p_g: Share = 0.3
     """Share of the dimensions of a picture that Grad-CAM (or chance) calls unimportant."""
-    decay: float = 0.99
+    decay: Annotated[float, Range(0, 0.9999)] = 0.99
     """Decay of the running variance."""
     strategy: Literal["noise", "swap", "zero"] = "noise"
     """How a dimension is changed: noise of its own spread, the value of another picture, or none."""
-    strength: float = 1.0
+    strength: Weight = 1.0
     """Size of the change, lambda; 0 changes nothing."""
-    alpha: float = 0.05
+    alpha: Weight = 0.05
     """Weight of the reconstruction loss."""
-    nu: float = 0.2
+    nu: Weight = 0.2
     """Weight of the contrast of synthesised pairs."""
-    synth_warmup: float = 0.15
+    synth_warmup: Share = 0.15
     """Share of the steps before synthesised pairs count."""
-    synth_share: float = 1.0
+    synth_share: Annotated[float, Range(0, 1, open=True)] = 1.0
     """Share of the batch that pairs are synthesised from."""
-    synth_size: int = 0
+    synth_size: Natural = 0
     """Side to which decoded pictures are resized before they are encoded; 0 leaves them at --size."""
     both_views: bool = False
     """Reconstruct the second view too (bases that encode both): twice the decoder's time."""
     stop_gradient: bool = False
     """Keep the reconstruction from training the encoder."""
-    latent: int = 128
+    latent: Count = 128
     """Width of the decoder's code."""
-    decoder_width: int = 0
+    decoder_width: Natural = 0
     """Channels of the decoder at the encoder's grid; 0 takes the encoder's, at most 512."""
-    decoder_depth: int = 1
+    decoder_depth: Count = 1
     """Residual blocks of the decoder a stage."""
 
 

@@ -5,12 +5,45 @@ import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 from fgfast.errors import UserError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option takes, for its type: ``Annotated[float, Range(0, 1)]``.
+
+    Args:
+        least: smallest one.
+        most: largest one.
+        open: leave ``least`` itself out.
+
+    Example:
+        >>> 0.0 in Range(0, 1), 0.0 in Range(0, 1, open=True), float("nan") in Range(0), str(Range(2))
+        (True, False, False, 'at least 2')
+    """
+
+    least: float
+    most: float = math.inf
+    open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return self.least <= value <= self.most and not (self.open and value == self.least)
+
+    def __str__(self) -> str:
+        start = f"{'more than' if self.open else 'at least'} {self.least:g}"
+        return start if math.isinf(self.most) else f"{start} and at most {self.most:g}"
+
+
+Count = Annotated[int, Range(1)]
+Natural = Annotated[int, Range(0)]
+Weight = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, open=True)]
+Share = Annotated[float, Range(0, 1)]
 
 
 @dataclass
@@ -34,43 +67,43 @@ class TrainConfig:
     """Further arguments of the timm model, such as "channels=(32,64,128,256),output_stride=16"."""
     init: str = "none"
     """Weights to start from: "timm" (downloaded), "none" (random), a weights file or a run folder."""
-    size: int = 64
+    size: Annotated[int, Range(16)] = 64
     """Side of the training views, pixels."""
-    epochs: int = 100
+    epochs: Count = 100
     """Epochs in all; with --rounds they are split evenly over the rounds."""
-    passes: int = 0
+    passes: Natural = 0
     """Encoder passes over pictures in all; over 0 it replaces --epochs (equal passes, equal compute)."""
-    batch_size: int = 128
+    batch_size: Annotated[int, Range(2)] = 128
     """Pictures a step and process."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimiser, fused."""
-    lr: float = 1e-3
+    lr: Weight = 1e-3
     """Peak learning rate, as it is (not scaled by the batch)."""
-    weight_decay: float = 1e-4
+    weight_decay: Weight = 1e-4
     """Weight decay; norms and biases get none."""
-    warmup: float = 0.05
+    warmup: Share = 0.05
     """Share of the steps with a linear warm-up; then half a cosine to 0."""
-    clip: float = 5.0
+    clip: Weight = 5.0
     """Largest gradient norm; 0 does not clip."""
     amp: Literal["bf16", "off"] = "bf16"
     """Autocast of the networks; losses accumulate in float32."""
-    crop_scale: float = 0.2
+    crop_scale: Annotated[float, Range(0, 1, open=True)] = 0.2
     """Smallest share of a picture's area that a crop takes."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of weights, views and order."""
-    holdout: float = 0.0
+    holdout: Annotated[float, Range(0, 0.9)] = 0.0
     """Share of the training split that is kept from training, for tuning."""
     device: str = "auto"
     """auto (CUDA when there), cpu, cuda, cuda:N."""
-    threads: int = 2
+    threads: Count = 2
     """CPU threads of the data pipeline."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"
     """Data pipeline."""
-    log_every: int = 20
+    log_every: Count = 20
     """Steps between lines of metrics.jsonl."""
-    knn_every: int = 10
+    knn_every: Natural = 10
     """Epochs between online scores (kNN; srgan also PSNR and SSIM); 0 for none."""
-    save_every: int = 10
+    save_every: Count = 10
     """Epochs between checkpoints."""
     resume: bool = False
     """Go on from RUN/last.pt."""
@@ -150,22 +183,6 @@ def parse_values(config: "DataclassInstance", pairs: dict[str, str], source: str
     return values
 
 
-_AT_LEAST = {
-    "size": 16, "epochs": 1, "batch_size": 2, "threads": 1, "log_every": 1, "save_every": 1, "rounds": 1, "n_parts": 2,
-    "levels": 1, "map_size": 2, "grid": 1, "hidden": 1, "projection": 1, "prototypes": 2, "lr": 0, "weight_decay": 0,
-    "clip": 0, "passes": 0, "knn_every": 0, "max_parts": 0, "discover_size": 0, "dino_weight": 0, "seed": 0,
-    "border": 0, "position": 0, "image_weight": 0, "blocks": 0, "queue": 1, "latent": 1, "decoder_depth": 1,
-    "decoder_width": 0, "synth_size": 0, "alpha": 0, "nu": 0, "strength": 0, "n_permutations": 2, "tile": 0, "cells": 0,
-    "prior_pictures": 1, "width": 1, "drop": 0, "gan_lr": 0, "perceptual_weight": 0, "adversarial_weight": 0,
-}  # fmt: skip
-_UP_TO = {
-    "warmup": 1.0, "holdout": 0.9, "crop_scale": 1.0, "momentum": 1.0, "smoothing": 0.99, "p_v": 1.0, "p_g": 1.0,
-    "decay": 0.9999, "synth_warmup": 1.0, "synth_share": 1.0, "dropout": 1.0, "brightness": 1.0, "centre": 1.0,
-    "uniform": 1.0, "gan_share": 1.0,
-}  # fmt: skip
-_POSITIVE = ("temperature", "crop_scale", "synth_share")
-
-
 def validate(config: TrainConfig) -> None:
     """Raise a UserError for a value that no run can use."""
     if not config.data:
@@ -174,14 +191,11 @@ def validate(config: TrainConfig) -> None:
         raise UserError("No run folder is named: give --out RUN.")
     if config.unlabelled and not config.takes_unlabelled:
         raise UserError("--unlabelled adds pictures that supervised training has no use for: leave it out.")
-    for name, value in vars(config).items():
-        flag = "--" + name.replace("_", "-")
-        if name in _AT_LEAST and not value >= _AT_LEAST[name]:
-            raise UserError(f"{flag} is {value}: give at least {_AT_LEAST[name]}.")
-        if name in _UP_TO and not 0 <= value <= _UP_TO[name]:
-            raise UserError(f"{flag} is {value}: give a share from 0 to {_UP_TO[name]}.")
-        if name in _POSITIVE and not value > 0:
-            raise UserError(f"{flag} is {value}: give more than 0.")
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        for wanted in getattr(hint, "__metadata__", ()):
+            if value not in wanted:
+                raise UserError(f"--{name.replace('_', '-')} is {value}: give {wanted}.")
 
 
 def to_toml(config: TrainConfig, method: str) -> str:

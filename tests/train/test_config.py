@@ -7,7 +7,10 @@ import pytest
 
 from fgfast.cli import parse_method
 from fgfast.errors import UserError
+from fgfast.methods.lodisc import LoDiscConfig
 from fgfast.methods.particle import PARTICLEConfig
+from fgfast.methods.simclr import SimCLRConfig
+from fgfast.methods.srgan import SRGANConfig
 from fgfast.train.config import TrainConfig, parse_values, to_toml, validate, with_values
 
 
@@ -106,3 +109,12 @@ def test_text_values_take_the_type_of_their_field() -> None:
     assert values == {"lr": 1e-3, "epochs": 5, "resume": True, "model": "x"}
     with pytest.raises(UserError, match="type int"):
         parse_values(TrainConfig(), {"epochs": "many"}, "test")
+
+
+def test_ranges_belong_to_the_method() -> None:
+    """An option is held to the range of its own method, whatever another one calls by its name."""
+    with pytest.raises(UserError, match="--blocks is 0: give at least 1"):
+        validate(SRGANConfig(data="d", out="o", blocks=0))
+    validate(SimCLRConfig(data="d", out="o", blocks=0))
+    with pytest.raises(UserError, match="--keep is 0.0: give more than 0 and at most 1"):
+        validate(LoDiscConfig(data="d", out="o", keep=0.0))
