@@ -116,5 +116,5 @@ def test_ranges_belong_to_the_method() -> None:
     with pytest.raises(UserError, match="--blocks is 0: give at least 1"):
         validate(SRGANConfig(data="d", out="o", blocks=0))
     validate(SimCLRConfig(data="d", out="o", blocks=0))
-    with pytest.raises(UserError, match="--keep is 0.0: give more than 0 and at most 1"):
+    with pytest.raises(UserError, match=r"--keep is 0\.0: give more than 0 and at most 1"):
         validate(LoDiscConfig(data="d", out="o", keep=0.0))
