@@ -1,0 +1,62 @@
+"""A short run ends at the same loss whichever backend computes it."""
+
+import math
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fgfast import use_backend
+from fgfast.methods.particle import PARTICLEConfig
+from fgfast.train.log import read_metrics
+from fgfast.train.loop import pretrain
+from tests.conftest import TINY
+
+STEPS, LAST = 200, 50
+
+
+SEEDS = (0, 1, 2)
+
+
+def ends(data: Path, out: Path, backend: str, device: str, parts: str) -> tuple[list[float], list[float]]:
+    """Mean loss of the first and of the last 50 of 200 steps of PARTICLE, a run a seed."""
+    config = PARTICLEConfig(
+        data=str(data), model=TINY, model_args="output_stride=8", size=32, batch_size=6, log_every=1, knn_every=0,
+        save_every=1000, n_parts=4, max_parts=3, map_size=16, hidden=16, projection=8, parts=parts, discover_size=32,
+        device=device, threads=1, amp="off", lr=3e-3,
+    )  # fmt: skip
+    first, last = [], []
+    for seed in SEEDS:
+        with use_backend(backend):
+            # two views through two encoders, and online the whole picture
+            passes = STEPS * config.batch_size * (5 if parts == "online" else 4)
+            run = pretrain("particle", replace(config, out=str(out / f"{backend}{seed}"), seed=seed, passes=passes))
+        losses = [row["loss"] for row in read_metrics(run / "metrics.jsonl")[0] if "loss" in row]
+        assert len(losses) == STEPS
+        first.append(statistics.mean(losses[:LAST]))
+        last.append(statistics.mean(losses[-LAST:]))
+    return first, last
+
+
+def compare(data: Path, out: Path, backends: tuple[str, str], device: str, parts: str) -> None:
+    """The mean ends differ by less than 3 standard errors, and by far less than what was learned.
+
+    Two means of n independent runs of deviation s differ by s sqrt(2 / n) in the mean square.
+    """
+    (first, known), (_, got) = (ends(data, out, backend, device, parts) for backend in backends)
+    most = 3 * statistics.stdev(known) * math.sqrt(2 / len(SEEDS))
+    assert statistics.mean(first) - statistics.mean(known) > 2 * most
+    assert abs(statistics.mean(known) - statistics.mean(got)) < most
+
+
+def test_tiled_torch_ends_where_the_reference_does(drawn: Path, tmp_path: Path) -> None:
+    compare(drawn, tmp_path, ("reference", "torch"), "cpu", "truth")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
+@pytest.mark.parametrize("parts", ["truth", "online"])
+def test_kernels_end_where_the_reference_does(drawn: Path, tmp_path: Path, parts: str) -> None:
+    compare(drawn, tmp_path, ("reference", "triton"), "cuda", parts)
