@@ -32,6 +32,17 @@ class AotCase(NamedTuple):
     archs: tuple[str, ...] = ()  # () for each
     rare: bool = False  # left out by --default-only
     tuned: bool = False  # of a measured row, which may spill if it was fastest all the same
+    registers: int = 0  # see launch_options
+
+
+def launch_options(warps: int, stages: int, registers: int = 0) -> dict[str, int]:
+    """What a launch takes as keywords.
+
+    ``registers`` is the budget of a thread on NVIDIA GPUs; at 0 ptxas aims at an occupancy of its own choice, and
+    spills a few registers for it.
+    """
+    budget = {"maxnreg": registers} if registers and torch.version.hip is None else {}
+    return {"num_warps": warps, "num_stages": stages, **budget}
 
 
 def interpreted() -> bool:

@@ -22,7 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fgfast.kernels._common import AotCase
+from fgfast.kernels._common import AotCase, launch_options
 from fgfast.kernels.configs import SHARED
 
 HERE = Path(__file__).parent
@@ -115,9 +115,8 @@ def _compiled(module: str, name: str, arch: str) -> Report:
     )
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    compiled = triton.compile(
-        source, target=target, options={"num_warps": case.num_warps, "num_stages": case.num_stages}
-    )
+    options = launch_options(case.num_warps, case.num_stages, 0 if amd else case.registers)
+    compiled = triton.compile(source, target=target, options=options)
     return _amd(compiled) if amd else _nvidia(compiled)
 
 
@@ -154,7 +153,8 @@ def _key(job: Job) -> str:
     case = cases(module)[name]
     kinds = sorted(case.signature.items())
     constants = sorted(case.constexprs.items())
-    parts = (triton.__version__, case.kernel.cache_key, arch, kinds, constants, case.num_warps, case.num_stages)
+    parts: tuple[Any, ...] = (triton.__version__, case.kernel.cache_key, arch, kinds, constants)
+    parts += (case.num_warps, case.num_stages) + ((case.registers,) if case.registers else ())
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

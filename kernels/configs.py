@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from fgfast.kernels._common import launch_options
 from fgfast.kernels.tuned import TUNED
 
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB a program may have
@@ -24,11 +25,12 @@ class Row(NamedTuple):
     warps: int
     stages: int
     shared: int  # KiB; fgfast.kernels.aot holds the compiled kernels to it
+    registers: int = 0  # see launch_options
 
     @property
     def launch(self) -> dict[str, int]:
         """What a launch takes as keywords."""
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        return launch_options(self.warps, self.stages, self.registers)
 
 
 # A channel block of 256 bytes a pixel keeps the labels, which each block reads again, under 5% of the traffic.
@@ -36,14 +38,14 @@ DEFAULTS: dict[str, tuple[Row, ...]] = {
     "part_pool": (
         Row(16, {"BLOCK_D": 128, "BLOCK_P": 64}, 8, 3, 64),
         Row(16, {"BLOCK_D": 64, "BLOCK_P": 32}, 4, 1, 32),
-        Row(32, {"BLOCK_D": 64, "BLOCK_P": 32}, 4, 3, 64),
-        Row(32, {"BLOCK_D": 32, "BLOCK_P": 32}, 4, 1, 32),
+        Row(32, {"BLOCK_D": 64, "BLOCK_P": 32}, 4, 3, 64, 128),
+        Row(32, {"BLOCK_D": 32, "BLOCK_P": 32}, 4, 1, 32, 128),
     ),
     # BLOCK_C, BLOCK_D: cells and channels of a tile; BLOCK_S: channels of a tile of sums, HELD of a program.
     "kmeans_pyramid": (
-        Row(16, {"BLOCK_C": 64, "BLOCK_D": 64, "BLOCK_S": 64, "HELD": 256}, 4, 3, 72),
-        Row(16, {"BLOCK_C": 32, "BLOCK_D": 32, "BLOCK_S": 32, "HELD": 64}, 4, 1, 48),
-        Row(32, {"BLOCK_C": 32, "BLOCK_D": 32, "BLOCK_S": 32, "HELD": 64}, 4, 2, 48),
+        Row(16, {"BLOCK_C": 64, "BLOCK_D": 64, "BLOCK_S": 64, "HELD": 256}, 4, 3, 72, 168),
+        Row(16, {"BLOCK_C": 32, "BLOCK_D": 32, "BLOCK_S": 32, "HELD": 64}, 4, 1, 48, 168),
+        Row(32, {"BLOCK_C": 32, "BLOCK_D": 32, "BLOCK_S": 32, "HELD": 64}, 4, 2, 48, 168),
     ),
 }
 
@@ -84,7 +86,7 @@ def config(op: str, device: torch.device, dtype: torch.dtype) -> Row:
     """
     bits, most = dtype.itemsize * 8, shared_memory(device)
     rows = (*TUNED.get((op, architecture(device)), ()), *DEFAULTS[op])
-    for row in map(Row._make, rows):
+    for row in (Row(*r) for r in rows):
         if row.bits == bits and row.shared <= most:
             return row
     raise RuntimeError(
@@ -98,4 +100,4 @@ def table(op: str) -> Iterator[tuple[str, Row]]:
         yield f"{op} row{i}", row
     for (name, arch), rows in TUNED.items():
         if name == op:
-            yield from ((f"{op} tuned {arch} row{i}", Row._make(row)) for i, row in enumerate(rows))
+            yield from ((f"{op} tuned {arch} row{i}", Row(*row)) for i, row in enumerate(rows))

@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 from fgfast.kernels import _pyramid_device as device_side
-from fgfast.kernels._common import AotCase, interpreted, on_device_of, output_dtype
+from fgfast.kernels._common import AotCase, interpreted, launch_options, on_device_of, output_dtype
 from fgfast.kernels.configs import SHARED, Row, config, table
 from fgfast.kernels.kmeans import GRAM, SAMPLES, Outcome, drawn, inner_products, sample
 from fgfast.kernels.kmeans_step import power
@@ -35,6 +35,7 @@ UNIT_BYTES = 512 << 10  # of features that a program reads, about
 STRIP = 1024  # pixels that are labelled together
 SAMPLED = 1 << 25
 HELD = 4096  # sums in the registers of a program
+MOST_REGISTERS = 255  # a thread can have
 GRAM_TILE = 32  # cells
 LONGEST = 1 << 14  # rows or columns: products of two sides are 32-bit
 
@@ -50,7 +51,7 @@ def blocks(row: Row, KP: int) -> dict[str, int]:
     return {
         "BLOCK_C": min(t["BLOCK_C"], max(16, 1024 // KP)), "BLOCK_N": max(16, min(64, 1024 // KP)),
         "BLOCK_S": min(t["BLOCK_S"], held(row, KP)), "BLOCK_M": 16, "MOVE_WARPS": max(1, min(4, KP // 16)),
-        "num_warps": row.warps * (2 if KP > 32 else 1), "num_stages": row.stages,
+        "warps": row.warps * (2 if KP > 32 else 1), "registers": row.registers if KP <= 32 else MOST_REGISTERS,
     }  # fmt: skip
 
 
@@ -217,7 +218,7 @@ class Solver:
             *x.size, self.rows, self.strips, self.spans, self.programs, x.cells, self.blocks, x.DP, self.K,
             FLATS=x.flats, **x.known, COSINE=self.cosine, WEIGHTED=self.weight is not None, PRECISION=self.precision,
             UPCAST=interpreted(), BLOCK_C=self.cut["BLOCK_C"], BLOCK_D=x.pad, BLOCK_N=self.cut["BLOCK_N"], KP=self.KP,
-            num_warps=self.cut["num_warps"], num_stages=self.cut["num_stages"],
+            **launch_options(self.cut["warps"], x.row.stages, self.cut["registers"]),
         )  # fmt: skip
 
     def sums(self, done: Tensor) -> None:
@@ -394,10 +395,12 @@ def aot_cases() -> Iterator[AotCase]:
                 if once and (layout in ("channels", "many") or (kernel is device_side.squares and kind != "fp32")):
                     continue
                 full = f"kmeans_pyramid {name.split()[-1]} {kernel.__name__} {kind} {layout}"
-                warps = {device_side.score: cut["num_warps"], device_side.move: cut["MOVE_WARPS"]}.get(kernel, 4)
-                yield _case(
-                    full, kernel, kind, unit, flags | own, row._replace(warps=warps), archs, rare, "tuned" in name
-                )
+                warps, registers = {
+                    device_side.score: (cut["warps"], cut["registers"]), device_side.sums: (row.warps, row.registers),
+                    device_side.move: (cut["MOVE_WARPS"], 0),
+                }.get(kernel, (4, 0))  # fmt: skip
+                launch = row._replace(warps=warps, registers=registers)
+                yield _case(full, kernel, kind, unit, flags | own, launch, archs, rare, "tuned" in name)
 
 
 def _case(
@@ -422,4 +425,4 @@ def _case(
         n: "constexpr" if n in constants else types.get(n, "*fp32:16" if n.endswith("_ptr") else "i32")
         for n in kernel.arg_names
     }
-    return AotCase(name, kernel, signature, constants, row.warps, row.stages, archs, rare, tuned)
+    return AotCase(name, kernel, signature, constants, row.warps, row.stages, archs, rare, tuned, row.registers)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fgfast.kernels._common import AotCase, dtype_name, interpreted, output_dtype, widened
+from fgfast.kernels._common import AotCase, dtype_name, interpreted, launch_options, output_dtype, widened
 from fgfast.kernels.configs import SHARED, architecture, processors
 
 EPS = tl.constexpr(1e-12)
@@ -489,9 +489,16 @@ def power(n: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(n))
 
 
-def tile(arch: str, dtype: str, channels: int, clusters: int) -> dict[str, int]:
-    """The tile of a step on D channels and K clusters; HELD says whether the sums fit the registers."""
-    row = {"num_warps": 8} | TILES.get((arch, dtype), TILES["default", dtype])
+ASSIGN_REGISTERS = 128  # two programs a multiprocessor
+
+
+def tile(arch: str, dtype: str, channels: int, clusters: int, aligned: bool) -> dict[str, int]:
+    """The tile of a step on D channels and K clusters; HELD says whether the sums fit the registers.
+
+    A program has 256 threads: 8 warps, 4 on an AMD GPU.
+    """
+    rows = TILES if aligned else {}
+    row = {"num_warps": 4 if arch.startswith("gfx") else 8} | rows.get((arch, dtype), TILES["default", dtype])
     row["BLOCK_S"] = min(row["BLOCK_S"], power(channels))
     row["BLOCK_D"] = min(row["BLOCK_D"], row["BLOCK_S"])
     row["BLOCK_K"] = power(clusters)
@@ -548,8 +555,7 @@ class Solver:
             raise ValueError(f"x has {self.N} pixels and the Triton kernels take 2^31 - 1: choose backend 'torch'.")
         self.weight = None if weight is None else weight.to(torch.float32).contiguous()
         aligned = x.data_ptr() % 16 == 0 and all(stride % 16 == 0 or stride == 1 for stride in x.stride())
-        arch = architecture(x.device) if aligned else "default"
-        self.tile = t = tile(arch, dtype_name(x.dtype), self.D, clusters)
+        self.tile = t = tile(architecture(x.device), dtype_name(x.dtype), self.D, clusters, aligned)
         self.DP = t["CHUNKS"] * t["BLOCK_S"]
         self.KP = triton.cdiv(clusters, t["BLOCK_K"]) * t["BLOCK_K"]
         across = x.stride(3) if x.dim() == 4 else x.stride(2)
@@ -573,7 +579,6 @@ class Solver:
             "PRECISION": precision,
             "UPCAST": interpreted(),
         }
-        self.launch = {"num_warps": t["num_warps"], "num_stages": t["num_stages"]}
         self.m = torch.empty(self.batch, self.DP, self.KP, dtype=output_dtype(x.dtype), device=x.device)
         self.bias = torch.empty(self.batch, self.KP, dtype=torch.float32, device=x.device)
         self.mu = torch.zeros(self.batch, self.DP, dtype=torch.float32, device=x.device)
@@ -601,23 +606,26 @@ class Solver:
         sizes = (self.N, self.width, self.D, self.K)
         weight = out.inertia if self.weight is None else self.weight
         near_or, done_or = (out.inertia if near is None else near), (out.changed if done is None else done)
-        common = self.common | {"LLOYD": lloyd} | self.launch
+        common = self.common | {"LLOYD": lloyd}
+        launch = launch_options(t["num_warps"], t["num_stages"])
         if t["HELD"]:
             _step[(rows,)](
                 self.x, self.m, self.bias, self.mu, weight, done_or, self.labels, near_or, *out,
-                *sizes, self.splits, self.turns, *self.strides, **common, COSINE=self.cosine, ATOMIC=self.atomic,
+                *sizes, self.splits, self.turns, *self.strides, **common, **launch, COSINE=self.cosine,
+                ATOMIC=self.atomic,
                 **{name: t[name] for name in ("BLOCK_N", "BLOCK_D", "BLOCK_S", "BLOCK_K", "CHUNKS")},
             )  # fmt: skip
         else:
+            assign = launch_options(t["num_warps"], t["num_stages"], ASSIGN_REGISTERS)
             padded = (*sizes, self.DP, self.KP, self.splits, self.turns)
             _assign[(rows,)](
                 self.x, self.m, self.bias, self.mu, weight, done_or, self.labels, near_or, self.scale, out.inertia,
-                out.changed, *padded, *self.strides, **common, COSINE=self.cosine,
+                out.changed, *padded, *self.strides, **common, **assign, COSINE=self.cosine,
                 **{name: t[name] for name in ("BLOCK_N", "BLOCK_D", "BLOCK_K")},
             )  # fmt: skip
             _sum[(rows * (self.DP // t["BLOCK_S"]) * (self.KP // t["BLOCK_K"]),)](
                 self.x, weight, done_or, self.labels, self.scale, out.sums, out.counts, *padded, *self.strides,
-                **common, UNIT=not (self.cosine or self.common["WEIGHTED"]),
+                **common, **launch, UNIT=not (self.cosine or self.common["WEIGHTED"]),
                 **{name: t[name] for name in ("BLOCK_N", "BLOCK_S", "BLOCK_K")},
             )  # fmt: skip
         if self.totals is not out:
@@ -699,21 +707,19 @@ def case(
 
 def aot_cases() -> Iterator[AotCase]:
     """Every kernel, dtype and table row: demanding layouts at a shape of each class, the others at two of them."""
-    archs = {arch for arch, _ in TILES}
-    for arch, dtype, (channels, clusters), (name, layout) in product(
-        sorted(archs), ("fp32", "fp16", "bf16"), SHAPES, LAYOUTS.items()
-    ):
-        if (arch, dtype) not in TILES or (arch != "default" and not layout.aligned):
-            continue
+    for dtype, (channels, clusters), (name, layout) in product(("fp32", "fp16", "bf16"), SHAPES, LAYOUTS.items()):
         if name not in DEMANDING and (channels, clusters) not in ((768, 25), (2048, 256)):
             continue
-        others = tuple(a for a in SHARED if (a, dtype) not in TILES or not layout.aligned)
+        tiles: dict[tuple[tuple[str, int], ...], list[str]] = {}
+        for arch in SHARED:
+            found = tile(arch, dtype, channels, clusters, layout.aligned)
+            tiles.setdefault(tuple(found.items()), []).append(arch)
         for precision in ("ieee", "tf32") if dtype == "fp32" and name == "channels" else ("ieee",):
-            t = tile(arch, dtype, channels, clusters)
-            full = f"{arch} {dtype}{' tf32' * (precision == 'tf32')} {channels}x{clusters} {name}"
-            rare = (channels, clusters, name) not in TYPICAL
-            served = others if arch == "default" else (arch,)
-            yield from _step_cases(full, dtype, t, channels, layout, precision, archs=served, rare=rare)
+            for items, archs in tiles.items():
+                row = "default" if archs[0] == next(iter(SHARED)) else archs[0]
+                full = f"{row} {dtype}{' tf32' * (precision == 'tf32')} {channels}x{clusters} {name}"
+                rare = (channels, clusters, name) not in TYPICAL
+                yield from _step_cases(full, dtype, dict(items), channels, layout, precision, tuple(archs), rare)
     small = {"num_warps": 4, "num_stages": 3}
     for dtype, cosine in product(("fp32", "fp16", "bf16"), (False, True)):
         name = f"kmeans prepare {dtype}{' cosine' * cosine}"
@@ -723,11 +729,13 @@ def aot_cases() -> Iterator[AotCase]:
 
 
 def _step_cases(
-    name: str, dtype: str, t: dict[str, int], channels: int, layout: Layout, precision: str, **kinds: Any
-) -> Iterator[AotCase]:
+    name: str, dtype: str, t: dict[str, int], channels: int, layout: Layout, precision: str, archs: tuple[str, ...],
+    rare: bool,
+) -> Iterator[AotCase]:  # fmt: skip
     """The kernels of one step."""
-    known: dict[str, Any] = kinds | {
-        "FLAT": layout.flat, "EVEN": channels % t["BLOCK_S"] == 0, "WEIGHTED": layout.weighted, "LLOYD": True,
+    known: dict[str, Any] = {
+        "archs": archs, "rare": rare, "FLAT": layout.flat, "EVEN": channels % t["BLOCK_S"] == 0,
+        "WEIGHTED": layout.weighted, "LLOYD": True,
         "PRECISION": precision, "UPCAST": False, layout.unit: 1,
     }  # fmt: skip
 
@@ -739,6 +747,7 @@ def _step_cases(
         blocks = ("BLOCK_N", "BLOCK_D", "BLOCK_S", "BLOCK_K", "CHUNKS")
         yield one("step", _step, blocks, COSINE=layout.cosine, ATOMIC=False)
     else:
-        yield one("assign", _assign, ("BLOCK_N", "BLOCK_D", "BLOCK_K"), COSINE=layout.cosine)
+        assign = one("assign", _assign, ("BLOCK_N", "BLOCK_D", "BLOCK_K"), COSINE=layout.cosine)
+        yield assign._replace(registers=ASSIGN_REGISTERS)
         unit = not (layout.weighted or layout.cosine)
         yield one("sum", _sum, ("BLOCK_N", "BLOCK_S", "BLOCK_K"), UNIT=unit)

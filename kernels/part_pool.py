@@ -460,4 +460,4 @@ def _case(
     """A case where every argument that is neither pointer nor flag has the type ``size``."""
     constexprs = {n: v for n, v in flags.items() if n in kernel.arg_names}
     signature = {n: "constexpr" if n in constexprs else pointers.get(n, size) for n in kernel.arg_names}
-    return AotCase(name, kernel, signature, constexprs, row.warps, row.stages, archs, rare, tuned)
+    return AotCase(name, kernel, signature, constexprs, row.warps, row.stages, archs, rare, tuned, row.registers)
