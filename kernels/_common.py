@@ -35,11 +35,14 @@ class AotCase(NamedTuple):
     registers: int = 0  # see launch_options
 
 
+MOST_REGISTERS = 255  # a thread can have on an NVIDIA GPU
+
+
 def launch_options(warps: int, stages: int, registers: int = 0) -> dict[str, int]:
     """What a launch takes as keywords.
 
-    ``registers`` is the budget of a thread on NVIDIA GPUs; at 0 ptxas aims at an occupancy of its own choice, and
-    spills a few registers for it.
+    ``registers`` is the budget of a thread on NVIDIA GPUs; at 0 ptxas aims at an occupancy of its own choice, and may
+    spill a few registers for it.
     """
     budget = {"maxnreg": registers} if registers and torch.version.hip is None else {}
     return {"num_warps": warps, "num_stages": stages, **budget}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from fgfast.kernels._common import launch_options
+from fgfast.kernels._common import MOST_REGISTERS, launch_options
 from fgfast.kernels.tuned import TUNED
 
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB a program may have
@@ -38,14 +38,14 @@ DEFAULTS: dict[str, tuple[Row, ...]] = {
     "part_pool": (
         Row(16, {"BLOCK_D": 128, "BLOCK_P": 64}, 8, 3, 64),
         Row(16, {"BLOCK_D": 64, "BLOCK_P": 32}, 4, 1, 32),
-        Row(32, {"BLOCK_D": 64, "BLOCK_P": 32}, 4, 3, 64, 128),
-        Row(32, {"BLOCK_D": 32, "BLOCK_P": 32}, 4, 1, 32, 128),
+        Row(32, {"BLOCK_D": 64, "BLOCK_P": 32}, 4, 3, 64, MOST_REGISTERS),
+        Row(32, {"BLOCK_D": 32, "BLOCK_P": 32}, 4, 1, 32, MOST_REGISTERS),
     ),
     # BLOCK_C, BLOCK_D: cells and channels of a tile; BLOCK_S: channels of a tile of sums, HELD of a program.
     "kmeans_pyramid": (
-        Row(16, {"BLOCK_C": 64, "BLOCK_D": 64, "BLOCK_S": 64, "HELD": 256}, 4, 3, 72, 168),
-        Row(16, {"BLOCK_C": 32, "BLOCK_D": 32, "BLOCK_S": 32, "HELD": 64}, 4, 1, 48, 168),
-        Row(32, {"BLOCK_C": 32, "BLOCK_D": 32, "BLOCK_S": 32, "HELD": 64}, 4, 2, 48, 168),
+        Row(16, {"BLOCK_C": 64, "BLOCK_D": 64, "BLOCK_S": 64, "HELD": 256}, 4, 3, 72, MOST_REGISTERS),
+        Row(16, {"BLOCK_C": 32, "BLOCK_D": 32, "BLOCK_S": 32, "HELD": 64}, 4, 1, 48, MOST_REGISTERS),
+        Row(32, {"BLOCK_C": 32, "BLOCK_D": 32, "BLOCK_S": 32, "HELD": 64}, 4, 2, 48, MOST_REGISTERS),
     ),
 }
 

@@ -35,7 +35,6 @@ UNIT_BYTES = 512 << 10  # of features that a program reads, about
 STRIP = 1024  # pixels that are labelled together
 SAMPLED = 1 << 25
 HELD = 4096  # sums in the registers of a program
-MOST_REGISTERS = 255  # a thread can have
 GRAM_TILE = 32  # cells
 LONGEST = 1 << 14  # rows or columns: products of two sides are 32-bit
 
@@ -51,7 +50,7 @@ def blocks(row: Row, KP: int) -> dict[str, int]:
     return {
         "BLOCK_C": min(t["BLOCK_C"], max(16, 1024 // KP)), "BLOCK_N": max(16, min(64, 1024 // KP)),
         "BLOCK_S": min(t["BLOCK_S"], held(row, KP)), "BLOCK_M": 16, "MOVE_WARPS": max(1, min(4, KP // 16)),
-        "warps": row.warps * (2 if KP > 32 else 1), "registers": row.registers if KP <= 32 else MOST_REGISTERS,
+        "warps": row.warps * (2 if KP > 32 else 1),
     }  # fmt: skip
 
 
@@ -218,7 +217,7 @@ class Solver:
             *x.size, self.rows, self.strips, self.spans, self.programs, x.cells, self.blocks, x.DP, self.K,
             FLATS=x.flats, **x.known, COSINE=self.cosine, WEIGHTED=self.weight is not None, PRECISION=self.precision,
             UPCAST=interpreted(), BLOCK_C=self.cut["BLOCK_C"], BLOCK_D=x.pad, BLOCK_N=self.cut["BLOCK_N"], KP=self.KP,
-            **launch_options(self.cut["warps"], x.row.stages, self.cut["registers"]),
+            **launch_options(self.cut["warps"], x.row.stages, x.row.registers),
         )  # fmt: skip
 
     def sums(self, done: Tensor) -> None:
@@ -395,11 +394,9 @@ def aot_cases() -> Iterator[AotCase]:
                 if once and (layout in ("channels", "many") or (kernel is device_side.squares and kind != "fp32")):
                     continue
                 full = f"kmeans_pyramid {name.split()[-1]} {kernel.__name__} {kind} {layout}"
-                warps, registers = {
-                    device_side.score: (cut["warps"], cut["registers"]), device_side.sums: (row.warps, row.registers),
-                    device_side.move: (cut["MOVE_WARPS"], 0),
-                }.get(kernel, (4, 0))  # fmt: skip
-                launch = row._replace(warps=warps, registers=registers)
+                warps = {device_side.score: cut["warps"], device_side.move: cut["MOVE_WARPS"]}.get(kernel, 4)
+                roomy = kernel in (device_side.score, device_side.sums)
+                launch = row._replace(warps=warps, registers=row.registers if roomy else 0)
                 yield _case(full, kernel, kind, unit, flags | own, launch, archs, rare, "tuned" in name)
 
 
