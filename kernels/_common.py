@@ -33,6 +33,7 @@ class AotCase(NamedTuple):
     rare: bool = False  # left out by --default-only
     tuned: bool = False  # of a measured row, which may spill if it was fastest all the same
     registers: int = 0  # see launch_options
+    shared: int = 0  # KiB of shared memory that its row says to suffice; 0 for what the part has
 
 
 MOST_REGISTERS = 255  # a thread can have on an NVIDIA GPU

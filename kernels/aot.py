@@ -191,10 +191,15 @@ def faults(found: dict[Job, Report]) -> list[str]:
     for (module, name, arch), report in found.items():
         if report.error:
             wrong.append(f"{name} does not compile for {arch}: {report.error}")
-        if report.spilled and not cases(module)[name].tuned:
+        case = cases(module)[name]
+        if report.spilled and not case.tuned:
             wrong.append(f"{name} spills {report.spilled} bytes a thread on {arch}")
         if report.shared > SHARED[arch] * 1024:
             wrong.append(f"{name} needs {report.shared} bytes of shared memory on {arch}, which has {SHARED[arch]} KiB")
+        elif case.shared and report.shared > case.shared * 1024:
+            wrong.append(
+                f"{name} needs {report.shared} bytes of shared memory on {arch}, its row says {case.shared} KiB"
+            )
     return wrong
 
 

@@ -1,13 +1,14 @@
 """Tile sizes by operation, architecture and dtype: fixed tables, because tuning at run time needs a device and time.
 
 A row is chosen by :func:`config`: one that was measured on this architecture (``tuned.py``, written by
-``python -m fgfast.kernels.tune``) before the default ones below, and among these the first whose shared memory the
-device has. Sizes are powers of two; rows of one operation stand in the order of preference.
+``python -m fgfast.kernels.tune``) before the ones below, those of this architecture before the default ones, and among
+these the first of the kind asked for whose channels and shared memory suffice. Sizes are powers of two.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,14 +19,19 @@ SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "
 
 
 class Row(NamedTuple):
-    """One row: for elements of ``bits`` bits, the tiles, warps and stages, and the shared memory that suffices."""
+    """One row: for what it is, the tiles, warps and stages, and the shared memory that suffices.
 
-    bits: int
+    ``kind`` is "half" (bfloat16 and float16) or "fp32"; for kmeans_step also "half aligned" (rows of pixels or channels
+    that start at multiples of 16 elements); for the contrast how products are made: "half", "fp16", "tf32" or "ieee".
+    """
+
+    kind: str
     tiles: dict[str, int]
     warps: int
     stages: int
     shared: int  # KiB; fgfast.kernels.aot holds the compiled kernels to it
     registers: int = 0  # see launch_options
+    channels: int = 0  # most channels that it serves, 0 for any
 
     @property
     def launch(self) -> dict[str, int]:
@@ -33,21 +39,86 @@ class Row(NamedTuple):
         return launch_options(self.warps, self.stages, self.registers)
 
 
-# A channel block of 256 bytes a pixel keeps the labels, which each block reads again, under 5% of the traffic.
-DEFAULTS: dict[str, tuple[Row, ...]] = {
-    "part_pool": (
-        Row(16, {"BLOCK_D": 128, "BLOCK_P": 64}, 8, 3, 64),
-        Row(16, {"BLOCK_D": 64, "BLOCK_P": 32}, 4, 1, 32),
-        Row(32, {"BLOCK_D": 64, "BLOCK_P": 32}, 4, 3, 64, MOST_REGISTERS),
-        Row(32, {"BLOCK_D": 32, "BLOCK_P": 32}, 4, 1, 32, MOST_REGISTERS),
+def _contrast(
+    kind: str, most: int, x: int, y: int, compared: int, d: int, warps: int, stages: int, shared: int,
+    registers: int = 0,
+) -> Row:  # fmt: skip
+    """Vectors kept, vectors a step, of them compared at a time, channels at a time: each one where d is ``most``."""
+    tiles = {"BLOCK_X": x, "BLOCK_Y": y, "BLOCK_S": compared, "BLOCK_D": d, "WHOLE": int(d == most)}
+    return Row(kind, tiles, warps, stages, shared, registers, most)
+
+
+def _kmeans_step(kind: str, n: int, d: int, s: int, held: int, most: int, warps: int, stages: int, shared: int) -> Row:
+    """Pixels and channels of a tile of scores, channels of a tile of sums, padded sums that a program keeps in its
+    registers, 96 or 128 a thread, and padded clusters of such a program.
+    """
+    tiles = {"BLOCK_N": n, "BLOCK_D": d, "BLOCK_S": s, "HELD": held, "MOST_K": most}
+    return Row(kind, tiles, warps, stages, shared)
+
+
+ROWS: dict[tuple[str, str], tuple[Row, ...]] = {
+    # A channel block of 256 bytes a pixel keeps the labels, which each block reads again, under 5% of the traffic.
+    ("part_pool", "default"): (
+        Row("half", {"BLOCK_D": 128, "BLOCK_P": 64}, 8, 3, 64),
+        Row("half", {"BLOCK_D": 64, "BLOCK_P": 32}, 4, 1, 32),
+        Row("fp32", {"BLOCK_D": 64, "BLOCK_P": 32}, 4, 3, 64, MOST_REGISTERS),
+        Row("fp32", {"BLOCK_D": 32, "BLOCK_P": 32}, 4, 1, 32, MOST_REGISTERS),
     ),
     # BLOCK_C, BLOCK_D: cells and channels of a tile; BLOCK_S: channels of a tile of sums, HELD of a program.
-    "kmeans_pyramid": (
-        Row(16, {"BLOCK_C": 64, "BLOCK_D": 64, "BLOCK_S": 64, "HELD": 256}, 4, 3, 72, MOST_REGISTERS),
-        Row(16, {"BLOCK_C": 32, "BLOCK_D": 32, "BLOCK_S": 32, "HELD": 64}, 4, 1, 48, MOST_REGISTERS),
-        Row(32, {"BLOCK_C": 32, "BLOCK_D": 32, "BLOCK_S": 32, "HELD": 64}, 4, 2, 48, MOST_REGISTERS),
+    ("kmeans_pyramid", "default"): (
+        Row("half", {"BLOCK_C": 32, "BLOCK_D": 64, "BLOCK_S": 64, "HELD": 256}, 4, 3, 72, MOST_REGISTERS),
+        Row("half", {"BLOCK_C": 32, "BLOCK_D": 32, "BLOCK_S": 32, "HELD": 64}, 4, 1, 48, MOST_REGISTERS),
+        Row("fp32", {"BLOCK_C": 32, "BLOCK_D": 32, "BLOCK_S": 32, "HELD": 64}, 4, 2, 48, MOST_REGISTERS),
+    ),
+    # A program has 256 threads: 8 warps, 4 on an AMD GPU.
+    ("kmeans_step", "default"): (
+        _kmeans_step("half", 16, 32, 128, 24 << 10, 128, 8, 2, 48),
+        _kmeans_step("fp32", 16, 32, 128, 24 << 10, 64, 8, 2, 48),
+    ),
+    ("kmeans_step", "gfx942"): (
+        _kmeans_step("half", 16, 32, 128, 24 << 10, 128, 4, 2, 48),
+        _kmeans_step("fp32", 16, 32, 128, 24 << 10, 64, 4, 2, 48),
+    ),
+    ("kmeans_step", "sm_90"): (_kmeans_step("half aligned", 64, 64, 128, 32 << 10, 128, 8, 4, 99),),
+    ("contrast forward", "default"): (
+        _contrast("half", 128, 128, 64, 16, 128, 8, 2, 72),
+        _contrast("half", 256, 64, 64, 32, 256, 8, 2, 99),
+        _contrast("half", 8192, 64, 64, 32, 64, 8, 2, 48),
+        _contrast("tf32", 128, 64, 32, 16, 128, 8, 2, 72),
+        _contrast("tf32", 8192, 64, 64, 32, 32, 8, 2, 48),
+        _contrast("ieee", 8192, 64, 64, 32, 32, 8, 2, 48),
+    ),
+    ("contrast gradient", "default"): (
+        _contrast("half", 128, 128, 32, 16, 128, 8, 2, 72, MOST_REGISTERS),
+        _contrast("half", 8192, 128, 64, 32, 64, 8, 2, 72, MOST_REGISTERS),
+        _contrast("tf32", 8192, 64, 64, 32, 32, 8, 2, 48, MOST_REGISTERS),
+        _contrast("ieee", 8192, 128, 64, 32, 16, 8, 2, 48),
+    ),
+    ("contrast forward", "sm_90"): (
+        _contrast("half", 256, 128, 128, 32, 256, 8, 2, 200),
+        _contrast("half", 8192, 128, 128, 32, 64, 8, 3, 99),
+    ),
+    ("contrast gradient", "sm_90"): (
+        # Of float16 a whole block of 256 channels, converted to bfloat16, would take too many registers.
+        _contrast("fp16", 128, 128, 64, 32, 128, 8, 3, 99),
+        _contrast("fp16", 8192, 128, 64, 32, 64, 8, 3, 99),
+        _contrast("half", 128, 128, 64, 32, 128, 8, 3, 99),
+        _contrast("half", 256, 128, 64, 16, 256, 8, 3, 163),
+        _contrast("half", 8192, 128, 64, 32, 64, 8, 3, 99),
+    ),
+    ("contrast forward", "gfx942"): (
+        _contrast("half", 8192, 32, 32, 32, 64, 4, 1, 48),
+        _contrast("tf32", 8192, 32, 32, 32, 32, 4, 1, 48),
+        _contrast("ieee", 8192, 32, 32, 32, 32, 4, 1, 48),
+    ),
+    ("contrast gradient", "gfx942"): (
+        _contrast("half", 8192, 32, 32, 32, 64, 4, 1, 48),
+        _contrast("tf32", 8192, 32, 32, 32, 32, 4, 1, 48),
+        _contrast("ieee", 8192, 32, 32, 32, 32, 4, 1, 48),
     ),
 }
+
+_forced: dict[str, Row] = {}  # by operation, while the tuner measures
 
 
 @cache
@@ -77,27 +148,73 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 4
 
 
+def row_kind(dtype: torch.dtype) -> str:
+    """The kind of the rows for ``dtype``: "fp32" or "half"."""
+    return "fp32" if dtype == torch.float32 else "half"
+
+
+def rows(op: str, arch: str) -> Iterator[Row]:
+    """The rows of ``op`` for an architecture, in the order of preference."""
+    yield from (Row(*row) for row in TUNED.get((op, arch), ()))
+    if arch != "default":
+        yield from ROWS.get((op, arch), ())
+    yield from ROWS[op, "default"]
+
+
+def choose(op: str, arch: str, shared: int, kinds: tuple[str, ...], channels: int = 0) -> Row | None:
+    """The first row of one of ``kinds`` that serves so many channels and takes at most ``shared`` KiB, or None."""
+    for row in rows(op, arch):
+        if row.kind in kinds and row.shared <= shared and channels <= (row.channels or channels):
+            return row
+    return None
+
+
 @cache
-def config(op: str, device: torch.device, dtype: torch.dtype) -> Row:
-    """The row for ``op`` on ``device``.
+def _config(op: str, device: torch.device, kinds: tuple[str, ...], channels: int) -> Row:
+    most = shared_memory(device)
+    row = choose(op, architecture(device), most, kinds, channels)
+    if row is None:
+        raise RuntimeError(
+            f"No tile sizes of {op} for {kinds[-1]} and {channels or 'any'} channels fit the {most} KiB of shared "
+            f"memory of {device}: use 'torch'."
+        )
+    return row
+
+
+def config(op: str, device: torch.device, *kinds: str, channels: int = 0) -> Row:
+    """The row for ``op`` on ``device``, of any of ``kinds``, for so many channels.
 
     Raises:
         RuntimeError: no row fits the shared memory of the device.
     """
-    bits, most = dtype.itemsize * 8, shared_memory(device)
-    rows = (*TUNED.get((op, architecture(device)), ()), *DEFAULTS[op])
-    for row in (Row(*r) for r in rows):
-        if row.bits == bits and row.shared <= most:
-            return row
-    raise RuntimeError(
-        f"No tile sizes of {op} for {dtype} fit the {most} KiB of shared memory of {device}: use 'torch'."
-    )
+    return _forced.get(op) or _config(op, device, kinds, channels)
 
 
-def table(op: str) -> Iterator[tuple[str, Row]]:
-    """Every row of ``op`` with a name: "part_pool row0", "part_pool tuned sm_90 row0"."""
-    for i, row in enumerate(DEFAULTS[op]):
-        yield f"{op} row{i}", row
-    for (name, arch), rows in TUNED.items():
-        if name == op:
-            yield from ((f"{op} tuned {arch} row{i}", Row(*row)) for i, row in enumerate(rows))
+@contextmanager
+def forced(op: str, row: Row) -> Iterator[None]:
+    """Let ``op`` take this row whatever the table says."""
+    _forced[op] = row
+    try:
+        yield
+    finally:
+        del _forced[op]
+
+
+def table(op: str) -> Iterator[tuple[str, str, Row]]:
+    """Every row of ``op`` with its architecture and a name: "row0", "sm_90 row0", "tuned sm_90 row0"."""
+    tables: tuple[tuple[str, Mapping[tuple[str, str], Sequence[Any]]], ...] = (("", ROWS), ("tuned ", TUNED))
+    for before, known in tables:
+        for (name, arch), its in known.items():
+            if name == op:
+                where = "" if arch == "default" else f"{arch} "
+                yield from ((arch, f"{before}{where}row{i}", Row(*row)) for i, row in enumerate(its))
+
+
+def served(op: str, arch: str, row: Row) -> tuple[str, ...]:
+    """The architectures that may take a row of ``op`` which stands under ``arch``: where it fits, nothing hides it."""
+    if arch != "default":
+        return (arch,)
+    return tuple(
+        a for a, most in SHARED.items()
+        if row.shared <= most and not any(r.kind == row.kind for r in ROWS.get((op, a), ()))
+    )  # fmt: skip

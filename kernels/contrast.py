@@ -16,7 +16,6 @@ backward dL/ds is rounded to bfloat16 for bfloat16 and float16 vectors, and sums
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ import triton
 from torch import Tensor
 
 from fgfast.kernels import _contrast_device as device_side
-from fgfast.kernels._common import AotCase, interpreted, on_device_of, output_dtype
-from fgfast.kernels.configs import SHARED, architecture, processors
+from fgfast.kernels._common import AotCase, interpreted, launch_options, on_device_of, output_dtype
+from fgfast.kernels.configs import Row, config, processors, served, table
 from fgfast.ops._contrast_tiled import BOUNDED, LN2, LOG2E
 from fgfast.ops.ids import Ids
 
@@ -48,47 +47,18 @@ class Tile:
     whole: bool
     warps: int
     stages: int
+    registers: int = 0
+
+    @classmethod
+    def of(cls, row: Row) -> "Tile":
+        """A row of the table."""
+        t = row.tiles
+        sizes = (t["BLOCK_X"], t["BLOCK_Y"], t["BLOCK_S"], t["BLOCK_D"], bool(t["WHOLE"]))
+        return cls(*sizes, row.warps, row.stages, row.registers)
 
     @property
     def options(self) -> dict[str, Any]:
         return {"BLOCK_X": self.x, "BLOCK_Y": self.y, "BLOCK_S": self.compared, "BLOCK_D": self.d, "WHOLE": self.whole}
-
-
-# By kernel, architecture and arithmetic: the largest D that a row serves, in ascending order.
-TILES: dict[tuple[str, str, str], dict[int, Tile]] = {
-    ("forward", "default", "half"): {
-        128: Tile(128, 64, 16, 128, True, 8, 2),
-        256: Tile(64, 64, 32, 256, True, 8, 2),
-        8192: Tile(64, 64, 32, 64, False, 8, 2),
-    },
-    ("gradient", "default", "half"): {
-        128: Tile(128, 32, 16, 128, True, 8, 2),
-        8192: Tile(128, 64, 32, 64, False, 8, 2),
-    },
-    ("forward", "default", "tf32"): {128: Tile(64, 32, 16, 128, True, 8, 2), 8192: Tile(64, 64, 32, 32, False, 8, 2)},
-    ("gradient", "default", "tf32"): {8192: Tile(64, 64, 32, 32, False, 8, 2)},
-    ("forward", "default", "ieee"): {8192: Tile(64, 64, 32, 32, False, 8, 2)},
-    ("gradient", "default", "ieee"): {8192: Tile(128, 64, 32, 16, False, 8, 2)},
-    ("forward", "sm_90", "half"): {
-        256: Tile(128, 128, 32, 256, True, 8, 2),
-        8192: Tile(128, 128, 32, 64, False, 8, 3),
-    },
-    ("gradient", "sm_90", "half"): {
-        128: Tile(128, 64, 32, 128, True, 8, 3),
-        256: Tile(128, 64, 16, 256, True, 8, 3),
-        8192: Tile(128, 64, 32, 64, False, 8, 3),
-    },
-    ("gradient", "sm_90", "fp16"): {  # its conversion of a whole block to bfloat16 would take too many registers
-        128: Tile(128, 64, 32, 128, True, 8, 3),
-        8192: Tile(128, 64, 32, 64, False, 8, 3),
-    },
-    ("forward", "gfx942", "half"): {8192: Tile(32, 32, 32, 64, False, 4, 1)},
-    ("gradient", "gfx942", "half"): {8192: Tile(32, 32, 32, 64, False, 4, 1)},
-    ("forward", "gfx942", "tf32"): {8192: Tile(32, 32, 32, 32, False, 4, 1)},
-    ("gradient", "gfx942", "tf32"): {8192: Tile(32, 32, 32, 32, False, 4, 1)},
-    ("forward", "gfx942", "ieee"): {8192: Tile(32, 32, 32, 32, False, 4, 1)},
-    ("gradient", "gfx942", "ieee"): {8192: Tile(32, 32, 32, 32, False, 4, 1)},
-}
 
 
 def arithmetic(dtype: torch.dtype, precision: str) -> str:
@@ -101,12 +71,10 @@ def programs_wanted(device: torch.device) -> int:
     return 2 * processors(device) if device.type == "cuda" else 1
 
 
-def tile(kernel: str, arch: str, kind: str, d: int) -> Tile:
-    """The row of the table for ``kernel`` ("forward" or "gradient") and vectors of d channels."""
-    general = "half" if kind == "fp16" else kind
-    names = [(kernel, a, k) for a in (arch, "default") for k in (kind, general)]
-    rows = next(TILES[name] for name in names if name in TILES)
-    return next((row for largest, row in sorted(rows.items()) if d <= largest), rows[max(rows)])
+def tile(kernel: str, device: torch.device, kind: str, channels: int) -> Tile:
+    """How ``kernel`` ("forward" or "gradient") is cut for vectors of so many channels."""
+    kinds = ("fp16", "half") if kind == "fp16" else (kind,)
+    return Tile.of(config(f"contrast {kernel}", device, *kinds, channels=channels))
 
 
 @dataclass
@@ -145,7 +113,7 @@ class _Problem:
         self.bounded = normalize and self.pointer is None and self.scale <= BOUNDED
         kind = arithmetic(query.dtype, precision)
         self.precision = "tf32" if kind == "tf32" else "ieee"
-        self.tile = tile(kernel, architecture(query.device), kind, query.shape[1])
+        self.tile = tile(kernel, query.device, kind, query.shape[1])
         self.coefficients = self._coefficients(query, rows)
         self.rows = self.prepare(query, query_ids, rows)
         self.keys = self.rows if key is None else self.prepare(key, key_ids)
@@ -195,7 +163,7 @@ class _Problem:
             cut["BLOCK_D"] = _channels(self.rows.x.shape[1], cut["BLOCK_D"])
         return cut | {
             "NEGATIVES": self.negatives, "BOUNDED": self.bounded, "CHUNK": CHUNK, "PRECISION": self.precision,
-            "UPCAST": interpreted(), "num_warps": self.tile.warps, "num_stages": self.tile.stages,
+            "UPCAST": interpreted(), **launch_options(self.tile.warps, self.tile.stages, self.tile.registers),
         }  # fmt: skip
 
 
@@ -388,16 +356,17 @@ def aot_cases() -> Iterator[AotCase]:
             rare = dtype == "fp16" or splits == 1
             yield _case(f"finish {dtype} {splits}", device_side.finish, dtype, finish, rare=rare)
     yield _case("join", device_side.join, "fp32", {"BLOCK": 128})
-    for (kernel, arch, kind), rows in TILES.items():
-        archs: tuple[str, ...] = (arch,)
-        if arch == "default":
-            archs = tuple(a for a in SHARED if (kernel, a, kind) not in TILES)
-        dtypes = {"half": ("bf16", "fp16"), "fp16": ("fp16",)}.get(kind, ("fp32",))
-        if kind == "half" and (kernel, arch, "fp16") in TILES:
-            dtypes = ("bf16",)
-        for dtype, (largest, row) in product(dtypes, rows.items()):
-            name = f"{kernel} {arch} {dtype} {kind} D{largest}"
-            yield from _tile_cases(name, kernel, dtype, kind, row, archs)
+    for kernel in ("forward", "gradient"):
+        found = list(table(f"contrast {kernel}"))
+        for arch, row_name, row in found:
+            dtypes = {"half": ("bf16", "fp16"), "fp16": ("fp16",)}.get(row.kind, ("fp32",))
+            if row.kind == "half" and any(a == arch and r.kind == "fp16" for a, _, r in found):
+                dtypes = ("bf16",)
+            archs, tuned = served(f"contrast {kernel}", arch, row), "tuned" in row_name
+            for dtype in dtypes:
+                name = f"{kernel} {arch} {dtype} {row.kind} D{row.channels}{' tuned' * tuned}"
+                for case in _tile_cases(name, kernel, dtype, row.kind, Tile.of(row), archs):
+                    yield case._replace(tuned=tuned, registers=row.registers, shared=row.shared)
 
 
 def _tile_cases(name: str, kernel: str, dtype: str, kind: str, row: Tile, archs: tuple[str, ...]) -> Iterator[AotCase]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fgfast.kernels import _pyramid_device as device_side
 from fgfast.kernels._common import AotCase, interpreted, launch_options, on_device_of, output_dtype
-from fgfast.kernels.configs import SHARED, Row, config, table
+from fgfast.kernels.configs import Row, config, row_kind, served, table
 from fgfast.kernels.kmeans import GRAM, SAMPLES, Outcome, drawn, inner_products, sample
 from fgfast.kernels.kmeans_step import power
 from fgfast.ops._kmeans_pyramid import Pyramid
@@ -68,7 +68,7 @@ class Levels:
         longest = max(*size, *(n for _, h, w in self.sizes for n in (h, w)))
         if longest > LONGEST:
             raise ValueError(f"A side of {longest} is too long for the Triton kernels ({LONGEST}): choose 'torch'.")
-        self.row = config("kmeans_pyramid", x.device, x.dtype)
+        self.row = config("kmeans_pyramid", x.device, row_kind(x.dtype))
         self.pad = min(self.row.tiles["BLOCK_D"], power(max(d for d, _, _ in self.sizes)))
         self.padded = tuple(triton.cdiv(d, self.pad) * self.pad for d, _, _ in self.sizes)
         self.DP = sum(self.padded)
@@ -235,7 +235,7 @@ class Solver:
                 *x.size, self.strips, self.blocks, x.DP, x.channels, self.K,
                 START=begin, LENGTHS=lengths, COSINE=self.cosine, WEIGHTED=self.weight is not None,
                 FARTHEST=empty == "farthest", **x.known, PAD=x.pad, BLOCK=256, BLOCK_D=self.BLOCK_M, KP=self.KP,
-                num_warps=self.cut["MOVE_WARPS"],
+                **launch_options(self.cut["MOVE_WARPS"], x.row.stages, x.row.registers),
             )  # fmt: skip
 
     def lloyd(self, centroids: Tensor, n_iter: int, limit: Tensor, empty: str) -> Outcome:
@@ -366,10 +366,10 @@ LAYOUTS = {  # the stride that is 1 (or none), whether rows follow each other, p
 
 def aot_cases() -> Iterator[AotCase]:
     """Every kernel, dtype and table row, for both memory orders, gaps between rows, and the most clusters."""
-    for (name, row), kind in product(table("kmeans_pyramid"), ("bf16", "fp16", "fp32")):
-        if row.bits != (32 if kind == "fp32" else 16):
+    for (arch, name, row), kind in product(table("kmeans_pyramid"), ("bf16", "fp16", "fp32")):
+        if (row.kind == "fp32") != (kind == "fp32"):
             continue
-        archs = tuple(a for a in SHARED if (a in name.split() if "tuned" in name else SHARED[a] >= row.shared))
+        archs = served("kmeans_pyramid", arch, row)
         for layout, (unit, flat, weighted, cosine, KP) in LAYOUTS.items():
             t, cut = row.tiles, blocks(row, KP)
             BLOCK_S, BLOCK_C = cut["BLOCK_S"], cut["BLOCK_C"]
@@ -393,10 +393,11 @@ def aot_cases() -> Iterator[AotCase]:
                 once = kernel in (device_side.grams, device_side.rows, device_side.squares)
                 if once and (layout in ("channels", "many") or (kernel is device_side.squares and kind != "fp32")):
                     continue
-                full = f"kmeans_pyramid {name.split()[-1]} {kernel.__name__} {kind} {layout}"
-                warps = {device_side.score: cut["warps"], device_side.move: cut["MOVE_WARPS"]}.get(kernel, 4)
-                roomy = kernel in (device_side.score, device_side.sums)
-                launch = row._replace(warps=warps, registers=row.registers if roomy else 0)
+                full = f"kmeans_pyramid {name} {kernel.__name__} {kind} {layout}"
+                warps = {
+                    device_side.score: cut["warps"], device_side.sums: row.warps, device_side.move: cut["MOVE_WARPS"],
+                }.get(kernel)  # fmt: skip
+                launch = row._replace(warps=warps or 4, registers=row.registers if warps else 0)
                 yield _case(full, kernel, kind, unit, flags | own, launch, archs, rare, "tuned" in name)
 
 
@@ -422,4 +423,6 @@ def _case(
         n: "constexpr" if n in constants else types.get(n, "*fp32:16" if n.endswith("_ptr") else "i32")
         for n in kernel.arg_names
     }
-    return AotCase(name, kernel, signature, constants, row.warps, row.stages, archs, rare, tuned, row.registers)
+    return AotCase(
+        name, kernel, signature, constants, row.warps, row.stages, archs, rare, tuned, row.registers, row.shared
+    )

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fgfast.kernels._common import AotCase, dtype_name, interpreted, launch_options, output_dtype, widened
-from fgfast.kernels.configs import SHARED, architecture, processors
+from fgfast.kernels._common import MOST_REGISTERS, AotCase, interpreted, launch_options, output_dtype, widened
+from fgfast.kernels.configs import SHARED, Row, choose, config, processors, row_kind
 
 EPS = tl.constexpr(1e-12)
 SHARE = 0.08  # of the bytes of x: the most that partial sums may cost, written and read
@@ -451,36 +451,6 @@ def _prepare(
 
 # ---------------------------------------------------------------- the host side
 
-# BLOCK_N, BLOCK_D: pixels and channels of a tile of scores; BLOCK_S: channels of a tile of sums; HELD: padded sums that
-# a program keeps in registers, 96 or 128 a thread; MOST_K: padded clusters of such a program.
-TILES: dict[tuple[str, str], dict[str, int]] = {
-    ("default", "fp32"): {
-        "BLOCK_N": 16,
-        "BLOCK_D": 32,
-        "BLOCK_S": 128,
-        "HELD": 24 << 10,
-        "MOST_K": 64,
-        "num_stages": 2,
-    },
-    ("default", "fp16"): {
-        "BLOCK_N": 16,
-        "BLOCK_D": 32,
-        "BLOCK_S": 128,
-        "HELD": 24 << 10,
-        "MOST_K": 128,
-        "num_stages": 2,
-    },
-    ("default", "bf16"): {
-        "BLOCK_N": 16,
-        "BLOCK_D": 32,
-        "BLOCK_S": 128,
-        "HELD": 24 << 10,
-        "MOST_K": 128,
-        "num_stages": 2,
-    },
-    ("sm_90", "fp16"): {"BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_S": 128, "HELD": 32 << 10, "MOST_K": 128, "num_stages": 4},
-    ("sm_90", "bf16"): {"BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_S": 128, "HELD": 32 << 10, "MOST_K": 128, "num_stages": 4},
-}  # a row of an architecture serves rows of pixels or channels that start at multiples of 16 elements
 MOST_CHUNKS = 8  # tiles of sums that a program holds: each takes registers for its addresses too
 
 
@@ -489,34 +459,35 @@ def power(n: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(n))
 
 
-ASSIGN_REGISTERS = 128  # two programs a multiprocessor
+REGISTERS = {"step": MOST_REGISTERS, "assign": 128, "sum": 0}  # see launch_options; of 128 two programs fit
 
 
-def tile(arch: str, dtype: str, channels: int, clusters: int, aligned: bool) -> dict[str, int]:
-    """The tile of a step on D channels and K clusters; HELD says whether the sums fit the registers.
+def kinds(dtype: torch.dtype, aligned: bool) -> tuple[str, ...]:
+    """The kinds of rows that serve ``dtype``, where rows of pixels or channels start at multiples of 16 elements."""
+    return (row_kind(dtype), *([f"{row_kind(dtype)} aligned"] if aligned else []))
 
-    A program has 256 threads: 8 warps, 4 on an AMD GPU.
-    """
-    rows = TILES if aligned else {}
-    row = {"num_warps": 4 if arch.startswith("gfx") else 8} | rows.get((arch, dtype), TILES["default", dtype])
-    row["BLOCK_S"] = min(row["BLOCK_S"], power(channels))
-    row["BLOCK_D"] = min(row["BLOCK_D"], row["BLOCK_S"])
-    row["BLOCK_K"] = power(clusters)
-    row["CHUNKS"] = max(1, triton.cdiv(channels, row["BLOCK_S"]))
-    sums = row["CHUNKS"] * row["BLOCK_S"] * row["BLOCK_K"]
-    if row["BLOCK_K"] > row.pop("MOST_K") or row["CHUNKS"] > MOST_CHUNKS or sums > row["HELD"]:
-        row |= {"HELD": 0, "BLOCK_N": 32, "BLOCK_S": min(64, row["BLOCK_S"])}
-        row["BLOCK_D"] = min(16 if dtype == "fp32" else 32, row["BLOCK_S"])
-        row["BLOCK_K"] = min(64, row["BLOCK_K"])
-        row["CHUNKS"] = triton.cdiv(channels, row["BLOCK_S"])
-        return row
+
+def tile(row: Row, channels: int, clusters: int) -> dict[str, int]:
+    """A row of the table cut to D channels and K clusters; HELD says whether the sums fit the registers."""
+    t = row.tiles | {"num_warps": row.warps, "num_stages": row.stages}
+    t["BLOCK_S"] = min(t["BLOCK_S"], power(channels))
+    t["BLOCK_D"] = min(t["BLOCK_D"], t["BLOCK_S"])
+    t["BLOCK_K"] = power(clusters)
+    t["CHUNKS"] = max(1, triton.cdiv(channels, t["BLOCK_S"]))
+    sums = t["CHUNKS"] * t["BLOCK_S"] * t["BLOCK_K"]
+    if t["BLOCK_K"] > t.pop("MOST_K") or t["CHUNKS"] > MOST_CHUNKS or sums > t["HELD"]:
+        t |= {"HELD": 0, "BLOCK_N": 32, "BLOCK_S": min(64, t["BLOCK_S"])}
+        t["BLOCK_D"] = min(16 if row.kind == "fp32" else 32, t["BLOCK_S"])
+        t["BLOCK_K"] = min(64, t["BLOCK_K"])
+        t["CHUNKS"] = triton.cdiv(channels, t["BLOCK_S"])
+        return t
     if sums > 16 << 10:
-        row["BLOCK_N"] = min(32, row["BLOCK_N"])
-    if row["BLOCK_K"] == 128:
-        row["BLOCK_N"] = 16
-    if row["BLOCK_N"] == 16 and sums > 16 << 10:
-        row["BLOCK_D"] = min(16, row["BLOCK_D"])
-    return row | {"HELD": 1}
+        t["BLOCK_N"] = min(32, t["BLOCK_N"])
+    if t["BLOCK_K"] == 128:
+        t["BLOCK_N"] = 16
+    if t["BLOCK_N"] == 16 and sums > 16 << 10:
+        t["BLOCK_D"] = min(16, t["BLOCK_D"])
+    return t | {"HELD": 1}
 
 
 def splits(batch: int, tiles: int, affordable: int, processors: int) -> int:
@@ -555,7 +526,7 @@ class Solver:
             raise ValueError(f"x has {self.N} pixels and the Triton kernels take 2^31 - 1: choose backend 'torch'.")
         self.weight = None if weight is None else weight.to(torch.float32).contiguous()
         aligned = x.data_ptr() % 16 == 0 and all(stride % 16 == 0 or stride == 1 for stride in x.stride())
-        self.tile = t = tile(architecture(x.device), dtype_name(x.dtype), self.D, clusters, aligned)
+        self.tile = t = tile(config("kmeans_step", x.device, *kinds(x.dtype, aligned)), self.D, clusters)
         self.DP = t["CHUNKS"] * t["BLOCK_S"]
         self.KP = triton.cdiv(clusters, t["BLOCK_K"]) * t["BLOCK_K"]
         across = x.stride(3) if x.dim() == 4 else x.stride(2)
@@ -607,25 +578,24 @@ class Solver:
         weight = out.inertia if self.weight is None else self.weight
         near_or, done_or = (out.inertia if near is None else near), (out.changed if done is None else done)
         common = self.common | {"LLOYD": lloyd}
-        launch = launch_options(t["num_warps"], t["num_stages"])
+        launch = {n: launch_options(t["num_warps"], t["num_stages"], r) for n, r in REGISTERS.items()}
         if t["HELD"]:
             _step[(rows,)](
                 self.x, self.m, self.bias, self.mu, weight, done_or, self.labels, near_or, *out,
-                *sizes, self.splits, self.turns, *self.strides, **common, **launch, COSINE=self.cosine,
+                *sizes, self.splits, self.turns, *self.strides, **common, **launch["step"], COSINE=self.cosine,
                 ATOMIC=self.atomic,
                 **{name: t[name] for name in ("BLOCK_N", "BLOCK_D", "BLOCK_S", "BLOCK_K", "CHUNKS")},
             )  # fmt: skip
         else:
-            assign = launch_options(t["num_warps"], t["num_stages"], ASSIGN_REGISTERS)
             padded = (*sizes, self.DP, self.KP, self.splits, self.turns)
             _assign[(rows,)](
                 self.x, self.m, self.bias, self.mu, weight, done_or, self.labels, near_or, self.scale, out.inertia,
-                out.changed, *padded, *self.strides, **common, **assign, COSINE=self.cosine,
+                out.changed, *padded, *self.strides, **common, **launch["assign"], COSINE=self.cosine,
                 **{name: t[name] for name in ("BLOCK_N", "BLOCK_D", "BLOCK_K")},
             )  # fmt: skip
             _sum[(rows * (self.DP // t["BLOCK_S"]) * (self.KP // t["BLOCK_K"]),)](
                 self.x, weight, done_or, self.labels, self.scale, out.sums, out.counts, *padded, *self.strides,
-                **common, **launch, UNIT=not (self.cosine or self.common["WEIGHTED"]),
+                **common, **launch["sum"], UNIT=not (self.cosine or self.common["WEIGHTED"]),
                 **{name: t[name] for name in ("BLOCK_N", "BLOCK_S", "BLOCK_K")},
             )  # fmt: skip
         if self.totals is not out:
@@ -685,6 +655,7 @@ LAYOUTS = {
     "odd": Layout("stride_d", True, False, False, False),
     "gaps": Layout("stride_x", False, False, True, True),
 }
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DEMANDING = ("maps cosine", "gaps")  # the most registers, among aligned layouts and of all
 
 
@@ -707,17 +678,18 @@ def case(
 
 def aot_cases() -> Iterator[AotCase]:
     """Every kernel, dtype and table row: demanding layouts at a shape of each class, the others at two of them."""
-    for dtype, (channels, clusters), (name, layout) in product(("fp32", "fp16", "bf16"), SHAPES, LAYOUTS.items()):
+    for dtype, (channels, clusters), (name, layout) in product(DTYPES, SHAPES, LAYOUTS.items()):
         if name not in DEMANDING and (channels, clusters) not in ((768, 25), (2048, 256)):
             continue
         tiles: dict[tuple[tuple[str, int], ...], list[str]] = {}
-        for arch in SHARED:
-            found = tile(arch, dtype, channels, clusters, layout.aligned)
-            tiles.setdefault(tuple(found.items()), []).append(arch)
+        for arch, most in SHARED.items():
+            row = choose("kmeans_step", arch, most, kinds(DTYPES[dtype], layout.aligned))
+            assert row is not None
+            tiles.setdefault(tuple(tile(row, channels, clusters).items()), []).append(arch)
         for precision in ("ieee", "tf32") if dtype == "fp32" and name == "channels" else ("ieee",):
             for items, archs in tiles.items():
-                row = "default" if archs[0] == next(iter(SHARED)) else archs[0]
-                full = f"{row} {dtype}{' tf32' * (precision == 'tf32')} {channels}x{clusters} {name}"
+                name_of_row = "default" if archs[0] == next(iter(SHARED)) else archs[0]
+                full = f"{name_of_row} {dtype}{' tf32' * (precision == 'tf32')} {channels}x{clusters} {name}"
                 rare = (channels, clusters, name) not in TYPICAL
                 yield from _step_cases(full, dtype, dict(items), channels, layout, precision, tuple(archs), rare)
     small = {"num_warps": 4, "num_stages": 3}
@@ -741,13 +713,13 @@ def _step_cases(
 
     def one(which: str, kernel: triton.JITFunction, names: tuple[str, ...], **flags: Any) -> AotCase:
         blocks: dict[str, Any] = {n: t[n] for n in names}
-        return case(f"kmeans {which} {name}", kernel, dtype, t, layout.aligned, **known, **blocks, **flags)
+        found = case(f"kmeans {which} {name}", kernel, dtype, t, layout.aligned, **known, **blocks, **flags)
+        return found._replace(registers=REGISTERS[which])
 
     if t["HELD"]:
         blocks = ("BLOCK_N", "BLOCK_D", "BLOCK_S", "BLOCK_K", "CHUNKS")
         yield one("step", _step, blocks, COSINE=layout.cosine, ATOMIC=False)
     else:
-        assign = one("assign", _assign, ("BLOCK_N", "BLOCK_D", "BLOCK_K"), COSINE=layout.cosine)
-        yield assign._replace(registers=ASSIGN_REGISTERS)
+        yield one("assign", _assign, ("BLOCK_N", "BLOCK_D", "BLOCK_K"), COSINE=layout.cosine)
         unit = not (layout.weighted or layout.cosine)
         yield one("sum", _sum, ("BLOCK_N", "BLOCK_S", "BLOCK_K"), UNIT=unit)

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fgfast.kernels._common import AotCase, interpreted, on_device_of, output_dtype, widened
-from fgfast.kernels.configs import SHARED, Row, config, processors, table
+from fgfast.kernels._common import MOST_REGISTERS, AotCase, interpreted, on_device_of, output_dtype, widened
+from fgfast.kernels.configs import Row, config, processors, row_kind, served, table
 from fgfast.kernels.tune import TuneCase
 
 JOIN_D = 32
@@ -303,9 +303,7 @@ def _blocks(row: Row, channels: int, parts: int, flat: bool) -> dict[str, int]:
     return {"BLOCK_D": block_d, "BLOCK_P": row.tiles["BLOCK_P"] // (1 if flat else 2), "BLOCK_K": block_k}
 
 
-def pool(
-    features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, mean: bool, row: Row | None = None
-) -> tuple[Tensor, Tensor]:
+def pool(features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, mean: bool) -> tuple[Tensor, Tensor]:
     """Sums or means [B, K, D] of features [B, D, h, w], and area float32 [B, K]; labels and weight are [B, h, w]."""
     batch, channels, height, width = features.shape
     pixels, device = height * width, features.device
@@ -316,7 +314,7 @@ def pool(
     if channels == 0:
         stand_in = features.new_zeros(batch, 1, height, width)
         return pooled.to(features.dtype), pool(stand_in, labels, n_parts, weight, mean)[1]
-    row = row or config("part_pool", device, features.dtype)
+    row = config("part_pool", device, row_kind(features.dtype))
     flat = _flat(features, labels, weight)
     blocks = _blocks(row, channels, n_parts, flat)
     tiles = batch * triton.cdiv(channels, blocks["BLOCK_D"]) * triton.cdiv(n_parts, blocks["BLOCK_K"])
@@ -349,7 +347,6 @@ def pool_backward(
     area: Tensor,
     mean: bool,
     empty: Tensor,
-    row: Row | None = None,
 ) -> Tensor:
     """The gradient of the features, in ``empty`` [B, D, h, w] of any strides; grad is [B, K, D], area [B, K]."""
     batch, n_parts, channels = grad.shape
@@ -359,7 +356,7 @@ def pool_backward(
         return empty
     wide = output_dtype(empty.dtype)
     out = empty if wide == empty.dtype else torch.empty_like(empty, dtype=wide)
-    row = row or config("part_pool", device, grad.dtype)
+    row = config("part_pool", device, row_kind(grad.dtype))
     flat = _flat(labels, weight, out)
     blocks = _blocks(row, channels, n_parts, flat)
     tiles = batch * triton.cdiv(channels, blocks["BLOCK_D"])
@@ -403,18 +400,23 @@ def tune_cases() -> Iterator[TuneCase]:
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.randn(32, 1024, 64, 64, device="cuda", dtype=dtype)
         labels = torch.randint(-1, 15, (32, 64, 64), device="cuda")
-        bits = dtype.itemsize * 8
+        sort, bits = row_kind(dtype), dtype.itemsize * 8
 
-        def run(row: Row, x: Tensor = x, labels: Tensor = labels) -> None:
-            pooled, area = pool(x, labels, 15, None, True, row)
-            pool_backward(pooled, labels, None, area, True, torch.empty_like(x), row)
+        def run(x: Tensor = x, labels: Tensor = labels) -> None:
+            pooled, area = pool(x, labels, 15, None, True)
+            pool_backward(pooled, labels, None, area, True, torch.empty_like(x))
 
-        rows = [
-            Row(bits, {"BLOCK_D": d, "BLOCK_P": p}, warps, stages, stages * d * p * bits // 8192 + 16)
-            for d, p, warps, stages in product((32, 64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4))
-            if d * bits // 8 >= 256 and d * p <= 16384
-        ]
-        yield TuneCase("part_pool", rows, run)
+        yield TuneCase(
+            "part_pool",
+            [
+                Row(sort, {"BLOCK_D": d, "BLOCK_P": p}, warps, stages, stages * d * p * bits // 8192 + 16, registers)
+                for d, p, warps, stages, registers in product(
+                    (32, 64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4), (0, MOST_REGISTERS)
+                )
+                if d * bits // 8 >= 256 and d * p <= 16384
+            ],
+            run,
+        )
 
 
 def aot_cases() -> Iterator[AotCase]:
@@ -428,10 +430,9 @@ def aot_cases() -> Iterator[AotCase]:
     }
     fixed = {"UPCAST": False, "WIDE": False, "MEAN": True}
     types = dict.fromkeys(("weight", "area", "parts", "areas"), "*fp32:16") | {"labels": "*i64:16", "grid": "*i64:16"}
-    for name, row in table("part_pool"):
-        tuned = "tuned" in name
-        archs = tuple(a for a in SHARED if (a in name.split() if tuned else SHARED[a] >= row.shared))
-        for kind in ("fp32",) if row.bits == 32 else ("bf16", "fp16"):
+    for arch, name, row in table("part_pool"):
+        name, tuned, archs = f"part_pool {name}", "tuned" in name, served("part_pool", arch, row)
+        for kind in ("fp32",) if row.kind == "fp32" else ("bf16", "fp16"):
             pointers = types | dict.fromkeys(("x", "grad", "out", "pooled"), f"*{kind}:16")
             for order, (flat, weighted, size, parts) in orders.items():
                 if kind == "fp16" and order != "rows":
@@ -443,7 +444,7 @@ def aot_cases() -> Iterator[AotCase]:
                 for way, kernel in (("forward", forward_kernel), ("backward", backward_kernel)):
                     full = f"{name} {way} {kind} {order}"
                     yield _case(full, kernel, pointers, flags, size, row, archs, rare, tuned)
-    small = Row(64, {}, 4, 3, 32)  # what Triton takes where a launch says nothing
+    small = Row("fp32", {}, 4, 3, 32)  # what Triton takes where a launch says nothing
     for kind in ("fp32", "bf16", "fp16"):
         flags = fixed | {"BLOCK_D": JOIN_D, "BLOCK_K": MOST_PARTS}
         pointers = types | {"pooled": f"*{kind}:16"}
@@ -460,4 +461,6 @@ def _case(
     """A case where every argument that is neither pointer nor flag has the type ``size``."""
     constexprs = {n: v for n, v in flags.items() if n in kernel.arg_names}
     signature = {n: "constexpr" if n in constexprs else pointers.get(n, size) for n in kernel.arg_names}
-    return AotCase(name, kernel, signature, constexprs, row.warps, row.stages, archs, rare, tuned, row.registers)
+    return AotCase(
+        name, kernel, signature, constexprs, row.warps, row.stages, archs, rare, tuned, row.registers, row.shared
+    )

@@ -15,21 +15,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fgfast.kernels.configs import Row, architecture
+from fgfast.kernels.configs import Row, architecture, forced
 from fgfast.kernels.tuned import TUNED
 
 HERE = Path(__file__).parent
 HEADER = '''"""Rows measured on a device, written by ``python -m fgfast.kernels.tune``: (op, architecture) -> rows."""
 
-TUNED: dict[tuple[str, str], list[tuple[int, dict[str, int], int, int, int]]] = '''
+TUNED: dict[tuple[str, str], list[tuple[str, dict[str, int], int, int, int, int, int]]] = '''
 
 
 class TuneCase(NamedTuple):
-    """What is timed: ``run(row)`` for each of ``rows``, on tensors of the size that the row is meant for."""
+    """What is timed: ``run()`` with each of ``rows``, on tensors of the size that the row is meant for."""
 
     op: str
     rows: Sequence[Row]
-    run: Callable[[Row], Any]
+    run: Callable[[], Any]
 
 
 def cases() -> Iterator[TuneCase]:
@@ -47,7 +47,8 @@ def fastest(case: TuneCase) -> tuple[Row, float]:
     times: dict[int, float] = {}
     for i, row in enumerate(case.rows):
         try:
-            times[i] = do_bench(lambda row=row: case.run(row), return_mode="median")
+            with forced(case.op, row):
+                times[i] = do_bench(case.run, return_mode="median")
         except OutOfResources:
             continue
     best = min(times, key=lambda i: times[i])
@@ -59,7 +60,7 @@ def text(tuned: dict[tuple[str, str], list[tuple[Any, ...]]]) -> str:
 
     Example:
         >>> text({}).splitlines()[-1]
-        'TUNED: dict[tuple[str, str], list[tuple[int, dict[str, int], int, int, int]]] = {}'
+        'TUNED: dict[tuple[str, str], list[tuple[str, dict[str, int], int, int, int, int, int]]] = {}'
     """
     return HEADER + pprint.pformat(tuned, width=110, sort_dicts=True) + "\n"
 
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in cases():
         if chosen.only in case.op:
             row, ms = fastest(case)
-            print(f"{case.op} {arch} {row.bits} bits: {row} {ms:.3f} ms")
+            print(f"{case.op} {arch} {row.kind}: {row} {ms:.3f} ms")
             found.setdefault((case.op, arch), []).append(tuple(row))
     path = HERE / "tuned.py"
     path.write_text(text({**TUNED, **found}))

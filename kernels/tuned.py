@@ -1,3 +1,3 @@
 """Rows measured on a device, written by ``python -m fgfast.kernels.tune``: (op, architecture) -> rows."""
 
-TUNED: dict[tuple[str, str], list[tuple[int, dict[str, int], int, int, int]]] = {}
+TUNED: dict[tuple[str, str], list[tuple[str, dict[str, int], int, int, int, int, int]]] = {}

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fgfast.kernels import aot, configs, contrast, kmeans_step, tune
+from fgfast.kernels import aot, configs, kmeans_step, tune
 
 
 def run(module, *arguments, **environment):
@@ -43,14 +43,18 @@ def test_every_kernel_and_every_default_row_is_compiled():
         "prepare", "forward", "join", "gradient", "finish", "perturb_kernel",
         "score", "sums", "move", "grams", "squares", "rows",
     }  # fmt: skip
-    rows = {name for name, _ in configs.table("part_pool") if "tuned" not in name}
-    assert rows == {" ".join(case.name.split()[:2]) for case in cases if case.name.startswith("part_pool row")}
-    assert {(arch, dtype) for arch, dtype in kmeans_step.TILES} == {
-        tuple(case.name.split()[2:4]) for case in cases if case.kernel in (kmeans_step._step, kmeans_step._assign)
-    }
-    assert {row for row in contrast.TILES if row[1] != "gfx942"} == {
-        (words[1], words[2], words[4]) for words in (case.name.split() for case in cases) if words[1] in ways
-    }
+    names = [case.name.split() for case in cases]
+    for op in ("part_pool", "kmeans_pyramid"):
+        rows = {name for _, name, _ in configs.table(op) if "tuned" not in name}
+        assert rows == {words[1] for words in names if words[0] == op and words[1].startswith("row")}
+    steps = [case.name.split()[2:4] for case in cases if case.kernel in (kmeans_step._step, kmeans_step._assign)]
+    assert {arch for arch, _ in steps} == {"default", "sm_90"}
+    assert {dtype for _, dtype in steps} == {"fp32", "fp16", "bf16"}
+    wanted = {
+        (way, arch, row.kind, f"D{row.channels}")
+        for way in ways for arch, _, row in configs.table(f"contrast {way}") if arch != "gfx942"
+    }  # fmt: skip
+    assert wanted == {(w[1], w[2], w[4], w[5]) for w in names if w[1] in ways}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
@@ -81,30 +85,49 @@ def test_what_a_compilation_may_not_do_is_named(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shared", [227, 99, 64, 48])
-def test_an_unknown_device_gets_a_row_that_fits(dtype, shared, monkeypatch):
-    monkeypatch.setattr(configs, "architecture", lambda device: "sm_999")
-    monkeypatch.setattr(configs, "shared_memory", lambda device: shared)
-    row = configs.config.__wrapped__("part_pool", torch.device("cuda"), dtype)
+def test_an_unknown_device_gets_a_row_that_fits(dtype, shared):
+    row = configs.choose("part_pool", "sm_999", shared, (configs.row_kind(dtype),))
+    assert row is not None
     assert row.shared <= shared
-    assert row.bits == dtype.itemsize * 8
+    assert row.kind == ("fp32" if dtype == torch.float32 else "half")
 
 
 def test_no_row_that_fits_is_an_error(monkeypatch):
     monkeypatch.setattr(configs, "shared_memory", lambda device: 1)
     with pytest.raises(RuntimeError, match="part_pool"):
-        configs.config.__wrapped__("part_pool", torch.device("cpu"), torch.float32)
+        configs._config.__wrapped__("part_pool", torch.device("cpu"), ("fp32",), 0)
 
 
 def test_a_measured_row_comes_first(monkeypatch):
-    measured = (32, {"BLOCK_D": 128, "BLOCK_P": 128}, 8, 4, 200)
-    monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
+    measured = ("fp32", {"BLOCK_D": 128, "BLOCK_P": 128}, 8, 4, 200, 0, 0)
     monkeypatch.setitem(configs.TUNED, ("part_pool", "sm_90"), [measured])
-    assert configs.config.__wrapped__("part_pool", torch.device("cpu"), torch.float32) == measured
-    assert "part_pool tuned sm_90 row0" in dict(configs.table("part_pool"))
+    assert configs.choose("part_pool", "sm_90", 227, ("fp32",)) == measured
+    assert configs.choose("part_pool", "sm_90", 163, ("fp32",)) == configs.ROWS["part_pool", "default"][2]
+    assert ("sm_90", "tuned sm_90 row0") in [found[:2] for found in configs.table("part_pool")]
+
+
+def test_a_forced_row_holds_for_its_operation_alone():
+    device, row = torch.device("cpu"), configs.ROWS["part_pool", "default"][1]
+    usual = configs.config("part_pool", device, "half")
+    with configs.forced("part_pool", row):
+        assert configs.config("part_pool", device, "half") == row
+        assert configs.config("kmeans_step", device, "half") != row
+    assert configs.config("part_pool", device, "half") == usual != row
+
+
+@pytest.mark.parametrize(
+    ("kinds", "channels", "wanted"),
+    [(("half",), 128, ("half", 128)), (("half",), 129, ("half", 256)), (("half",), 257, ("half", 8192)),
+     (("fp16", "half"), 200, ("fp16", 8192)), (("ieee",), 8192, ("ieee", 8192))],
+)  # fmt: skip
+def test_the_first_row_that_serves_kind_and_channels(kinds, channels, wanted):
+    row = configs.choose("contrast gradient", "sm_90", 227, kinds, channels)
+    assert row is not None
+    assert (row.kind, row.channels) == wanted
 
 
 def test_the_tuner_writes_what_is_read():
-    tuned = {("part_pool", "sm_90"): [(32, {"BLOCK_D": 128, "BLOCK_P": 128}, 8, 4, 200)] * 3}
+    tuned = {("part_pool", "sm_90"): [("fp32", {"BLOCK_D": 128, "BLOCK_P": 128}, 8, 4, 200, 0, 0)] * 3}
     scope = {}
     exec(tune.text(tuned), scope)
     assert scope["TUNED"] == tuned

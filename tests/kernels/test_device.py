@@ -91,7 +91,7 @@ def test_autocast_changes_nothing(name: str, dtype: torch.dtype) -> None:
 @gpu
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_captured_in_a_graph(name: str) -> None:
-    """No launch of an operation waits for the device: a graph holds it, and a replay reads what its inputs hold then."""
+    """No operation waits for the device: a graph holds its launches, and a replay reads what the inputs hold then."""
     run, still = OPERATIONS[name], inputs(0)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -128,7 +128,7 @@ def test_streams_do_not_meet(name: str) -> None:
 
 
 def far_apart(x: Tensor) -> Iterator[Tensor]:
-    """x [B, D, h, w] with 2^31 elements from a picture to the next, and from a channel to the next."""
+    """The values of x [B, D, h, w] with 2^31 elements from a picture to the next, and from a channel to the next."""
     batch, channels, height, width = x.shape
     for strides in ((FAR, height * width, width, 1), (height * width, FAR, width, 1)):
         shape = (2, channels, height, width) if strides[0] == FAR else (batch, 2, height, width)
