@@ -78,6 +78,8 @@ def test_what_a_compilation_may_not_do_is_named(monkeypatch):
     assert "spills 4 bytes" in aot.faults({case: aot.Report(255, 4, 0)})[0]
     assert "99 KiB" in aot.faults({case: aot.Report(100, 0, 99 * 1024 + 1)})[0]
     assert "does not compile" in aot.faults({case: aot.Report(0, 0, 0, "Error: no")})[0]
+    row = ("fgfast.kernels.part_pool", "part_pool row1 forward bf16 rows", "sm_90")
+    assert "may have 32 KiB" in aot.faults({row: aot.Report(100, 0, 32 * 1024 + 1)})[0]
     tuned = aot.cases(case[0])[case[1]]._replace(tuned=True)
     monkeypatch.setattr(aot, "cases", lambda module: {case[1]: tuned})
     assert aot.faults({case: aot.Report(255, 4, 0)}) == []
