@@ -39,7 +39,7 @@ class Row(NamedTuple):
         return launch_options(self.warps, self.stages, self.registers)
 
 
-def _contrast(
+def contrast_row(
     kind: str, most: int, x: int, y: int, compared: int, d: int, warps: int, stages: int, shared: int,
     registers: int = 0,
 ) -> Row:  # fmt: skip
@@ -48,12 +48,14 @@ def _contrast(
     return Row(kind, tiles, warps, stages, shared, registers, most)
 
 
-def _kmeans_step(kind: str, n: int, d: int, s: int, held: int, most: int, warps: int, stages: int, shared: int) -> Row:
+def kmeans_row(
+    kind: str, n: int, d: int, s: int, held: int, most: int, warps: int, stages: int, shared: int, registers: int = 0
+) -> Row:
     """Pixels and channels of a tile of scores, channels of a tile of sums, padded sums that a program keeps in its
     registers, 96 or 128 a thread, and padded clusters of such a program.
     """
     tiles = {"BLOCK_N": n, "BLOCK_D": d, "BLOCK_S": s, "HELD": held, "MOST_K": most}
-    return Row(kind, tiles, warps, stages, shared)
+    return Row(kind, tiles, warps, stages, shared, registers)
 
 
 ROWS: dict[tuple[str, str], tuple[Row, ...]] = {
@@ -72,49 +74,49 @@ ROWS: dict[tuple[str, str], tuple[Row, ...]] = {
     ),
     # A program has 256 threads: 8 warps, 4 on an AMD GPU.
     ("kmeans_step", "default"): (
-        _kmeans_step("half", 16, 32, 128, 24 << 10, 128, 8, 2, 48),
-        _kmeans_step("fp32", 16, 32, 128, 24 << 10, 64, 8, 2, 48),
+        kmeans_row("half", 16, 32, 128, 24 << 10, 128, 8, 2, 48),
+        kmeans_row("fp32", 16, 32, 128, 24 << 10, 64, 8, 2, 48, MOST_REGISTERS),
     ),
     ("kmeans_step", "gfx942"): (
-        _kmeans_step("half", 16, 32, 128, 24 << 10, 128, 4, 2, 48),
-        _kmeans_step("fp32", 16, 32, 128, 24 << 10, 64, 4, 2, 48),
+        kmeans_row("half", 16, 32, 128, 24 << 10, 128, 4, 2, 48),
+        kmeans_row("fp32", 16, 32, 128, 24 << 10, 64, 4, 2, 48),
     ),
-    ("kmeans_step", "sm_90"): (_kmeans_step("half aligned", 64, 64, 128, 32 << 10, 128, 8, 4, 99),),
+    ("kmeans_step", "sm_90"): (kmeans_row("half aligned", 64, 64, 128, 32 << 10, 128, 8, 4, 99),),
     ("contrast forward", "default"): (
-        _contrast("half", 128, 128, 64, 16, 128, 8, 2, 72),
-        _contrast("half", 256, 64, 64, 32, 256, 8, 2, 99),
-        _contrast("half", 8192, 64, 64, 32, 64, 8, 2, 48),
-        _contrast("tf32", 128, 64, 32, 16, 128, 8, 2, 72),
-        _contrast("tf32", 8192, 64, 64, 32, 32, 8, 2, 48),
-        _contrast("ieee", 8192, 64, 64, 32, 32, 8, 2, 48),
+        contrast_row("half", 128, 128, 64, 16, 128, 8, 2, 72),
+        contrast_row("half", 256, 64, 64, 32, 256, 8, 2, 99),
+        contrast_row("half", 8192, 64, 64, 32, 64, 8, 2, 48),
+        contrast_row("tf32", 128, 64, 32, 16, 128, 8, 2, 72),
+        contrast_row("tf32", 8192, 64, 64, 32, 32, 8, 2, 48),
+        contrast_row("ieee", 8192, 64, 64, 32, 32, 8, 2, 48),
     ),
     ("contrast gradient", "default"): (
-        _contrast("half", 128, 128, 32, 16, 128, 8, 2, 72, MOST_REGISTERS),
-        _contrast("half", 8192, 128, 64, 32, 64, 8, 2, 72, MOST_REGISTERS),
-        _contrast("tf32", 8192, 64, 64, 32, 32, 8, 2, 48, MOST_REGISTERS),
-        _contrast("ieee", 8192, 128, 64, 32, 16, 8, 2, 48),
+        contrast_row("half", 128, 128, 32, 16, 128, 8, 2, 72, MOST_REGISTERS),
+        contrast_row("half", 8192, 128, 64, 32, 64, 8, 2, 72, MOST_REGISTERS),
+        contrast_row("tf32", 8192, 64, 64, 32, 32, 8, 2, 48, MOST_REGISTERS),
+        contrast_row("ieee", 8192, 128, 64, 32, 16, 8, 2, 48),
     ),
     ("contrast forward", "sm_90"): (
-        _contrast("half", 256, 128, 128, 32, 256, 8, 2, 200),
-        _contrast("half", 8192, 128, 128, 32, 64, 8, 3, 99),
+        contrast_row("half", 256, 128, 128, 32, 256, 8, 2, 200),
+        contrast_row("half", 8192, 128, 128, 32, 64, 8, 3, 99),
     ),
     ("contrast gradient", "sm_90"): (
         # Of float16 a whole block of 256 channels, converted to bfloat16, would take too many registers.
-        _contrast("fp16", 128, 128, 64, 32, 128, 8, 3, 99),
-        _contrast("fp16", 8192, 128, 64, 32, 64, 8, 3, 99),
-        _contrast("half", 128, 128, 64, 32, 128, 8, 3, 99),
-        _contrast("half", 256, 128, 64, 16, 256, 8, 3, 163),
-        _contrast("half", 8192, 128, 64, 32, 64, 8, 3, 99),
+        contrast_row("fp16", 128, 128, 64, 32, 128, 8, 3, 99),
+        contrast_row("fp16", 8192, 128, 64, 32, 64, 8, 3, 99),
+        contrast_row("half", 128, 128, 64, 32, 128, 8, 3, 99),
+        contrast_row("half", 256, 128, 64, 16, 256, 8, 3, 163),
+        contrast_row("half", 8192, 128, 64, 32, 64, 8, 3, 99),
     ),
     ("contrast forward", "gfx942"): (
-        _contrast("half", 8192, 32, 32, 32, 64, 4, 1, 48),
-        _contrast("tf32", 8192, 32, 32, 32, 32, 4, 1, 48),
-        _contrast("ieee", 8192, 32, 32, 32, 32, 4, 1, 48),
+        contrast_row("half", 8192, 32, 32, 32, 64, 4, 1, 48),
+        contrast_row("tf32", 8192, 32, 32, 32, 32, 4, 1, 48),
+        contrast_row("ieee", 8192, 32, 32, 32, 32, 4, 1, 48),
     ),
     ("contrast gradient", "gfx942"): (
-        _contrast("half", 8192, 32, 32, 32, 64, 4, 1, 48),
-        _contrast("tf32", 8192, 32, 32, 32, 32, 4, 1, 48),
-        _contrast("ieee", 8192, 32, 32, 32, 32, 4, 1, 48),
+        contrast_row("half", 8192, 32, 32, 32, 64, 4, 1, 48),
+        contrast_row("tf32", 8192, 32, 32, 32, 32, 4, 1, 48),
+        contrast_row("ieee", 8192, 32, 32, 32, 32, 4, 1, 48),
     ),
 }
 

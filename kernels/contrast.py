@@ -16,6 +16,8 @@ backward dL/ds is rounded to bfloat16 for bfloat16 and float16 vectors, and sums
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -23,8 +25,9 @@ import triton
 from torch import Tensor
 
 from fgfast.kernels import _contrast_device as device_side
-from fgfast.kernels._common import AotCase, interpreted, launch_options, on_device_of, output_dtype
-from fgfast.kernels.configs import Row, config, processors, served, table
+from fgfast.kernels._common import MOST_REGISTERS, AotCase, interpreted, launch_options, on_device_of, output_dtype
+from fgfast.kernels.configs import Row, config, contrast_row, processors, served, table
+from fgfast.kernels.tune import TuneCase
 from fgfast.ops._contrast_tiled import BOUNDED, LN2, LOG2E
 from fgfast.ops.ids import Ids
 
@@ -341,6 +344,30 @@ def _case(
     absent = [n for n in ("temperature", "partial") if n in kernel.arg_names and kernel is not device_side.join]
     known = constexprs | dict.fromkeys(contiguous, 1) | dict.fromkeys(absent)
     return AotCase(f"contrast {name}", kernel, _signature(kernel, dtype, known), known, warps, stages, archs, rare)
+
+
+def tune_cases(device: str = "cuda", number: int = 1 << 14) -> Iterator[TuneCase]:
+    """Query and key of up to 256 channels, held whole, and of 1,024."""
+    sizes = list(product((64, 128), (32, 64, 128), (16, 32), (16, 32, 64, 0), (4, 8), (2, 3), (0, MOST_REGISTERS)))
+    for dtype, (channels, most) in product(
+        (torch.bfloat16, torch.float32), ((128, 128), (256, 256), (1024, LARGEST_D))
+    ):
+        query, key = (torch.randn(number, channels, device=device, dtype=dtype) for _ in range(2))
+        image = torch.arange(number, device=device)
+        one, two = (Ids(image, torch.zeros_like(image), torch.full_like(image, view)) for view in (0, 1))
+        call: tuple[Any, ...] = (query, one, key, two, None, None, 0.1, "all", True, "ieee")
+        _, lse, count = forward(*call)
+        runs = {
+            "forward": partial(forward, *call),
+            "gradient": partial(backward, torch.ones_like(lse), lse, count, [True, True, False, False], *call),
+        }
+        rows = [
+            contrast_row(arithmetic(dtype, "ieee"), most, x, y, compared, d or channels, warps, stages, 0, registers)
+            for x, y, compared, d, warps, stages, registers in sizes
+            if compared <= y and (d or channels) <= 256
+        ]
+        for kernel, run in runs.items():
+            yield TuneCase(f"contrast {kernel}", rows, run)
 
 
 def aot_cases() -> Iterator[AotCase]:

@@ -13,6 +13,7 @@ k-means++ has the pixels that it draws from at hand, :data:`SAMPLED` numbers at 
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -22,10 +23,11 @@ import triton
 from torch import Tensor
 
 from fgfast.kernels import _pyramid_device as device_side
-from fgfast.kernels._common import AotCase, interpreted, launch_options, on_device_of, output_dtype
+from fgfast.kernels._common import MOST_REGISTERS, AotCase, interpreted, launch_options, on_device_of, output_dtype
 from fgfast.kernels.configs import Row, config, row_kind, served, table
 from fgfast.kernels.kmeans import GRAM, SAMPLES, Outcome, drawn, inner_products, sample
 from fgfast.kernels.kmeans_step import power
+from fgfast.kernels.tune import TuneCase
 from fgfast.ops._kmeans_pyramid import Pyramid
 from fgfast.ops._kmeans_start import start
 from fgfast.reference.draws import uniform
@@ -362,6 +364,23 @@ LAYOUTS = {  # the stride that is 1 (or none), whether rows follow each other, p
     "gaps": (None, False, True, True, 64),
     "many": (3, True, False, False, 256),
 }
+
+
+def tune_cases(
+    device: str = "cuda", pictures: int = 32, side: int = 64, channels: tuple[int, int] = (1024, 2048)
+) -> Iterator[TuneCase]:
+    """Four iterations for 15 clusters of the last two maps of a ResNet-50."""
+    for dtype in (torch.bfloat16, torch.float32):
+        shapes = [(pictures, d, side // s, side // s) for d, s in zip(channels, (2, 4), strict=True)]
+        maps = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
+        sizes = product((16, 32, 64), (32, 64), (32, 64), (64, 128, 256), (4, 8), (1, 2, 3), (0, MOST_REGISTERS))
+        rows = [
+            Row(row_kind(dtype), {"BLOCK_C": c, "BLOCK_D": d, "BLOCK_S": s, "HELD": held}, warps, stages, 0, most)
+            for c, d, s, held, warps, stages, most in sizes
+        ]
+        seed, n = torch.zeros(1, dtype=torch.int64), side * side
+        fixed = (maps, (side, side), 15, 4, "random", None, n, 1, 0.0, None, "euclidean", "farthest", seed, "ieee")
+        yield TuneCase("kmeans_pyramid", rows, partial(kmeans, *fixed))
 
 
 def aot_cases() -> Iterator[AotCase]:

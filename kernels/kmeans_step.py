@@ -14,6 +14,7 @@ registers. Where K x D does not fit there, `_assign` finds the labels and `_sum`
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -22,8 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fgfast.kernels._common import MOST_REGISTERS, AotCase, interpreted, launch_options, output_dtype, widened
-from fgfast.kernels.configs import SHARED, Row, choose, config, processors, row_kind
+from fgfast.kernels._common import AotCase, interpreted, launch_options, output_dtype, widened
+from fgfast.kernels.configs import SHARED, Row, choose, config, kmeans_row, processors, row_kind
+from fgfast.kernels.tune import TuneCase
 
 EPS = tl.constexpr(1e-12)
 SHARE = 0.08  # of the bytes of x: the most that partial sums may cost, written and read
@@ -459,7 +461,7 @@ def power(n: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(n))
 
 
-REGISTERS = {"step": MOST_REGISTERS, "assign": 128, "sum": 0}  # see launch_options; of 128 two programs fit
+ASSIGN_REGISTERS = 128  # two programs a multiprocessor
 
 
 def kinds(dtype: torch.dtype, aligned: bool) -> tuple[str, ...]:
@@ -469,7 +471,7 @@ def kinds(dtype: torch.dtype, aligned: bool) -> tuple[str, ...]:
 
 def tile(row: Row, channels: int, clusters: int) -> dict[str, int]:
     """A row of the table cut to D channels and K clusters; HELD says whether the sums fit the registers."""
-    t = row.tiles | {"num_warps": row.warps, "num_stages": row.stages}
+    t = row.tiles | {"num_warps": row.warps, "num_stages": row.stages, "registers": row.registers}
     t["BLOCK_S"] = min(t["BLOCK_S"], power(channels))
     t["BLOCK_D"] = min(t["BLOCK_D"], t["BLOCK_S"])
     t["BLOCK_K"] = power(clusters)
@@ -578,11 +580,11 @@ class Solver:
         weight = out.inertia if self.weight is None else self.weight
         near_or, done_or = (out.inertia if near is None else near), (out.changed if done is None else done)
         common = self.common | {"LLOYD": lloyd}
-        launch = {n: launch_options(t["num_warps"], t["num_stages"], r) for n, r in REGISTERS.items()}
+        launch = partial(launch_options, t["num_warps"], t["num_stages"])
         if t["HELD"]:
             _step[(rows,)](
                 self.x, self.m, self.bias, self.mu, weight, done_or, self.labels, near_or, *out,
-                *sizes, self.splits, self.turns, *self.strides, **common, **launch["step"], COSINE=self.cosine,
+                *sizes, self.splits, self.turns, *self.strides, **common, **launch(t["registers"]), COSINE=self.cosine,
                 ATOMIC=self.atomic,
                 **{name: t[name] for name in ("BLOCK_N", "BLOCK_D", "BLOCK_S", "BLOCK_K", "CHUNKS")},
             )  # fmt: skip
@@ -590,12 +592,12 @@ class Solver:
             padded = (*sizes, self.DP, self.KP, self.splits, self.turns)
             _assign[(rows,)](
                 self.x, self.m, self.bias, self.mu, weight, done_or, self.labels, near_or, self.scale, out.inertia,
-                out.changed, *padded, *self.strides, **common, **launch["assign"], COSINE=self.cosine,
+                out.changed, *padded, *self.strides, **common, **launch(ASSIGN_REGISTERS), COSINE=self.cosine,
                 **{name: t[name] for name in ("BLOCK_N", "BLOCK_D", "BLOCK_K")},
             )  # fmt: skip
             _sum[(rows * (self.DP // t["BLOCK_S"]) * (self.KP // t["BLOCK_K"]),)](
                 self.x, weight, done_or, self.labels, self.scale, out.sums, out.counts, *padded, *self.strides,
-                **common, **launch["sum"], UNIT=not (self.cosine or self.common["WEIGHTED"]),
+                **common, **launch(), UNIT=not (self.cosine or self.common["WEIGHTED"]),
                 **{name: t[name] for name in ("BLOCK_N", "BLOCK_S", "BLOCK_K")},
             )  # fmt: skip
         if self.totals is not out:
@@ -615,6 +617,20 @@ def kmeans_step(
     solver.prepare(centroids)
     totals = solver.step()
     return solver.labels, totals.sums, totals.counts, totals.inertia
+
+
+def tune_cases(device: str = "cuda", pictures: int = 32, side: int = 64) -> Iterator[TuneCase]:
+    """A step with 768 channels and 25 clusters."""
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn(pictures, 768, side, side, device=device, dtype=dtype)
+        centroids = x[:, :, 0, :25].mT.contiguous()
+        sizes = product((16, 32, 64), (16, 32, 64), (64, 128), (16 << 10, 24 << 10, 32 << 10), (4, 8), (2, 3, 4))
+        rows = [
+            kmeans_row(kinds(dtype, aligned=True)[-1], n, d, s, held, 128, warps, stages, 0)
+            for n, d, s, held, warps, stages in sizes
+            if d <= s
+        ]
+        yield TuneCase("kmeans_step", rows, partial(kmeans_step, x, centroids, None, "euclidean", "ieee", True))
 
 
 # ---------------------------------------------------------------- ahead of time
@@ -714,7 +730,7 @@ def _step_cases(
     def one(which: str, kernel: triton.JITFunction, names: tuple[str, ...], **flags: Any) -> AotCase:
         blocks: dict[str, Any] = {n: t[n] for n in names}
         found = case(f"kmeans {which} {name}", kernel, dtype, t, layout.aligned, **known, **blocks, **flags)
-        return found._replace(registers=REGISTERS[which])
+        return found._replace(registers={"step": t["registers"], "assign": ASSIGN_REGISTERS}.get(which, 0))
 
     if t["HELD"]:
         blocks = ("BLOCK_N", "BLOCK_D", "BLOCK_S", "BLOCK_K", "CHUNKS")

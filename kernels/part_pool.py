@@ -395,28 +395,23 @@ def _grid_blocks(parts: int, widest: int, width: int) -> dict[str, int]:
     return {"BLOCK_J": block_j, "BLOCK_X": block_x, "BLOCK_K": block_k}
 
 
-def tune_cases() -> Iterator[TuneCase]:
-    """Forward and backward at 64 x 64 pixels, 1,024 channels and 15 parts."""
+def tune_cases(device: str = "cuda", pictures: int = 32, side: int = 64) -> Iterator[TuneCase]:
+    """Forward and backward with 1,024 channels and 15 parts."""
     for dtype in (torch.bfloat16, torch.float32):
-        x = torch.randn(32, 1024, 64, 64, device="cuda", dtype=dtype)
-        labels = torch.randint(-1, 15, (32, 64, 64), device="cuda")
-        sort, bits = row_kind(dtype), dtype.itemsize * 8
+        x = torch.randn(pictures, 1024, side, side, device=device, dtype=dtype)
+        labels = torch.randint(-1, 15, (pictures, side, side), device=device)
 
         def run(x: Tensor = x, labels: Tensor = labels) -> None:
             pooled, area = pool(x, labels, 15, None, True)
             pool_backward(pooled, labels, None, area, True, torch.empty_like(x))
 
-        yield TuneCase(
-            "part_pool",
-            [
-                Row(sort, {"BLOCK_D": d, "BLOCK_P": p}, warps, stages, stages * d * p * bits // 8192 + 16, registers)
-                for d, p, warps, stages, registers in product(
-                    (32, 64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4), (0, MOST_REGISTERS)
-                )
-                if d * bits // 8 >= 256 and d * p <= 16384
-            ],
-            run,
-        )
+        sizes = product((32, 64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4), (0, MOST_REGISTERS))
+        rows = [
+            Row(row_kind(dtype), {"BLOCK_D": d, "BLOCK_P": p}, warps, stages, 0, registers)
+            for d, p, warps, stages, registers in sizes
+            if d * dtype.itemsize >= 256 and d * p <= 16384
+        ]
+        yield TuneCase("part_pool", rows, run)
 
 
 def aot_cases() -> Iterator[AotCase]:

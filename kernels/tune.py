@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fgfast.kernels.configs import Row, architecture, forced
+from fgfast.kernels.configs import Row, architecture, forced, shared_memory
 from fgfast.kernels.tuned import TUNED
 
 HERE = Path(__file__).parent
@@ -73,11 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("No GPU was found: run this on the machine whose tile sizes you want.", file=sys.stderr)
         return 2
-    arch = architecture(torch.device("cuda", torch.cuda.current_device()))
+    device = torch.device("cuda", torch.cuda.current_device())
+    arch = architecture(device)
     found: dict[tuple[str, str], list[tuple[Any, ...]]] = {}
     for case in cases():
         if chosen.only in case.op:
             row, ms = fastest(case)
+            row = row._replace(shared=shared_memory(device))  # it has just run there
             print(f"{case.op} {arch} {row.kind}: {row} {ms:.3f} ms")
             found.setdefault((case.op, arch), []).append(tuple(row))
     path = HERE / "tuned.py"

@@ -1,5 +1,6 @@
 """Tables of tile sizes, the compile check and the tuner."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -140,3 +141,18 @@ def test_the_tuner_says_that_it_needs_a_gpu():
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "GPU" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="small cases for the interpreter")
+@pytest.mark.parametrize("op", ["part_pool", "kmeans_step", "kmeans_pyramid", "contrast"])
+def test_every_row_that_is_tried_is_one_the_operation_takes(op):
+    """What the tuner calls works with a row of its own list, and with no other operation's."""
+    module = importlib.import_module(f"fgfast.kernels.{op}")
+    size = {"number": 8} if op == "contrast" else {"pictures": 1, "side": 4}
+    size |= {"channels": (16, 32)} if op == "kmeans_pyramid" else {}
+    found = list(module.tune_cases("cpu", **size))
+    assert {case.op for case in found} == ({"contrast forward", "contrast gradient"} if op == "contrast" else {op})
+    for case in found:
+        assert len(case.rows) == len({str(row) for row in case.rows}) > 1
+        with configs.forced(case.op, case.rows[0]):
+            case.run()
