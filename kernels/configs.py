@@ -92,8 +92,8 @@ ROWS: dict[tuple[str, str], tuple[Row, ...]] = {
     ),
     ("contrast gradient", "default"): (
         contrast_row("half", 128, 128, 32, 16, 128, 8, 2, 72, MOST_REGISTERS),
-        contrast_row("half", 8192, 128, 64, 32, 64, 8, 2, 72, MOST_REGISTERS),
-        contrast_row("tf32", 8192, 64, 64, 32, 32, 8, 2, 48, MOST_REGISTERS),
+        contrast_row("half", 8192, 128, 64, 16, 64, 8, 2, 72),
+        contrast_row("tf32", 8192, 64, 64, 32, 32, 8, 2, 64, MOST_REGISTERS),
         contrast_row("ieee", 8192, 128, 64, 32, 16, 8, 2, 48),
     ),
     ("contrast forward", "sm_90"): (
