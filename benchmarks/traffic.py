@@ -130,7 +130,20 @@ def contrast(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
     yield Count("contrast backward", shape, name, given + 12 * m + fewest(*(g.float() for g in grads)), traffic, None)
 
 
-KERNELS = (part_pool, labels_to_grid, kmeans_step, kmeans, assign_and_pool, contrast)
+def perturb(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
+    """With both criteria and noise that is given: each row is read once, std and the flags by every program.
+
+    At this size the 32 programs read those more often than a tenth of the rows' bytes, so the ratio has no goal.
+    """
+    x, w, noise = (torch.randn(64, 256).to(dtype) for _ in range(3))
+    low, std = torch.rand(256) < 0.3, torch.rand(256)
+    run = partial(fgfast.perturb, x, w, low_variance=low, std=std, noise=noise, backend="triton")
+    out, traffic = _counted([x, w, noise, low, std], run)
+    smallest = fewest(x, w, noise, low, std, out.features.float(), out.mask)
+    yield Count("perturb", sizes(B=64, D=256), name, smallest, traffic, None)
+
+
+KERNELS = (part_pool, labels_to_grid, kmeans_step, kmeans, assign_and_pool, contrast, perturb)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 

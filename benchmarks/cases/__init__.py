@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.cases import contrast, kmeans, kmeans_step, mask, part_pool
+from benchmarks.cases import contrast, kmeans, kmeans_step, mask, part_pool, perturb
 from benchmarks.timing import Case
 
 OPERATIONS = {
@@ -17,6 +17,7 @@ OPERATIONS = {
     "kmeans": kmeans.cases,
     "part_pool": part_pool.cases,
     "pivotal_mask": mask.cases,
+    "perturb": perturb.cases,
 }
 
 

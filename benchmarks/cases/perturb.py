@@ -1,0 +1,78 @@
+"""perturb with both criteria and given noise: against sort, cumulative sum and where."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases.common import DTYPES, TOLERANCES, compiled, generator, ours, sizes
+from benchmarks.timing import Answer, Case, Judge, Judged, Variant, distance
+from fgfast import perturb
+
+SHARE = 0.3  # of the dimensions that each criterion takes
+
+
+class Rows(NamedTuple):
+    features: Tensor
+    gradient: Tensor
+    low: Tensor
+    std: Tensor
+    noise: Tensor
+
+
+def rows(b: int, d: int, dtype: torch.dtype, device: torch.device, seed: int, low: float = SHARE) -> Rows:
+    """Random rows; ``low`` is the share of dimensions that vary little, and over 0.7 or so the guard has work."""
+    g = generator(device, seed)
+    x, w, noise = (torch.randn(b, d, device=device, generator=g).to(dtype) for _ in range(3))
+    std = torch.rand(d, device=device, generator=g)
+    return Rows(x, w, torch.rand(d, device=device, generator=g) < low, std, noise)
+
+
+def plain(r: Rows) -> Answer:
+    """The lowest |w x| by topk, the union, the guard by a sort and a cumulative sum, noise where the mask says so."""
+    x, w = r.features.float(), r.gradient.float()
+    index = (w * x).abs().topk(int(SHARE * x.shape[1]), dim=1, largest=False).indices
+    mask = torch.zeros_like(x, dtype=torch.bool).scatter_(1, index, True) | r.low
+    square = x.square()
+    order = torch.where(mask, square, torch.inf).sort(1)
+    kept = order.values.cumsum(1) <= 0.5 * square.sum(1, keepdim=True)
+    mask &= torch.zeros_like(mask).scatter_(1, order.indices, kept)
+    changed = torch.where(mask, x + x.norm(dim=1, keepdim=True) * r.std * r.noise, x)
+    return [changed.to(r.features.dtype), mask.float()]
+
+
+def fgfast(r: Rows, backend: str | None = None) -> Answer:
+    """The operation, its mask as numbers."""
+    out = perturb(r.features, r.gradient, low_variance=r.low, std=r.std, lowest=SHARE, noise=r.noise, backend=backend)
+    return [out.features, out.mask.float()]
+
+
+def judge(r: Rows) -> Judge:
+    right = fgfast(r, "reference")
+    return lambda answer: Judged(distance(answer, right))
+
+
+def case(b: int, d: int, dtype: str, device: torch.device, quick: bool) -> Case:
+    backend, itemsize = ours(device), DTYPES[dtype].itemsize
+    run: Callable[[Rows], Answer] = partial(fgfast, backend=backend)
+    variants = (
+        Variant(f"fgfast {backend}", lambda: run),
+        Variant("eager sort", lambda: plain),
+        Variant("torch.compile sort", lambda: compiled(plain)),
+    )
+    return Case(
+        "perturb", sizes(B=b, D=d), dtype, partial(rows, b, d, DTYPES[dtype], device), variants, judge,
+        TOLERANCES[dtype], bytes=b * d * (4 * itemsize + 1) + 5 * d, operations=b * d, input_bytes=3 * b * d * itemsize,
+        quick=quick,
+    )  # fmt: skip
+
+
+def cases(device: torch.device, tiny: bool = False) -> Iterator[Case]:
+    if tiny:
+        yield case(3, 32, "fp32", device, True)
+        return
+    for dtype in ("bf16", "fp32"):
+        yield case(4096, 2048, dtype, device, dtype == "bf16")
+    yield case(256, 512, "bf16", device, False)
