@@ -71,15 +71,16 @@ def labels_to_grid(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count
 def kmeans_step(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
     """With the launch that prepares the centroids. The interpreter keeps these as float32 for every dtype.
 
-    At 768 channels they and a tile of pixels fit the 128 KiB on chip in bfloat16 and do not in float32: the count for
-    bfloat16 is that of float32 centroids, so it has no goal. One problem is split among the processors (four, where
-    there is none) and pays for partial sums, which is part of the ratio.
+    Four problems are a program each, as 128 are on a GPU. One problem is split among the processors (four, where there
+    is none) and pays for partial sums and for the centroids alone. At 768 channels centroids and a tile of pixels fit
+    the 128 KiB on chip in bfloat16 and do not in float32: the count for bfloat16 is that of float32 centroids, so it
+    has no goal.
     """
-    for n, d, k in ((1600, 256, 8), *(() if quick else ((3136, 512, 25), (1568, 768, 25)))):
-        x, centroids = torch.randn(1, n, d).to(dtype), torch.randn(1, k, d)
+    for b, n, d, k in ((1, 1600, 256, 8), *(() if quick else ((4, 3136, 256, 25), (1, 1568, 768, 25)))):
+        x, centroids = torch.randn(b, n, d).to(dtype), torch.randn(b, k, d)
         out, traffic = _counted([x, centroids], partial(fgfast.kmeans_step, x, centroids, backend="triton"))
         goal = None if d == 768 and dtype != torch.float32 else 1.10
-        yield Count("kmeans_step", sizes(B=1, N=n, D=d, K=k), name, fewest(x, centroids, *out), traffic, goal)
+        yield Count("kmeans_step", sizes(B=b, N=n, D=d, K=k), name, fewest(x, centroids, *out), traffic, goal)
 
 
 def kmeans(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
