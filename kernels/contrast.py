@@ -9,9 +9,15 @@ the vectors whose gradient it makes and computes the tiles anew, and ``finish`` 
 is key and logits are bounded, one ``gradient`` serves both sides. Where there are few rows the columns are divided into
 shares, one program each, whose results are joined in a fixed order. There is no atomic: results do not vary.
 
+Where query is key and logits are bounded, ``forward`` makes half the square if that pays (:meth:`_Problem.halves`):
+M^2 D multiplications and additions in place of 2 M^2 D, and M^2 / 2 exponentials. Each tile behind the diagonal goes
+into the sums of its rows and of its columns. These are kept in float32 [slots, 3, M]: beside one read of x 12 M slots
+bytes are written, and read, two or three times.
+
 Beside inputs and results there are one float32 buffer of the size of one gradient (or :data:`SHARE_BYTES` for the
-shares of a small one) and a few numbers a vector. Vectors are multiplied in the dtype in which they are stored; in
-backward dL/ds is rounded to bfloat16 for bfloat16 and float16 vectors, and sums are float32.
+shares of a small one; in forward at most that and the bytes of x) and a few numbers a vector. Vectors are multiplied in
+the dtype in which they are stored; in backward dL/ds is rounded to bfloat16 for bfloat16 and float16 vectors, and sums
+are float32.
 """
 
 from collections.abc import Iterator
@@ -32,7 +38,9 @@ from fgfast.ops.ids import Ids
 LARGEST_D = 8192
 LARGEST_N = 2**31 - 2**10  # indices of vectors and blocks are 32-bit on the way to the kernels
 SHARE_BYTES = 32 << 20
+HALF_TILES = 8  # tiles of a program of ``forward`` from which half the square pays: a guess, to be measured
 FINISH_ROWS = 16  # vectors of a program of ``finish``
+JOINED = 64  # rows of a program of ``join``
 CHUNK = 256  # blocks whose ranges of image ids a program looks at together
 NEGATIVES = ("all", "other_images", "same_image")
 
@@ -188,6 +196,28 @@ class _Problem:
             count = min(count, SHARE_BYTES // (4 * rows * width))
         return max(count, 1)
 
+    def halves(self) -> tuple[int, int] | None:
+        """Groups of rows and shares of columns for half the square, None where ``forward`` makes the whole of it.
+
+        The sums of columns need a slot for each group, those of rows one for each share: 12 bytes a row and slot, in
+        all at most SHARE_BYTES and the bytes of x. Groups have an even number of blocks of rows, as many tiles each.
+        Of the pairs that keep the device busy the one with the longest walks is taken. Few tiles are not worth the
+        slots; and with "same_image" there are few where ids are sorted, which only the device knows.
+        """
+        x = self.rows.x
+        rows, blocks = len(x), triton.cdiv(len(x), self.tile.x)
+        programs = programs_wanted(x.device)
+        few = blocks * triton.cdiv(rows, self.tile.y) < HALF_TILES * programs
+        if few or not (self.same and self.bounded) or self.negatives == "same_image":
+            return None
+        slots = (SHARE_BYTES + x.numel() * x.element_size()) // (12 * rows)
+        for shares in range(1, programs + 1):
+            turns = 2 * triton.cdiv(blocks, 2 * (programs // shares))
+            groups = triton.cdiv(blocks, turns)
+            if groups + shares <= slots and 8 * groups * shares >= 7 * programs:
+                return groups, shares
+        return None
+
     def options(self) -> dict[str, Any]:
         """Arguments by name that ``forward`` and ``gradient`` share."""
         cut = self.tile.options
@@ -238,31 +268,30 @@ def forward(
         return loss, lse, count
     with on_device_of(query):
         problem = _Problem(
-            "forward",
-            query,
-            query_ids,
-            key,
-            key_ids,
-            bank,
-            temperature_tensor,
-            temperature,
-            negatives,
-            normalize,
+            "forward", query, query_ids, key, key_ids, bank, temperature_tensor, temperature, negatives, normalize,
             precision,
-        )
-        sides = [problem.keys] + ([] if problem.bank is None else [problem.bank])
-        shares = [problem.shares(m, len(side.x)) for side in sides]
-        slots = sum(shares)
-        partial = None if slots == 1 else query.new_empty(m, slots, 4, dtype=torch.float32)
-        slot = 0
-        for side, share in zip(sides, shares, strict=True):
-            device_side.forward[(triton.cdiv(m, problem.tile.x), share)](
+        )  # fmt: skip
+        half = problem.halves()
+        groups, share = half or (0, problem.shares(m, len(problem.keys.x)))
+        launches = [(problem.keys, share, half is not None)]
+        if problem.bank is not None:
+            launches.append((problem.bank, problem.shares(m, len(problem.bank.x)), False))
+        slots = groups + sum(share for _, share, _ in launches)
+        fields = 3 if problem.bounded else 4
+        partial = None if slots == 1 else query.new_empty(slots, fields, m, dtype=torch.float32)
+        if partial is not None and half:
+            partial[:groups].zero_()
+        slot = groups
+        for side, share, halved in launches:
+            device_side.forward[(groups if halved else triton.cdiv(m, problem.tile.x), share)](
                 *problem.rows.arguments(), *side.arguments(), side.low, side.high, problem.pointer, problem.scale,
-                loss, lse, count, partial, slot, slots, m, len(side.x), d, SPLITS=share, **problem.options(),
+                loss, lse, count, partial, slot, m, len(side.x), d, HALF=halved, SPLITS=share, **problem.options(),
             )  # fmt: skip
             slot += share
         if partial is not None:
-            device_side.join[(triton.cdiv(m, 128),)](partial, loss, lse, count, slots, m, BLOCK=128, num_warps=4)
+            device_side.join[(triton.cdiv(m, JOINED),)](
+                partial, loss, lse, count, slots, m, BOUNDED=problem.bounded, BLOCK_SLOTS=16, BLOCK=JOINED, num_warps=4
+            )
     return loss, lse, count
 
 
@@ -370,7 +399,8 @@ def _case(
     archs: tuple[str, ...] = (), rare: bool = False,
 ) -> AotCase:  # fmt: skip
     contiguous = [n for n in kernel.arg_names if n.endswith(("stride_d", "stride_image", "stride_part", "stride_view"))]
-    absent = [n for n in ("temperature", "partial") if n in kernel.arg_names and kernel is not device_side.join]
+    alone = kernel is not device_side.join and not constexprs.get("HALF")
+    absent = [n for n in ("temperature", *(["partial"] if alone else [])) if n in kernel.arg_names]
     known = constexprs | dict.fromkeys(contiguous, 1) | dict.fromkeys(absent)
     return AotCase(f"contrast {name}", kernel, _signature(kernel, dtype, known), known, warps, stages, archs, rare)
 
@@ -387,7 +417,9 @@ def aot_cases() -> Iterator[AotCase]:
             finish = common | {"SPLITS": splits, "BLOCK": FINISH_ROWS, "BLOCK_D": 128}
             rare = dtype == "fp16" or splits == 1
             yield _case(f"finish {dtype} {splits}", device_side.finish, dtype, finish, rare=rare)
-    yield _case("join", device_side.join, "fp32", {"BLOCK": 128})
+    for bounded in (True, False):
+        join = {"BOUNDED": bounded, "BLOCK_SLOTS": 16, "BLOCK": JOINED}
+        yield _case(f"join {'bounded' if bounded else 'online'}", device_side.join, "fp32", join)
     for (kernel, arch, kind), rows in TILES.items():
         archs: tuple[str, ...] = (arch,)
         if arch == "default":
@@ -409,9 +441,11 @@ def _tile_cases(name: str, kernel: str, dtype: str, kind: str, row: Tile, archs:
     for bounded in (True, False):
         full = f"{name} {'bounded' if bounded else 'online'}"
         if kernel == "forward":
-            flags = fixed | {"BOUNDED": bounded}
-            rare = bounded or dtype == "fp16"
-            yield _case(full, device_side.forward, dtype, flags, row.warps, row.stages, archs, rare)
+            for half in (False, True) if bounded else (False,):
+                flags = fixed | {"BOUNDED": bounded, "HALF": half} | ({"SPLITS": 4} if half else {})
+                rare = bounded != half or dtype == "fp16"
+                its = f"{full} half" if half else full
+                yield _case(its, device_side.forward, dtype, flags, row.warps, row.stages, archs, rare)
             continue
         for sides in ("x", "y", "xy") if bounded else ("x", "y"):
             flags = fixed | {

@@ -310,19 +310,23 @@ def test_addresses_beyond_32_bits(stride_n: int, stride_d: int, monkeypatch: pyt
     options = kernels.Tile(16, 16, 16, 16, True, 4, 2).options | {
         "NEGATIVES": "all", "BOUNDED": True, "SPLITS": 1, "CHUNK": 16, "PRECISION": "ieee", "UPCAST": True
     }  # fmt: skip
+    partial = torch.zeros(2, 3, n)
     device_side.prepare[(1,)](
         x, stride_n, stride_d, ids, ids, 1, 1, values, low, high, None, 0, None, None, None, None, None, n, d,
         NORMALIZE=True, BOUNDED=True, BLOCK=16, BLOCK_D=16, UPCAST=True,
     )  # fmt: skip
     values.fill_(1)
-    device_side.forward[(1, 1)](*of_x, *of_x, low, high, None, 1.0, *torch.empty(3, n), None, 0, 1, n, n, d, **options)
+    for half in (False, True):
+        device_side.forward[(1, 1)](
+            *of_x, *of_x, low, high, None, 1.0, *torch.empty(3, n), partial, 1, n, n, d, HALF=half, **options
+        )
     raw = torch.zeros(n, 1, d)
     device_side.gradient[(1, 1)](
         *of_x, *of_x, values, values, None, low, high, None, 1.0, raw, None, n, n, d,
         X_ROWS=True, Y_ROWS=True, WRITE=True, INNER=False, ADD=False, **options,
     )  # fmt: skip
     expected = {x.data_ptr() + 4 * (i * stride_n + c * stride_d) for i in range(n) for c in range(d)}
-    assert len(seen) == 5
+    assert len(seen) == 7
     assert all(addresses == expected for addresses in seen)
 
 
