@@ -9,7 +9,7 @@ the vectors whose gradient it makes and computes the tiles anew, and ``finish`` 
 is key and logits are bounded, one ``gradient`` serves both sides. Where there are few rows the columns are divided into
 shares, one program each, whose results are joined in a fixed order. There is no atomic: results do not vary.
 
-Where query is key and logits are bounded, ``forward`` makes half the square if that pays (:meth:`_Problem.halves`):
+Where query is key and logits are bounded, ``forward`` makes half the square if that pays (:func:`groups_and_shares`):
 M^2 D multiplications and additions in place of 2 M^2 D, and M^2 / 2 exponentials. Each tile behind the diagonal goes
 into the sums of its rows and of its columns. These are kept in float32 [slots, 3, M]: beside one read of x 12 M slots
 bytes are written, and read, two or three times.
@@ -30,7 +30,7 @@ import triton
 from torch import Tensor
 
 from fgfast.kernels import _contrast_device as device_side
-from fgfast.kernels._common import AotCase, interpreted, on_device_of, output_dtype
+from fgfast.kernels._common import MOST_REGISTERS, AotCase, interpreted, launch_options, on_device_of, output_dtype
 from fgfast.kernels.configs import SHARED, architecture, processors
 from fgfast.ops._contrast_tiled import BOUNDED, LN2, LOG2E
 from fgfast.ops.ids import Ids
@@ -104,6 +104,11 @@ def arithmetic(dtype: torch.dtype, precision: str) -> str:
     return precision if dtype == torch.float32 else "fp16" if dtype == torch.float16 else "half"
 
 
+def half_registers(kind: str) -> int:
+    """The budget of half the square: ptxas spills for occupancy without one, and with all of them in ieee products."""
+    return 0 if kind == "ieee" else MOST_REGISTERS
+
+
 def programs_wanted(device: torch.device) -> int:
     """How many programs keep the device busy."""
     return 2 * processors(device) if device.type == "cuda" else 1
@@ -153,6 +158,7 @@ class _Problem:
         self.bounded = normalize and self.pointer is None and self.scale <= BOUNDED
         kind = arithmetic(query.dtype, precision)
         self.precision = "tf32" if kind == "tf32" else "ieee"
+        self.half_registers = half_registers(kind)
         self.tile = tile(kernel, architecture(query.device), kind, query.shape[1])
         self.coefficients = self._coefficients(query, rows)
         self.rows = self.prepare(query, query_ids, rows)
@@ -197,36 +203,47 @@ class _Problem:
         return max(count, 1)
 
     def halves(self) -> tuple[int, int] | None:
-        """Groups of rows and shares of columns for half the square, None where ``forward`` makes the whole of it.
+        """What :func:`groups_and_shares` says, None for the whole square.
 
-        The sums of columns need a slot for each group, those of rows one for each share: 12 bytes a row and slot, in
-        all at most SHARE_BYTES and the bytes of x. Groups have an even number of blocks of rows, as many tiles each.
-        Of the pairs that keep the device busy the one with the longest walks is taken. Few tiles are not worth the
-        slots; and with "same_image" there are few where ids are sorted, which only the device knows.
+        With "same_image" there are few tiles where ids are sorted, which only the device knows.
         """
-        x = self.rows.x
-        rows, blocks = len(x), triton.cdiv(len(x), self.tile.x)
-        programs = programs_wanted(x.device)
-        few = blocks * triton.cdiv(rows, self.tile.y) < HALF_TILES * programs
-        if few or not (self.same and self.bounded) or self.negatives == "same_image":
+        if not (self.same and self.bounded) or self.negatives == "same_image":
             return None
-        slots = (SHARE_BYTES + x.numel() * x.element_size()) // (12 * rows)
-        for shares in range(1, programs + 1):
-            turns = 2 * triton.cdiv(blocks, 2 * (programs // shares))
-            groups = triton.cdiv(blocks, turns)
-            if groups + shares <= slots and 8 * groups * shares >= 7 * programs:
-                return groups, shares
-        return None
+        x = self.rows.x
+        return groups_and_shares(len(x), x.shape[1] * x.element_size(), self.tile, programs_wanted(x.device))
 
-    def options(self) -> dict[str, Any]:
-        """Arguments by name that ``forward`` and ``gradient`` share."""
+    def options(self, registers: int = 0) -> dict[str, Any]:
+        """Arguments by name that ``forward`` and ``gradient`` share, with a budget of registers."""
         cut = self.tile.options
         if self.tile.whole:
             cut["BLOCK_D"] = _channels(self.rows.x.shape[1], cut["BLOCK_D"])
         return cut | {
             "NEGATIVES": self.negatives, "BOUNDED": self.bounded, "CHUNK": CHUNK, "PRECISION": self.precision,
-            "UPCAST": interpreted(), "num_warps": self.tile.warps, "num_stages": self.tile.stages,
+            "UPCAST": interpreted(), **launch_options(self.tile.warps, self.tile.stages, registers),
         }  # fmt: skip
+
+
+def groups_and_shares(rows: int, row_bytes: int, tile: Tile, programs: int) -> tuple[int, int] | None:
+    """Groups of rows and shares of columns for half the square of x, None where ``forward`` makes the whole of it.
+
+    The sums of columns need a slot for each group, those of rows one for each share: 12 bytes a row and slot, in all at
+    most SHARE_BYTES and the bytes of x. A group has an even number of blocks of rows, so that each has as many tiles.
+    Of the pairs that keep the device busy, the one with the longest walks is taken; few tiles are not worth the slots.
+
+    Example:
+        >>> groups_and_shares(65_536, 512, tile("forward", "sm_90", "half", 256), 264)
+        (64, 4)
+    """
+    blocks = triton.cdiv(rows, tile.x)
+    if blocks * triton.cdiv(rows, tile.y) < HALF_TILES * programs:
+        return None
+    slots = (SHARE_BYTES + rows * row_bytes) // (12 * rows)
+    for shares in range(1, programs + 1):
+        turns = 2 * triton.cdiv(blocks, 2 * (programs // shares))
+        groups = triton.cdiv(blocks, turns)
+        if groups + shares <= slots and 8 * groups * shares >= 7 * programs:
+            return groups, shares
+    return None
 
 
 def on_device(temperature: Tensor) -> bool:
@@ -285,7 +302,8 @@ def forward(
         for side, share, halved in launches:
             device_side.forward[(groups if halved else triton.cdiv(m, problem.tile.x), share)](
                 *problem.rows.arguments(), *side.arguments(), side.low, side.high, problem.pointer, problem.scale,
-                loss, lse, count, partial, slot, m, len(side.x), d, HALF=halved, SPLITS=share, **problem.options(),
+                loss, lse, count, partial, slot, m, len(side.x), d, HALF=halved, SPLITS=share,
+                **problem.options(problem.half_registers if halved else 0),
             )  # fmt: skip
             slot += share
         if partial is not None:
@@ -396,13 +414,14 @@ def _signature(kernel: Any, dtype: str, constexprs: dict[str, Any]) -> dict[str,
 
 def _case(
     name: str, kernel: Any, dtype: str, constexprs: dict[str, Any], warps: int = 4, stages: int = 3,
-    archs: tuple[str, ...] = (), rare: bool = False,
+    archs: tuple[str, ...] = (), rare: bool = False, registers: int = 0,
 ) -> AotCase:  # fmt: skip
     contiguous = [n for n in kernel.arg_names if n.endswith(("stride_d", "stride_image", "stride_part", "stride_view"))]
     alone = kernel is not device_side.join and not constexprs.get("HALF")
     absent = [n for n in ("temperature", *(["partial"] if alone else [])) if n in kernel.arg_names]
     known = constexprs | dict.fromkeys(contiguous, 1) | dict.fromkeys(absent)
-    return AotCase(f"contrast {name}", kernel, _signature(kernel, dtype, known), known, warps, stages, archs, rare)
+    types = _signature(kernel, dtype, known)
+    return AotCase(f"contrast {name}", kernel, types, known, warps, stages, archs, rare, registers=registers)
 
 
 def aot_cases() -> Iterator[AotCase]:
@@ -445,7 +464,8 @@ def _tile_cases(name: str, kernel: str, dtype: str, kind: str, row: Tile, archs:
                 flags = fixed | {"BOUNDED": bounded, "HALF": half} | ({"SPLITS": 4} if half else {})
                 rare = bounded != half or dtype == "fp16"
                 its = f"{full} half" if half else full
-                yield _case(its, device_side.forward, dtype, flags, row.warps, row.stages, archs, rare)
+                registers = half_registers(kind) if half else 0
+                yield _case(its, device_side.forward, dtype, flags, row.warps, row.stages, archs, rare, registers)
             continue
         for sides in ("x", "y", "xy") if bounded else ("x", "y"):
             flags = fixed | {
