@@ -417,8 +417,7 @@ def _case(
     archs: tuple[str, ...] = (), rare: bool = False, registers: int = 0,
 ) -> AotCase:  # fmt: skip
     contiguous = [n for n in kernel.arg_names if n.endswith(("stride_d", "stride_image", "stride_part", "stride_view"))]
-    alone = kernel is not device_side.join and not constexprs.get("HALF")
-    absent = [n for n in ("temperature", *(["partial"] if alone else [])) if n in kernel.arg_names]
+    absent = {"temperature"} & set(kernel.arg_names)
     known = constexprs | dict.fromkeys(contiguous, 1) | dict.fromkeys(absent)
     types = _signature(kernel, dtype, known)
     return AotCase(f"contrast {name}", kernel, types, known, warps, stages, archs, rare, registers=registers)
@@ -461,7 +460,7 @@ def _tile_cases(name: str, kernel: str, dtype: str, kind: str, row: Tile, archs:
         full = f"{name} {'bounded' if bounded else 'online'}"
         if kernel == "forward":
             for half in (False, True) if bounded else (False,):
-                flags = fixed | {"BOUNDED": bounded, "HALF": half} | ({"SPLITS": 4} if half else {})
+                flags = fixed | {"BOUNDED": bounded, "HALF": half} | ({"SPLITS": 4} if half else {"partial": None})
                 rare = bounded != half or dtype == "fp16"
                 its = f"{full} half" if half else full
                 registers = half_registers(kind) if half else 0

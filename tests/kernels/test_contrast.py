@@ -409,14 +409,13 @@ def squares(patch: pytest.MonkeyPatch, field: Field, **options: Any) -> tuple[Te
 
 
 @pytest.mark.parametrize("cut_as", SQUARES)
-@pytest.mark.parametrize("negatives", ["all", "other_images"])
-def test_half_the_square_is_the_whole(cut_as: str, negatives: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_the_square_is_the_whole(cut_as: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tile, programs, expected = SQUARES[cut_as]
     halve(monkeypatch, tile, programs)
     chosen = []
     rule = kernels._Problem.halves
     monkeypatch.setattr(kernels._Problem, "halves", lambda self: chosen.append(rule(self)) or chosen[-1])
-    for sort, bank in ((True, None), (False, 19)):
+    for sort, bank, negatives in ((True, None, "all"), (False, 19, "other_images")):
         field = Field(20, m=150, same=True, bank=bank, sort=sort, images=9)
         absent = field.query_ids.part < 0
         field.query = field.key = torch.where(absent[:, None], torch.nan, field.query)
@@ -453,6 +452,7 @@ def test_half_the_square_is_half_the_products(views: int, monkeypatch: pytest.Mo
     assert count_products(monkeypatch, lambda: contrastive_loss(x, x, **given)) == rows * columns == 72
 
 
+@pytest.mark.skipif(not interpreted(), reason="counts what the interpreter does")
 def test_a_block_of_rows_compares_its_own_images_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two views in a row: between the two blocks of an image there is none that compares ids."""
     halve(monkeypatch, kernels.Tile(16, 16, 8, 64, True, 4, 2), 1)
@@ -470,11 +470,12 @@ def test_groups_and_shares_keep_the_device_busy_in_bounded_memory(rows: int, row
     tile = kernels.Tile(128, 128, 32, 256, True, 8, 2)
     blocks = -(-rows // 128)
     found = kernels.groups_and_shares(rows, row_bytes, tile, programs)
+    slots = ((32 << 20) + rows * row_bytes) / (12 * rows)
     if found is None:
-        assert blocks**2 < 8 * programs or row_bytes == 32
+        assert blocks**2 < 8 * programs or slots < 2 * programs**0.5 + 2, "there would be room: g + p / g slots"
         return
     groups, shares = found
-    assert 12 * rows * (groups + shares) <= (32 << 20) + rows * row_bytes
+    assert groups + shares <= slots
     assert 7 / 8 * programs <= groups * shares <= programs
     tiles = [0] * groups  # behind the diagonal, as the kernel deals blocks
     for block in range(blocks):
@@ -497,7 +498,9 @@ def test_the_whole_square_where_half_of_it_does_not_pay(change: str, monkeypatch
     assert chosen == [(2, 1), None]
 
 
-def test_two_runs_are_equal_bit_for_bit() -> None:
+@pytest.mark.parametrize("tiles", [0, 100], ids=["half", "whole"])
+def test_two_runs_are_equal_bit_for_bit(tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "HALF_TILES", tiles)
     field = Field(14, same=True)
     first, second = field.values(), field.values()
     assert all(torch.equal(first[name], second[name]) for name in first)
