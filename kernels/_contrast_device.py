@@ -8,6 +8,9 @@ Blocks of Y are walked in chunks. In each chunk the blocks whose range of image 
 between two bounds. First come all blocks outside: there no id is read, and under "same_image" there is nothing to do.
 Then come the blocks inside, where ids are compared, BLOCK_S vectors at a time, because ids take many registers.
 
+Where query is key and logits are bounded, ``forward`` makes half the square: s is symmetric, and so is what counts, so
+a tile behind the diagonal is summed along its rows and along its columns.
+
 Arguments that travel together are tuples: vectors (x, stride_n, stride_d), ids (image, part, view and their strides).
 """
 
@@ -66,14 +69,23 @@ def _extent(image, stride_image, n, present):
 
 
 @triton.jit
-def _shared_blocks(low, high, start, stop, x_low, x_high, CHUNK: tl.constexpr):
-    """Bounds first, after of those blocks among start..stop which may share an image with the program."""
+def _shared_blocks(low, high, start, stop, x_low, x_high, CHUNK: tl.constexpr, STEP: tl.constexpr = 1):
+    """Bounds first, after of those blocks among start..stop which may share an image with the program.
+
+    Blocks are counted in steps: number j is block j * STEP.
+    """
     j = start + tl.arange(0, CHUNK)
     inside = j < stop
-    hit = inside & (tl.load(low + j, mask=inside, other=HIGHEST) <= x_high)
-    hit &= tl.load(high + j, mask=inside, other=LOWEST) >= x_low
+    hit = inside & (tl.load(low + j * STEP, mask=inside, other=HIGHEST) <= x_high)
+    hit &= tl.load(high + j * STEP, mask=inside, other=LOWEST) >= x_low
     first = tl.min(tl.where(hit, j, stop), 0)
     return first, tl.max(tl.where(hit, j + 1, first), 0)
+
+
+@triton.jit
+def _number(block, split, SPLITS: tl.constexpr):
+    """How many blocks of a share, which are split, split + SPLITS, ..., lie before ``block``."""
+    return tl.cdiv(tl.maximum(block - split, 0), SPLITS)
 
 
 @triton.jit
@@ -168,29 +180,52 @@ def prepare(
 
 
 @triton.jit
+def _add(at, values, mask):
+    tl.store(at, tl.load(at, mask=mask, other=0.0) + values, mask=mask)
+
+
+@triton.jit
 def _forward_tile(
-    x_tile, x, x_n, x_present, x_factor, x_ids, y, y_block, Y, y_inverse, y_ids, sums, D,
+    x_tile, x, x_n, x_present, x_factor, x_ids, y, y_block, Y, y_inverse, y_ids, sums, of_columns, behind, D,
     SHARED: tl.constexpr, NEGATIVES: tl.constexpr, BOUNDED: tl.constexpr, BLOCK_X: tl.constexpr,
     BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Add one block of columns to the sums of the rows; SHARED says whether ids are compared."""
+    """Add one block of columns to the sums of the rows; SHARED says whether ids are compared.
+
+    of_columns, if any, points to total, positives and count of every column [3, Y]: those from column ``behind`` on are
+    added to.
+    """
     total, top, positives, count = sums
     y_n, y_exists = _indices(y_block, Y, BLOCK_Y)
     inverse, y_present = _inverse(y_inverse, y_n, y_exists)
+    if of_columns is not None:  # loaded here, so that the product hides the wait
+        of_column, counts_too = of_columns + y_n, y_exists & (y_n >= behind)
+        before = tl.load(of_column, mask=counts_too, other=0.0)
     y_tile = None
     if WHOLE:
         y_tile = _load(y, y_n, y_present, 0, D, BLOCK_D, UPCAST)
     s = _products(
         x_tile, x, x_n, x_present, y_tile, y, y_n, y_present, D, BLOCK_X, BLOCK_Y, BLOCK_D, WHOLE, PRECISION, UPCAST
     )
-    s = s * x_factor[:, None] * inverse[None, :] + tl.where(y_present, 0.0, -INFINITY)[None, :]
+    s *= x_factor[:, None]
+    if of_columns is not None:  # a fused multiply-add in place of the product; no inf * -1 may turn it around
+        s += tl.where(x_present, 0.0, -INFINITY)[:, None]
+        inverse = tl.where(y_present, inverse, 1.0)
+    s = s * inverse[None, :] + tl.where(y_present, 0.0, -INFINITY)[None, :]
     if SHARED:
         positive, counted = _compare(x_ids, x_n, x_present, y_ids, y_n, y_present, NEGATIVES)
-        positives += tl.sum(tl.where(positive, s, 0.0), 1)
+        of_pairs = tl.where(positive, s, 0.0)
+        positives += tl.sum(of_pairs, 1)
         count += tl.sum(positive.to(tl.float32), 1)
+        if of_columns is not None:
+            _add(of_column + Y, tl.sum(of_pairs, 0), counts_too)
+            _add(of_column + Y + Y, tl.sum(positive.to(tl.float32), 0), counts_too)
         s = tl.where(counted, s, -INFINITY)
     if BOUNDED:
-        total += tl.sum(tl.exp2(s), 1)
+        e = tl.exp2(s)
+        total += tl.sum(e, 1)
+        if of_columns is not None:
+            tl.store(of_column, before + tl.sum(e, 0), mask=counts_too)
     else:
         higher = tl.maximum(top, tl.max(s, 1))
         offset = tl.where(higher == -INFINITY, 0.0, higher)
@@ -210,56 +245,64 @@ def _store_rows(loss, lse, counts, n, exists, total, top, positives, count):
 
 
 @triton.jit
-def forward(
-    x, x_stride_n, x_stride_d, x_inverse, x_image, x_part, x_view, x_stride_image, x_stride_part, x_stride_view,
-    y, y_stride_n, y_stride_d, y_inverse, y_image, y_part, y_view, y_stride_image, y_stride_part, y_stride_view,
-    low, high, temperature, scale, loss, lse, counts, partial, slot, slots, X, Y, D,
-    NEGATIVES: tl.constexpr, BOUNDED: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+def _forward_rows(
+    x_block, x, x_inverse, x_ids, y, y_inverse, y_ids, low, high, factor, loss, lse, counts, partial, slot, of_columns,
+    X, Y, D, NEGATIVES: tl.constexpr, BOUNDED: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
     WHOLE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The sums of a block of rows x over a share of the columns y; columns without ids are negatives of every row.
-
-    Results where one program sees every column, else four sums of each row in partial [X, slots, 4], at slot + share.
-    """
-    split = tl.program_id(1)
-    x_n, exists = _indices(tl.program_id(0), X, BLOCK_X)
+    """One block of rows over a share of the columns: all of them, or with of_columns those from its own rows on."""
+    x_n, exists = _indices(x_block, X, BLOCK_X)
     inverse, present = _inverse(x_inverse, x_n, exists)
-    factor = inverse * _scale(temperature, scale)
-    of_x, of_y = (x, x_stride_n, x_stride_d), (y, y_stride_n, y_stride_d)
-    x_ids = (x_image, x_part, x_view, x_stride_image, x_stride_part, x_stride_view)
-    y_ids = (y_image, y_part, y_view, y_stride_image, y_stride_part, y_stride_view)
+    factor *= inverse
+    shared: tl.constexpr = y_ids[0] is not None
     x_low, x_high = None, None
-    if y_image is not None:
-        x_low, x_high = _extent(x_image, x_stride_image, x_n, present)
+    if shared:
+        x_low, x_high = _extent(x_ids[0], x_ids[3], x_n, present)
     x_tile = None
     if WHOLE:
-        x_tile = _load(of_x, x_n, present, 0, D, BLOCK_D, UPCAST)
+        x_tile = _load(x, x_n, present, 0, D, BLOCK_D, UPCAST)
 
     zero = tl.zeros([BLOCK_X], tl.float32)
     sums = (zero, zero if BOUNDED else zero - INFINITY, zero, zero)
-    share = tl.cdiv(tl.cdiv(Y, BLOCK_Y), SPLITS)
-    begin = split * share
-    end = tl.minimum(begin + share, tl.cdiv(Y, BLOCK_Y)) * tl.max(present.to(tl.int32), 0)
-    if NEGATIVES != "same_image" or y_image is None:
+    # A share is every SPLITS-th block. From number ``own`` on come those of the rows themselves, from ``begin`` on
+    # those behind them.
+    split = tl.program_id(1)
+    blocks = tl.cdiv(Y, BLOCK_Y) * tl.max(present.to(tl.int32), 0)
+    begin, end, behind = 0, _number(blocks, split, SPLITS), 0
+    if of_columns is not None:
+        after_own = tl.cdiv((x_block + 1) * BLOCK_X, BLOCK_Y)
+        behind = after_own * BLOCK_Y
+        begin = tl.minimum(_number(after_own, split, SPLITS), end)
+        own = tl.minimum(_number(x_block * BLOCK_X // BLOCK_Y, split, SPLITS), end)
+    if shared:
+        low += split
+        high += split
+    if NEGATIVES != "same_image" or not shared:
         for chunk in range(begin, end, CHUNK):
             stop = tl.minimum(chunk + CHUNK, end)
             first, after = stop, stop
-            if y_image is not None:
-                first, after = _shared_blocks(low, high, chunk, stop, x_low, x_high, CHUNK)
+            if shared:
+                first, after = _shared_blocks(low, high, chunk, stop, x_low, x_high, CHUNK, SPLITS)
             for i in range(chunk, stop - (after - first)):
-                j = i + tl.where(i >= first, after - first, 0)
+                j = (i + tl.where(i >= first, after - first, 0)) * SPLITS + split
                 sums = _forward_tile(
-                    x_tile, of_x, x_n, present, factor, x_ids, of_y, j, Y, y_inverse, y_ids, sums, D,
+                    x_tile, x, x_n, present, factor, x_ids, y, j, Y, y_inverse, y_ids, sums, of_columns, behind, D,
                     False, NEGATIVES, BOUNDED, BLOCK_X, BLOCK_Y, BLOCK_D, WHOLE, PRECISION, UPCAST,
                 )  # fmt: skip
-    if y_image is not None:
-        for chunk in range(begin, end, CHUNK):
-            first, after = _shared_blocks(low, high, chunk, tl.minimum(chunk + CHUNK, end), x_low, x_high, CHUNK)
-            for j in range(first * (BLOCK_Y // BLOCK_S), after * (BLOCK_Y // BLOCK_S)):
-                if NEGATIVES != "same_image" or _may_share(low, high, j // (BLOCK_Y // BLOCK_S), x_low, x_high):
+    if shared:
+        # The blocks of the rows themselves come first, as a chunk of their own: the range around all is wide.
+        for chunk in range(begin if of_columns is None else begin - CHUNK, end, CHUNK):
+            start, stop = tl.maximum(chunk, begin), tl.minimum(chunk + CHUNK, end)
+            first, after = _shared_blocks(low, high, start, stop, x_low, x_high, CHUNK, SPLITS)
+            if of_columns is not None:
+                first = tl.where(chunk < begin, own, first)
+            for i in range(first * (BLOCK_Y // BLOCK_S), after * (BLOCK_Y // BLOCK_S)):
+                block, part = i // (BLOCK_Y // BLOCK_S) * SPLITS, i % (BLOCK_Y // BLOCK_S)
+                if NEGATIVES != "same_image" or _may_share(low, high, block, x_low, x_high):
+                    j = (block + split) * (BLOCK_Y // BLOCK_S) + part
                     sums = _forward_tile(
-                        x_tile, of_x, x_n, present, factor, x_ids, of_y, j, Y, y_inverse, y_ids, sums, D,
+                        x_tile, x, x_n, present, factor, x_ids, y, j, Y, y_inverse, y_ids, sums, of_columns, behind, D,
                         True, NEGATIVES, BOUNDED, BLOCK_X, BLOCK_S, BLOCK_D, WHOLE, PRECISION, UPCAST,
                     )  # fmt: skip
 
@@ -267,29 +310,78 @@ def forward(
     if partial is None:
         _store_rows(loss, lse, counts, x_n, exists, total, top, positives, count)
     else:
-        at = partial + (x_n * slots + slot + split) * 4
+        at = partial + (slot + split).to(tl.int64) * (3 if BOUNDED else 4) * X + x_n
         tl.store(at, total, mask=exists)
-        tl.store(at + 1, top, mask=exists)
-        tl.store(at + 2, positives, mask=exists)
-        tl.store(at + 3, count, mask=exists)
+        tl.store(at + X, positives, mask=exists)
+        tl.store(at + X + X, count, mask=exists)
+        if not BOUNDED:
+            tl.store(at + X + X + X, top, mask=exists)
 
 
 @triton.jit
-def join(partial, loss, lse, counts, slots, X, BLOCK: tl.constexpr):
-    """Join the sums of all shares, partial [X, slots, 4], in their order."""
+def forward(
+    x, x_stride_n, x_stride_d, x_inverse, x_image, x_part, x_view, x_stride_image, x_stride_part, x_stride_view,
+    y, y_stride_n, y_stride_d, y_inverse, y_image, y_part, y_view, y_stride_image, y_stride_part, y_stride_view,
+    low, high, temperature, scale, loss, lse, counts, partial, slot, X, Y, D,
+    HALF: tl.constexpr, NEGATIVES: tl.constexpr, BOUNDED: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The sums of blocks of rows x over a share of the columns y; columns without ids are negatives of every row.
+
+    Results where one program sees every column, else sums of each row in partial [slots, 3 or 4, X], at slot + share:
+    total, positives, count and, for logits without a bound, the maximum. A program has one block of rows.
+
+    With HALF (y is x, logits are bounded) it has a group of blocks, dealt there and back so that the rows of each group
+    take as many tiles, and adds the sums of columns behind the diagonal to the slot of its group, 0 at first. The
+    shares of a group touch different columns there.
+    """
+    of_x, of_y = (x, x_stride_n, x_stride_d), (y, y_stride_n, y_stride_d)
+    x_ids = (x_image, x_part, x_view, x_stride_image, x_stride_part, x_stride_view)
+    y_ids = (y_image, y_part, y_view, y_stride_image, y_stride_part, y_stride_view)
+    factor = _scale(temperature, scale)
+    group = tl.program_id(0)
+    if HALF:
+        groups = tl.num_programs(0)
+        of_columns = partial + group.to(tl.int64) * 3 * X
+        for turn in range(tl.cdiv(tl.cdiv(X, BLOCK_X), groups)):
+            block = turn * groups + tl.where(turn % 2 == 0, group, groups - 1 - group)
+            _forward_rows(
+                block, of_x, x_inverse, x_ids, of_y, y_inverse, y_ids, low, high, factor, loss, lse, counts, partial,
+                slot, of_columns, X, Y, D, NEGATIVES, BOUNDED, SPLITS, CHUNK, BLOCK_X, BLOCK_Y, BLOCK_S, BLOCK_D,
+                WHOLE, PRECISION, UPCAST,
+            )  # fmt: skip
+            tl.debug_barrier()  # the next rows read sums that other threads of the program have written
+    else:
+        _forward_rows(
+            group, of_x, x_inverse, x_ids, of_y, y_inverse, y_ids, low, high, factor, loss, lse, counts, partial,
+            slot, None, X, Y, D, NEGATIVES, BOUNDED, SPLITS, CHUNK, BLOCK_X, BLOCK_Y, BLOCK_S, BLOCK_D,
+            WHOLE, PRECISION, UPCAST,
+        )  # fmt: skip
+
+
+@triton.jit
+def join(partial, loss, lse, counts, slots, X, BOUNDED: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Join the sums of all slots, partial [slots, 3 or 4, X], in their order."""
     n, exists = _indices(tl.program_id(0), X, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    top = total - INFINITY
+    top = total if BOUNDED else total - INFINITY
     positives, count = total, total
-    for slot in range(slots):
-        at = partial + (n * slots + slot) * 4
-        its_top = tl.load(at + 1, mask=exists, other=0.0)
-        higher = tl.maximum(top, its_top)
-        offset = tl.where(higher == -INFINITY, 0.0, higher)
-        total = total * tl.exp2(top - offset) + tl.load(at, mask=exists, other=0.0) * tl.exp2(its_top - offset)
-        top = higher
-        positives += tl.load(at + 2, mask=exists, other=0.0)
-        count += tl.load(at + 3, mask=exists, other=0.0)
+    for start in range(0, slots, BLOCK_SLOTS):
+        slot = start + tl.arange(0, BLOCK_SLOTS).to(tl.int64)
+        mask = (slot < slots)[:, None] & exists[None, :]
+        at = partial + slot[:, None] * (3 if BOUNDED else 4) * X + n[None, :]
+        its_total = tl.load(at, mask=mask, other=0.0)
+        if BOUNDED:
+            total += tl.sum(its_total, 0)
+        else:
+            its_top = tl.load(at + X + X + X, mask=mask, other=-INFINITY)
+            higher = tl.maximum(top, tl.max(its_top, 0))
+            offset = tl.where(higher == -INFINITY, 0.0, higher)
+            total = total * tl.exp2(top - offset) + tl.sum(its_total * tl.exp2(its_top - offset[None, :]), 0)
+            top = higher
+        positives += tl.sum(tl.load(at + X, mask=mask, other=0.0), 0)
+        count += tl.sum(tl.load(at + X + X, mask=mask, other=0.0), 0)
     _store_rows(loss, lse, counts, n, exists, total, top, positives, count)
 
 

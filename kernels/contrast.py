@@ -9,9 +9,15 @@ the vectors whose gradient it makes and computes the tiles anew, and ``finish`` 
 is key and logits are bounded, one ``gradient`` serves both sides. Where there are few rows the columns are divided into
 shares, one program each, whose results are joined in a fixed order. There is no atomic: results do not vary.
 
+Where query is key and logits are bounded, ``forward`` makes half the square if that pays (:func:`groups_and_shares`):
+M^2 D multiplications and additions in place of 2 M^2 D, and M^2 / 2 exponentials. Each tile behind the diagonal goes
+into the sums of its rows and of its columns. These are kept in float32 [slots, 3, M]: beside one read of x 12 M slots
+bytes are written, and read, two or three times.
+
 Beside inputs and results there are one float32 buffer of the size of one gradient (or :data:`SHARE_BYTES` for the
-shares of a small one) and a few numbers a vector. Vectors are multiplied in the dtype in which they are stored; in
-backward dL/ds is rounded to bfloat16 for bfloat16 and float16 vectors, and sums are float32.
+shares of a small one; in forward at most that and the bytes of x) and a few numbers a vector. Vectors are multiplied in
+the dtype in which they are stored; in backward dL/ds is rounded to bfloat16 for bfloat16 and float16 vectors, and sums
+are float32.
 """
 
 from collections.abc import Iterator
@@ -34,7 +40,9 @@ from fgfast.ops.ids import Ids
 LARGEST_D = 8192
 LARGEST_N = 2**31 - 2**10  # indices of vectors and blocks are 32-bit on the way to the kernels
 SHARE_BYTES = 32 << 20
+HALF_TILES = 8  # tiles of a program of ``forward`` from which half the square pays: a guess, to be measured
 FINISH_ROWS = 16  # vectors of a program of ``finish``
+JOINED = 64  # rows of a program of ``join``
 CHUNK = 256  # blocks whose ranges of image ids a program looks at together
 NEGATIVES = ("all", "other_images", "same_image")
 
@@ -67,6 +75,11 @@ class Tile:
 def arithmetic(dtype: torch.dtype, precision: str) -> str:
     """How products are made, for the table: "fp16", "half" (bfloat16, and float16 too), "tf32" or "ieee"."""
     return precision if dtype == torch.float32 else "fp16" if dtype == torch.float16 else "half"
+
+
+def half_registers(kind: str) -> int:
+    """The budget of half the square: ptxas spills for occupancy without one, and with all of them in ieee products."""
+    return 0 if kind == "ieee" else MOST_REGISTERS
 
 
 def programs_wanted(device: torch.device) -> int:
@@ -116,6 +129,7 @@ class _Problem:
         self.bounded = normalize and self.pointer is None and self.scale <= BOUNDED
         kind = arithmetic(query.dtype, precision)
         self.precision = "tf32" if kind == "tf32" else "ieee"
+        self.half_registers = half_registers(kind)
         self.tile = tile(kernel, query.device, kind, query.shape[1])
         self.coefficients = self._coefficients(query, rows)
         self.rows = self.prepare(query, query_ids, rows)
@@ -159,15 +173,48 @@ class _Problem:
             count = min(count, SHARE_BYTES // (4 * rows * width))
         return max(count, 1)
 
-    def options(self) -> dict[str, Any]:
-        """Arguments by name that ``forward`` and ``gradient`` share."""
-        cut = self.tile.options
+    def halves(self) -> tuple[int, int] | None:
+        """What :func:`groups_and_shares` says, None for the whole square.
+
+        With "same_image" there are few tiles where ids are sorted, which only the device knows.
+        """
+        if not (self.same and self.bounded) or self.negatives == "same_image":
+            return None
+        x = self.rows.x
+        return groups_and_shares(len(x), x.shape[1] * x.element_size(), self.tile, programs_wanted(x.device))
+
+    def options(self, registers: int | None = None) -> dict[str, Any]:
+        """Arguments by name that ``forward`` and ``gradient`` share, with a budget of registers (None: the row's)."""
+        cut, registers = self.tile.options, self.tile.registers if registers is None else registers
         if self.tile.whole:
             cut["BLOCK_D"] = _channels(self.rows.x.shape[1], cut["BLOCK_D"])
         return cut | {
             "NEGATIVES": self.negatives, "BOUNDED": self.bounded, "CHUNK": CHUNK, "PRECISION": self.precision,
-            "UPCAST": interpreted(), **launch_options(self.tile.warps, self.tile.stages, self.tile.registers),
+            "UPCAST": interpreted(), **launch_options(self.tile.warps, self.tile.stages, registers),
         }  # fmt: skip
+
+
+def groups_and_shares(rows: int, row_bytes: int, tile: Tile, programs: int) -> tuple[int, int] | None:
+    """Groups of rows and shares of columns for half the square of x, None where ``forward`` makes the whole of it.
+
+    The sums of columns need a slot for each group, those of rows one for each share: 12 bytes a row and slot, in all at
+    most SHARE_BYTES and the bytes of x. A group has an even number of blocks of rows, so that each has as many tiles.
+    Of the pairs that keep the device busy, the one with the longest walks is taken; few tiles are not worth the slots.
+
+    Example:
+        >>> groups_and_shares(65_536, 512, Tile(128, 128, 32, 256, True, 8, 2), 264)
+        (64, 4)
+    """
+    blocks = triton.cdiv(rows, tile.x)
+    if blocks * triton.cdiv(rows, tile.y) < HALF_TILES * programs:
+        return None
+    slots = (SHARE_BYTES + rows * row_bytes) // (12 * rows)
+    for shares in range(1, programs + 1):
+        turns = 2 * triton.cdiv(blocks, 2 * (programs // shares))
+        groups = triton.cdiv(blocks, turns)
+        if groups + shares <= slots and 8 * groups * shares >= 7 * programs:
+            return groups, shares
+    return None
 
 
 def on_device(temperature: Tensor) -> bool:
@@ -209,31 +256,31 @@ def forward(
         return loss, lse, count
     with on_device_of(query):
         problem = _Problem(
-            "forward",
-            query,
-            query_ids,
-            key,
-            key_ids,
-            bank,
-            temperature_tensor,
-            temperature,
-            negatives,
-            normalize,
+            "forward", query, query_ids, key, key_ids, bank, temperature_tensor, temperature, negatives, normalize,
             precision,
-        )
-        sides = [problem.keys] + ([] if problem.bank is None else [problem.bank])
-        shares = [problem.shares(m, len(side.x)) for side in sides]
-        slots = sum(shares)
-        partial = None if slots == 1 else query.new_empty(m, slots, 4, dtype=torch.float32)
-        slot = 0
-        for side, share in zip(sides, shares, strict=True):
-            device_side.forward[(triton.cdiv(m, problem.tile.x), share)](
+        )  # fmt: skip
+        half = problem.halves()
+        groups, share = half or (0, problem.shares(m, len(problem.keys.x)))
+        launches = [(problem.keys, share, half is not None)]
+        if problem.bank is not None:
+            launches.append((problem.bank, problem.shares(m, len(problem.bank.x)), False))
+        slots = groups + sum(share for _, share, _ in launches)
+        fields = 3 if problem.bounded else 4
+        partial = None if slots == 1 else query.new_empty(slots, fields, m, dtype=torch.float32)
+        if partial is not None and half:
+            partial[:groups].zero_()
+        slot = groups
+        for side, share, halved in launches:
+            device_side.forward[(groups if halved else triton.cdiv(m, problem.tile.x), share)](
                 *problem.rows.arguments(), *side.arguments(), side.low, side.high, problem.pointer, problem.scale,
-                loss, lse, count, partial, slot, slots, m, len(side.x), d, SPLITS=share, **problem.options(),
+                loss, lse, count, partial, slot, m, len(side.x), d, HALF=halved, SPLITS=share,
+                **problem.options(problem.half_registers if halved else None),
             )  # fmt: skip
             slot += share
         if partial is not None:
-            device_side.join[(triton.cdiv(m, 128),)](partial, loss, lse, count, slots, m, BLOCK=128, num_warps=4)
+            device_side.join[(triton.cdiv(m, JOINED),)](
+                partial, loss, lse, count, slots, m, BOUNDED=problem.bounded, BLOCK_SLOTS=16, BLOCK=JOINED, num_warps=4
+            )
     return loss, lse, count
 
 
@@ -338,12 +385,13 @@ def _signature(kernel: Any, dtype: str, constexprs: dict[str, Any]) -> dict[str,
 
 def _case(
     name: str, kernel: Any, dtype: str, constexprs: dict[str, Any], warps: int = 4, stages: int = 3,
-    archs: tuple[str, ...] = (), rare: bool = False,
+    archs: tuple[str, ...] = (), rare: bool = False, registers: int = 0,
 ) -> AotCase:  # fmt: skip
     contiguous = [n for n in kernel.arg_names if n.endswith(("stride_d", "stride_image", "stride_part", "stride_view"))]
-    absent = [n for n in ("temperature", "partial") if n in kernel.arg_names and kernel is not device_side.join]
+    absent = {"temperature"} & set(kernel.arg_names)
     known = constexprs | dict.fromkeys(contiguous, 1) | dict.fromkeys(absent)
-    return AotCase(f"contrast {name}", kernel, _signature(kernel, dtype, known), known, warps, stages, archs, rare)
+    types = _signature(kernel, dtype, known)
+    return AotCase(f"contrast {name}", kernel, types, known, warps, stages, archs, rare, registers=registers)
 
 
 def tune_cases(device: str = "cuda", number: int = 1 << 14) -> Iterator[TuneCase]:
@@ -382,7 +430,9 @@ def aot_cases() -> Iterator[AotCase]:
             finish = common | {"SPLITS": splits, "BLOCK": FINISH_ROWS, "BLOCK_D": 128}
             rare = dtype == "fp16" or splits == 1
             yield _case(f"finish {dtype} {splits}", device_side.finish, dtype, finish, rare=rare)
-    yield _case("join", device_side.join, "fp32", {"BLOCK": 128})
+    for bounded in (True, False):
+        join = {"BOUNDED": bounded, "BLOCK_SLOTS": 16, "BLOCK": JOINED}
+        yield _case(f"join {'bounded' if bounded else 'online'}", device_side.join, "fp32", join)
     for kernel in ("forward", "gradient"):
         found = list(table(f"contrast {kernel}"))
         for arch, row_name, row in found:
@@ -393,7 +443,7 @@ def aot_cases() -> Iterator[AotCase]:
             for dtype in dtypes:
                 name = f"{kernel} {arch} {dtype} {row.kind} D{row.channels}{' tuned' * tuned}"
                 for case in _tile_cases(name, kernel, dtype, row.kind, Tile.of(row), archs):
-                    yield case._replace(tuned=tuned, registers=row.registers, shared=row.shared)
+                    yield case._replace(tuned=tuned, registers=case.registers or row.registers, shared=row.shared)
 
 
 def _tile_cases(name: str, kernel: str, dtype: str, kind: str, row: Tile, archs: tuple[str, ...]) -> Iterator[AotCase]:
@@ -405,9 +455,12 @@ def _tile_cases(name: str, kernel: str, dtype: str, kind: str, row: Tile, archs:
     for bounded in (True, False):
         full = f"{name} {'bounded' if bounded else 'online'}"
         if kernel == "forward":
-            flags = fixed | {"BOUNDED": bounded}
-            rare = bounded or dtype == "fp16"
-            yield _case(full, device_side.forward, dtype, flags, row.warps, row.stages, archs, rare)
+            for half in (False, True) if bounded else (False,):
+                flags = fixed | {"BOUNDED": bounded, "HALF": half} | ({"SPLITS": 4} if half else {"partial": None})
+                rare = bounded != half or dtype == "fp16"
+                its = f"{full} half" if half else full
+                registers = half_registers(kind) if half else 0
+                yield _case(its, device_side.forward, dtype, flags, row.warps, row.stages, archs, rare, registers)
             continue
         for sides in ("x", "y", "xy") if bounded else ("x", "y"):
             flags = fixed | {

@@ -1,5 +1,6 @@
 """The Triton kernels of the contrastive loss against the definition in float64, interpreted without a GPU."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from fgfast.kernels import contrast as kernels
 from fgfast.kernels._common import interpreted
 from fgfast.ops.contrast import contrastive_loss
 from fgfast.ops.ids import Ids
+from fgfast.testing import checked
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEGATIVES = kernels.NEGATIVES
@@ -310,19 +312,23 @@ def test_addresses_beyond_32_bits(stride_n: int, stride_d: int, monkeypatch: pyt
     options = kernels.Tile(16, 16, 16, 16, True, 4, 2).options | {
         "NEGATIVES": "all", "BOUNDED": True, "SPLITS": 1, "CHUNK": 16, "PRECISION": "ieee", "UPCAST": True
     }  # fmt: skip
+    partial = torch.zeros(2, 3, n)
     device_side.prepare[(1,)](
         x, stride_n, stride_d, ids, ids, 1, 1, values, low, high, None, 0, None, None, None, None, None, n, d,
         NORMALIZE=True, BOUNDED=True, BLOCK=16, BLOCK_D=16, UPCAST=True,
     )  # fmt: skip
     values.fill_(1)
-    device_side.forward[(1, 1)](*of_x, *of_x, low, high, None, 1.0, *torch.empty(3, n), None, 0, 1, n, n, d, **options)
+    for half in (False, True):
+        device_side.forward[(1, 1)](
+            *of_x, *of_x, low, high, None, 1.0, *torch.empty(3, n), partial, 1, n, n, d, HALF=half, **options
+        )
     raw = torch.zeros(n, 1, d)
     device_side.gradient[(1, 1)](
         *of_x, *of_x, values, values, None, low, high, None, 1.0, raw, None, n, n, d,
         X_ROWS=True, Y_ROWS=True, WRITE=True, INNER=False, ADD=False, **options,
     )  # fmt: skip
     expected = {x.data_ptr() + 4 * (i * stride_n + c * stride_d) for i in range(n) for c in range(d)}
-    assert len(seen) == 5
+    assert len(seen) == 7
     assert all(addresses == expected for addresses in seen)
 
 
@@ -375,11 +381,126 @@ def test_same_image_does_the_work_of_shared_blocks_alone(views: int, monkeypatch
         return forward, count_products(monkeypatch, lambda: losses[0].backward())
 
     blocks = images * views
-    assert work("all") == (blocks**2, 2 * blocks**2)
+    assert work("all") == (blocks * (blocks + 1) // 2, 2 * blocks**2)
     assert work("same_image") == (blocks * views, 2 * blocks * views)
 
 
-def test_two_runs_are_equal_bit_for_bit() -> None:
+SQUARES = {  # tile, programs: so many groups of rows and shares of columns
+    "one program": (WHOLE, 1, (1, 1)),
+    "groups": (kernels.Tile(16, 16, 16, 64, True, 4, 2), 3, (3, 1)),
+    "shares": (kernels.Tile(32, 16, 16, 16, False, 4, 2), 15, (3, 5)),
+}
+
+
+def halve(patch: pytest.MonkeyPatch, tile: kernels.Tile, programs: int) -> None:
+    """Let forward make half the square, in blocks so few at a time that a share has several chunks of them."""
+    cut(patch, tile, programs)
+    patch.setattr(kernels, "HALF_TILES", 0)
+    patch.setattr(kernels, "CHUNK", 2)
+
+
+def squares(patch: pytest.MonkeyPatch, field: Field, **options: Any) -> tuple[Tensor, Tensor]:
+    """Losses from half the square, checked for races and addresses, and from the whole of it."""
+    with checked() if interpreted() else nullcontext():
+        half = field.loss(weight=None, **options)
+    with patch.context() as whole:
+        whole.setattr(kernels._Problem, "halves", lambda self: None)
+        return half, field.loss(weight=None, **options)
+
+
+@pytest.mark.parametrize("cut_as", SQUARES)
+def test_half_the_square_is_the_whole(cut_as: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tile, programs, expected = SQUARES[cut_as]
+    halve(monkeypatch, tile, programs)
+    chosen = []
+    rule = kernels._Problem.halves
+    monkeypatch.setattr(kernels._Problem, "halves", lambda self: chosen.append(rule(self)) or chosen[-1])
+    for sort, bank, negatives in ((True, None, "all"), (False, 19, "other_images")):
+        field = Field(20, m=150, same=True, bank=bank, sort=sort, images=9)
+        absent = field.query_ids.part < 0
+        field.query = field.key = torch.where(absent[:, None], torch.nan, field.query)
+        half, whole = squares(monkeypatch, field, negatives=negatives)
+        torch.testing.assert_close(half, whole, rtol=1e-5, atol=1e-5)
+        assert not half[absent].any()
+    assert chosen == [expected] * 2
+
+
+@settings(max_examples=6, deadline=None)
+@given(fields, st.sampled_from(NEGATIVES), st.sampled_from(sorted(SQUARES)), st.booleans())
+def test_half_the_square_gives_the_definition(field: Field, negatives: str, cut_as: str, normalize: bool) -> None:
+    field.same, field.key, field.key_ids = True, field.query, field.query_ids
+    with pytest.MonkeyPatch.context() as patch:
+        halve(patch, *SQUARES[cut_as][:2])
+        assert_within_bounds(field, negatives=negatives, normalize=normalize)
+
+
+@pytest.mark.skipif(not interpreted(), reason="counts what the interpreter does")
+@pytest.mark.parametrize("views", [1, 2])
+def test_half_the_square_is_half_the_products(views: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tiles X x Y: all pairs of a row and a column behind its block, and the blocks on the diagonal."""
+    tile = kernels.Tile(32, 16, 16, 64, True, 4, 2)
+    halve(monkeypatch, tile, 6)
+    image = torch.arange(12 // views).repeat_interleave(16).repeat(views)
+    ids = Ids(image, torch.arange(192) % 8, torch.arange(192) % 2)
+    x = torch.randn(192, 8)
+    given = {"query_ids": ids, "key_ids": ids, "backend": "triton"}
+    rows, columns = 192 // tile.x, 192 // tile.y
+    ratio = tile.x // tile.y
+    half = sum(columns - ratio * row for row in range(rows))
+    assert count_products(monkeypatch, lambda: contrastive_loss(x, x, **given)) == half == 42
+    monkeypatch.setattr(kernels, "HALF_TILES", 100)
+    assert count_products(monkeypatch, lambda: contrastive_loss(x, x, **given)) == rows * columns == 72
+
+
+@pytest.mark.skipif(not interpreted(), reason="counts what the interpreter does")
+def test_a_block_of_rows_compares_its_own_images_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two views in a row: between the two blocks of an image there is none that compares ids."""
+    halve(monkeypatch, kernels.Tile(16, 16, 8, 64, True, 4, 2), 1)
+    monkeypatch.setattr(kernels, "CHUNK", 256)
+    images = 4
+    ids = Ids(torch.arange(images).repeat_interleave(16).repeat(2), *torch.zeros(2, 128, dtype=torch.int64))
+    x = torch.randn(128, 8)
+    products = count_products(monkeypatch, lambda: contrastive_loss(x, x, query_ids=ids, key_ids=ids, backend="triton"))
+    compared, clean = 3 * images, 2 * images * (2 * images - 1) // 2 - images  # compared in two halves
+    assert products == 2 * compared + clean
+
+
+@given(st.integers(1, 10**6), st.sampled_from([32, 512, 2048]), st.sampled_from([1, 8, 264, 608]))
+def test_groups_and_shares_keep_the_device_busy_in_bounded_memory(rows: int, row_bytes: int, programs: int) -> None:
+    tile = kernels.Tile(128, 128, 32, 256, True, 8, 2)
+    blocks = -(-rows // 128)
+    found = kernels.groups_and_shares(rows, row_bytes, tile, programs)
+    slots = ((32 << 20) + rows * row_bytes) / (12 * rows)
+    if found is None:
+        assert blocks**2 < 8 * programs or slots < 2 * programs**0.5 + 2, "there would be room: g + p / g slots"
+        return
+    groups, shares = found
+    assert groups + shares <= slots
+    assert 7 / 8 * programs <= groups * shares <= programs
+    tiles = [0] * groups  # behind the diagonal, as the kernel deals blocks
+    for block in range(blocks):
+        turn, group = divmod(block, groups)
+        tiles[group if turn % 2 == 0 else groups - 1 - group] += blocks - block
+    assert max(tiles) <= 1.1 * sum(tiles) / groups + 1, "one group has far more to do than another"
+
+
+@pytest.mark.parametrize("change", ["key", "same_image", "online", "few"])
+def test_the_whole_square_where_half_of_it_does_not_pay(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, WHOLE, programs=2)
+    monkeypatch.setattr(kernels, "HALF_TILES", 3)
+    chosen = []
+    rule = kernels._Problem.halves
+    monkeypatch.setattr(kernels._Problem, "halves", lambda self: chosen.append(rule(self)) or chosen[-1])
+    Field(0, same=True, bank=None).loss()
+    Field(0, m=16 if change == "few" else 37, same=change != "key", bank=None).loss(
+        negatives="same_image" if change == "same_image" else "all", temperature=0.01 if change == "online" else 0.1
+    )
+    assert chosen == [(2, 1), None]
+
+
+@pytest.mark.parametrize("tiles", [0, 100], ids=["half", "whole"])
+def test_two_runs_are_equal_bit_for_bit(tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "HALF_TILES", tiles)
     field = Field(14, same=True)
     first, second = field.values(), field.values()
     assert all(torch.equal(first[name], second[name]) for name in first)
