@@ -464,9 +464,13 @@ def power(n: int, least: int = 16) -> int:
 ASSIGN_REGISTERS = 160  # of 128 some cases spill, and ptxas by itself goes down to 64
 
 
-def kinds(dtype: torch.dtype, aligned: bool) -> tuple[str, ...]:
-    """The kinds of rows that serve ``dtype``, where rows of pixels or channels start at multiples of 16 elements."""
-    return (row_kind(dtype), *([f"{row_kind(dtype)} aligned"] if aligned else []))
+def kinds(dtype: torch.dtype, aligned: bool, flat: bool) -> tuple[str, ...]:
+    """The kinds of rows of the table that serve ``dtype``.
+
+    ``aligned``: rows of pixels or channels start at multiples of 16 elements; ``flat``: no gaps between rows of pixels.
+    """
+    kind, special = row_kind(dtype), " aligned" if aligned else "" if flat else " gaps"
+    return (kind, kind + special)
 
 
 def tile(row: Row, channels: int, clusters: int) -> dict[str, int]:
@@ -527,14 +531,14 @@ class Solver:
         if self.N >= 1 << 31:
             raise ValueError(f"x has {self.N} pixels and the Triton kernels take 2^31 - 1: choose backend 'torch'.")
         self.weight = None if weight is None else weight.to(torch.float32).contiguous()
-        aligned = x.data_ptr() % 16 == 0 and all(stride % 16 == 0 or stride == 1 for stride in x.stride())
-        self.tile = t = tile(config("kmeans_step", x.device, *kinds(x.dtype, aligned)), self.D, clusters)
-        self.DP = t["CHUNKS"] * t["BLOCK_S"]
-        self.KP = triton.cdiv(clusters, t["BLOCK_K"]) * t["BLOCK_K"]
         across = x.stride(3) if x.dim() == 4 else x.stride(2)
         width = x.shape[3] if x.dim() == 4 else self.N
         down = x.stride(2) if x.dim() == 4 else 0
         flat = width == self.N or down == width * across
+        aligned = x.data_ptr() % 16 == 0 and all(stride % 16 == 0 or stride == 1 for stride in x.stride())
+        self.tile = t = tile(config("kmeans_step", x.device, *kinds(x.dtype, aligned, flat)), self.D, clusters)
+        self.DP = t["CHUNKS"] * t["BLOCK_S"]
+        self.KP = triton.cdiv(clusters, t["BLOCK_K"]) * t["BLOCK_K"]
         short = t["BLOCK_N"] * across + t["BLOCK_S"] * x.stride(1) < 1 << 31
         self.strides = (x.stride(0), x.stride(1), 0 if flat else down, across)
         self.width = self.N if flat else width
@@ -626,7 +630,7 @@ def tune_cases(device: str = "cuda", pictures: int = 32, side: int = 64) -> Iter
         centroids = x[:, :, 0, :25].mT.contiguous()
         sizes = product((16, 32, 64), (16, 32, 64), (64, 128), (16 << 10, 24 << 10, 32 << 10), (4, 8), (2, 3, 4))
         rows = [
-            kmeans_row(kinds(dtype, aligned=True)[-1], n, d, s, held, 128, warps, stages, 0)
+            kmeans_row(kinds(dtype, aligned=True, flat=True)[-1], n, d, s, held, 128, warps, stages, 0)
             for n, d, s, held, warps, stages in sizes
             if d <= s
         ]
@@ -702,7 +706,7 @@ def aot_cases() -> Iterator[AotCase]:
             continue
         tiles: dict[tuple[tuple[str, int], ...], list[str]] = {}
         for arch, most in SHARED.items():
-            row = choose("kmeans_step", arch, most, kinds(DTYPES[dtype], layout.aligned))
+            row = choose("kmeans_step", arch, most, kinds(DTYPES[dtype], layout.aligned, layout.flat))
             assert row is not None
             tiles.setdefault(tuple(tile(row, channels, clusters).items()), []).append(arch)
         for precision in ("ieee", "tf32") if dtype == "fp32" and name == "channels" else ("ieee",):
