@@ -22,7 +22,8 @@ class Row(NamedTuple):
     """One row: for what it is, the tiles, warps and stages, and the shared memory that suffices.
 
     ``kind`` is "half" (bfloat16 and float16) or "fp32"; for kmeans_step also "half aligned" (rows of pixels or channels
-    that start at multiples of 16 elements) and "half gaps" (neither that, nor without gaps between rows); for the contrast how products are made: "half", "fp16", "tf32" or "ieee".
+    that start at multiples of 16 elements) and "half gaps" (neither that, nor without gaps between rows); for the
+    contrast how products are made: "half", "fp16", "tf32" or "ieee".
     """
 
     kind: str
