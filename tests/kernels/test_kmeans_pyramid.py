@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
@@ -86,7 +86,10 @@ def test_equals_reference_from_the_same_seed(metric, weighted, options):
 def test_any_levels_at_any_size(seed, shapes, size, metric, weighted):
     maps = pyramid(seed, shapes=shapes)
     weight = pixel_weights(seed, 1, *size) + 0.1 if weighted else None
-    check(maps, 3, size, 1e-4, init=spread(maps, size, 3), n_iter=1, metric=metric, weight=weight)
+    start = spread(maps, size, 3)
+    seen = torch.nn.functional.normalize(start[0], dim=1) if metric == "cosine" else start[0]
+    assume(torch.pdist(seen).min() > 1e-3)  # between equal centroids rounding chooses
+    check(maps, 3, size, 1e-4, init=start, n_iter=1, metric=metric, weight=weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
