@@ -68,8 +68,3 @@ def on_device_of(x: torch.Tensor) -> AbstractContextManager[None]:
 def widened(x, UPCAST: tl.constexpr):
     """x, as float32 under the interpreter."""
     return x.to(tl.float32) if UPCAST else x
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name that Triton's signatures have for ``dtype``."""
-    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]

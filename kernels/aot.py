@@ -153,8 +153,8 @@ def _key(job: Job) -> str:
     case = cases(module)[name]
     kinds = sorted(case.signature.items())
     constants = sorted(case.constexprs.items())
-    parts: tuple[Any, ...] = (triton.__version__, case.kernel.cache_key, arch, kinds, constants)
-    parts += (case.num_warps, case.num_stages) + ((case.registers,) if case.registers else ())
+    launch = (case.num_warps, case.num_stages, case.registers)
+    parts = (triton.__version__, case.kernel.cache_key, arch, kinds, constants, launch)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

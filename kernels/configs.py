@@ -59,6 +59,12 @@ def kmeans_row(
     return Row(kind, tiles, warps, stages, shared, registers)
 
 
+SMALL_CONTRAST = (
+    contrast_row("half", 8192, 32, 32, 32, 64, 4, 1, 48),
+    contrast_row("tf32", 8192, 32, 32, 32, 32, 4, 1, 48),
+    contrast_row("ieee", 8192, 32, 32, 32, 32, 4, 1, 48),
+)
+
 ROWS: dict[tuple[str, str], tuple[Row, ...]] = {
     # A channel block of 256 bytes a pixel keeps the labels, which each block reads again, under 5% of the traffic.
     ("part_pool", "default"): (
@@ -114,16 +120,8 @@ ROWS: dict[tuple[str, str], tuple[Row, ...]] = {
         contrast_row("half", 256, 128, 64, 16, 256, 8, 3, 163),
         contrast_row("half", 8192, 128, 64, 32, 64, 8, 3, 99),
     ),
-    ("contrast forward", "gfx942"): (
-        contrast_row("half", 8192, 32, 32, 32, 64, 4, 1, 48),
-        contrast_row("tf32", 8192, 32, 32, 32, 32, 4, 1, 48),
-        contrast_row("ieee", 8192, 32, 32, 32, 32, 4, 1, 48),
-    ),
-    ("contrast gradient", "gfx942"): (
-        contrast_row("half", 8192, 32, 32, 32, 64, 4, 1, 48),
-        contrast_row("tf32", 8192, 32, 32, 32, 32, 4, 1, 48),
-        contrast_row("ieee", 8192, 32, 32, 32, 32, 4, 1, 48),
-    ),
+    ("contrast forward", "gfx942"): SMALL_CONTRAST,
+    ("contrast gradient", "gfx942"): SMALL_CONTRAST,
 }
 
 _forced: dict[str, Row] = {}  # by operation, while the tuner measures

@@ -26,6 +26,7 @@ from torch import Tensor
 from fgfast.kernels._common import AotCase, interpreted, launch_options, output_dtype, widened
 from fgfast.kernels.configs import SHARED, Row, choose, config, kmeans_row, processors, row_kind
 from fgfast.kernels.tune import TuneCase
+from fgfast.kernels.tuned import TUNED
 
 EPS = tl.constexpr(1e-12)
 SHARE = 0.08  # of the bytes of x: the most that partial sums may cost, written and read
@@ -483,7 +484,7 @@ def tile(row: Row, channels: int, clusters: int) -> dict[str, int]:
     sums = t["CHUNKS"] * t["BLOCK_S"] * t["BLOCK_K"]
     if t["BLOCK_K"] > t.pop("MOST_K") or t["CHUNKS"] > MOST_CHUNKS or sums > t["HELD"]:
         t |= {"HELD": 0, "BLOCK_N": 32, "BLOCK_S": min(64, t["BLOCK_S"])}
-        t["BLOCK_D"] = min(16 if row.kind == "fp32" else 32, t["BLOCK_S"])
+        t["BLOCK_D"] = min(16 if row.kind.startswith("fp32") else 32, t["BLOCK_S"])
         t["BLOCK_K"] = min(64, t["BLOCK_K"])
         t["CHUNKS"] = triton.cdiv(channels, t["BLOCK_S"])
         return t
@@ -704,16 +705,18 @@ def aot_cases() -> Iterator[AotCase]:
             continue  # the code of bfloat16, with one other instruction
         if name not in DEMANDING and (channels, clusters) not in ((768, 25), (2048, 256)):
             continue
-        tiles: dict[tuple[tuple[str, int], ...], list[str]] = {}
+        tiles: dict[Any, list[str]] = {}  # architectures by tile, shared memory of the row and whether it was measured
         for arch, most in SHARED.items():
             row = choose("kmeans_step", arch, most, kinds(DTYPES[dtype], layout.aligned, layout.flat))
             assert row is not None
-            tiles.setdefault(tuple(tile(row, channels, clusters).items()), []).append(arch)
+            tuned = tuple(row) in TUNED.get(("kmeans_step", arch), ())
+            tiles.setdefault((tuple(tile(row, channels, clusters).items()), row.shared, tuned), []).append(arch)
         for precision in ("ieee", "tf32") if dtype == "fp32" and name == "channels" else ("ieee",):
-            for items, archs in tiles.items():
+            for (items, shared, tuned), archs in tiles.items():
                 name_of_row = "default" if archs[0] == next(iter(SHARED)) else archs[0]
                 full = f"{name_of_row} {dtype}{' tf32' * (precision == 'tf32')} {channels}x{clusters} {name}"
-                yield from _step_cases(full, dtype, dict(items), channels, layout, precision, tuple(archs), rare)
+                for found in _step_cases(full, dtype, dict(items), channels, layout, precision, tuple(archs), rare):
+                    yield found._replace(shared=shared, tuned=tuned)
     small = {"num_warps": 4, "num_stages": 3}
     for dtype, cosine in product(("fp32", "fp16", "bf16"), (False, True)):
         name = f"kmeans prepare {dtype}{' cosine' * cosine}"

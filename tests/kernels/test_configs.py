@@ -156,3 +156,14 @@ def test_every_row_that_is_tried_is_one_the_operation_takes(op):
         assert len(case.rows) == len({str(row) for row in case.rows}) > 1
         with configs.forced(case.op, case.rows[0]):
             case.run()
+
+
+def test_a_measured_row_of_the_step_is_cut_and_compiled_like_its_kind(monkeypatch):
+    """Float32 stays float32 when the row is for aligned pixels, and a measured row may spill."""
+    plain = configs.ROWS["kmeans_step", "default"][1]
+    row = plain._replace(kind="fp32 aligned")
+    assert kmeans_step.tile(row, 2048, 256) == kmeans_step.tile(plain, 2048, 256)
+    monkeypatch.setitem(configs.TUNED, ("kmeans_step", "sm_80"), [tuple(row._replace(stages=3))])
+    cases = [case for case in kmeans_step.aot_cases() if " fp32 768x25 maps" in case.name]
+    assert {case.archs for case in cases if case.tuned} == {("sm_80",)}
+    assert all(case.shared == row.shared for case in cases)
