@@ -7,6 +7,7 @@ bit, on every device and by every backend, whatever the order of its sums.
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,9 +39,17 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     """
     if count == 0 or not scores.numel():
         return torch.zeros_like(scores, dtype=torch.bool)
-    scores = torch.where(scores.isnan(), torch.inf, scores)
-    limit = scores.kthvalue(count, dim=1, keepdim=True).values
-    below, equal = scores < limit, scores == limit
+    scores = scores.nan_to_num(torch.inf, torch.inf, -torch.inf)
+    on_cpu = scores.device.type == "cpu"
+    if on_cpu:  # NumPy selects and sorts with vector instructions, 10 to 20 times as fast as PyTorch
+        limit = torch.from_numpy(np.partition(scores.numpy(), count - 1, axis=1)[:, count - 1 : count])
+    else:
+        limit = scores.kthvalue(count, dim=1, keepdim=True).values
+    at_most = scores <= limit
+    if on_cpu and bool((at_most.sum(1) == count).all()):
+        return at_most
+    below = scores < limit
+    equal = at_most ^ below
     return below | (equal & (equal.cumsum(1) <= count - below.sum(1, keepdim=True)))
 
 
@@ -53,11 +62,16 @@ def _affordable(rows: Tensor, mask: Tensor, share: int) -> Tensor:
     cost = (torch.where(finite, rows, 0) * scale).square().long()
     mask = mask & finite
     allowed = cost.sum(1, keepdim=True) * share >> SHARE_BITS
-    if mask.device.type == "cpu" and not bool((torch.where(mask, cost, 0).sum(1, keepdim=True) > allowed).any()):
+    on_cpu = mask.device.type == "cpu"
+    if on_cpu and not bool(((cost * mask).sum(1, keepdim=True) > allowed).any()):
         return mask
-    order = torch.where(mask, cost, 1 << reference.UNITS).sort(dim=1, stable=True)
-    kept = order.values.cumsum(1) <= allowed
-    return torch.zeros_like(mask).scatter_(1, order.indices, kept) & mask
+    bits = (rows.shape[1] - 1).bit_length()
+    place = torch.arange(rows.shape[1], device=rows.device)
+    keys = torch.where(mask, cost, 1 << reference.UNITS) << bits | place  # no two alike: any sort will do
+    ordered = torch.from_numpy(np.sort(keys.numpy(), axis=1)) if on_cpu else keys.sort(dim=1).values
+    kept = ((ordered >> bits).cumsum(1) <= allowed).sum(1, keepdim=True)
+    limit = ordered.gather(1, (kept - 1).clamp_min(0))
+    return mask & (keys <= limit) & (kept > 0)
 
 
 def _perturb_torch(
