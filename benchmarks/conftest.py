@@ -15,7 +15,7 @@ Run = Callable[[], Sequence[Tensor]]
 
 class Race(Protocol):
     def __call__(
-        self, contenders: dict[str, Run], reference: str, *, rounds: int = 5, rtol: float = 1e-4
+        self, contenders: dict[str, Run], reference: str, *, rounds: int = 5, rtol: float = 1e-4, warm: int = 0
     ) -> dict[str, float]: ...
 
 
@@ -61,9 +61,13 @@ def race(benchmark: Any) -> Race:
     ``race(contenders, reference)`` holds every answer against that of the one named reference and returns the median
     seconds of each; in ``extra_info`` stand the medians, the 20th and
     80th percentiles, how many times faster the first one is than each other one, the device, versions and threads.
+    ``warm`` calls, not timed, go before each timed one: with none, a contender finds the caches as the last one left
+    them.
     """
 
-    def run(contenders: dict[str, Run], reference: str, *, rounds: int = 5, rtol: float = 1e-4) -> dict[str, float]:
+    def run(
+        contenders: dict[str, Run], reference: str, *, rounds: int = 5, rtol: float = 1e-4, warm: int = 0
+    ) -> dict[str, float]:
         expected = contenders[reference]()
         for name, contender in contenders.items():  # this is the warm-up, too
             if name != reference:
@@ -71,6 +75,8 @@ def race(benchmark: Any) -> Race:
         times: dict[str, list[float]] = {name: [] for name in contenders}
         for _ in range(rounds):
             for name, contender in contenders.items():
+                for _ in range(warm):
+                    contender()
                 times[name].append(seconds(contender))
         ours, *others = contenders
         medians = {name: statistics.median(t) for name, t in times.items()}
