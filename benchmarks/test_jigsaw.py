@@ -12,8 +12,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from benchmarks.conftest import Race
+from fgfast.data.normalise import IMAGENET_MEAN, IMAGENET_STD
 from fgfast.data.tiles import brighten, cut_tiles, draw_puzzles
-from fgfast.data.views import IMAGENET_MEAN, IMAGENET_STD
 from fgfast.methods.permutations import permutation_set
 from fgfast.reference.tiles import cut_tiles as plain
 

@@ -12,8 +12,9 @@ from fgfast.data.manifest import read_picture
 from fgfast.errors import UserError
 from fgfast.evaluate.protocols import Checkpoint, read_run
 from fgfast.files import write_atomic
-from fgfast.methods.srgan import FACTOR, SRGAN, SRGANConfig, to_pixels
+from fgfast.methods.srgan import FACTOR, SRGAN, SRGANConfig
 from fgfast.models.srgan import Generator
+from fgfast.report.pictures import to_pixels
 from fgfast.train.checkpoint import load_checkpoint
 
 log = logging.getLogger("fgfast")

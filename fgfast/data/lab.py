@@ -7,6 +7,8 @@ Source: IEC 61966-2-1 (sRGB) and CIE 15 (Lab).
 import torch
 from torch import Tensor
 
+from fgfast.data.normalise import denormalise, normalise
+
 _WHITE = (0.95047, 1.0, 1.08883)
 _TO_XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
 _TO_RGB = tuple(tuple(row) for row in torch.tensor(_TO_XYZ, dtype=torch.float64).inverse().tolist())
@@ -81,20 +83,17 @@ def lightness(rgb: Tensor) -> Tensor:
     return (116 * _root(r * red + g * green + b * blue) - 16).unsqueeze(-3)
 
 
-def to_grey(pictures: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def to_grey(pictures: Tensor) -> Tensor:
     """Normalised pictures without their colour: L / 100 in all three channels, normalised again.
 
     Args:
-        pictures: float [..., 3, H, W], normalised by ``mean`` and ``std``.
-        mean, std: three numbers each.
+        pictures: float [..., 3, H, W], normalised with ImageNet's statistics.
 
     Returns:
         the same shape.
 
     Example:
-        >>> to_grey(torch.rand(1, 3, 2, 2), (0.5,) * 3, (0.5,) * 3).std(1).max().item()
-        0.0
+        >>> bool((denormalise(to_grey(torch.rand(1, 3, 2, 2))).std(1) < 1e-6).all())
+        True
     """
-    centre, scale = (pictures.new_tensor(v).view(3, 1, 1) for v in (mean, std))
-    grey = lightness((pictures * scale + centre).clamp(0, 1)) / 100
-    return (grey - centre) / scale
+    return normalise(lightness(denormalise(pictures).clamp(0, 1)) / 100)

@@ -7,10 +7,8 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+from fgfast.data.normalise import IMAGENET_MEAN, IMAGENET_STD
 from fgfast.ops._tensors import values_checked
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fgfast.data.lab import lab_to_rgb, lightness, rgb_to_lab, to_grey
+from fgfast.data.normalise import denormalise
 from fgfast.errors import UserError
 from fgfast.methods.ab_classes import AbClasses, class_weights
 from fgfast.methods.base import Method, build_encoder
@@ -117,7 +118,7 @@ class Color(Method):
     def colours(self, pictures: Tensor) -> Tensor:
         """Mean colour of every 4 x 4 pixels of normalised pictures [B, 3, S, S], ab [B * (S / 4)^2, 2]."""
         side = pictures.shape[-1] // STRIDE
-        small = F.adaptive_avg_pool2d(_values(pictures), side)
+        small = F.adaptive_avg_pool2d(denormalise(pictures).clamp(0, 1), side)
         return rgb_to_lab(small)[:, 1:].permute(0, 2, 3, 1).reshape(-1, 2)
 
     def logits(self, pictures: Tensor) -> Tensor:
@@ -148,7 +149,6 @@ class Color(Method):
     @torch.no_grad()
     def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":
         """What the encoder sees, the colours that are told (annealed mean), and the photograph."""
-        from fgfast.data.views import IMAGENET_MEAN, IMAGENET_STD
         from fgfast.report.pictures import Panel, to_uint8
 
         shown = batch.views[0][:8]
@@ -159,8 +159,8 @@ class Color(Method):
         finally:
             self.train(was_training)
         ab = F.interpolate(ab, shown.shape[-2:], mode="bilinear")
-        told = lab_to_rgb(torch.cat([lightness(_values(shown)), ab], 1))
-        grey = to_grey(shown, IMAGENET_MEAN, IMAGENET_STD)
+        told = lab_to_rgb(torch.cat([lightness(denormalise(shown).clamp(0, 1)), ab], 1))
+        grey = to_grey(shown)
         rows = [
             [
                 Panel(to_uint8(grey[i]), "grey"),
@@ -170,11 +170,3 @@ class Color(Method):
             for i, photograph in enumerate(shown)
         ]
         return {"colours": rows}
-
-
-def _values(pictures: Tensor) -> Tensor:
-    """Values in [0, 1] of normalised pictures."""
-    from fgfast.data.views import IMAGENET_MEAN, IMAGENET_STD
-
-    mean, std = (pictures.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (pictures * std + mean).clamp(0, 1)

@@ -179,7 +179,7 @@ class Jigsaw(Method):
     @torch.no_grad()
     def puzzles(self, batch: "Batch") -> tuple[Tensor, Tensor]:
         """Permuted tiles [B * T, 3, side, side] and the number of each picture's permutation [B]."""
-        from fgfast.data.views import IMAGENET_MEAN, IMAGENET_STD
+        from fgfast.data.normalise import IMAGENET_MEAN, IMAGENET_STD
 
         c, device = self.config, self.permutations.device
         key = (self.step, self.rank, 0) if self.training else (int(batch.index[0]), 0, 1)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from fgfast.data.views import IMAGENET_MEAN, IMAGENET_STD
+from fgfast.data.normalise import normalise
 from fgfast.errors import UserError
 from fgfast.evaluate.fidelity import psnr, ssim
 from fgfast.methods.base import Method, Progress
@@ -249,7 +249,7 @@ class SRGAN(Method):
 
     def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":
         """What the generator gets, what bicubic makes of it, what it makes of it, and the truth."""
-        from fgfast.report.pictures import Panel
+        from fgfast.report.pictures import Panel, to_pixels
 
         assert batch.patch is not None
         assert batch.reduced is not None
@@ -267,11 +267,6 @@ class SRGAN(Method):
 def bicubic(small: Tensor) -> Tensor:
     """Pictures [B, 3, H, W] enlarged to [B, 3, 4 H, 4 W], with PIL's kernel (a = -1/2) and border."""
     return F.interpolate(small, scale_factor=FACTOR, mode="bicubic", antialias=True)
-
-
-def to_pixels(x: Tensor) -> np.ndarray:
-    """A picture [3, H, W] of values in [0, 1] as uint8 [H, W, 3]; what lies outside is clipped."""
-    return (x.detach().float() * 255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
 
 
 def perceptual_network(text: str, size: int) -> Backbone:
@@ -295,8 +290,7 @@ def perceptual_network(text: str, size: int) -> Backbone:
 
 def _last_map(network: Backbone, x: Tensor) -> Tensor:
     """The last map [B, D, h, w] of pictures in [0, 1]; of a VGG the one before its last pooling."""
-    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return network.pyramid((x - mean) / std, 2)[1 if network.name.startswith("vgg") else 0]
+    return network.pyramid(normalise(x), 2)[1 if network.name.startswith("vgg") else 0]
 
 
 def _mean(values: Tensor, valid: Tensor) -> Tensor:

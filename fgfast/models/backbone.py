@@ -97,9 +97,8 @@ class Backbone(nn.Module):
         if not self.grey:
             return x
         from fgfast.data.lab import to_grey
-        from fgfast.data.views import IMAGENET_MEAN, IMAGENET_STD
 
-        return to_grey(x, IMAGENET_MEAN, IMAGENET_STD)
+        return to_grey(x)
 
     def pool(self, features: Tensor) -> Tensor:
         """Pooled features [B, D] from :meth:`features`: average of a map, CLS of a ViT that has it."""

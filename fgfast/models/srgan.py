@@ -2,10 +2,9 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
-from fgfast.data.views import IMAGENET_MEAN, IMAGENET_STD
+from fgfast.data.normalise import denormalise
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone
 
@@ -141,8 +140,7 @@ class Trunk(nn.Module):
         self, x: Tensor, intermediates_only: Literal[True] = True, norm: bool = False
     ) -> list[Tensor]:
         """The map after every layer, first to last."""
-        mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
-        x, maps = x * std + mean, []
+        x, maps = denormalise(x), []
         for layer in self.layers:
             x = layer(x)
             maps.append(x)

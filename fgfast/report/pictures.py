@@ -15,11 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from fgfast.data.normalise import denormalise
 from fgfast.files import write_atomic
 from fgfast.report.palette import label_colours
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _SAME = (0, 114, 178)  # blue and vermillion are told apart by all eyes; the caption says the same in words
 _OTHER = (213, 94, 0)
@@ -39,30 +37,25 @@ class Panel:
     caption: str = ""
 
 
-def denormalise(
-    x: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
-) -> NDArray[np.uint8]:
-    """Turn what a network is fed back into a picture: round(255 (x std + mean)), clipped to 0..255.
+def to_pixels(values: Tensor) -> NDArray[np.uint8]:
+    """Values as a picture: round(255 x), clipped to 0..255, NaN black.
 
     Args:
-        x: [..., 3, H, W], any float dtype and device.
-        mean, std: three numbers each, those that the loader normalised with.
+        values: [..., 3, H, W], in [0, 1] or about, any float dtype and device.
 
     Returns:
         uint8 [..., H, W, 3].
 
     Raises:
-        ValueError: x does not end in three channels, height and width.
+        ValueError: values does not end in three channels, height and width.
 
     Example:
-        >>> denormalise(torch.zeros(3, 1, 1), mean=(0.5, 0.5, 0.5)).tolist()
+        >>> to_pixels(torch.full((3, 1, 1), 0.5)).tolist()
         [[[128, 128, 128]]]
     """
-    if x.ndim < 3 or x.shape[-3] != 3:
-        raise ValueError(f"x has shape {tuple(x.shape)}: pictures are [..., 3, H, W].")
-    shape = (3, 1, 1)
-    x = x.detach().float().cpu()
-    x = x * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+    if values.ndim < 3 or values.shape[-3] != 3:
+        raise ValueError(f"values has shape {tuple(values.shape)}: pictures are [..., 3, H, W].")
+    x = values.detach().float().cpu()
     return (x.nan_to_num(0.0) * 255).round().clamp(0, 255).byte().movedim(-3, -1).contiguous().numpy()
 
 
@@ -83,7 +76,7 @@ def to_uint8(image: Tensor | NDArray[Any]) -> NDArray[np.uint8]:
         (2, 4, 3)
     """
     if isinstance(image, Tensor) and image.is_floating_point():
-        return denormalise(image)
+        return to_pixels(denormalise(image.detach().float()))
     array = image.cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
     if array.dtype == np.uint8 and array.ndim == 3:
         if array.shape[-1] == 3:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from fgfast.data.normalise import IMAGENET_MEAN, IMAGENET_STD
 from fgfast.data.photometric import photometric
 from fgfast.data.sampling import Draw, draw_crop, generator
-from fgfast.data.views import IMAGENET_MEAN, IMAGENET_STD, Crop
+from fgfast.data.views import Crop
 
 tv = pytest.importorskip("torchvision.transforms.v2.functional")
 

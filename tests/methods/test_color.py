@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fgfast.data.layouts import open_images
-from fgfast.data.views import IMAGENET_MEAN, IMAGENET_STD, Batch
+from fgfast.data.normalise import IMAGENET_MEAN, IMAGENET_STD
+from fgfast.data.views import Batch
 from fgfast.evaluate.protocols import evaluate, load_encoder_of
 from fgfast.methods.ab_classes import class_weights
 from fgfast.methods.color import Color, ColorConfig

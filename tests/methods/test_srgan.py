@@ -18,8 +18,9 @@ from fgfast.data.layouts import open_images
 from fgfast.data.views import Batch
 from fgfast.errors import UserError
 from fgfast.evaluate.protocols import load_encoder_of
-from fgfast.methods.srgan import SRGAN, SRGANConfig, bicubic, perceptual_network, to_pixels
+from fgfast.methods.srgan import SRGAN, SRGANConfig, bicubic, perceptual_network
 from fgfast.models.backbone import Backbone
+from fgfast.report.pictures import to_pixels
 from fgfast.train import loop
 from fgfast.train.checkpoint import save_encoder
 from fgfast.train.config import validate

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fgfast.data.views import IMAGENET_MEAN, IMAGENET_STD
+from fgfast.data.normalise import IMAGENET_MEAN, IMAGENET_STD
 from fgfast.errors import UserError
 from fgfast.models.srgan import Discriminator, Generator, SRGANEncoder
 

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fgfast.report import pictures
+from fgfast.data.normalise import IMAGENET_MEAN, IMAGENET_STD
 from fgfast.report.palette import _seen, label_colours
-from fgfast.report.pictures import Panel, compose, denormalise, grid, in_rows, neighbours, overlay, to_uint8
+from fgfast.report.pictures import Panel, compose, grid, in_rows, neighbours, overlay, to_pixels, to_uint8
 
-MEAN, STD = torch.tensor(pictures.IMAGENET_MEAN), torch.tensor(pictures.IMAGENET_STD)
+MEAN, STD = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
 
 
 def grey(height: int = 8, width: int = 8) -> np.ndarray:
@@ -41,16 +41,17 @@ def test_more_colours_than_ids_of_a_map_are_refused(n_parts: int) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([(1, 1), (3, 5), (8, 2)]))
-def test_denormalise_undoes_normalisation(seed: int, shape: tuple[int, int]) -> None:
+def test_normalised_pictures_come_back_as_pixels(seed: int, shape: tuple[int, int]) -> None:
     image = torch.randint(0, 256, (3, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     x = (image / 255 - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1)
-    np.testing.assert_array_equal(denormalise(x), image.permute(1, 2, 0).numpy())
-    np.testing.assert_array_equal(denormalise(x[None].contiguous(memory_format=torch.channels_last))[0], denormalise(x))
+    found = to_uint8(x)
+    np.testing.assert_array_equal(found, image.permute(1, 2, 0).numpy())
+    np.testing.assert_array_equal(to_uint8(x[None].contiguous(memory_format=torch.channels_last))[0], found)
 
 
 def test_values_outside_the_range_of_a_picture_are_clipped() -> None:
     x = torch.tensor([-1e9, float("nan"), 1e9]).view(3, 1, 1)
-    assert denormalise(x, (0, 0, 0), (1, 1, 1)).tolist() == [[[0, 0, 255]]]
+    assert to_pixels(x).tolist() == [[[0, 0, 255]]]
 
 
 def test_to_uint8_takes_both_orders_of_axes() -> None:
