@@ -37,6 +37,8 @@ class SimCLRConfig(TrainConfig):
     """Whether one view is the picture and the other its transform, or both are transformed."""
     blocks: Natural = 0
     """Blocks a side of the jigsaws; 0 takes 4 (random-jigsaw) or 7 (dcl-jigsaw)."""
+    preset: Literal["small", "paper"] = "small"
+    """paper takes the settings of the study of views."""
 
 
 def transform(views: str, blocks: int = 0) -> dict[str, Any]:
@@ -77,7 +79,9 @@ class SimCLR(Method):
     loss = mean over views i of  log sum_{k != i} exp(<z_i, z_k>/T) - <z_i, z_j>/T,   z normalised, j the other view.
 
     Defaults are for sets of thousands of pictures on small inputs (temperature, head and crops are ours); the
-    ImageNet recipe has temperature 0.1, a 2048-wide head, LARS and batches of 4,096.
+    ImageNet recipe has temperature 0.1, a 2048-wide head, LARS and batches of 4,096. ``--preset paper`` has those of
+    the study of views below: ResNet-18 from scratch at 512 pixels, head 512-512, temperature 0.5, Adam, batches of 64,
+    500 epochs; its rate was constant, because its cosine was never stepped, and is half a cosine here.
 
     ``--views`` other than original compare a picture with a transform of it (``transform``), made anew each epoch:
     gamma on crops of both, otherwise both squashed whole; then each flipped 0.5, jitter (0.8, 0.8, 0.8, 0.2) 0.3, grey
@@ -110,6 +114,14 @@ class SimCLR(Method):
             ) from None
         self.encoder = build_encoder(config)
         self.projector = MLP((self.encoder.dim, config.hidden, config.projection))
+
+    @classmethod
+    def paper(cls, model: str | None) -> SimCLRConfig:
+        """The released settings of the study of views."""
+        return SimCLRConfig(
+            model=model or "resnet18", preset="paper", size=512, temperature=0.5, hidden=512, projection=512,
+            crop_scale=0.08, lr=1e-3, weight_decay=1e-5, warmup=0.0, batch_size=64, epochs=500, clip=0.0, amp="off",
+        )  # fmt: skip
 
     def views(self) -> "ViewSpec":
         """Two alike crops: flip, colour jitter, grey 0.2, blur 0.5; or a picture and its transform."""

@@ -120,3 +120,12 @@ def test_a_stopped_run_of_moved_views_goes_on_exactly_and_shows_its_pairs(
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert main(["pictures", str(tmp_path / "whole"), "--data", str(drawn), "--device", "cpu"]) == 0
     assert "pictures/views.png" in capsys.readouterr().out
+
+
+def test_paper_preset() -> None:
+    """The study of views: 512 pixels, temperature 0.5 and a head of 512-512, whichever view is asked for."""
+    config = SimCLR.paper(None)
+    method = SimCLR(replace(config, views="dcl-jigsaw"))
+    assert {crop.size for crop in method.views().crops} == {512}
+    assert (method.encoder.dim, method.projector(torch.zeros(2, 512)).shape) == (512, (2, 512))
+    assert (config.temperature, config.batch_size, config.epochs, config.model) == (0.5, 64, 500, "resnet18")

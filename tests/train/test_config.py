@@ -63,7 +63,7 @@ def test_configuration_survives_its_file() -> None:
         (["simclr", "--parts", "grid"], "does not know '--parts'"),
         (["simclr", "--config", "missing.toml"], "does not exist"),
         (["simclr", "--config"], "needs a value"),
-        (["simclr", "--preset", "paper"], "no --preset paper"),
+        (["color", "--preset", "paper"], "no --preset paper"),
     ],
 )
 def test_wrong_words_are_one_sentence(words: list[str], message: str) -> None:
