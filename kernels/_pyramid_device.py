@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fgfast.kernels._common import widened
-from fgfast.kernels.kmeans_step import EPS, _finished, _finite, _least, _nearest, _weighed, centred, farthest
+from fgfast.kernels._kmeans_device import EPS, centred, farthest, finished, finite, least, nearest, weighed
 
 
 @triton.jit
@@ -122,12 +122,12 @@ def _label_strip(
             x, dx = _taps(n % width, w, width)
             dots += _tapped(base, y, x, dy, dx, h, w, k, K, inside, KP, BLOCK_N, KP)
             base += h * w * KP
-        best, index = _least(dots, bias, k, K, COSINE)
+        best, index = least(dots, bias, k, K, COSINE)
         weight = tl.where(inside, 1.0, 0.0)
         if WEIGHTED:
             weight = tl.load(weight_ptr + n, inside, other=0.0)
         squares = tl.load(sq_ptr + n, inside, other=0.0)
-        near, kept, _, lost = _nearest(best, squares, weight, COSINE)
+        near, kept, _, lost = nearest(best, squares, weight, COSINE)
         label = tl.where(kept, index, -1)
         counts += tl.sum(tl.where(label[:, None] == k[None, :], weight[:, None], 0.0), 0)
         inertia += tl.where(lost, float("nan"), tl.where(kept, weight * near, 0.0))
@@ -154,7 +154,7 @@ def score(
     """
     b = (tl.program_id(0) // programs).to(tl.int64)
     program = tl.program_id(0) % programs
-    if _finished(done_ptr, b, True):
+    if finished(done_ptr, b, True):
         return
     scores_ptr += b * cells * KP
     m_ptr += b * DP * KP
@@ -237,8 +237,8 @@ def _sum_unit(
                 at = i * BLOCK_S + d
                 there = inside[None, :] & (at < channels)[:, None]
                 f = tl.load(x_ptr + _across(at, strides, WIDE)[:, None] + places[None, :], there, other=0.0)
-                f = widened(tl.where(_finite(f.to(tl.float32)), f, 0.0), UPCAST)
-                updated += (_weighed(acc[i], f, share, PRECISION),)  # type: ignore[assignment]
+                f = widened(tl.where(finite(f.to(tl.float32)), f, 0.0), UPCAST)
+                updated += (weighed(acc[i], f, share, PRECISION),)  # type: ignore[assignment]
             acc = updated
     for i in tl.static_range(CHUNKS):
         at = i * BLOCK_S + d
@@ -256,7 +256,7 @@ def sums(
     """Partial sums parts[l] [B, splits_l, K, D_l]: a program takes some channels of a level and a share of its rows."""
     b = (tl.program_id(0) // units).to(tl.int64)
     unit = tl.program_id(0) % units
-    if _finished(done_ptr, b, True):
+    if finished(done_ptr, b, True):
         return
     labels_ptr += b * height * width
     scale_ptr += b * height * width
@@ -392,7 +392,7 @@ def move(
     """
     b = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
-    if _finished(done_ptr, b, True):
+    if finished(done_ptr, b, True):
         return
     k = tl.arange(0, KP)
     n = b * height * width
@@ -546,7 +546,7 @@ def rows(
                 _pixel(xs[level] + b * strides[level][0], strides[level], sizes[level], at, d, height, width, WIDE)
                 - tl.load(mu_ptr + d)[None, :]
             )
-            x = tl.where(_finite(x), x, 0.0)
+            x = tl.where(finite(x), x, 0.0)
             mask = (i < count)[:, None] & (d < sizes[level][0])[None, :]
             tl.store(out_ptr + i.to(tl.int64)[:, None] * channels + d[None, :], x, mask)
         block -= here

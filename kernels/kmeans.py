@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fgfast.kernels._common import AotCase, interpreted
-from fgfast.kernels.kmeans_step import EPS, Solver, case, centred, centroids_tile, farthest, power
+from fgfast.kernels._kmeans_device import EPS, centred, centroids_tile, farthest
+from fgfast.kernels.kmeans_step import Solver, case, power
 from fgfast.ops._kmeans_source import Dense
 from fgfast.ops._kmeans_start import start
 from fgfast.reference.draws import uniform
