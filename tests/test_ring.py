@@ -19,6 +19,7 @@ CASES: list[dict[str, Any]] = [
     {"negatives": "other_images", "reduction": "mean_valid"},
     {"negatives": "same_image", "reduction": "sum", "normalize": False},
     {"temperature": 0.01, "bank": True},
+    {"reduction": "mean_valid", "bank": True, "compiled": True},
 ]
 
 
@@ -36,14 +37,19 @@ def evaluate(parts: list[Tensor], ids: Ids, case: dict[str, Any], group: Any = N
     """Loss, and the gradients of query, key, temperature and bank."""
     case = dict(case)
     query, key = parts[0].clone().requires_grad_(), parts[1].clone().requires_grad_()
+    compiled = case.pop("compiled", False) and group is not None
     temperature = torch.tensor(case.pop("temperature", 0.1), dtype=torch.float64, requires_grad=True)
     bank = None
     if case.pop("bank", False):
         bank = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    loss = contrastive_loss(
-        query, key, query_ids=ids, key_ids=ids._replace(view=ids.view * 2), temperature=temperature, bank=bank,
-        weight=parts[2], group=group, **case,
-    )  # fmt: skip
+
+    def run(query: Tensor, key: Tensor) -> Tensor:
+        return contrastive_loss(
+            query, key, query_ids=ids, key_ids=ids._replace(view=ids.view * 2), temperature=temperature, bank=bank,
+            weight=parts[2], group=group, **case,
+        )  # fmt: skip
+
+    loss = (torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run)(query, key)
     loss.backward()
     gradients = [query.grad, key.grad, temperature.grad, query.new_zeros(0) if bank is None else bank.grad]
     return [loss.detach(), *(g for g in gradients if g is not None)]
@@ -76,6 +82,24 @@ def test_ring_equals_one_process_on_the_joined_batch(world: int, tmp_path: Path)
             joined = [torch.cat([g[n] for g in got]) / world for n in (1, 2)]
             for x, y in zip([*mean, *joined], [loss, temperature, bank, query, key], strict=True):
                 torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-8)
+
+
+def test_opcheck(tmp_path: Path) -> None:
+    """A ring of one rank."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        (query, key, _, *ids), _ = field([2, 1])
+        temperature = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+        name = dist.group.WORLD.group_name
+        vectors = (query.requires_grad_(), *ids, key.requires_grad_(), *ids)
+        args = (*vectors, None, temperature, 1.0, "all", True, "ieee", name)
+        torch.library.opcheck(torch.ops.fgfast.ring_contrast, args)
+        grads = [torch.ones(12).double(), *(x.detach() for x in torch.ops.fgfast.ring_contrast(*args)[1:])]
+        detached = [x.detach() if isinstance(x, Tensor) else x for x in args]
+        torch.library.opcheck(torch.ops.fgfast.ring_contrast_backward, (*grads, [True, True, False, True], *detached))
+        torch.library.opcheck(torch.ops.fgfast.group_sum, (torch.tensor(3), name))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_global_ids_of_one_process_are_its_own() -> None:

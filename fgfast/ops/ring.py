@@ -5,14 +5,13 @@ every column. Backward sends the keys round again together with the gradient tha
 home after W steps. Each rank holds two blocks of keys; nothing of size rows x all columns exists.
 """
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fgfast.ops import _contrast_tiled as tiled
 from fgfast.ops._tensors import accumulation, exact
+from fgfast.ops.contrast import register_autograd, returned
 from fgfast.ops.ids import Ids
 
 
@@ -62,6 +61,8 @@ class _Ring:
 
     def start(self, tensors: list[Tensor], step: int) -> tuple[list[Tensor], list[dist.Work]]:
         """Begin to pass on what belongs to rank - step; returns what arrives, and the work to wait for."""
+        if self.size == 1:
+            return tensors, []
         n = self.counts[(self.rank - step - 1) % self.size]
         arriving = [t.new_empty(n, *t.shape[1:]) for t in tensors]
         transfers = [dist.P2POp(dist.isend, t, self.next, self.group) for t in tensors if t.numel()]
@@ -69,83 +70,113 @@ class _Ring:
         return arriving, dist.batch_isend_irecv(transfers) if transfers else []
 
 
+def _named(group: str) -> dist.ProcessGroup:
+    """The process group of that name: operations take names, so that they can be traced."""
+    from torch.distributed import distributed_c10d as c10d
+
+    return c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type]
+
+
 def _wait(works: list[dist.Work]) -> None:
     for work in works:
         work.wait()
 
 
-class _RingContrast(torch.autograd.Function):
-    """Losses and positives of the local rows against the columns of all ranks."""
+def _blocks(key: Tensor, ids: Ids) -> list[Tensor]:
+    """What travels: keys and their ids."""
+    return [key.contiguous(), *(i.to(torch.int64).contiguous() for i in ids)]
 
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, bank: Tensor | None, temperature: Tensor | None, number: float,
-        query_ids: Ids, key_ids: Ids, negatives: str, normalize: bool, precision: str, group: dist.ProcessGroup,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        dtype = accumulation(query.dtype)
-        with exact(query.device, precision):
-            scale = tiled.logit_scale(temperature, number, dtype)
-            rows = tiled.make_side(query, query_ids, normalize, dtype)
-            stats = tiled.Stats.zeros(rows, tiled.bounded(scale, normalize))
-            if bank is not None:
-                columns = tiled.make_side(bank, None, normalize, dtype)
-                tiled.forward_tiles(tiled.Products(rows, columns, scale, negatives), stats)
-            ring = _Ring(group, key)
-            block = [key.contiguous(), *(i.to(torch.int64).contiguous() for i in key_ids)]
-            for step in range(ring.size):
-                last = step == ring.size - 1
-                arriving, works = (block, []) if last else ring.start(block, step)
-                columns = tiled.make_side(block[0], Ids(*block[1:]), normalize, dtype)
-                tiled.forward_tiles(tiled.Products(rows, columns, scale, negatives), stats)
-                _wait(works)
-                block = arriving
-            loss, lse, count = stats.finish()
-        ctx.save_for_backward(query, key, bank, temperature, *query_ids, *key_ids, lse, count)
-        ctx.options = number, negatives, normalize, precision, group
-        ctx.mark_non_differentiable(count)
-        return loss, count
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, bank, temperature, *ids, lse, count = ctx.saved_tensors
-        number, negatives, normalize, precision, group = ctx.options
-        need_query, need_key, need_bank, need_temperature = ctx.needs_input_grad[:4]
-        dtype = accumulation(query.dtype)
-        with exact(query.device, precision):
-            scale = tiled.logit_scale(temperature, number, dtype)
-            k = tiled.Coefficients.make(grads[0], lse, count)
-            rows = tiled.make_side(query, Ids(*ids[:3]), normalize, dtype)
-            d_query = query.new_zeros(query.shape, dtype=dtype) if need_query or need_temperature else None
-            d_bank = None
-            if bank is not None:
-                of_bank = tiled.make_side(bank, None, normalize, dtype)
-                d_bank = bank.new_zeros(bank.shape, dtype=dtype) if need_bank else None
-                tiled.backward_tiles(tiled.Products(rows, of_bank, scale, negatives), k, d_query, d_bank)
-                if d_bank is not None:
-                    tiled.finish_gradient(of_bank, d_bank, scale)
-            ring = _Ring(group, key)
-            block = [key.contiguous(), *(i.to(torch.int64).contiguous() for i in ids[3:])]
-            d_block = key.new_zeros(key.shape, dtype=dtype) if need_key else None
-            for step in range(ring.size):
-                last = step == ring.size - 1
-                arriving, works = (block, []) if last else ring.start(block, step)
-                columns = tiled.make_side(block[0], Ids(*block[1:]), normalize, dtype)
-                tiled.backward_tiles(tiled.Products(rows, columns, scale, negatives), k, d_query, d_block)
+@torch.library.custom_op("fgfast::ring_contrast", mutates_args=())
+def _ring(
+    query: Tensor, query_image: Tensor, query_part: Tensor, query_view: Tensor,
+    key: Tensor, key_image: Tensor, key_part: Tensor, key_view: Tensor,
+    bank: Tensor | None, temperature_tensor: Tensor | None, temperature: float,
+    negatives: str, normalize: bool, precision: str, group: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss, log2-sum-exp2 and positives of the local rows [M] against the columns of all ranks of the named group."""
+    dtype = accumulation(query.dtype)
+    with exact(query.device, precision):
+        scale = tiled.logit_scale(temperature_tensor, temperature, dtype)
+        rows = tiled.make_side(query, Ids(query_image, query_part, query_view), normalize, dtype)
+        stats = tiled.Stats.zeros(rows, tiled.bounded(scale, normalize))
+        if bank is not None:
+            columns = tiled.make_side(bank, None, normalize, dtype)
+            tiled.forward_tiles(tiled.Products(rows, columns, scale, negatives), stats)
+        ring = _Ring(_named(group), key)
+        block = _blocks(key, Ids(key_image, key_part, key_view))
+        for step in range(ring.size):
+            last = step == ring.size - 1
+            arriving, works = (block, []) if last else ring.start(block, step)
+            columns = tiled.make_side(block[0], Ids(*block[1:]), normalize, dtype)
+            tiled.forward_tiles(tiled.Products(rows, columns, scale, negatives), stats)
+            _wait(works)
+            block = arriving
+        return stats.finish()
+
+
+@torch.library.custom_op("fgfast::ring_contrast_backward", mutates_args=())
+def _ring_backward(
+    grad: Tensor, lse: Tensor, count: Tensor, needs: list[bool],
+    query: Tensor, query_image: Tensor, query_part: Tensor, query_view: Tensor,
+    key: Tensor, key_image: Tensor, key_part: Tensor, key_view: Tensor,
+    bank: Tensor | None, temperature_tensor: Tensor | None, temperature: float,
+    negatives: str, normalize: bool, precision: str, group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of query, key, bank and temperature, empty where ``needs`` says no."""
+    need_query, need_key, need_bank, need_temperature = needs
+    dtype = accumulation(query.dtype)
+    with exact(query.device, precision):
+        scale = tiled.logit_scale(temperature_tensor, temperature, dtype)
+        k = tiled.Coefficients.make(grad, lse, count)
+        rows = tiled.make_side(query, Ids(query_image, query_part, query_view), normalize, dtype)
+        d_query = query.new_zeros(query.shape, dtype=dtype) if need_query or need_temperature else None
+        d_bank = None
+        if bank is not None:
+            of_bank = tiled.make_side(bank, None, normalize, dtype)
+            d_bank = bank.new_zeros(bank.shape, dtype=dtype) if need_bank else None
+            tiled.backward_tiles(tiled.Products(rows, of_bank, scale, negatives), k, d_query, d_bank)
+            if d_bank is not None:
+                tiled.finish_gradient(of_bank, d_bank, scale)
+        ring = _Ring(_named(group), key)
+        key_ids = Ids(key_image, key_part, key_view)
+        block = _blocks(key, key_ids)
+        d_key = key.new_zeros(key.shape, dtype=dtype) if need_key else None
+        for step in range(ring.size):
+            last = step == ring.size - 1
+            arriving, works = (block, []) if last else ring.start(block, step)
+            columns = tiled.make_side(block[0], Ids(*block[1:]), normalize, dtype)
+            tiled.backward_tiles(tiled.Products(rows, columns, scale, negatives), k, d_query, d_key)
+            _wait(works)
+            if d_key is not None:
+                (d_key,), works = ring.start([d_key], step)
                 _wait(works)
-                if d_block is not None:
-                    (d_block,), works = ring.start([d_block], step)
-                    _wait(works)
-                block = arriving
-            if d_block is not None:
-                tiled.finish_gradient(tiled.make_side(key, Ids(*ids[3:]), normalize, dtype), d_block, scale)
-            d_temperature = None
-            if d_query is not None:
-                if need_temperature:
-                    d_temperature = tiled.temperature_gradient(tiled.inner(rows, d_query), scale, temperature)
-                tiled.finish_gradient(rows, d_query, scale)
-        of_inputs = ((need_query, d_query, query), (need_key, d_block, key), (need_bank, d_bank, bank),
-                     (need_temperature, d_temperature, temperature))  # fmt: skip
-        return (*(d.to(x.dtype) if need and d is not None else None for need, d, x in of_inputs), *[None] * 7)
+            block = arriving
+        if d_key is not None:
+            tiled.finish_gradient(tiled.make_side(key, key_ids, normalize, dtype), d_key, scale)
+        d_temperature = None
+        if d_query is not None:
+            if need_temperature and temperature_tensor is not None:
+                d_temperature = tiled.temperature_gradient(tiled.inner(rows, d_query), scale, temperature_tensor)
+            tiled.finish_gradient(rows, d_query, scale)
+        grads = [d_query if need_query else None, d_key, d_bank, d_temperature]
+        return returned(grads, query, key, bank, temperature_tensor)
+
+
+register_autograd(_ring, _ring_backward)
+
+
+@torch.library.custom_op("fgfast::group_sum", mutates_args=())
+def _group_sum(x: Tensor, group: str) -> Tensor:
+    """Sum of x over the ranks of the named group."""
+    x = x.clone()
+    dist.all_reduce(x, group=_named(group))
+    return x
+
+
+@_group_sum.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return torch.empty_like(x)
 
 
 def ring_contrast(
@@ -155,8 +186,8 @@ def ring_contrast(
 ) -> Tensor:  # fmt: skip
     """``contrastive_loss`` over a group: world size x local sum / global divisor; "none" gives the local losses."""
     number, tensor = (1.0, temperature) if isinstance(temperature, Tensor) else (float(temperature), None)
-    loss, count = _RingContrast.apply(
-        query, key, bank, tensor, number, query_ids, key_ids, negatives, normalize, precision, group
+    loss, _, count = _ring(
+        query, *query_ids, key, *key_ids, bank, tensor, number, negatives, normalize, precision, group.group_name
     )
     valid = count > 0
     if weight is not None:
@@ -168,5 +199,4 @@ def ring_contrast(
     if reduction == "sum":
         return total
     divisor = valid.sum() if reduction == "mean_valid" else torch.tensor(len(loss), device=loss.device)
-    dist.all_reduce(divisor, group=group)
-    return total / divisor.clamp(min=1)
+    return total / _group_sum(divisor, group.group_name).clamp(min=1)
