@@ -17,7 +17,7 @@ from fgfast.methods.color import Color, ColorConfig
 from fgfast.train.log import read_metrics
 from fgfast.train.loop import pretrain
 from tests.conftest import TINY
-from tests.methods.resume import check_exact_resume
+from tests.methods.promises import check_exact_resume, check_padding
 
 NETS = {"cnn": (TINY, "output_stride=8"), "vit": ("test_vit", "patch_size=8")}
 
@@ -123,14 +123,7 @@ def test_the_encoder_is_blind_to_colour(net: str) -> None:
 
 
 def test_padded_pictures_change_nothing() -> None:
-    """What stands in a padded slot reaches neither loss nor accuracy (BatchNorm in evaluation mode)."""
-    method, batch = Color(config_for()).eval(), batch_of()
-    batch.valid[3] = False
-    found = []
-    for fill in (0.0, 2.0):
-        batch.views[0][3] = fill
-        found.append(method(batch))
-    torch.testing.assert_close(found[0], found[1])
+    check_padding(Color(config_for()), batch_of())
 
 
 def test_pictures_show_colours() -> None:

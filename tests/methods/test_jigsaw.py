@@ -15,7 +15,7 @@ from fgfast.methods.jigsaw import Jigsaw, JigsawConfig
 from fgfast.train.log import read_metrics
 from fgfast.train.loop import pretrain
 from tests.conftest import TINY
-from tests.methods.resume import check_exact_resume
+from tests.methods.promises import check_exact_resume, check_padding
 
 NETS = {"cnn": (TINY, "output_stride=8"), "vit": ("test_vit", "patch_size=4")}
 
@@ -105,14 +105,7 @@ def test_tiles_are_those_of_the_permutation() -> None:
 
 
 def test_padded_pictures_change_nothing() -> None:
-    """What stands in a padded slot reaches neither loss nor accuracy (BatchNorm in evaluation mode)."""
-    method, batch = Jigsaw(config_for()).eval(), batch_of()
-    batch.valid[3] = False
-    found = []
-    for fill in (0.0, 2.0):
-        batch.views[0][3] = fill
-        found.append(method(batch))
-    torch.testing.assert_close(found[0], found[1])
+    check_padding(Jigsaw(config_for()), batch_of())
 
 
 def test_dropout_follows_training() -> None:

@@ -1,4 +1,4 @@
-"""What every method promises: a stopped run goes on as if nothing had been."""
+"""What every method promises: a stopped run goes on as if nothing had been, and padded pictures change nothing."""
 
 import signal
 from dataclasses import replace
@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fgfast.data.views import Batch
+from fgfast.methods.base import Method
 from fgfast.train import loop
 from fgfast.train.config import TrainConfig
 from fgfast.train.log import read_metrics
@@ -32,3 +34,13 @@ def check_exact_resume(method: str, config: TrainConfig, folder: Path, stop_afte
     assert rows[0] == rows[1]
     a, b = (torch.load(Path(c) / "last.pt", weights_only=True)["method"] for c in (whole, halves.out))
     assert all(torch.equal(a[k], b[k]) for k in a if isinstance(a[k], torch.Tensor))
+
+
+def check_padding(method: Method, batch: Batch) -> None:
+    """What stands in a padded slot reaches neither loss nor accuracy (BatchNorm in evaluation mode)."""
+    batch.valid[3] = False
+    found = []
+    for fill in (0.0, 2.0):
+        batch.views[0][3] = fill
+        found.append(method.eval()(batch))
+    torch.testing.assert_close(found[0], found[1])
