@@ -37,6 +37,7 @@ class Generator(nn.Module):
         blocks: residual blocks, 16 in the paper.
 
     Example:
+        >>> import torch
         >>> Generator(width=4, blocks=1)(torch.zeros(1, 3, 5, 7)).shape
         torch.Size([1, 3, 20, 28])
     """
@@ -73,6 +74,7 @@ class Discriminator(nn.Module):
         fixed: refuse pictures whose last map is not 6 x 6, as the paper's flatten does.
 
     Example:
+        >>> import torch
         >>> Discriminator(width=2)(torch.zeros(2, 3, 40, 56)).shape
         torch.Size([2, 1])
     """
@@ -163,6 +165,7 @@ class SRGANEncoder(Backbone):
         drop: how many of its last blocks are left out.
 
     Example:
+        >>> import torch
         >>> encoder = SRGANEncoder(Discriminator(width=2), drop=3)
         >>> encoder(torch.zeros(1, 3, 50, 40)).shape == (1, encoder.dim)
         True
