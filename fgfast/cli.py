@@ -198,6 +198,8 @@ def _generate(words: list[str]) -> None:
 def _pretrain(words: list[str]) -> None:
     """Train a method on pictures without labels and write a run folder."""
     name, config = parse_method(words)
+    if config.resume and config.out and not (Path(config.out) / "last.pt").is_file():
+        print(f"{config.out} holds no checkpoint to go on from: the run begins anew.", file=sys.stderr)
     from fgfast.report.draw import draw_run
     from fgfast.report.html import write_report
     from fgfast.train.distributed import choose_device, is_first
@@ -243,9 +245,15 @@ def _discover(words: list[str]) -> None:
     args = parse(Args, words, "discover")
     from fgfast.data.layouts import open_images
     from fgfast.evaluate.protocols import load_encoder_of
+    from fgfast.methods.particle import PARTICLEConfig
     from fgfast.methods.parts import Clustering, discover
+    from fgfast.train.config import check_ranges
     from fgfast.train.distributed import choose_device
 
+    given = {name: value for name, value in vars(args).items() if hasattr(PARTICLEConfig, name) and value is not None}
+    check_ranges(PARTICLEConfig(**given))
+    if args.image_size < 0:
+        raise UserError(f"--image-size is {args.image_size}: give at least 0.")
     device = choose_device(args.device)
     encoder, config = load_encoder_of(args.run, args.checkpoint, device)
     images = open_images(args.data)

@@ -21,7 +21,7 @@ from fgfast.evaluate.protocols import Protocol, parse_protocols
 from fgfast.files import write_atomic
 from fgfast.methods.base import METHODS, method_class
 from fgfast.train.checkpoint import write_json
-from fgfast.train.config import TrainConfig, parse_values, validate, with_values
+from fgfast.train.config import TrainConfig, parse_values, read_toml, validate, with_values
 from fgfast.train.log import read_metrics
 
 UNTRAINED = ("random", "start")  # evaluated without a step: random weights; the weights that --init names
@@ -89,6 +89,9 @@ class Comparison:
 
     def __post_init__(self) -> None:
         """Check everything before the first run."""
+        for name, given in (("data", self.data), ("methods", self.methods), ("seeds", self.seeds)):
+            if not given:
+                raise UserError(f"--{name} names none: give one at least.")
         self.entries = [Entry.parse(m) for m in self.methods]
         self.scored = parse_protocols(self.protocols)
         for data in self.data:
@@ -156,6 +159,9 @@ class Comparison:
                             raise UserError(
                                 f"{self.out / 'compare.csv'} has a row of {run}, which is gone: remove the row."
                             )
+                        before = Path(str(read_toml(run / "config.toml").get("data", "")))
+                        if before.is_dir() and before.resolve() != data.resolve():
+                            raise UserError(f"{run} was trained on {before}, not on {data}: give another --out.")
                         tuned = ("lr",) if self.lrs and entry.name not in UNTRAINED else ()
                         check_options(run, config, may_change=(*ANY_TIME, *tuned))
 
@@ -275,7 +281,8 @@ class Comparison:
             lines += [f"**{data.name}**", "", "| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
             base = next((e for e in self.entries if e.label == self.baseline), None)
             for entry in self.entries:
-                mine = [r for r in rows if r["data"] == data.name and r["method"] == entry.label]
+                keys = {self._key(entry, data, seed) for seed in self.seeds}
+                mine = [r for r in rows if (r["data"], r["method"], r["seed"]) in keys]
                 if mine:
                     lines.append(self._line(entry, base, data, mine))
             lines.append("")

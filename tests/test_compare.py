@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,24 @@ def test_entries_keep_their_text_as_label() -> None:
     """Two variants of a method stay apart."""
     assert Entry.parse("particle:parts=truth,lr=0.1").label == "particle:parts=truth,lr=0.1"
     assert Entry.parse("random").values == {}
+
+
+def test_another_set_of_the_same_name_is_refused(drawn: Path, tmp_path: Path) -> None:
+    """A row is of one set: a folder elsewhere with its name is not it."""
+    comparison(drawn, tmp_path / "out", methods=["random"], baseline="").run()
+    other = shutil.copytree(drawn, tmp_path / drawn.name)
+    with pytest.raises(UserError, match="not on"):
+        comparison(other, tmp_path / "out", methods=["random"], baseline="").run()
+
+
+def test_table_is_of_the_seeds_asked_for(drawn: Path, tmp_path: Path) -> None:
+    both = comparison(drawn, tmp_path, methods=["random"], baseline="")
+    both.run()
+    assert "| `random` | 2 |" in both.table()
+    assert "| `random` | 1 |" in comparison(drawn, tmp_path, methods=["random"], baseline="", seeds=[1]).table()
+
+
+@pytest.mark.parametrize("name", ["data", "methods", "seeds"])
+def test_empty_lists_are_refused(drawn: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=f"--{name} names none"):
+        comparison(drawn, tmp_path, baseline="", **{name: []})

@@ -1,6 +1,8 @@
 """Jigsaw puzzles: which permutation put the tiles of a picture where they are?"""
 
+import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -16,8 +18,11 @@ from fgfast.train.config import Count, Natural, Range, Share, TrainConfig
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from fgfast.data.layouts import ImageSet
     from fgfast.data.views import Batch, ViewSpec
     from fgfast.report.pictures import Panel
+
+log = logging.getLogger("fgfast")
 
 CROP_SHARE = 64 / 75  # of a tile's side: the release crops 64 pixels out of 75
 
@@ -114,6 +119,17 @@ class Jigsaw(Method):
                 "lower --grid or --tile, or raise --size."
             )
         return side
+
+    def prepare(self, images: "ImageSet", run: Path, round_: int) -> None:
+        """Warn of maps so small that the last stage starts from one cell, for which a CPU gives wrong gradients."""
+        net, on_cpu = self.encoder.net, next(self.parameters()).device.type == "cpu"
+        reduction = 1 if self.encoder.is_vit else net.feature_info[-1]["reduction"]
+        if on_cpu and self.config.amp == "bf16" and 2 * self.side <= reduction:
+            log.warning(
+                "Tiles of %d pixels leave the last stage a map of 1 x 1, whose bfloat16 gradients PyTorch was seen to "
+                "get wrong on a CPU: give --amp off, or larger tiles.",
+                self.side,
+            )
 
     @torch.no_grad()
     def _probe(self) -> Tensor:

@@ -33,7 +33,7 @@ class PARTICLEConfig(TrainConfig):
     """Folder of id maps for --parts discovered, as fgfast discover writes them; none are discovered then."""
     rounds: Count = 1
     """Outer rounds: before each, parts are discovered anew with the network as it is."""
-    n_parts: Annotated[int, Range(2)] = 15
+    n_parts: Annotated[int, Range(2, 254)] = 15
     """Clusters a picture (ViT: foreground parts; 5 in the paper)."""
     max_parts: Natural = 10
     """Parts sampled a picture and view; 0 takes all that are there."""
@@ -51,7 +51,7 @@ class PARTICLEConfig(TrainConfig):
     """Side to which the whole picture is squashed for discovery; 0 is twice the training size."""
     map_size: Annotated[int, Range(2)] = 64
     """Side of the id maps."""
-    grid: Count = 4
+    grid: Annotated[int, Range(1, 15)] = 4
     """Cells a side of --parts grid."""
     temperature: Positive = 0.1
     """Temperature of the contrast."""

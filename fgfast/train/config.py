@@ -191,6 +191,11 @@ def validate(config: TrainConfig) -> None:
         raise UserError("No run folder is named: give --out RUN.")
     if config.unlabelled and not config.takes_unlabelled:
         raise UserError("--unlabelled adds pictures that supervised training has no use for: leave it out.")
+    check_ranges(config)
+
+
+def check_ranges(config: TrainConfig) -> None:
+    """Raise a UserError for an option outside its range."""
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
         for wanted in getattr(hint, "__metadata__", ()):

@@ -16,7 +16,7 @@ from fgfast.files import write_atomic
 from fgfast.methods.base import Method, Progress, method_class
 from fgfast.models.backbone import Backbone
 from fgfast.train.checkpoint import load_checkpoint, save_checkpoint, save_encoder
-from fgfast.train.config import TrainConfig, to_toml, validate
+from fgfast.train.config import TrainConfig, read_toml, to_toml, validate
 from fgfast.train.distributed import Ranks, barrier, start
 from fgfast.train.log import RunLog, peak_memory_mb
 from fgfast.train.optim import FiniteGuard, learning_rate, make_optimizer
@@ -66,6 +66,10 @@ def _open_run(run: Path, name: str, config: TrainConfig, ranks: Ranks, method: M
     if config.resume and last.is_file():
         state = load_checkpoint(last, name)
         check_options(run, config, (*ANY_TIME, *LENGTH))
+        known = read_toml(run / "config.toml")
+        barrier(ranks)
+        if ranks.first and any(known.get(name) != getattr(config, name) for name in LENGTH):
+            write_atomic(run / "config.toml", lambda p: p.write_text(to_toml(config, name)))
         return state
     if last.exists():
         raise UserError(f"{run} already holds a run: give --resume to go on with it, or another --out.")

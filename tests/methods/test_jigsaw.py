@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from fgfast.data.layouts import open_images
 from fgfast.data.views import Batch
 from fgfast.errors import UserError
 from fgfast.evaluate.protocols import evaluate
@@ -173,3 +174,16 @@ def test_paper_preset() -> None:
     assert Batch(whole=torch.zeros(2, 3, 225, 225)).whole is not None
     tiles, _ = method.eval().puzzles(replace(batch_of(2), views=[], whole=torch.zeros(2, 3, 225, 225)))
     assert tiles.shape == (18, 3, 64, 64)
+
+
+@pytest.mark.parametrize(("amp", "tile", "warned"), [("bf16", 16, True), ("off", 16, False), ("bf16", 18, False)])
+def test_tiles_whose_gradients_a_cpu_gets_wrong_are_named(
+    amp: str, tile: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, drawn: Path
+) -> None:
+    """PyTorch's bfloat16 convolutions of stride 2 on maps of 1 x 1; a network of stride 8 has none."""
+    method = Jigsaw(config_for(model_args="", size=64, tile=tile, amp=amp))
+    method.prepare(open_images(drawn), tmp_path, 0)
+    assert ("bfloat16 gradients" in caplog.text) == warned
+    caplog.clear()
+    Jigsaw(config_for(size=64, tile=tile, amp=amp)).prepare(open_images(drawn), tmp_path, 0)
+    assert not caplog.text

@@ -11,6 +11,7 @@ import torch
 from fgfast.errors import UserError
 from fgfast.methods.simclr import SimCLRConfig
 from fgfast.train import loop
+from fgfast.train.config import read_toml
 from fgfast.train.log import read_metrics
 from fgfast.train.loop import pretrain
 from fgfast.train.splits import training_images
@@ -157,6 +158,14 @@ def test_finished_run_stays_as_it_is_on_resume(drawn: Path, run: Path) -> None:
     before = [(run / f).read_bytes() for f in files]
     pretrain("simclr", config_for(drawn, run, resume=True))
     assert [(run / f).read_bytes() for f in files] == before
+
+
+def test_a_new_length_stands_in_the_config(drawn: Path, tmp_path: Path) -> None:
+    """A later plain --resume must not go on to the old length."""
+    out = pretrain("simclr", config_for(drawn, tmp_path / "run", epochs=1, knn_every=0))
+    pretrain("simclr", config_for(drawn, out, epochs=2, knn_every=0, resume=True))
+    assert read_toml(out / "config.toml")["epochs"] == 2
+    assert read_metrics(out / "metrics.jsonl")[0][-1]["step"] == 6
 
 
 def test_another_temperature_on_resume_is_refused(drawn: Path, run: Path) -> None:
