@@ -17,6 +17,7 @@ from fgfast.errors import UserError
 from fgfast.train.config import TrainConfig, read_toml, with_values
 
 T = TypeVar("T")
+MAPS_FILES = ("maps.json", "begun.json")  # one of which a folder of id maps has
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -254,6 +255,8 @@ def _discover(words: list[str]) -> None:
     check_ranges(PARTICLEConfig(**given))
     if args.image_size < 0:
         raise UserError(f"--image-size is {args.image_size}: give at least 0.")
+    if args.out.is_dir() and any(args.out.iterdir()) and not any((args.out / f).is_file() for f in MAPS_FILES):
+        raise UserError(f"{args.out} holds other files: give another --out.")
     device = choose_device(args.device)
     encoder, config = load_encoder_of(args.run, args.checkpoint, device)
     images = open_images(args.data)

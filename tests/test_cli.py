@@ -82,6 +82,9 @@ def test_discover_and_pictures(run: Path, drawn: Path, tmp_path: Path) -> None:
     maps = list((tmp_path / "maps").rglob("*.png"))
     assert len(maps) == 36
     assert set(np.unique(np.asarray(Image.open(maps[0])))) <= {0, 1, 2}
+    before = sorted(drawn.rglob("*"))
+    assert main(["discover", str(run), "--data", str(drawn), "--out", str(drawn / "images")]) == 2
+    assert sorted(drawn.rglob("*")) == before
     assert main(["pictures", str(run), "--data", str(drawn), "--device", "cpu"]) == 0
     assert (run / "parts.png").is_file()
     assert {p.name for p in (run / "pictures").glob("*.png")} == {"views.png", "neighbours.png"}

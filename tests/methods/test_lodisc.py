@@ -183,3 +183,8 @@ def test_paper_preset() -> None:
         768,
         0.5,
     )
+
+
+def test_a_share_that_keeps_no_patch_is_refused() -> None:
+    with pytest.raises(UserError, match=r"0\.2 of 4 patches: give 0\.25"):
+        LoDisc(config_for("vit", keep=0.2))
