@@ -66,9 +66,7 @@ class LoDisc(MoCoV3):
             raise UserError(f"{config.model} has no tokens to drop: leave --drop-tokens out.")
         patches = (config.size // int(self.encoder.net.patch_embed.patch_size[0])) ** 2 if self.encoder.is_vit else 0
         if patches and config.keep * patches < 1 - 1e-9:
-            raise UserError(
-                f"--keep is {config.keep} and views have {patches} patches: give {1 / patches:.4g} or more."
-            )
+            raise UserError(f"--keep is {config.keep} of {patches} patches: give {1 / patches:.4g} or more.")
         if not config.project:
             self.projector, self.target_projector = nn.Identity(), nn.Identity()  # type: ignore[assignment]
             if config.projection != self.encoder.dim:
