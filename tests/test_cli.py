@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -203,3 +205,8 @@ def test_closed_pipe_is_no_mistake() -> None:
 def test_page_of_the_parser_is_cut_to_its_sentence(page: str) -> None:
     """With and without box characters the words before the rule are told."""
     assert cli._first_words(page) == "no number"
+
+
+def test_the_module_runs_as_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "fgfast", "nosuch"], capture_output=True, text=True, check=False)
+    assert (done.returncode, "no command 'nosuch'" in done.stderr) == (2, True)

@@ -1,0 +1,8 @@
+"""``python -m fgfast`` and ``torchrun -m fgfast`` are the command ``fgfast``."""
+
+import sys
+
+from fgfast.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
