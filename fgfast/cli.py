@@ -199,12 +199,14 @@ def _generate(words: list[str]) -> None:
 def _pretrain(words: list[str]) -> None:
     """Train a method on pictures without labels and write a run folder."""
     name, config = parse_method(words)
-    if config.resume and config.out and not (Path(config.out) / "last.pt").is_file():
-        print(f"{config.out} holds no checkpoint to go on from: the run begins anew.", file=sys.stderr)
     from fgfast.report.draw import draw_run
     from fgfast.report.html import write_report
     from fgfast.train.distributed import choose_device, is_first
     from fgfast.train.loop import pretrain
+
+    first = os.environ.get("RANK", "0") == "0"  # as torchrun says, before the ranks have met
+    if first and config.resume and config.out and not (Path(config.out) / "last.pt").is_file():
+        print(f"{config.out} holds no checkpoint to go on from: the run begins anew.", file=sys.stderr)
 
     run = pretrain(name, config)
     if is_first():

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -272,7 +273,8 @@ class Comparison:
     def table(self) -> str:
         """The results as Markdown: means over seeds, 95% intervals over seeds and pictures; compare.md, compare.png."""
         lines = []
-        rows = self.rows()
+        asked = {self._key(*job) for job in product(self.entries, self.data, self.seeds)}
+        rows = [r for key, r in self._begun().items() if key in asked]
         for data in self.data:
             scores = [
                 name for label in self.scored for name in ([label, "gain on baseline"] if label != "knn" else ["kNN"])
@@ -281,8 +283,7 @@ class Comparison:
             lines += [f"**{data.name}**", "", "| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
             base = next((e for e in self.entries if e.label == self.baseline), None)
             for entry in self.entries:
-                keys = {self._key(entry, data, seed) for seed in self.seeds}
-                mine = [r for r in rows if (r["data"], r["method"], r["seed"]) in keys]
+                mine = [r for r in rows if r["data"] == data.name and r["method"] == entry.label]
                 if mine:
                     lines.append(self._line(entry, base, data, mine))
             lines.append("")

@@ -1,32 +1,35 @@
 """Pictures as networks are fed them, and as values in [0, 1]."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def normalise(values: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
-    """(values - mean) / std of each channel, [..., C, H, W] of values in [0, 1].
+def normalise(values: Tensor) -> Tensor:
+    """(values - mean) / std of each channel with ImageNet's statistics; values in [0, 1], [..., 3 or 1, H, W].
 
     Example:
         >>> import torch
-        >>> normalise(torch.ones(1, 1, 1), (0.5,), (0.25,)).item()
-        2.0
+        >>> normalise(torch.full((3, 1, 1), 0.485)).flatten()[0].item()
+        0.0
     """
-    centre, scale = (values.new_tensor(v).view(-1, 1, 1) for v in (mean, std))
+    centre, scale = _statistics(values)
     return (values - centre) / scale
 
 
-def denormalise(pictures: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
-    """What :func:`normalise` was given: pictures std + mean, [..., C, H, W]; changed pictures may leave [0, 1].
+def denormalise(pictures: Tensor) -> Tensor:
+    """What :func:`normalise` was given: pictures std + mean, [..., 3, H, W]; changed pictures may leave [0, 1].
 
     Example:
         >>> import torch
-        >>> denormalise(torch.full((1, 1, 1), 2.0), (0.5,), (0.25,)).item()
-        1.0
+        >>> bool(torch.allclose(denormalise(normalise(torch.ones(3, 1, 1))), torch.ones(1)))
+        True
     """
-    centre, scale = (pictures.new_tensor(v).view(-1, 1, 1) for v in (mean, std))
+    centre, scale = _statistics(pictures)
     return pictures * scale + centre
+
+
+def _statistics(like: Tensor) -> list[Tensor]:
+    """Mean and standard deviation [3, 1, 1]."""
+    return [like.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)]

@@ -71,7 +71,10 @@ class _Ring:
 
 
 def _named(group: str) -> dist.ProcessGroup:
-    """The process group of that name: operations take names, so that they can be traced."""
+    """The process group of that name: operations take names, so that they can be traced.
+
+    PyTorch's own traced collectives look names up by the same function; there is no public one.
+    """
     from torch.distributed import distributed_c10d as c10d
 
     return c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type]

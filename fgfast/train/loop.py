@@ -67,8 +67,7 @@ def _open_run(run: Path, name: str, config: TrainConfig, ranks: Ranks, method: M
         state = load_checkpoint(last, name)
         check_options(run, config, (*ANY_TIME, *LENGTH))
         known = read_toml(run / "config.toml")
-        barrier(ranks)
-        if ranks.first and any(known.get(name) != getattr(config, name) for name in LENGTH):
+        if ranks.first and any(known.get(option) != getattr(config, option) for option in LENGTH):
             write_atomic(run / "config.toml", lambda p: p.write_text(to_toml(config, name)))
         return state
     if last.exists():
