@@ -110,7 +110,7 @@ class Jigsaw(Method):
         """Side of the crops, fit for the network."""
         c = self.config
         tile = c.size // c.grid
-        patch = int(self.encoder.net.patch_embed.patch_size[0]) if self.encoder.is_vit else 1
+        patch = self.encoder.patch
         side = c.tile or max(1, round(CROP_SHARE * tile)) // patch * patch or patch
         if side > tile or side % patch:
             what = f"in whole patches of {patch} pixels " if patch > 1 else ""

@@ -64,7 +64,7 @@ class LoDisc(MoCoV3):
         super().__init__(config)
         if config.drop_tokens and not self.encoder.is_vit:
             raise UserError(f"{config.model} has no tokens to drop: leave --drop-tokens out.")
-        patches = (config.size // int(self.encoder.net.patch_embed.patch_size[0])) ** 2 if self.encoder.is_vit else 0
+        patches = (config.size // self.encoder.patch) ** 2 if self.encoder.is_vit else 0
         if patches and config.keep * patches < 1 - 1e-9:
             raise UserError(f"--keep is {config.keep} of {patches} patches: give {1 / patches:.4g} or more.")
         if not config.project:

@@ -292,7 +292,7 @@ def _label_batches(
             whole = batch.whole[valid]
             rels = [images.paths[i] for i in batch.index[valid].tolist()]
             if encoder.is_vit:
-                patch = encoder.net.patch_embed.patch_size[0]
+                patch = encoder.patch
                 labels = discover_group(encoder, whole, n_parts=how.n_parts, stride=max(1, patch // 2), seed=seed)
             else:
                 labels = cluster_pyramid(encoder, whole, how, size=map_size, seed=seed)

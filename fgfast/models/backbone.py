@@ -84,9 +84,9 @@ class Backbone(nn.Module):
         self.name, self.grey = name, grey
         self.dim: int = self.net.num_features
         self.is_vit = hasattr(self.net, "blocks") and hasattr(self.net, "patch_embed")
-        patch = int(self.net.patch_embed.patch_size[0]) if self.is_vit else 1
-        if size % patch:
-            raise UserError(f"--size is {size}: {name} takes multiples of its patches of {patch} pixels.")
+        self.patch = int(self.net.patch_embed.patch_size[0]) if self.is_vit else 1  # pixels a side
+        if size % self.patch:
+            raise UserError(f"--size is {size}: {name} takes multiples of its patches of {self.patch} pixels.")
 
     def forward(self, x: Tensor) -> Tensor:
         """Pooled features [B, D] of pictures [B, 3, S, S]."""
