@@ -120,6 +120,8 @@ def test_info_says_why_a_backend_is_missing(capsys: pytest.CaptureFixture[str]) 
         (["pretrain", "particle", "--data", "DATA", "--out", "OUT", "--n-parts", "0"], "--n-parts"),
         (["eval", "knn", "/no/run", "--data", "DATA"], "/no/run is no run folder"),
         (["discover", "/no/run", "--data", "DATA", "--out", "OUT"], "/no/run"),
+        (["discover", "RUN", "--data", "DATA", "--out", "OUT", "--n-parts", "300"], "--n-parts is 300"),
+        (["discover", "RUN", "--data", "DATA", "--out", "OUT", "--image-size", "-3"], "--image-size is -3"),
         (["generate", "OUT", "--classes", "1"], "classes"),
         (["compare", "--out", "OUT", "--data", "DATA", "--methods", "nosuch"], "no method 'nosuch'"),
         (["compare", "--out", "OUT", "--data", "DATA", "--methods", "simclr:lr"], "name:setting=value"),
@@ -210,3 +212,8 @@ def test_page_of_the_parser_is_cut_to_its_sentence(page: str) -> None:
 def test_the_module_runs_as_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "fgfast", "nosuch"], capture_output=True, text=True, check=False)
     assert (done.returncode, "no command 'nosuch'" in done.stderr) == (2, True)
+
+
+def test_a_run_without_a_checkpoint_says_that_it_begins_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "simclr", "--data", "/no/such", "--out", "/no/run", "--resume"]) == 2
+    assert "/no/run holds no checkpoint to go on from" in capsys.readouterr().err
