@@ -17,6 +17,7 @@ from fgfast.errors import UserError
 from fgfast.train.config import TrainConfig, read_toml, with_values
 
 T = TypeVar("T")
+CONFIG_HELP = "--config FILE.toml takes options from a file; flags win over it, it wins over the defaults."
 MAPS_FILES = ("maps.json", "begun.json")  # one of which a folder of id maps has
 
 
@@ -88,11 +89,13 @@ def _usage() -> str:
     return "\n".join(lines)
 
 
-def parse(kind: Callable[..., T], words: list[str], prog: str, default: T | None = None) -> T:
+def parse(kind: Callable[..., T], words: list[str], prog: str, default: T | None = None, note: str = "") -> T:
     """Parse words into a dataclass; what does not parse is one sentence instead of a page."""
     import tyro
 
     extra: dict[str, Any] = {} if default is None else {"default": default}
+    if note:
+        extra["description"] = f"{(kind.__doc__ or '').splitlines()[0]} {note}"
     page = io.StringIO()
     try:
         with contextlib.redirect_stderr(page):
@@ -123,6 +126,12 @@ def parse_method(words: list[str]) -> tuple[str, TrainConfig]:
     """
     from fgfast.methods.base import METHODS, method_class
 
+    if words[:1] in (["-h"], ["--help"]):
+        print(
+            f"usage: fgfast pretrain METHOD --data DIR --out RUN [--config FILE.toml] [options]\n\n"
+            f"METHOD is one of {', '.join(METHODS)}; fgfast pretrain METHOD --help lists its options."
+        )
+        raise SystemExit(0)
     if not words or words[0].startswith("-"):
         raise UserError(f"fgfast pretrain needs a method first: choose one of {', '.join(METHODS)}.")
     name, words = words[0], words[1:]
@@ -130,7 +139,10 @@ def parse_method(words: list[str]) -> tuple[str, TrainConfig]:
     file, words = _take(words, "--config")
     out, _ = _take(words, "--out")
     own = Path(out or "") / "config.toml"
-    if file is None and out and "--resume" in words and own.is_file() and read_toml(own).get("method") == name:
+    if file is None and out and "--resume" in words and own.is_file():
+        began = read_toml(own).get("method")
+        if began != name:
+            raise UserError(f"{out} is a run of {began}, not of {name}: resume it as {began}, or give another --out.")
         file = str(own)  # an unfinished run knows its own options
     table = read_toml(Path(file)) if file else {}
     if table.pop("method", name) != name:
@@ -142,7 +154,7 @@ def parse_method(words: list[str]) -> tuple[str, TrainConfig]:
         model, _ = _take(words, "--model")
         default = cls.paper(model or table.get("model"))
     default = with_values(default, table, f"The config file {file}")
-    return name, parse(cls.Config, words, f"pretrain {name}", default)
+    return name, parse(cls.Config, words, f"pretrain {name}", default, CONFIG_HELP)
 
 
 def _take(words: list[str], flag: str) -> tuple[str | None, list[str]]:
@@ -184,11 +196,11 @@ def _generate(words: list[str]) -> None:
         difficulty: float = 0.5
         """How alike the classes are, 0 to 1."""
         nuisance: float = 1.0
-        """How much pose, light and background vary, 0 to 1."""
+        """How much pose, light and background vary, 0 to 3, usually 1."""
         workers: int | None = None
         """Processes; all cores by default."""
         force: bool = False
-        """Replace what is in the folder."""
+        """Replace a synthetic set that is in the folder."""
 
     from fgfast.data.synthetic import generate
 

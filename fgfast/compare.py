@@ -22,9 +22,10 @@ from fgfast.evaluate.protocols import Protocol, parse_protocols
 from fgfast.files import write_atomic
 from fgfast.methods.base import METHODS, method_class
 from fgfast.train.checkpoint import write_json
-from fgfast.train.config import TrainConfig, parse_values, read_toml, validate, with_values
+from fgfast.train.config import Range, TrainConfig, parse_values, read_toml, validate, with_values
 from fgfast.train.log import read_metrics
 
+OWN = ("data", "out", "seed", "resume")  # settings that the runner gives each run
 UNTRAINED = ("random", "start")  # evaluated without a step: random weights; the weights that --init names
 HELD_OUT = 0.2  # share of the training split on which learning rates are compared
 COLUMNS = (
@@ -99,6 +100,10 @@ class Comparison:
             open_images(data)
             for entry in self.entries:
                 validate(self._config(entry, data, self.seeds[0]))
+        if self.tune_share not in (share := Range(0, 1, open=True)):
+            raise UserError(f"--tune-share is {self.tune_share}: give {share}.")
+        if wrong := [lr for lr in self.lrs if lr not in Range(0, open=True)]:
+            raise UserError(f"--lrs has {wrong[0]}: give {Range(0, open=True)}.")
         if len({p.name for p in self.data}) < len(self.data):
             raise UserError("Two data sets have the same folder name: rename one.")
         if self.baseline and self.baseline not in self.methods:
@@ -111,6 +116,8 @@ class Comparison:
         values = {k: v.replace("{seed}", str(seed)) if isinstance(v, str) else v for k, v in self.shared.items()}
         texts = {k: v for k, v in values.items() if isinstance(v, str) and k.replace("-", "_") in known}
         plain = {k: v for k, v in values.items() if not isinstance(v, str) and k.replace("-", "_") in known}
+        if taken := [k for k in (*self.shared, *entry.values) if k in OWN]:
+            raise UserError(f"The comparison itself decides {taken[0]}: leave it out of the settings.")
         unknown = [k for k in values if not any(k.replace("-", "_") in vars(method_class(m).Config()) for m in METHODS)]
         if unknown:
             raise UserError(f"No method has the setting {unknown[0]!r}: remove it.")

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fgfast.ops._tensors import check_tensor
 from fgfast.ops.contrast import contrastive_loss
 from fgfast.ops.ids import Ids
 from fgfast.ops.ring import global_ids
@@ -20,6 +21,26 @@ if TYPE_CHECKING:
 def _check_temperature(temperature: float) -> None:
     if not (temperature >= 1e-8 and math.isfinite(temperature)):
         raise ValueError(f"temperature is {temperature}: give a finite number of 1e-8 or more.")
+
+
+def _check_vectors(**named: Tensor) -> None:
+    """Vectors [B, D], all of one shape, under the names that the caller knows."""
+    for name, x in named.items():
+        check_tensor(name, x)
+        if x.dim() != 2:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: give one vector a row, [B, D].")
+    shapes = {name: tuple(x.shape) for name, x in named.items()}
+    if len(set(shapes.values())) > 1:
+        found = " and ".join(f"{name} has shape {shape}" for name, shape in shapes.items())
+        raise ValueError(f"{found}: give both as [B, D].")
+
+
+def _check_whole(**named: Tensor) -> None:
+    """Labels or ids, under the names that the caller knows."""
+    for name, x in named.items():
+        check_tensor(name, x)
+        if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+            raise TypeError(f"{name} has dtype {x.dtype}: give integers.")
 
 
 def _world(gather_distributed: bool) -> "ProcessGroup | None":
@@ -84,6 +105,7 @@ class NTXentLoss(nn.Module):
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """Loss of the vectors [B, D] of two views of the same B images."""
+        _check_vectors(out0=out0, out1=out1)
         first, second = _pairs(len(out0), out0.device)
         group = _world(self.gather_distributed)
         if len(self.bank):
@@ -166,6 +188,7 @@ class DetConBLoss(nn.Module):
                 f"The views are {[tuple(v.shape) for v in vectors]}, the masks {[tuple(m.shape) for m in maps]}: "
                 "give vectors [B, M, D] and ids [B, M]."
             )
+        _check_whole(mask_view0=mask_view0, mask_view1=mask_view1)
         masks = torch.stack([mask_view0, mask_view1])  # [2, B, M]
         view, image, _ = (
             i.reshape(-1) for i in torch.meshgrid(*(_arange(n, masks) for n in masks.shape), indexing="ij")
@@ -252,9 +275,13 @@ class SupConLoss(nn.Module):
         """Loss of embeddings [B, D] with labels [B] among themselves, or against ref_emb [R, D] and ref_labels [R]."""
         if (ref_emb is None) != (ref_labels is None):
             raise ValueError("ref_emb and ref_labels belong together: give both or neither.")
+        _check_vectors(embeddings=embeddings)
+        _check_whole(labels=labels)
         query, query_ids = _by_label(embeddings, labels, 0)
         key, key_ids = query, query_ids
         if ref_emb is not None and ref_labels is not None:
+            _check_vectors(ref_emb=ref_emb)
+            _check_whole(ref_labels=ref_labels)
             key, key_ids = _by_label(ref_emb, ref_labels, len(labels))
         loss = contrastive_loss(
             query, key, query_ids=query_ids, key_ids=key_ids, temperature=self.temperature, reduction="none"
@@ -303,6 +330,7 @@ class InfoNCELoss(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, bank: Tensor | None = None) -> Tensor:
         """Loss of queries [B, D] with keys [B, D], and a bank [Q, D] of negatives instead of the other keys."""
+        _check_vectors(query=query, key=key)
         query_ids, key_ids = (_everywhere(ids, self.group) for ids in _pairs(len(query), query.device))
         loss = contrastive_loss(
             query, key, query_ids=query_ids, key_ids=key_ids, temperature=self.temperature, bank=bank,
@@ -466,6 +494,11 @@ class PartContrastiveLoss(nn.Module):
         if (target1 is None) != (target2 is None):
             raise ValueError("target1 and target2 belong together: give both or neither.")
         labels = (labels1, labels2)
+        if features1.shape[:2] != features2.shape[:2]:
+            raise ValueError(
+                f"features1 has shape {tuple(features1.shape)} and features2 has shape {tuple(features2.shape)}: "
+                "give the same pictures and channels."
+            )
         pooled, areas = self._pool((features1, features2), labels)
         chosen, part = self._sample(areas)
         query = self._rows(pooled, chosen, self.projector)

@@ -128,6 +128,32 @@ def test_info_says_why_a_backend_is_missing(capsys: pytest.CaptureFixture[str]) 
         (["compare", "--out", "OUT", "--data", "DATA", "--methods", "simclr", "--set", "nosuch=1"], "nosuch"),
         (["report", "/no/run"], "/no/run"),
         (["demo", "--minutes", "0"], "--minutes"),
+        (["demo", "--minutes", "nan"], "--minutes"),
+        (["pretrain", "simclr", "--data", "DATA", "--out", "OUT", "--lr", "inf"], "--lr is inf"),
+        (["pretrain", "simclr", "--data", "DATA", "--out", "OUT", "--passes", "3"], "--passes 3"),
+        (["pretrain", "particle", "--data", "DATA", "--out", "OUT", "--maps", "m", "--parts", "grid"], "--maps"),
+        (
+            [
+                "pretrain",
+                "particle",
+                "--data",
+                "DATA",
+                "--out",
+                "OUT",
+                "--parts",
+                "online",
+                "--map-size",
+                "8",
+                "--n-parts",
+                "5",
+            ],
+            "more than the 2 x 2 pixels",
+        ),
+        (
+            ["pretrain", "particle", "--data", "DATA", "--out", "OUT", "--parts", "truth", "--unlabelled", "DATA"],
+            "no masks of pictures without a label",
+        ),
+        (["pretrain", "simclr", "--resume", "--out", "RUN"], "is a run of particle"),
     ],
 )
 def test_mistakes_are_one_sentence_and_two(
@@ -136,6 +162,7 @@ def test_mistakes_are_one_sentence_and_two(
     """Exit status 2, one line on standard error that names the thing, no traceback."""
     words = [{"DATA": str(drawn), "OUT": str(tmp_path / "out")}.get(w, w) for w in words]
     assert main(words) == 2
+    assert not (tmp_path / "out").exists()
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "Traceback" not in error

@@ -95,6 +95,10 @@ def test_seed_stands_in_a_setting(drawn: Path, tmp_path: Path) -> None:
         ({"methods": ["particle:n_parts=many"], "baseline": ""}, "type int"),
         ({"methods": ["random:nosuch=1"], "baseline": ""}, "nosuch"),
         ({"methods": ["simclr:temperature=-1"], "baseline": ""}, "temperature"),
+        ({"methods": ["simclr:seed=4"], "baseline": ""}, "itself decides seed"),
+        ({"shared": SHARED | {"out": "o"}}, "itself decides out"),
+        ({"tune_share": 3.0}, "--tune-share is 3"),
+        ({"lrs": [0.1, float("inf")]}, "--lrs has inf"),
         ({"data": [Path("/no/such")]}, "/no/such does not exist"),
     ],
 )

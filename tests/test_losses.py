@@ -1,5 +1,6 @@
 """The loss classes: values and gradients of the libraries whose signatures they have, and the oracles of the papers."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -247,6 +248,37 @@ def test_bad_input_is_one_clear_error() -> None:
     ids = torch.zeros(1, 2, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match="target1 and target2"):
         losses.PartContrastiveLoss(2, nn.Identity())(maps, maps, ids, ids, maps)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: losses.NTXentLoss()(x, x[:3]), ValueError, "out0 has shape (4, 8) and out1 has shape (3, 8)"),
+        (lambda x: losses.NTXentLoss()(x[0], x[0]), ValueError, "out0 has shape (8,)"),
+        (lambda x: losses.NTXentLoss()([1.0], x), TypeError, "out0 is a list"),
+        (lambda x: losses.InfoNCELoss()(x, x[:, :3]), ValueError, "key has shape (4, 3)"),
+        (lambda x: losses.SupConLoss()(x, torch.zeros(4)), TypeError, "labels has dtype torch.float32"),
+        (lambda x: losses.SupConLoss()(x[0], torch.zeros(8).long()), ValueError, "embeddings has shape (8,)"),
+        (
+            lambda x: losses.DetConSLoss()(x[None], x[None], torch.zeros(1, 4), torch.zeros(1, 4)),
+            TypeError,
+            "mask_view0 has dtype torch.float32",
+        ),
+        (
+            lambda x: losses.PartContrastiveLoss(2, nn.Identity())(
+                x.view(2, 4, 2, 2), x.view(2, 4, 2, 2)[:1], *[torch.zeros(2, 2, 2).long()] * 2
+            ),
+            ValueError,
+            "features1 has shape (2, 4, 2, 2) and features2 has shape (1, 4, 2, 2)",
+        ),
+    ],
+)
+def test_messages_name_the_arguments_of_the_class(
+    call: Callable[[Tensor], Tensor], error: type[Exception], message: str
+) -> None:
+    """Who calls a loss is told of its own arguments, not of those of the operation below."""
+    with pytest.raises(error, match=re.escape(message)):
+        call(randn(0, 4, 8))
 
 
 def test_labels_and_ids_that_do_not_fit_are_refused() -> None:

@@ -98,6 +98,9 @@ class Method(nn.Module):
         ]
         return {"views": rows}
 
+    def check_images(self, images: "ImageSet") -> None:
+        """Raise a UserError for pictures that the method cannot train on, before anything is written."""
+
     def prepare(self, images: "ImageSet", run: Path, round_: int) -> Path | None:
         """Work before the round ``round_`` of training, such as part discovery; returns a folder of id maps or None."""
         return None

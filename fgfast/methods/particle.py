@@ -40,7 +40,7 @@ class PARTICLEConfig(TrainConfig):
     negatives: Literal["all", "same_image", "other_images"] = "all"
     """Which parts a part is contrasted with."""
     levels: Count = 4
-    """Last maps of the network that the hypercolumns take; 1 is the last map alone."""
+    """Last maps of the network that the hypercolumns take, at most all of them; 1 is the last map alone."""
     metric: Literal["euclidean", "cosine"] = "euclidean"
     """Distance of pixels in the clustering of a CNN; a ViT's keys always take cosine."""
     border: Weight = 0.0
@@ -131,6 +131,15 @@ class PARTICLE(Method):
         self.config = config
         self.encoder = build_encoder(config)
         self.n_parts = self._count_parts()
+        if config.maps and config.parts != "discovered":
+            raise UserError(f"--maps are the parts of --parts discovered, not {config.parts}: leave one of them out.")
+        side = max(2, config.map_size // ONLINE) if config.parts == "online" else config.map_size
+        clustered = config.parts in ("discovered", "online") and not config.maps and not self.encoder.is_vit
+        if clustered and config.n_parts > side**2:
+            raise UserError(
+                f"--n-parts {config.n_parts} is more than the {side} x {side} pixels that are clustered: "
+                "give fewer parts or a larger --map-size."
+            )
         if config.position and config.metric == "cosine":
             raise UserError("Coordinates have no direction to compare: give --position with --metric euclidean.")
         with_copy = config.target == "momentum"
@@ -221,12 +230,15 @@ class PARTICLE(Method):
         """Side of the whole picture in discovery, pixels."""
         return self.config.discover_size or 2 * self.config.size
 
+    def check_images(self, images: "ImageSet") -> None:
+        """The set's own masks are needed for every picture."""
+        if self.config.parts == "truth" and (images.targets < 0).any():
+            raise UserError("--parts truth has no masks of pictures without a label: choose other --parts.")
+
     def prepare(self, images: "ImageSet", run: Path, round_: int) -> Path | None:
         """Discover the parts of a round, or point to the set's own masks."""
         c = self.config
         if c.parts == "truth":
-            if (images.targets < 0).any():
-                raise UserError("--parts truth has no masks of pictures without a label: choose other --parts.")
             return self._truth()
         if c.parts != "discovered":
             return None

@@ -106,6 +106,8 @@ class SimCLR(Method):
     def __init__(self, config: SimCLRConfig) -> None:
         super().__init__()
         self.config = config
+        if config.blocks and config.views not in ("random-jigsaw", "dcl-jigsaw"):
+            raise UserError(f"--blocks is of the jigsaws, not of --views {config.views}: leave it out.")
         try:
             self.views()
         except ValueError as error:

@@ -32,7 +32,8 @@ class Range:
     open: bool = False
 
     def __contains__(self, value: float) -> bool:
-        return self.least <= value <= self.most and not (self.open and value == self.least)
+        above = value > self.least if self.open else value >= self.least
+        return above and value <= self.most and math.isfinite(value)
 
     def __str__(self) -> str:
         start = f"{'more than' if self.open else 'at least'} {self.least:g}"

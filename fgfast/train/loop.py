@@ -52,6 +52,9 @@ def pretrain(name: str, config: TrainConfig, *, train: bool = True) -> Path:
     torch.manual_seed(config.seed)
     method = method_class(name)(config).to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     method.train()
+    method.check_images(images)
+    if config.passes:
+        steps_of_passes(config, method, len(images), ranks.world)
     resumed = _open_run(run, name, config, ranks, method)
     if train:
         _Trainer(name, config, ranks, run, images, method).train(resumed)
@@ -73,6 +76,8 @@ def _open_run(run: Path, name: str, config: TrainConfig, ranks: Ranks, method: M
     if last.exists():
         raise UserError(f"{run} already holds a run: give --resume to go on with it, or another --out.")
     if ranks.first:
+        if run.is_dir() and any(run.iterdir()) and not (run / "config.toml").is_file():
+            raise UserError(f"{run} holds other files: give another --out.")
         run.mkdir(parents=True, exist_ok=True)
         for maps in run.glob("parts_*/maps.json"):
             maps.unlink()  # of a run that never saved, perhaps with other options: they are discovered again
@@ -128,6 +133,23 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def _rounds(config: TrainConfig) -> int:
+    return max(1, getattr(config, "rounds", 1))
+
+
+def steps_of_passes(config: TrainConfig, method: Method, n_images: int, world: int) -> int:
+    """Steps that ``config.passes`` encoder passes pay for, after what the rounds need before they start.
+
+    Raises:
+        UserError: they do not pay for one step.
+    """
+    preparation = _rounds(config) * method.passes_to_prepare * n_images
+    steps = int((config.passes - preparation) / (method.passes_per_image * config.batch_size * world))
+    if steps < 1:
+        raise UserError(f"--passes {config.passes} does not pay for one step: give more.")
+    return steps
+
+
 class _Trainer:
     """One run: its parts, and the loop over rounds, epochs and steps."""
 
@@ -136,7 +158,7 @@ class _Trainer:
     ) -> None:
         self.name, self.config, self.ranks, self.run, self.images = name, config, ranks, run, images
         self.method = method
-        self.rounds: int = max(1, getattr(config, "rounds", 1))
+        self.rounds = _rounds(config)
         self.optimizer = make_optimizer(method, config)
         self.guard = FiniteGuard(method, self.optimizer)
         self.step = 0
@@ -157,14 +179,9 @@ class _Trainer:
 
     def steps_in_all(self, per_epoch: int) -> int:
         """Steps of the whole run: epochs, or what a budget of encoder passes pays for."""
-        c = self.config
-        if not c.passes:
-            return c.epochs * per_epoch
-        preparation = self.rounds * self.method.passes_to_prepare * len(self.images)
-        steps = int((c.passes - preparation) / (self.method.passes_per_image * c.batch_size * self.ranks.world))
-        if steps < 1:
-            raise UserError(f"--passes {c.passes} does not pay for one step: give more.")
-        return steps
+        if self.config.passes:
+            return steps_of_passes(self.config, self.method, len(self.images), self.ranks.world)
+        return self.config.epochs * per_epoch
 
     def train(self, resumed: dict[str, Any] | None) -> None:
         """Run every round; on a stop signal save and raise KeyboardInterrupt."""
