@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fgfast import cli
 from fgfast.backend import missing
@@ -150,17 +151,19 @@ def test_info_says_why_a_backend_is_missing(capsys: pytest.CaptureFixture[str]) 
             "more than the 2 x 2 pixels",
         ),
         (
-            ["pretrain", "particle", "--data", "DATA", "--out", "OUT", "--parts", "truth", "--unlabelled", "DATA"],
+            ["pretrain", "particle", "--data", "DATA", "--out", "OUT", "--parts", "truth", "--unlabelled", "EXTRA"],
             "no masks of pictures without a label",
         ),
-        (["pretrain", "simclr", "--resume", "--out", "RUN"], "is a run of particle"),
     ],
 )
 def test_mistakes_are_one_sentence_and_two(
     words: list[str], message: str, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit status 2, one line on standard error that names the thing, no traceback."""
-    words = [{"DATA": str(drawn), "OUT": str(tmp_path / "out")}.get(w, w) for w in words]
+    extra = tmp_path / "extra"
+    extra.mkdir()
+    Image.new("RGB", (64, 64)).save(extra / "a.png")
+    words = [{"DATA": str(drawn), "EXTRA": str(extra), "OUT": str(tmp_path / "out")}.get(w, w) for w in words]
     assert main(words) == 2
     assert not (tmp_path / "out").exists()
     error = capsys.readouterr().err.strip()
@@ -172,9 +175,9 @@ def test_mistakes_are_one_sentence_and_two(
 def test_checkpoint_of_another_method(run: Path, drawn: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Resuming a run with another method is refused and leaves it alone."""
     before = (run / "last.pt").read_bytes()
-    words = ["pretrain", "simclr", "--data", str(drawn), "--out", str(run), "--resume", *COMMON]
-    assert main(words) == 2
-    assert "'particle', not 'simclr'" in capsys.readouterr().err
+    for words in (["--resume"], ["--resume", "--data", str(drawn), *COMMON]):
+        assert main(["pretrain", "simclr", "--out", str(run), *words]) == 2
+        assert "is a run of particle, not of simclr" in capsys.readouterr().err
     assert (run / "last.pt").read_bytes() == before
 
 
