@@ -104,6 +104,8 @@ def assign_and_pool(
         TypeError: something is not float.
 
     Example:
+        >>> import torch
+        >>> from fgfast import assign_and_pool
         >>> x = torch.tensor([[[0.0], [1.0], [9.0]]])
         >>> pooled, area, labels = assign_and_pool(x, torch.tensor([[0.0], [8.0]]))
         >>> pooled.tolist(), area.tolist(), labels.tolist()

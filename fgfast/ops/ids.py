@@ -18,6 +18,7 @@ class Ids(NamedTuple):
 
     Example:
         >>> import torch
+        >>> from fgfast import Ids
         >>> ids = Ids(image=torch.tensor([0, 1]), part=torch.tensor([0, 0]), view=torch.tensor([0, 0]))
         >>> ids.image.shape
         torch.Size([2])

@@ -215,6 +215,8 @@ def kmeans(
         TypeError: something is not float.
 
     Example:
+        >>> import torch
+        >>> from fgfast import kmeans
         >>> x = torch.tensor([[0.0], [1.0], [8.0], [9.0]])
         >>> result = kmeans(x, 2, seed=0)
         >>> sorted(result.centroids.flatten().tolist()), result.inertia.item()

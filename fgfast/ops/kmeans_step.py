@@ -139,6 +139,8 @@ def kmeans_step(
         TypeError: something is not float.
 
     Example:
+        >>> import torch
+        >>> from fgfast import kmeans_step
         >>> x = torch.tensor([[0.0], [1.0], [9.0]])
         >>> step = kmeans_step(x, torch.tensor([[0.0], [8.0]]))
         >>> step.labels.tolist(), step.sums.tolist(), step.inertia.item()

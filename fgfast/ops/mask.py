@@ -306,6 +306,8 @@ def pivotal_mask(
         TypeError: a dtype that is not supported.
 
     Example:
+        >>> import torch
+        >>> from fgfast import pivotal_mask
         >>> attention = torch.tensor([[[0.1, 0.4, 0.3, 0.2]]])
         >>> pivotal_mask(attention, keep=0.5).index.tolist()
         [[1, 2]]
@@ -360,6 +362,8 @@ def mask_images(
         TypeError: images are no floats, or mask is not bool.
 
     Example:
+        >>> import torch
+        >>> from fgfast import mask_images
         >>> mask = torch.tensor([[True, False, False, True]])
         >>> mask_images(torch.ones(1, 1, 2, 2), mask).flatten().tolist()
         [1.0, 0.0, 0.0, 1.0]

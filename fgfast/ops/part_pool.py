@@ -248,6 +248,8 @@ def part_pool(
         TypeError: features or weight are not float, or labels not integer.
 
     Example:
+        >>> import torch
+        >>> from fgfast import part_pool
         >>> features = torch.tensor([[[1.0, 0.0], [3.0, 2.0], [9.0, 9.0]]])
         >>> pool = part_pool(features, torch.tensor([[1, 1, -1]]), 2)
         >>> pool.pooled.tolist(), pool.area.tolist()
@@ -327,6 +329,8 @@ def labels_to_grid(labels: Tensor, size: int | tuple[int, int], n_parts: int, *,
         TypeError: labels are not integer.
 
     Example:
+        >>> import torch
+        >>> from fgfast import labels_to_grid
         >>> labels_to_grid(torch.tensor([[[1, 1, 0, -1], [2, 1, 0, -1]]]), (1, 2), 3).tolist()
         [[[1, 0]]]
 

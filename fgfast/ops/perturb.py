@@ -221,6 +221,8 @@ def perturb(
         TypeError: a dtype that is not of the kind asked for.
 
     Example:
+        >>> import torch
+        >>> from fgfast import perturb
         >>> r, w = torch.tensor([[3.0, 1.0, 1.0, 2.0]]), torch.tensor([[0.1, 1.0, 0.0, 1.0]])
         >>> perturb(r, w, lowest=0.5, strategy="zero").features.tolist()  # 3.0 would be more than half of the energy
         [[3.0, 1.0, 0.0, 2.0]]
