@@ -253,6 +253,9 @@ class SupConLoss(nn.Module):
     Args:
         temperature: at least 1e-8.
 
+    Raises:
+        ValueError: the temperature is too small, or a miner's pairs are given.
+
     Example:
         >>> import torch
         >>> from fgfast.losses import SupConLoss
@@ -270,9 +273,19 @@ class SupConLoss(nn.Module):
         self.temperature = temperature
 
     def forward(
-        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
     ) -> Tensor:
-        """Loss of embeddings [B, D] with labels [B] among themselves, or against ref_emb [R, D] and ref_labels [R]."""
+        """Loss of embeddings [B, D] with labels [B] among themselves, or against ref_emb [R, D] and ref_labels [R].
+
+        ``indices_tuple`` keeps the place of a miner's pairs, which are not taken: all pairs count.
+        """
+        if indices_tuple is not None:
+            raise ValueError("indices_tuple is given, and all pairs count here: leave the miner out.")
         if (ref_emb is None) != (ref_labels is None):
             raise ValueError("ref_emb and ref_labels belong together: give both or neither.")
         _check_vectors(embeddings=embeddings)

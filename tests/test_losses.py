@@ -238,6 +238,8 @@ def test_bad_input_is_one_clear_error() -> None:
         losses.NTXentLoss(memory_bank_size=5)
     with pytest.raises(ValueError, match="belong together"):
         losses.SupConLoss()(x, torch.zeros(2), ref_emb=x)
+    with pytest.raises(ValueError, match="leave the miner out"):
+        losses.SupConLoss()(x, torch.zeros(2), (x, x, x, x))
     with pytest.raises(ValueError, match="center_mode is 'median'"):
         losses.DINOLoss(center_mode="median")
     with pytest.raises(ValueError, match="different views"):
