@@ -6,9 +6,11 @@ import errno
 import io
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -31,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in words
     words = [w for w in words if w != "--debug"]
     try:
-        _dispatch(words)
+        with _termination_interrupts():
+            _dispatch(words)
     except UserError as error:
         return _fail(str(error), 2, debug)
     except KeyboardInterrupt:
@@ -54,6 +57,19 @@ def main(argv: list[str] | None = None) -> int:
     except Exception:
         return _fail_internal()
     return 0
+
+
+@contextlib.contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """SIGTERM ends a command as SIGINT does, so that drafts are cleared away; only the main thread can ask for it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str, status: int, debug: bool) -> int:

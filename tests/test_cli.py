@@ -4,6 +4,7 @@ import errno
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +209,20 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     """--debug adds the traceback to a user's mistake."""
     assert main(["--debug", "nosuch"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_termination_leaves_no_draft(tmp_path: Path) -> None:
+    """A killed generate takes its half-written set with it."""
+    words = ["generate", str(tmp_path / "set"), "--images", "20000", "--workers", "1"]
+    process = subprocess.Popen([sys.executable, "-m", "fgfast", *words], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any(tmp_path.rglob("*.jpg")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert any(tmp_path.rglob("*.jpg"))
+    process.terminate()
+    assert process.wait(60) == 130
+    assert "interrupted" in process.stderr.read()  # type: ignore[union-attr]
+    assert not list(tmp_path.iterdir())
 
 
 def test_closed_pipe_is_no_mistake() -> None:
