@@ -8,10 +8,14 @@ So it commutes with everything that k-means does to channels:
 cells, made at the level's own resolution, give it exactly:
     |up(f)|^2 = A0 G00 B0^T + 2 A0 G01 B1^T + 2 A1 G10 B0^T + 2 A1 (G11 + G-11) B1^T,
 A0 = Wy * Wy, A1[i, y] = Wy[i, y] Wy[i, y + 1] (B from Wx likewise), Gab(y, x) = <f(y, x), f(y + a, x + b)>.
+A level of D channels and n < D cells lies in a space of n dimensions: its QR decomposition f = Q r turns it into a
+level r of n channels with the same inner products, norms and distances, and a centroid c of r is Q c of f. That pays
+where n is far less than D, as in the deepest stages of a CNN. Centroids from outside need not lie in that space.
 The resizing is that of torch.nn.functional.interpolate(mode="bilinear", align_corners=False), without antialiasing.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fgfast.ops._kmeans_source import Source, one_hot
@@ -34,10 +38,19 @@ def interpolation(length: int, size: int, dtype: torch.dtype, device: torch.devi
     return (cell == low[:, None]) * (1 - share) + (cell == low[:, None] + 1) * share
 
 
-class Level:
-    """One map [B, D, h, w] with its resizing; cells that are not finite are set to zero and remembered."""
+FEW = 4  # a level with that many times fewer cells than channels is turned into one of as many channels as cells
 
-    def __init__(self, f: Tensor, size: tuple[int, int]) -> None:
+
+class Level:
+    """One map [B, D, h, w] with its resizing; cells that are not finite are set to zero and remembered.
+
+    Args:
+        f: the map.
+        size: pixels of the whole.
+        turn: take coordinates within the space of the cells for the channels where they are far fewer.
+    """
+
+    def __init__(self, f: Tensor, size: tuple[int, int], turn: bool = False) -> None:
         self.f = f.to(accumulation(f.dtype))
         self.channels, self.height, self.width = f.shape[1:]
         self.same = tuple(f.shape[2:]) == size
@@ -49,6 +62,19 @@ class Level:
             self.bad = self.up(bad.to(self.f.dtype)) > 0
             self.f = torch.where(bad[:, None], 0, self.f)
         self.flat = self.f.flatten(2)  # [B, D, h w]
+        self.reflectors: tuple[Tensor, Tensor] | None = None
+        n = self.flat.shape[2]
+        if turn and FEW * n <= self.channels:
+            self.reflectors = torch.geqrf(self.flat)
+            self.channels, self.flat = n, self.reflectors[0][:, :n].triu()
+            self.f = self.flat.unflatten(2, f.shape[2:])
+
+    def as_given(self, c: Tensor) -> Tensor:
+        """Vectors [B, K, channels] as [B, K, D]: turned back."""
+        if self.reflectors is None:
+            return c
+        missing = self.reflectors[0].shape[1] - self.channels
+        return torch.ormqr(*self.reflectors, F.pad(c, (0, missing)).transpose(1, 2)).transpose(1, 2)
 
     def up(self, maps: Tensor) -> Tensor:
         """[..., h, w] to [..., H, W]."""
@@ -92,17 +118,29 @@ class Level:
 
 
 class Pyramid(Source):
-    """Levels [B, D_l, h_l, w_l] seen at size (H, W), channels in list order."""
+    """Levels [B, D_l, h_l, w_l] seen at size (H, W), channels in list order.
 
-    def __init__(self, maps: list[Tensor], size: tuple[int, int]) -> None:
+    Args:
+        maps: the levels.
+        size: (H, W).
+        closed: no vectors but pixels of these maps, and means of them, are asked about.
+    """
+
+    def __init__(self, maps: list[Tensor], size: tuple[int, int], closed: bool = False) -> None:
         self.size = size
-        self.levels = [Level(f, size) for f in maps]
+        self.levels = [Level(f, size, turn=closed and f.device.type == "cpu") for f in maps]
         self.split = [level.channels for level in self.levels]
         self.batch, self.pixels, self.channels = maps[0].shape[0], size[0] * size[1], sum(self.split)
+        self.features = sum(f.shape[1] for f in maps)
         self.dtype, self.device = self.levels[0].f.dtype, maps[0].device
         self.resized = [level for level in self.levels if not level.same]
         if self.resized:
             self.down = torch.cat([level.wy for level in self.resized], 1)  # [H, sum of h_l]
+
+    def as_given(self, c: Tensor) -> Tensor:
+        """Centroids [B, K, channels] as [B, K, features]."""
+        parts = zip(self.levels, c.split(self.split, 2), strict=True)
+        return torch.cat([level.as_given(part) for level, part in parts], 2)
 
     def finite(self) -> Tensor:
         """Which pixels mix finite cells alone, bool [B, N]."""

@@ -21,7 +21,8 @@ TILE = 1 << 19  # elements of a tile of pixels: 2 MiB of float32, small enough f
 
 def one_hot(labels: Tensor, scale: Tensor, n_clusters: int) -> Tensor:
     """[B, K, n] with ``scale`` [B, n] at the label of each pixel."""
-    return (labels[:, None] == torch.arange(n_clusters, device=labels.device)[:, None]).to(scale.dtype) * scale[:, None]
+    hot = scale.new_zeros(scale.shape[0], n_clusters, scale.shape[1])
+    return hot.scatter_(1, labels[:, None], scale[:, None])
 
 
 class Source(ABC):
@@ -29,7 +30,8 @@ class Source(ABC):
 
     batch: int
     pixels: int
-    channels: int
+    channels: int  # of the vectors that are computed with
+    features: int  # of the pixels as they were given
     dtype: torch.dtype  # of accumulation
     device: torch.device
 
@@ -56,6 +58,10 @@ class Source(ABC):
     @abstractmethod
     def rows(self, index: Tensor) -> Tensor:
         """The pixels index [B, m] themselves, [B, m, D]."""
+
+    def as_given(self, c: Tensor) -> Tensor:
+        """Centroids [B, K, channels] as [B, K, features]."""
+        return c
 
     def around(self, metric: str, weight: Tensor | None, mu: Tensor | None) -> None:
         """Find the pixels that count and their squares around mu [B, D] (None: their mean; cosine: zero)."""
@@ -87,7 +93,7 @@ class Source(ABC):
             spread = (counted * self.sq * self.r.square()).sum(1) / n - mean.square().sum(1)
         else:
             spread = (counted * self.sq).sum(1) / n
-        return spread.clamp_min(0) / max(1, self.channels)
+        return spread.clamp_min(0) / max(1, self.features)
 
     def _around(self, c: Tensor) -> tuple[Tensor, Tensor]:
         """The m [B, K, D] and bias [B, K] whose scores order the centroids c for each pixel."""
@@ -133,6 +139,7 @@ class Dense(Source):
     def __init__(self, x: Tensor) -> None:
         self.x = x
         self.batch, self.channels, self.pixels = x.shape
+        self.features = self.channels
         self.dtype, self.device = accumulation(x.dtype), x.device
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:

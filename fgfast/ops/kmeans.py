@@ -74,7 +74,9 @@ def _solved(
             pairs = zip(new, best, strict=True)
             best = Outcome(*(torch.where(better.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs))
     assert best is not None
-    return best._replace(inertia=torch.where(source.lost, torch.nan, best.inertia))
+    return best._replace(
+        centroids=source.as_given(best.centroids), inertia=torch.where(source.lost, torch.nan, best.inertia)
+    )
 
 
 def _outputs(
@@ -134,7 +136,7 @@ def _kmeans(
         for b in starts:
             part = slice(b, b + starts.step)
             maps = [m[part] for m in xs]
-            source = Dense(maps[0].flatten(2)) if size is None else Pyramid(maps, (size[0], size[1]))
+            source = Dense(maps[0].flatten(2)) if size is None else Pyramid(maps, (size[0], size[1]), first is None)
             w, c = (None if t is None else t[part] for t in (weight, first))
             solved = _solved(source, n_clusters, n_iter, init, c, init_samples, n_init, tol, w, metric, empty, seed)
             for out, value in zip(outs, solved, strict=True):

@@ -161,6 +161,27 @@ def test_pyramid_equals_kmeans_on_the_built_hypercolumns(metric, seed):
     same(kmeans(maps, 4, size=8, seed=seed, metric=metric), kmeans(built, 4, seed=seed, metric=metric))
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@settings(max_examples=15, deadline=None)
+@given(seed=seeds, bad=st.booleans(), flat=st.booleans())
+def test_levels_of_few_cells_and_many_channels_are_turned_without_a_trace(metric, seed, bad, flat):
+    """48 channels of 9 cells are 9 channels inside, cells that are alike (a singular map) and broken ones included."""
+    g = torch.Generator().manual_seed(seed)
+    deep = torch.randn(2, 48, 3, 3, generator=g, dtype=torch.float64)
+    if flat:
+        deep[:, :, 1:] = deep[:, :, :1]
+    if bad:
+        deep[0, 5, 0, 0] = torch.nan
+    maps = [deep, torch.randn(2, 3, 6, 6, generator=g, dtype=torch.float64)]
+    assert [level.channels for level in Pyramid(maps, (8, 8), closed=True).levels] == [9, 3]
+    built = hypercolumns(maps, (8, 8))
+    for init in ("k-means++", "random"):
+        ours = kmeans(maps, 4, size=8, seed=seed, metric=metric, init=init, n_init=2)
+        same(ours, kmeans(built, 4, seed=seed, metric=metric, init=init, n_init=2))
+    given = torch.randn(2, 4, 51, generator=g, dtype=torch.float64)  # in no space of the cells
+    same(kmeans(maps, 4, size=8, init=given, metric=metric), kmeans(built, 4, init=given, metric=metric))
+
+
 @settings(max_examples=15, deadline=None)
 @given(seed=seeds, height=st.integers(1, 9), width=st.integers(1, 9), rows=st.integers(1, 9), columns=st.integers(1, 9))
 def test_pyramid_norms_and_pixels_are_those_of_interpolate(seed, height, width, rows, columns):
