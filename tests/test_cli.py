@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fgfast import cli
+from fgfast import arguments, cli
 from fgfast.backend import missing
 from fgfast.cli import COMMANDS, main
 from tests.conftest import TINY
@@ -251,7 +251,7 @@ def test_closed_pipe_is_no_mistake() -> None:
 )
 def test_page_of_the_parser_is_cut_to_its_sentence(page: str) -> None:
     """With and without box characters the words before the rule are told."""
-    assert cli._first_words(page) == "no number"
+    assert arguments._first_words(page) == "no number"
 
 
 def test_the_module_runs_as_the_command() -> None:

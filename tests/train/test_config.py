@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fgfast.cli import parse_method
+from fgfast.arguments import parse_method
 from fgfast.errors import UserError
 from fgfast.methods.lodisc import LoDiscConfig
 from fgfast.methods.particle import PARTICLEConfig
