@@ -8,14 +8,17 @@ is one matrix product into a buffer that every tile uses again; what survives it
 .. math:: \partial L / \partial q_i = \tfrac 1 T \sum_j \partial L / \partial s_{ij} \, k_j, \qquad
           \partial L / \partial k_j = \tfrac 1 T \sum_i \partial L / \partial s_{ij} \, q_i .
 
-- Ids are compared only in the rectangles of a tile whose ranges of image ids overlap (on the CPU, where reading the
-  ranges costs no sync); everywhere else every present column is a negative, or, under "same_image", none.
+- On the CPU, where ids may be read without a sync, a row and the few columns of its image and part are listed once, by
+  sorting ids; a tile then looks at its list alone. Where they are many, or ``negatives`` asks for whole images, ids are
+  compared in the rectangles of a tile whose ranges of image ids overlap; everywhere else every present column is a
+  negative, or, under "same_image", none. On other devices ids are compared everywhere.
 - With unit vectors logits are bounded by 1 / T. Up to :data:`BOUNDED` no running maximum is kept.
 - Where query is key, s is symmetric: a tile serves its rows and its columns, which halves the exponentials and the
   products of the forward pass and of the recomputation, and lets one product a side do for both gradients.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,9 +27,10 @@ from torch import Tensor
 
 from fgfast.ops.ids import Ids
 
-TILE = {"cpu": 512}  # rows and columns of a tile, by device type
+TILE = {"cpu": 256}  # rows and columns of a tile, by device type
 TILE_ELSEWHERE = 2048
 RANGE = 256  # vectors that share one range of image ids
+MOST_PAIRS = 1 << 19  # pairs that are listed at most: 24 MiB
 BOUNDED = 50.0  # |s'| up to here: sums of 2^31 columns and their inverses times a gradient stay normal in float32
 EPS = 1e-12
 LOG2E = math.log2(math.e)
@@ -82,8 +86,8 @@ class Side:
             grad.copy_(torch.where(self.present[start:stop, None], grad, 0))
 
 
-def make_side(x: Tensor, ids: Ids | None, normalize: bool, dtype: torch.dtype) -> Side:
-    """Norms, presence and, on the CPU, ranges of image ids of the vectors x [N, D]."""
+def make_side(x: Tensor, ids: Ids | None, normalize: bool, dtype: torch.dtype, ranged: bool = True) -> Side:
+    """Norms, presence and, on the CPU where ``ranged``, ranges of image ids of the vectors x [N, D]."""
     inverse = None
     if normalize:
         inverse = x.new_empty(len(x), dtype=dtype)
@@ -96,7 +100,7 @@ def make_side(x: Tensor, ids: Ids | None, normalize: bool, dtype: torch.dtype) -
     ranges = None
     if x.device.type == "cpu":
         assert present is not None
-        ranges = _ranges(ids.image.to(torch.int64), present)
+        ranges = _ranges(ids.image.to(torch.int64), present) if ranged else None
         if present.all():
             present = None
     absent = None if present is None else torch.where(present, 0, x.new_full((), -torch.inf, dtype=dtype))
@@ -161,22 +165,129 @@ def compare(rows: Side, a: int, b: int, columns: Side, c: int, d: int, negatives
 
 
 @dataclass
+class Pairs:
+    """Rows and columns that share image and part, both present: a positive where views differ, else the same thing."""
+
+    row: Tensor  # int64 [P]
+    column: Tensor  # int64 [P]
+    positive: Tensor  # bool [P]
+
+    def by_tile(self, size: tuple[int, int]) -> dict[tuple[int, int], "Pairs"]:
+        """The pairs of each tile of ``size`` that has any, by its first row and column."""
+        high, wide = size
+        across = int(self.column.max()) // wide + 1 if len(self.column) else 1
+        tile, order = (self.row // high * across + self.column // wide).sort()
+        found, counts = torch.unique_consecutive(tile, return_counts=True)
+        parts = (t[order].split(counts.tolist()) for t in (self.row, self.column, self.positive))
+        places = ((n // across * high, n % across * wide) for n in found.tolist())
+        return {place: Pairs(*part) for place, *part in zip(places, *parts, strict=True)}
+
+
+def find_pairs(rows: Ids, columns: Ids | None) -> Pairs | None:
+    """The pairs of rows and columns (None: the rows themselves), or None where there are too many to be listed."""
+    sides = [rows] if columns is None else [rows, columns]
+    image, part = (torch.cat([ids[i].to(torch.int64) for ids in sides]) for i in (0, 1))
+    kinds, kind = torch.unique(part, return_inverse=True)
+    name = torch.unique(image, return_inverse=True)[1] * len(kinds) + kind
+    m = len(rows.image)
+    own = name[:m].masked_fill_(part[:m] < 0, -1)
+    other, order = (own if columns is None else name[m:].masked_fill_(part[m:] < 0, -1)).sort()
+    low, high = (torch.searchsorted(other, own, right=right) for right in (False, True))
+    count = (high - low).masked_fill_(own < 0, 0)
+    total = int(count.sum())
+    if total > MOST_PAIRS:
+        return None
+    row = torch.arange(m).repeat_interleave(count, output_size=total)
+    first = (low - count.cumsum(0) + count)[row]  # of a row's columns in the order, less the pairs before it
+    column = order[first + torch.arange(total)]
+    view = (rows if columns is None else columns).view
+    return Pairs(row, column, rows.view[row] != view[column])
+
+
+class Positives(ABC):
+    """The positives of a tile whose first row and column are a and c."""
+
+    @abstractmethod
+    def collect(self, logits: Tensor, stats: "Stats", mirrored: bool) -> None:
+        """Add sums and counts of positive logits to their rows, and where ``mirrored`` to their columns."""
+
+    @abstractmethod
+    def subtract(self, logits: Tensor, of_row: Tensor, of_column: Tensor | None) -> None:
+        """Subtract of_row [M] (plus of_column [T]) at every positive, in place."""
+
+
+@dataclass
+class Rectangle(Positives):
+    """A mask of the rectangle [e:f, g:h] of the whole matrix."""
+
+    a: int
+    c: int
+    place: tuple[int, int, int, int]
+    mask: Tensor  # bool [f - e, h - g]
+
+    def _inside(self, logits: Tensor) -> Tensor:
+        e, f, g, h = self.place
+        return logits[e - self.a : f - self.a, g - self.c : h - self.c]
+
+    def collect(self, logits: Tensor, stats: "Stats", mirrored: bool) -> None:
+        """See the base."""
+        e, f, g, h = self.place
+        chosen = torch.where(self.mask, self._inside(logits), 0)
+        stats.positive[e:f] += chosen.sum(1)
+        stats.count[e:f] += self.mask.sum(1)
+        if mirrored:
+            stats.positive[g:h] += chosen.sum(0)
+            stats.count[g:h] += self.mask.sum(0)
+
+    def subtract(self, logits: Tensor, of_row: Tensor, of_column: Tensor | None) -> None:
+        """See the base."""
+        e, f, g, h = self.place
+        share = of_row[e:f, None] if of_column is None else of_row[e:f, None] + of_column[g:h]
+        self._inside(logits).sub_(torch.where(self.mask, share, 0))
+
+
+@dataclass
+class Listed(Positives):
+    """Positives one by one."""
+
+    row: Tensor  # int64 [P], of the whole matrix
+    column: Tensor
+    flat: Tensor  # places in the tile
+
+    def collect(self, logits: Tensor, stats: "Stats", mirrored: bool) -> None:
+        """See the base."""
+        chosen = logits.view(-1)[self.flat]
+        for to in (self.row, self.column) if mirrored else (self.row,):
+            stats.positive.index_add_(0, to, chosen)
+            stats.count.index_add_(0, to, torch.ones_like(chosen))
+
+    def subtract(self, logits: Tensor, of_row: Tensor, of_column: Tensor | None) -> None:
+        """See the base."""
+        share = of_row[self.row] if of_column is None else of_row[self.row] + of_column[self.column]
+        logits.view(-1).index_add_(0, self.flat, share, alpha=-1)
+
+
+@dataclass
 class Tile:
     """One tile of logits in base 2: what does not count is -inf."""
 
     logits: Tensor  # [b - a, d - c]
-    positives: list[tuple[int, int, int, int, Tensor]]  # rectangles (rows e..f, columns g..h of the tile), bool each
+    positives: list[Positives]
 
 
 class Products:
     """Makes tiles of logits in one buffer that all of them use."""
 
-    def __init__(self, rows: Side, columns: Side, scale: float | Tensor, negatives: str, symmetric: bool = False):
+    def __init__(
+        self, rows: Side, columns: Side, scale: float | Tensor, negatives: str, symmetric: bool = False,
+        pairs: Pairs | None = None,
+    ):  # fmt: skip
         self.rows, self.columns, self.scale, self.negatives, self.symmetric = rows, columns, scale, negatives, symmetric
         size = tile_size(rows.x)
         own = negatives == "same_image" and columns.ranges is not None  # then a tile is a rectangle, or is skipped
         self.size = RANGE if own else size, RANGE if own else size
         self.buffer = self.scratch()
+        self.listed = None if pairs is None else pairs.by_tile(self.size)
 
     def scratch(self) -> Tensor:
         """Memory for the largest tile."""
@@ -193,15 +304,21 @@ class Products:
     def __call__(self, a: int, b: int, query: Tensor, c: int, d: int, key: Tensor) -> Tile | None:
         """The tile of rows a..b and columns c..d, or None where nothing counts; query carries the scale."""
         rows, columns = self.rows, self.columns
-        shared = list(rectangles(rows, a, b, columns, c, d))
+        shared = [] if self.listed is not None else list(rectangles(rows, a, b, columns, c, d))
         if not shared and self.negatives == "same_image" and columns.ids is not None:
             return None
         logits = torch.mm(query, key.T, out=self.buffer[: (b - a) * (d - c)].view(b - a, d - c))
-        positives = []
+        positives: list[Positives] = []
         for e, f, g, h in shared:
             positive, dropped = compare(rows, e, f, columns, g, h, self.negatives)
             logits[e - a : f - a, g - c : h - c].masked_fill_(dropped, -torch.inf)
-            positives.append((e - a, f - a, g - c, h - c, positive))
+            positives.append(Rectangle(a, c, (e, f, g, h), positive))
+        pairs = self.listed.get((a, c)) if self.listed is not None else None
+        if pairs is not None:
+            flat = (pairs.row - a) * (d - c) + (pairs.column - c)
+            logits.view(-1).index_fill_(0, flat[~pairs.positive], -torch.inf)
+            yes = pairs.positive
+            positives.append(Listed(pairs.row[yes], pairs.column[yes], flat[yes]))
         if columns.absent is not None:
             logits += columns.absent[c:d]
         if self.symmetric and rows.absent is not None:
@@ -243,13 +360,8 @@ def forward_tiles(products: Products, stats: Stats) -> None:
                 continue
             mirrored = products.symmetric and c > a
             logits = tile.logits
-            for e, f, g, h, positive in tile.positives:
-                chosen = torch.where(positive, logits[e:f, g:h], 0)
-                stats.positive[a + e : a + f] += chosen.sum(1)
-                stats.count[a + e : a + f] += positive.sum(1)
-                if mirrored:
-                    stats.positive[c + g : c + h] += chosen.sum(0)
-                    stats.count[c + g : c + h] += positive.sum(0)
+            for positives in tile.positives:
+                positives.collect(logits, stats, mirrored)
             if stats.top is not None:
                 before = stats.top[a:b].clone()
                 top = torch.maximum(before, logits.amax(1))
@@ -294,8 +406,8 @@ def backward_tiles(products: Products, k: Coefficients, d_rows: Tensor | None, d
                 continue
             logits = tile.logits
             torch.exp2(logits.sub_(k.lse[a:b, None]), out=logits)
-            for e, f, g, h, positive in tile.positives:
-                logits[e:f, g:h].sub_(torch.where(positive, k.share[a + e : a + f, None], 0))
+            for positives in tile.positives:
+                positives.subtract(logits, k.share, None)
             logits.mul_(k.grad[a:b, None])
             if d_rows is not None:
                 d_rows[a:b].addmm_(logits, key)
@@ -320,9 +432,8 @@ def backward_symmetric(products: Products, k: Coefficients, grad: Tensor) -> Non
             both = scratch[: logits.numel()].view_as(logits)
             torch.add(by_lse[a:b, None], by_lse[c:d], out=both)
             torch.exp2(logits, out=logits).mul_(both)
-            for e, f, g, h, positive in tile.positives:
-                share = by_share[a + e : a + f, None] + by_share[c + g : c + h]
-                logits[e:f, g:h].sub_(torch.where(positive, share, 0))
+            for positives in tile.positives:
+                positives.subtract(logits, by_share, by_share)
             grad[a:b].addmm_(logits, key)
             if c > a:
                 grad[c:d].addmm_(logits.T, query)

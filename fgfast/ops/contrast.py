@@ -210,13 +210,17 @@ class _Problem:
         self.scale = tiled.logit_scale(tensor, number, dtype)
         self.bounded = tiled.bounded(self.scale, normalize)
         self.symmetric = key is None and self.bounded
-        self.rows = tiled.make_side(query, query_ids, normalize, dtype)
-        self.keys = self.rows if key is None else tiled.make_side(key, key_ids, normalize, dtype)
+        readable = query.device.type == "cpu" and negatives == "all"
+        self.pairs = tiled.find_pairs(query_ids, key_ids) if readable else None
+        ranged = self.pairs is None
+        self.rows = tiled.make_side(query, query_ids, normalize, dtype, ranged)
+        self.keys = self.rows if key is None else tiled.make_side(key, key_ids, normalize, dtype, ranged)
         self.bank = None if bank is None else tiled.make_side(bank, None, normalize, dtype)
         self.negatives = negatives
 
     def products(self, columns: tiled.Side, symmetric: bool = False) -> tiled.Products:
-        return tiled.Products(self.rows, columns, self.scale, self.negatives, symmetric)
+        pairs = None if columns.ids is None else self.pairs
+        return tiled.Products(self.rows, columns, self.scale, self.negatives, symmetric, pairs)
 
 
 @torch.library.custom_op("fgfast::contrast", mutates_args=())

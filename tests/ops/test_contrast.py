@@ -103,20 +103,35 @@ def test_a_single_tile_equals_the_definition(field: Field, options: dict[str, An
         assert_same(field.values(**options, backend="torch"), field.values(**options, backend="reference"))
 
 
+@pytest.mark.parametrize("ranged", [True, False], ids=["by ranges", "everywhere, as on a GPU"])
 @few
 @given(fields, options)
-def test_without_ranges_of_ids_as_on_a_gpu_nothing_changes(field: Field, options: dict[str, Any]) -> None:
+def test_ids_that_are_not_listed_are_compared(ranged: bool, field: Field, options: dict[str, Any]) -> None:
+    """Too many pairs, whole images or another device: ids are compared where ranges overlap, or everywhere."""
     expected = field.values(**options)
+    make = tiled.make_side
     with pytest.MonkeyPatch.context() as patch:
-        make = tiled.make_side
-
-        def blind(x: Tensor, ids: Any, normalize: bool, dtype: torch.dtype) -> tiled.Side:
-            side = make(x, ids, normalize, dtype)
-            side.ranges = None
-            return side
-
-        patch.setattr(tiled, "make_side", blind)
+        patch.setattr(tiled, "MOST_PAIRS", -1)
+        patch.setattr(tiled, "make_side", lambda x, ids, *rest: make(x, ids, *rest[:2], ranged))
         assert_same(field.values(**options), expected)
+
+
+@few
+@given(field=fields)
+def test_pairs_are_those_of_equal_image_and_part(field: Field) -> None:
+    """Each once, by tile and in all."""
+    q, k = field.query_ids, field.key_ids
+    same = (q.image[:, None] == k.image) & (q.part[:, None] == k.part) & (q.part[:, None] >= 0)
+    pairs = tiled.find_pairs(q, None if field.key is field.query else k)
+    assert pairs is not None
+    assert sorted(zip(pairs.row.tolist(), pairs.column.tolist(), strict=True)) == [
+        tuple(place) for place in same.nonzero().tolist()
+    ]
+    assert torch.equal(pairs.positive, q.view[pairs.row] != k.view[pairs.column])
+    tiles = pairs.by_tile((8, 4))
+    assert sum(len(tile.row) for tile in tiles.values()) == len(pairs.row)
+    for (a, c), tile in tiles.items():
+        assert ((tile.row >= a) & (tile.row < a + 8) & (tile.column >= c) & (tile.column < c + 4)).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
