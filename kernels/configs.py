@@ -2,7 +2,8 @@
 
 A row is chosen by :func:`config`: one that was measured on this architecture (``tuned.py``, written by
 ``python -m fgfast.kernels.tune``) before the ones below, those of this architecture before the default ones, and among
-these the first of the kind asked for whose channels and shared memory suffice. Sizes are powers of two.
+these the first whose channels and shared memory suffice; but a row of a narrower kind ("fp16") always before one of a
+wider kind ("half"). Sizes are powers of two.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -168,10 +169,14 @@ def rows(op: str, arch: str) -> Iterator[Row]:
 
 
 def choose(op: str, arch: str, shared: int, kinds: tuple[str, ...], channels: int = 0) -> Row | None:
-    """The first row of one of ``kinds`` that serves so many channels and takes at most ``shared`` KiB, or None."""
-    for row in rows(op, arch):
-        if row.kind in kinds and row.shared <= shared and channels <= (row.channels or channels):
-            return row
+    """The first row for so many channels and at most ``shared`` KiB, of the first of ``kinds`` that has one.
+
+    ``kinds`` go from the narrowest to the widest.
+    """
+    for kind in kinds:
+        for row in rows(op, arch):
+            if row.kind == kind and row.shared <= shared and channels <= (row.channels or channels):
+                return row
     return None
 
 
@@ -188,7 +193,7 @@ def _config(op: str, device: torch.device, kinds: tuple[str, ...], channels: int
 
 
 def config(op: str, device: torch.device, *kinds: str, channels: int = 0) -> Row:
-    """The row for ``op`` on ``device``, of any of ``kinds``, for so many channels.
+    """The row for ``op`` on ``device`` and so many channels, of the first of ``kinds`` (narrow to wide) that has one.
 
     Raises:
         RuntimeError: no row fits the shared memory of the device.

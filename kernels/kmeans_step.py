@@ -31,12 +31,12 @@ ASSIGN_REGISTERS = 160  # of 128 some cases spill, and ptxas by itself goes down
 
 
 def kinds(dtype: torch.dtype, aligned: bool, flat: bool) -> tuple[str, ...]:
-    """The kinds of rows of the table that serve ``dtype``.
+    """The kinds of rows of the table that serve ``dtype``, from narrow to wide.
 
     ``aligned``: rows of pixels or channels start at multiples of 16 elements; ``flat``: no gaps between rows of pixels.
     """
     kind, special = row_kind(dtype), " aligned" if aligned else "" if flat else " gaps"
-    return (kind, kind + special)
+    return (kind + special, kind)
 
 
 def tile(row: Row, channels: int, clusters: int) -> dict[str, int]:
@@ -196,7 +196,7 @@ def tune_cases(device: str = "cuda", pictures: int = 32, side: int = 64) -> Iter
         centroids = x[:, :, 0, :25].mT.contiguous()
         sizes = product((16, 32, 64), (16, 32, 64), (64, 128), (16 << 10, 24 << 10, 32 << 10), (4, 8), (2, 3, 4))
         rows = [
-            kmeans_row(kinds(dtype, aligned=True, flat=True)[-1], n, d, s, held, 128, warps, stages, 0)
+            kmeans_row(kinds(dtype, aligned=True, flat=True)[0], n, d, s, held, 128, warps, stages, 0)
             for n, d, s, held, warps, stages in sizes
             if d <= s
         ]

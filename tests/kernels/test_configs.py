@@ -109,6 +109,16 @@ def test_a_measured_row_comes_first(monkeypatch):
     assert ("sm_90", "tuned sm_90 row0") in [found[:2] for found in configs.table("part_pool")]
 
 
+def test_a_measured_row_hides_no_narrower_kind(monkeypatch):
+    """A row measured with bfloat16 is not taken for float16 where that has rows of its own."""
+    measured = ("half", configs.ROWS["contrast gradient", "sm_90"][2].tiles, 8, 3, 163, 0, 256)
+    monkeypatch.setitem(configs.TUNED, ("contrast gradient", "sm_90"), [measured])
+    assert configs.choose("contrast gradient", "sm_90", 227, ("half",), 128) == measured
+    half = configs.choose("contrast gradient", "sm_90", 227, ("fp16", "half"), 128)
+    assert half is not None
+    assert half.kind == "fp16"
+
+
 def test_a_forced_row_holds_for_its_operation_alone():
     device, row = torch.device("cpu"), configs.ROWS["part_pool", "default"][1]
     usual = configs.config("part_pool", device, "half")
