@@ -65,9 +65,9 @@ def parse_method(words: list[str]) -> tuple[str, TrainConfig]:
     own = Path(out or "") / "config.toml"
     if file is None and out and "--resume" in words and own.is_file():
         began = read_toml(own).get("method")
-        if began != name:
+        if began in METHODS and began != name:
             raise UserError(f"{out} is a run of {began}, not of {name}: resume it as {began}, or give another --out.")
-        file = str(own)  # an unfinished run knows its own options
+        file = str(own) if began == name else None  # an unfinished run knows its own options
     table = read_toml(Path(file)) if file else {}
     if table.pop("method", name) != name:
         raise UserError(f"The config file {file} is of another method: give that method, or another file.")

@@ -22,7 +22,7 @@ from fgfast.evaluate.protocols import Protocol, parse_protocols
 from fgfast.files import write_atomic
 from fgfast.methods.base import METHODS, method_class
 from fgfast.train.checkpoint import write_json
-from fgfast.train.config import Range, TrainConfig, parse_values, read_toml, validate, with_values
+from fgfast.train.config import Range, TrainConfig, check_range, parse_values, read_toml, validate, with_values
 from fgfast.train.log import read_metrics
 
 OWN = ("data", "out", "seed", "resume")  # settings that the runner gives each run
@@ -100,10 +100,9 @@ class Comparison:
             open_images(data)
             for entry in self.entries:
                 validate(self._config(entry, data, self.seeds[0]))
-        if self.tune_share not in (share := Range(0, 1, open=True)):
-            raise UserError(f"--tune-share is {self.tune_share}: give {share}.")
-        if wrong := [lr for lr in self.lrs if lr not in Range(0, open=True)]:
-            raise UserError(f"--lrs has {wrong[0]}: give {Range(0, open=True)}.")
+        check_range("--tune-share", self.tune_share, Range(0, 1, open=True))
+        for lr in self.lrs:
+            check_range("A rate of --lrs", lr, Range(0, open=True))
         if len({p.name for p in self.data}) < len(self.data):
             raise UserError("Two data sets have the same folder name: rename one.")
         if self.baseline and self.baseline not in self.methods:

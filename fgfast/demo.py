@@ -4,8 +4,7 @@ from pathlib import Path
 
 import torch
 
-from fgfast.errors import UserError
-from fgfast.train.config import Range
+from fgfast.train.config import Range, check_range
 
 EPOCHS_PER_MINUTE = 10  # of 1,000 training pictures on 2 CPU cores
 
@@ -34,8 +33,7 @@ def demo(out: Path = Path("runs/demo"), minutes: float = 5.0, device: str = "aut
     from fgfast.train.distributed import choose_device
     from fgfast.train.loop import pretrain
 
-    if minutes not in Range(0, open=True):
-        raise UserError(f"--minutes is {minutes}: give {Range(0, open=True)}.")
+    check_range("--minutes", minutes, Range(0, open=True))
     console = Console()
     chosen = choose_device(device)
     data = generate(out / "data", difficulty=0.2, nuisance=0.5)

@@ -180,6 +180,7 @@ class DetConBLoss(nn.Module):
         mask_view1: Tensor,
     ) -> Tensor:
         """Loss of predictions and targets [B, M, D] with the ids of their regions [B, M]."""
+        _check_whole(mask_view0=mask_view0, mask_view1=mask_view1)
         vectors, maps = (pred_view0, pred_view1, target_view0, target_view1), (mask_view0, mask_view1)
         if any(v.ndim != 3 or v.shape != pred_view0.shape for v in vectors) or any(
             m.shape != pred_view0.shape[:2] for m in maps
@@ -188,7 +189,6 @@ class DetConBLoss(nn.Module):
                 f"The views are {[tuple(v.shape) for v in vectors]}, the masks {[tuple(m.shape) for m in maps]}: "
                 "give vectors [B, M, D] and ids [B, M]."
             )
-        _check_whole(mask_view0=mask_view0, mask_view1=mask_view1)
         masks = torch.stack([mask_view0, mask_view1])  # [2, B, M]
         view, image, _ = (
             i.reshape(-1) for i in torch.meshgrid(*(_arange(n, masks) for n in masks.shape), indexing="ij")
@@ -254,7 +254,8 @@ class SupConLoss(nn.Module):
         temperature: at least 1e-8.
 
     Raises:
-        ValueError: the temperature is too small, or a miner's pairs are given.
+        TypeError: labels are no integers, or what should be a tensor is none.
+        ValueError: shapes do not fit, the temperature is too small, or a miner's pairs are given.
 
     Example:
         >>> import torch
@@ -295,7 +296,11 @@ class SupConLoss(nn.Module):
         if ref_emb is not None and ref_labels is not None:
             _check_vectors(ref_emb=ref_emb)
             _check_whole(ref_labels=ref_labels)
-            key, key_ids = _by_label(ref_emb, ref_labels, len(labels))
+            if ref_emb.shape[1] != embeddings.shape[1]:
+                raise ValueError(
+                    f"ref_emb has {ref_emb.shape[1]} channels and embeddings has {embeddings.shape[1]}: use one."
+                )
+            key, key_ids = _by_label(ref_emb, ref_labels, len(labels), "ref_labels")
         loss = contrastive_loss(
             query, key, query_ids=query_ids, key_ids=key_ids, temperature=self.temperature, reduction="none"
         )
@@ -304,10 +309,10 @@ class SupConLoss(nn.Module):
         return loss.sum() / (loss > 0).sum().clamp(min=1)
 
 
-def _by_label(x: Tensor, labels: Tensor, first: int) -> tuple[Tensor, Ids]:
+def _by_label(x: Tensor, labels: Tensor, first: int, name: str = "labels") -> tuple[Tensor, Ids]:
     """Vectors in the order of their labels (so that tiles of one class lie together), each a view of its own."""
     if labels.shape != x.shape[:1]:
-        raise ValueError(f"labels have shape {tuple(labels.shape)}: give one label a row, {tuple(x.shape[:1])}.")
+        raise ValueError(f"{name} has shape {tuple(labels.shape)}: give one label a row, {tuple(x.shape[:1])}.")
     order = labels.argsort()
     image = labels[order]
     return x[order], Ids(image, torch.zeros_like(image), first + _arange(len(labels), labels))

@@ -124,6 +124,11 @@ def test_info_says_why_a_backend_is_missing(capsys: pytest.CaptureFixture[str]) 
         (["discover", "/no/run", "--data", "DATA", "--out", "OUT"], "/no/run"),
         (["discover", "RUN", "--data", "DATA", "--out", "OUT", "--n-parts", "300"], "--n-parts is 300"),
         (["discover", "RUN", "--data", "DATA", "--out", "OUT", "--image-size", "-3"], "--image-size is -3"),
+        (["discover", "RUN", "--data", "DATA", "--out", "OUT", "--n-parts", "5", "--map-size", "2"], "2 x 2 pixels"),
+        (
+            ["discover", "RUN", "--data", "DATA", "--out", "OUT", "--metric", "cosine", "--position", "1"],
+            "--position with --metric euclidean",
+        ),
         (["generate", "OUT", "--classes", "1"], "classes"),
         (["compare", "--out", "OUT", "--data", "DATA", "--methods", "nosuch"], "no method 'nosuch'"),
         (["compare", "--out", "OUT", "--data", "DATA", "--methods", "simclr:lr"], "name:setting=value"),
@@ -158,13 +163,15 @@ def test_info_says_why_a_backend_is_missing(capsys: pytest.CaptureFixture[str]) 
     ],
 )
 def test_mistakes_are_one_sentence_and_two(
-    words: list[str], message: str, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], message: str, drawn: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit status 2, one line on standard error that names the thing, no traceback."""
     extra = tmp_path / "extra"
     extra.mkdir()
     Image.new("RGB", (64, 64)).save(extra / "a.png")
-    words = [{"DATA": str(drawn), "EXTRA": str(extra), "OUT": str(tmp_path / "out")}.get(w, w) for w in words]
+    names = {"DATA": str(drawn), "EXTRA": str(extra), "RUN": str(run), "OUT": str(tmp_path / "out")}
+    words = [names.get(w, w) for w in words]
+    capsys.readouterr()  # what the run said
     assert main(words) == 2
     assert not (tmp_path / "out").exists()
     error = capsys.readouterr().err.strip()
@@ -176,9 +183,15 @@ def test_mistakes_are_one_sentence_and_two(
 def test_checkpoint_of_another_method(run: Path, drawn: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Resuming a run with another method is refused and leaves it alone."""
     before = (run / "last.pt").read_bytes()
-    for words in (["--resume"], ["--resume", "--data", str(drawn), *COMMON]):
+    file = run.parent / "options.toml"
+    file.write_text("threads = 1")
+    for words, said in (
+        (["--resume"], "is a run of particle, not of simclr"),
+        (["--resume", "--data", str(drawn), *COMMON], "is a run of particle, not of simclr"),
+        (["--resume", "--config", str(file), "--data", str(drawn), *COMMON], "of the method 'particle', not 'simclr'"),
+    ):
         assert main(["pretrain", "simclr", "--out", str(run), *words]) == 2
-        assert "is a run of particle, not of simclr" in capsys.readouterr().err
+        assert said in capsys.readouterr().err
     assert (run / "last.pt").read_bytes() == before
 
 
@@ -211,16 +224,20 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_termination_leaves_no_draft(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_termination_leaves_no_draft(tmp_path: Path, workers: str) -> None:
     """A killed generate takes its half-written set with it."""
-    words = ["generate", str(tmp_path / "set"), "--images", "20000", "--workers", "1"]
+    words = ["generate", str(tmp_path / "set"), "--images", "20000", "--workers", workers]
     process = subprocess.Popen([sys.executable, "-m", "fgfast", *words], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not any(tmp_path.rglob("*.jpg")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert any(tmp_path.rglob("*.jpg"))
-    process.terminate()
-    assert process.wait(60) == 130
+    try:
+        deadline = time.monotonic() + 60
+        while not any(tmp_path.rglob("*.jpg")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert any(tmp_path.rglob("*.jpg"))
+        process.terminate()
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
     assert "interrupted" in process.stderr.read()  # type: ignore[union-attr]
     assert not list(tmp_path.iterdir())
 

@@ -98,7 +98,7 @@ def test_seed_stands_in_a_setting(drawn: Path, tmp_path: Path) -> None:
         ({"methods": ["simclr:seed=4"], "baseline": ""}, "itself decides seed"),
         ({"shared": SHARED | {"out": "o"}}, "itself decides out"),
         ({"tune_share": 3.0}, "--tune-share is 3"),
-        ({"lrs": [0.1, float("inf")]}, "--lrs has inf"),
+        ({"lrs": [0.1, float("inf")]}, "--lrs is inf: give a finite number of more than 0"),
         ({"data": [Path("/no/such")]}, "/no/such does not exist"),
     ],
 )

@@ -262,6 +262,21 @@ def test_bad_input_is_one_clear_error() -> None:
         (lambda x: losses.SupConLoss()(x, torch.zeros(4)), TypeError, "labels has dtype torch.float32"),
         (lambda x: losses.SupConLoss()(x[0], torch.zeros(8).long()), ValueError, "embeddings has shape (8,)"),
         (
+            lambda x: losses.SupConLoss()(x, torch.zeros(4).long(), None, x, torch.zeros(3).long()),
+            ValueError,
+            "ref_labels has shape (3,)",
+        ),
+        (
+            lambda x: losses.SupConLoss()(x, torch.zeros(4).long(), None, x[:, :3], torch.zeros(4).long()),
+            ValueError,
+            "ref_emb has 3 channels and embeddings has 8",
+        ),
+        (
+            lambda x: losses.DetConSLoss()(x[None], x[None], [0], torch.zeros(1, 4)),
+            TypeError,
+            "mask_view0 is a list",
+        ),
+        (
             lambda x: losses.DetConSLoss()(x[None], x[None], torch.zeros(1, 4), torch.zeros(1, 4)),
             TypeError,
             "mask_view0 has dtype torch.float32",
@@ -289,6 +304,6 @@ def test_labels_and_ids_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="one label a row"):
         losses.SupConLoss()(x, torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"\[B, M, D\]"):
-        losses.DetConBLoss()(x, x, x, x, torch.zeros(4), torch.zeros(4))
+        losses.DetConBLoss()(x, x, x, x, torch.zeros(4).long(), torch.zeros(4).long())
     with pytest.raises(ValueError, match=r"\[B, M, D\]"):
         losses.DetConSLoss()(x[None], x[None], torch.zeros(1, 3).long(), torch.zeros(1, 3).long())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fgfast.errors import UserError
 from fgfast.losses import DINOLoss, PartContrastiveLoss
 from fgfast.methods.base import Method, Progress, build_encoder
-from fgfast.methods.parts import Clustering, cluster_keys, cluster_pyramid, discover, grid_labels
+from fgfast.methods.parts import Clustering, check_pixels, cluster_keys, cluster_pyramid, discover, grid_labels
 from fgfast.methods.simclr import nt_xent
 from fgfast.models.heads import MLP, DINOHead, momentum_copy, rising_momentum, update_momentum
 from fgfast.train.config import Count, Natural, Positive, Range, Share, TrainConfig, Weight
@@ -74,6 +74,12 @@ class PARTICLEConfig(TrainConfig):
     preset: Literal["small", "paper"] = "small"
     """paper takes the released settings of the authors for the network at hand."""
 
+    def check(self) -> None:
+        """Refuse maps that are not used, and a clustering that cannot be."""
+        if self.maps and self.parts != "discovered":
+            raise UserError(f"--maps are the parts of --parts discovered, not {self.parts}: leave one of them out.")
+        self.clustering.check()
+
     @property
     def clustering(self) -> Clustering:
         """How pixels are clustered."""
@@ -128,20 +134,12 @@ class PARTICLE(Method):
 
     def __init__(self, config: PARTICLEConfig) -> None:
         super().__init__()
+        config.check()
         self.config = config
         self.encoder = build_encoder(config)
         self.n_parts = self._count_parts()
-        if config.maps and config.parts != "discovered":
-            raise UserError(f"--maps are the parts of --parts discovered, not {config.parts}: leave one of them out.")
-        side = max(2, config.map_size // ONLINE) if config.parts == "online" else config.map_size
-        clustered = config.parts in ("discovered", "online") and not config.maps and not self.encoder.is_vit
-        if clustered and config.n_parts > side**2:
-            raise UserError(
-                f"--n-parts {config.n_parts} is more than the {side} x {side} pixels that are clustered: "
-                "give fewer parts or a larger --map-size."
-            )
-        if config.position and config.metric == "cosine":
-            raise UserError("Coordinates have no direction to compare: give --position with --metric euclidean.")
+        if config.parts in ("discovered", "online") and not config.maps and not self.encoder.is_vit:
+            check_pixels(config.n_parts, config.map_size if config.parts == "discovered" else self.online_size)
         with_copy = config.target == "momentum"
         if self.encoder.is_vit and not with_copy:
             raise UserError("A ViT learns by DINO too, which needs its momentum copy: leave --target self out.")
@@ -226,6 +224,11 @@ class PARTICLE(Method):
         )
 
     @property
+    def online_size(self) -> int:
+        """Side of the id maps that are made inside a step, pixels."""
+        return max(2, self.config.map_size // ONLINE)
+
+    @property
     def discover_size(self) -> int:
         """Side of the whole picture in discovery, pixels."""
         return self.config.discover_size or 2 * self.config.size
@@ -266,9 +269,7 @@ class PARTICLE(Method):
             return [torch.randint(c.n_parts, shape, device=v.device) for v in batch.views]
         grid = c.parts == "grid"
         whole = (
-            grid_labels(len(batch), c.grid, batch.boxes.device)
-            if grid
-            else self.cluster(batch.whole, max(2, c.map_size // ONLINE))
+            grid_labels(len(batch), c.grid, batch.boxes.device) if grid else self.cluster(batch.whole, self.online_size)
         )
         return [warp_labels(whole, batch.boxes[:, v], side) for v in range(len(batch.views))]
 

@@ -44,11 +44,25 @@ class Clustering:
     border: float = 0.0
     position: float = 0.0
 
+    def check(self) -> None:
+        """Raise a UserError for what cannot be clustered that way."""
+        if self.position and self.metric == "cosine":
+            raise UserError("Coordinates have no direction to compare: give --position with --metric euclidean.")
+
     def text(self) -> str:
         """What is not as released, for the record of a folder of maps."""
         changes = [str(self.metric)] if self.metric != "euclidean" else []
         changes += [f"{name} {value:g}" for name in ("border", "position") if (value := getattr(self, name))]
         return "".join(f", {change}" for change in changes)
+
+
+def check_pixels(n_parts: int, side: int) -> None:
+    """Raise a UserError for more clusters than a map of ``side`` has pixels."""
+    if n_parts > side**2:
+        raise UserError(
+            f"--n-parts {n_parts} is more than the {side} x {side} pixels that are clustered: "
+            "give fewer parts or a larger --map-size."
+        )
 
 
 @torch.no_grad()
@@ -226,10 +240,13 @@ def discover(
         ``out``.
 
     Raises:
-        UserError: the folder holds maps that other weights or settings made.
+        UserError: the folder holds maps that other weights or settings made, or there are fewer pixels than clusters.
     """
     from fgfast.data.maps import map_path, read_maps_info, save_maps, write_maps_info
 
+    if not encoder.is_vit:
+        how.check()
+        check_pixels(how.n_parts, map_size)
     total = how.n_parts + 1 if encoder.is_vit else how.n_parts
     name = f"{run}, weights {_digest(encoder)}, image size {image_size}, levels {how.levels}, seed {seed}"
     name += "" if encoder.is_vit else how.text()

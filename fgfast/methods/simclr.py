@@ -36,7 +36,7 @@ class SimCLRConfig(TrainConfig):
     pair: Literal["asymmetric", "symmetric"] = "asymmetric"
     """Whether one view is the picture and the other its transform, or both are transformed."""
     blocks: Natural = 0
-    """Blocks a side of the jigsaws; 0 takes 4 (random-jigsaw) or 7 (dcl-jigsaw)."""
+    """Blocks a side of the jigsaws (no other view looks at it); 0 takes 4 (random-jigsaw) or 7 (dcl-jigsaw)."""
     preset: Literal["small", "paper"] = "small"
     """paper takes the settings of the study of views."""
 
@@ -106,8 +106,6 @@ class SimCLR(Method):
     def __init__(self, config: SimCLRConfig) -> None:
         super().__init__()
         self.config = config
-        if config.blocks and config.views not in ("random-jigsaw", "dcl-jigsaw"):
-            raise UserError(f"--blocks is of the jigsaws, not of --views {config.views}: leave it out.")
         try:
             self.views()
         except ValueError as error:

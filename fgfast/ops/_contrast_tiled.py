@@ -8,10 +8,10 @@ is one matrix product into a buffer that every tile uses again; what survives it
 .. math:: \partial L / \partial q_i = \tfrac 1 T \sum_j \partial L / \partial s_{ij} \, k_j, \qquad
           \partial L / \partial k_j = \tfrac 1 T \sum_i \partial L / \partial s_{ij} \, q_i .
 
-- On the CPU, where ids may be read without a sync, a row and the few columns of its image and part are listed once, by
-  sorting ids; a tile then looks at its list alone. Where they are many, or ``negatives`` asks for whole images, ids are
-  compared in the rectangles of a tile whose ranges of image ids overlap; everywhere else every present column is a
-  negative, or, under "same_image", none. On other devices ids are compared everywhere.
+- On the CPU, where ids may be read without a sync, a row and the few columns of its image and part are listed, by
+  sorting ids, and a tile looks at its list alone. Where they are many, ``negatives`` asks for whole images or columns
+  come from other ranks, ids are compared in the tiles whose ranges of image ids overlap; in the others every present
+  column is a negative, or, under "same_image", none. On other devices ids are compared in every tile.
 - With unit vectors logits are bounded by 1 / T. Up to :data:`BOUNDED` no running maximum is kept.
 - Where query is key, s is symmetric: a tile serves its rows and its columns, which halves the exponentials and the
   products of the forward pass and of the recomputation, and lets one product a side do for both gradients.
@@ -29,8 +29,7 @@ from fgfast.ops.ids import Ids
 
 TILE = {"cpu": 256}  # rows and columns of a tile, by device type
 TILE_ELSEWHERE = 2048
-RANGE = 256  # vectors that share one range of image ids
-MOST_PAIRS = 1 << 19  # pairs that are listed at most: 24 MiB
+MOST_PAIRS = 1 << 19  # pairs that are listed at most: 35 MiB while they are found, 20 MiB then
 BOUNDED = 50.0  # |s'| up to here: sums of 2^31 columns and their inverses times a gradient stay normal in float32
 EPS = 1e-12
 LOG2E = math.log2(math.e)
@@ -56,7 +55,7 @@ class Side:
     inverse: Tensor | None  # [N] 1 / max(norm, eps); None when vectors are not normalised
     present: Tensor | None  # bool [N]; None when all are known to be present
     absent: Tensor | None  # [N] 0, or -inf where not present: added to logits
-    ranges: list[tuple[int, int]] | None  # lowest and highest image id of each RANGE vectors; None when unknown
+    ranges: list[tuple[int, int]] | None  # lowest and highest image id of each tile; None when unknown
     dtype: torch.dtype
 
     def __len__(self) -> int:
@@ -100,23 +99,23 @@ def make_side(x: Tensor, ids: Ids | None, normalize: bool, dtype: torch.dtype, r
     ranges = None
     if x.device.type == "cpu":
         assert present is not None
-        ranges = _ranges(ids.image.to(torch.int64), present) if ranged else None
+        ranges = _ranges(ids.image.to(torch.int64), present, tile_size(x)) if ranged else None
         if present.all():
             present = None
     absent = None if present is None else torch.where(present, 0, x.new_full((), -torch.inf, dtype=dtype))
     return Side(x, ids, inverse, present, absent, ranges, dtype)
 
 
-def _ranges(image: Tensor, present: Tensor) -> list[tuple[int, int]]:
-    """Lowest and highest image id of the present ones in each RANGE vectors (highest under lowest: none is)."""
+def _ranges(image: Tensor, present: Tensor, size: int) -> list[tuple[int, int]]:
+    """Lowest and highest image id of the present ones in each ``size`` vectors (highest under lowest: none is)."""
     if len(image) == 0:
         return []
     limits = torch.iinfo(torch.int64)
-    n = -(-len(image) // RANGE) * RANGE
+    n = -(-len(image) // size) * size
     low, high = image.new_full((n,), limits.max), image.new_full((n,), limits.min)
     low[: len(image)] = torch.where(present, image, limits.max)
     high[: len(image)] = torch.where(present, image, limits.min)
-    return list(zip(low.view(-1, RANGE).amin(1).tolist(), high.view(-1, RANGE).amax(1).tolist(), strict=True))
+    return list(zip(low.view(-1, size).amin(1).tolist(), high.view(-1, size).amax(1).tolist(), strict=True))
 
 
 def tile_size(x: Tensor) -> int:
@@ -130,19 +129,15 @@ def tiles(n: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, n)
 
 
-def rectangles(rows: Side, a: int, b: int, columns: Side, c: int, d: int) -> Iterator[tuple[int, int, int, int]]:
-    """The parts of the tile [a:b, c:d] in which a row and a column may share an image."""
+def may_share(rows: Side, a: int, columns: Side, c: int) -> bool:
+    """Whether a row and a column of the tile that starts at a, c may be of one image."""
     if columns.ids is None:
-        return
+        return False
     if rows.ranges is None or columns.ranges is None:
-        yield a, b, c, d
-        return
-    spans = range(c // RANGE, -(-d // RANGE))
-    for i in range(a // RANGE, -(-b // RANGE)):
-        low, high = rows.ranges[i]
-        hit = [j for j in spans if columns.ranges[j][0] <= high and columns.ranges[j][1] >= low]
-        if hit:
-            yield max(a, i * RANGE), min(b, (i + 1) * RANGE), max(c, hit[0] * RANGE), min(d, (hit[-1] + 1) * RANGE)
+        return True
+    size = tile_size(rows.x)
+    (low, high), (lowest, highest) = rows.ranges[a // size], columns.ranges[c // size]
+    return lowest <= high and highest >= low
 
 
 def compare(rows: Side, a: int, b: int, columns: Side, c: int, d: int, negatives: str) -> tuple[Tensor, Tensor]:
@@ -171,20 +166,19 @@ class Pairs:
     row: Tensor  # int64 [P]
     column: Tensor  # int64 [P]
     positive: Tensor  # bool [P]
+    tile: Tensor  # int64 [P], ascending: (number of the row tile) x across + (number of the column tile)
+    across: int
+    size: int
 
-    def by_tile(self, size: tuple[int, int]) -> dict[tuple[int, int], "Pairs"]:
-        """The pairs of each tile of ``size`` that has any, by its first row and column."""
-        high, wide = size
-        across = int(self.column.max()) // wide + 1 if len(self.column) else 1
-        tile, order = (self.row // high * across + self.column // wide).sort()
-        found, counts = torch.unique_consecutive(tile, return_counts=True)
-        parts = (t[order].split(counts.tolist()) for t in (self.row, self.column, self.positive))
-        places = ((n // across * high, n % across * wide) for n in found.tolist())
-        return {place: Pairs(*part) for place, *part in zip(places, *parts, strict=True)}
+    def of_tile(self, a: int, c: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, columns and which are positive, of the tile that starts at a, c."""
+        number = a // self.size * self.across + c // self.size
+        start, stop = torch.searchsorted(self.tile, torch.tensor([number, number + 1])).tolist()
+        return self.row[start:stop], self.column[start:stop], self.positive[start:stop]
 
 
-def find_pairs(rows: Ids, columns: Ids | None) -> Pairs | None:
-    """The pairs of rows and columns (None: the rows themselves), or None where there are too many to be listed."""
+def find_pairs(rows: Ids, columns: Ids | None, size: int) -> Pairs | None:
+    """The pairs of rows and columns (None: the rows) by tiles of ``size``, or None where they are too many."""
     sides = [rows] if columns is None else [rows, columns]
     image, part = (torch.cat([ids[i].to(torch.int64) for ids in sides]) for i in (0, 1))
     kinds, kind = torch.unique(part, return_inverse=True)
@@ -200,12 +194,15 @@ def find_pairs(rows: Ids, columns: Ids | None) -> Pairs | None:
     row = torch.arange(m).repeat_interleave(count, output_size=total)
     first = (low - count.cumsum(0) + count)[row]  # of a row's columns in the order, less the pairs before it
     column = order[first + torch.arange(total)]
+    across = -(-len(other) // size)
+    tile, order = (row // size * across + column // size).sort()
+    row, column = row[order], column[order]
     view = (rows if columns is None else columns).view
-    return Pairs(row, column, rows.view[row] != view[column])
+    return Pairs(row, column, rows.view[row] != view[column], tile, across, size)
 
 
 class Positives(ABC):
-    """The positives of a tile whose first row and column are a and c."""
+    """The positives of a tile."""
 
     @abstractmethod
     def collect(self, logits: Tensor, stats: "Stats", mirrored: bool) -> None:
@@ -217,33 +214,24 @@ class Positives(ABC):
 
 
 @dataclass
-class Rectangle(Positives):
-    """A mask of the rectangle [e:f, g:h] of the whole matrix."""
+class Compared(Positives):
+    """A mask of the tile."""
 
-    a: int
-    c: int
-    place: tuple[int, int, int, int]
-    mask: Tensor  # bool [f - e, h - g]
-
-    def _inside(self, logits: Tensor) -> Tensor:
-        e, f, g, h = self.place
-        return logits[e - self.a : f - self.a, g - self.c : h - self.c]
+    rows: slice  # of the whole matrix
+    columns: slice
+    mask: Tensor  # bool
 
     def collect(self, logits: Tensor, stats: "Stats", mirrored: bool) -> None:
         """See the base."""
-        e, f, g, h = self.place
-        chosen = torch.where(self.mask, self._inside(logits), 0)
-        stats.positive[e:f] += chosen.sum(1)
-        stats.count[e:f] += self.mask.sum(1)
-        if mirrored:
-            stats.positive[g:h] += chosen.sum(0)
-            stats.count[g:h] += self.mask.sum(0)
+        chosen = torch.where(self.mask, logits, 0)
+        for to, dim in ((self.rows, 1), (self.columns, 0)) if mirrored else ((self.rows, 1),):
+            stats.positive[to] += chosen.sum(dim)
+            stats.count[to] += self.mask.sum(dim)
 
     def subtract(self, logits: Tensor, of_row: Tensor, of_column: Tensor | None) -> None:
         """See the base."""
-        e, f, g, h = self.place
-        share = of_row[e:f, None] if of_column is None else of_row[e:f, None] + of_column[g:h]
-        self._inside(logits).sub_(torch.where(self.mask, share, 0))
+        share = of_row[self.rows, None] if of_column is None else of_row[self.rows, None] + of_column[self.columns]
+        logits.sub_(torch.where(self.mask, share, 0))
 
 
 @dataclass
@@ -272,7 +260,7 @@ class Tile:
     """One tile of logits in base 2: what does not count is -inf."""
 
     logits: Tensor  # [b - a, d - c]
-    positives: list[Positives]
+    positives: Positives | None
 
 
 class Products:
@@ -283,42 +271,39 @@ class Products:
         pairs: Pairs | None = None,
     ):  # fmt: skip
         self.rows, self.columns, self.scale, self.negatives, self.symmetric = rows, columns, scale, negatives, symmetric
-        size = tile_size(rows.x)
-        own = negatives == "same_image" and columns.ranges is not None  # then a tile is a rectangle, or is skipped
-        self.size = RANGE if own else size, RANGE if own else size
+        self.size, self.pairs = tile_size(rows.x), pairs
         self.buffer = self.scratch()
-        self.listed = None if pairs is None else pairs.by_tile(self.size)
 
     def scratch(self) -> Tensor:
         """Memory for the largest tile."""
-        n = min(len(self.rows), self.size[0]) * min(len(self.columns), self.size[1])
+        n = min(len(self.rows), self.size) * min(len(self.columns), self.size)
         return self.rows.x.new_empty(n, dtype=self.rows.dtype)
 
     def row_tiles(self) -> Iterator[tuple[int, int]]:
-        return tiles(len(self.rows), self.size[0])
+        return tiles(len(self.rows), self.size)
 
     def column_tiles(self, a: int) -> Iterator[tuple[int, int]]:
         """Column tiles for the row tile that starts at a: where query is key, the diagonal and what is right of it."""
-        return (tile for tile in tiles(len(self.columns), self.size[1]) if not (self.symmetric and tile[0] < a))
+        return (tile for tile in tiles(len(self.columns), self.size) if not (self.symmetric and tile[0] < a))
 
     def __call__(self, a: int, b: int, query: Tensor, c: int, d: int, key: Tensor) -> Tile | None:
         """The tile of rows a..b and columns c..d, or None where nothing counts; query carries the scale."""
         rows, columns = self.rows, self.columns
-        shared = [] if self.listed is not None else list(rectangles(rows, a, b, columns, c, d))
-        if not shared and self.negatives == "same_image" and columns.ids is not None:
+        compared = self.pairs is None and may_share(rows, a, columns, c)
+        if not compared and self.negatives == "same_image" and columns.ids is not None:
             return None
         logits = torch.mm(query, key.T, out=self.buffer[: (b - a) * (d - c)].view(b - a, d - c))
-        positives: list[Positives] = []
-        for e, f, g, h in shared:
-            positive, dropped = compare(rows, e, f, columns, g, h, self.negatives)
-            logits[e - a : f - a, g - c : h - c].masked_fill_(dropped, -torch.inf)
-            positives.append(Rectangle(a, c, (e, f, g, h), positive))
-        pairs = self.listed.get((a, c)) if self.listed is not None else None
-        if pairs is not None:
-            flat = (pairs.row - a) * (d - c) + (pairs.column - c)
-            logits.view(-1).index_fill_(0, flat[~pairs.positive], -torch.inf)
-            yes = pairs.positive
-            positives.append(Listed(pairs.row[yes], pairs.column[yes], flat[yes]))
+        positives: Positives | None = None
+        if compared:
+            positive, dropped = compare(rows, a, b, columns, c, d, self.negatives)
+            logits.masked_fill_(dropped, -torch.inf)
+            positives = Compared(slice(a, b), slice(c, d), positive)
+        elif self.pairs is not None:
+            row, column, positive = self.pairs.of_tile(a, c)
+            if len(row):
+                flat = (row - a) * (d - c) + (column - c)
+                logits.view(-1).index_fill_(0, flat[~positive], -torch.inf)
+                positives = Listed(row[positive], column[positive], flat[positive])
         if columns.absent is not None:
             logits += columns.absent[c:d]
         if self.symmetric and rows.absent is not None:
@@ -360,8 +345,8 @@ def forward_tiles(products: Products, stats: Stats) -> None:
                 continue
             mirrored = products.symmetric and c > a
             logits = tile.logits
-            for positives in tile.positives:
-                positives.collect(logits, stats, mirrored)
+            if tile.positives is not None:
+                tile.positives.collect(logits, stats, mirrored)
             if stats.top is not None:
                 before = stats.top[a:b].clone()
                 top = torch.maximum(before, logits.amax(1))
@@ -406,8 +391,8 @@ def backward_tiles(products: Products, k: Coefficients, d_rows: Tensor | None, d
                 continue
             logits = tile.logits
             torch.exp2(logits.sub_(k.lse[a:b, None]), out=logits)
-            for positives in tile.positives:
-                positives.subtract(logits, k.share, None)
+            if tile.positives is not None:
+                tile.positives.subtract(logits, k.share, None)
             logits.mul_(k.grad[a:b, None])
             if d_rows is not None:
                 d_rows[a:b].addmm_(logits, key)
@@ -432,8 +417,8 @@ def backward_symmetric(products: Products, k: Coefficients, grad: Tensor) -> Non
             both = scratch[: logits.numel()].view_as(logits)
             torch.add(by_lse[a:b, None], by_lse[c:d], out=both)
             torch.exp2(logits, out=logits).mul_(both)
-            for positives in tile.positives:
-                positives.subtract(logits, by_share, by_share)
+            if tile.positives is not None:
+                tile.positives.subtract(logits, by_share, by_share)
             grad[a:b].addmm_(logits, key)
             if c > a:
                 grad[c:d].addmm_(logits.T, query)

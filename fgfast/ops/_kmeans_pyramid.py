@@ -11,6 +11,8 @@ A0 = Wy * Wy, A1[i, y] = Wy[i, y] Wy[i, y + 1] (B from Wx likewise), Gab(y, x) =
 A level of D channels and n < D cells lies in a space of n dimensions: its QR decomposition f = Q r turns it into a
 level r of n channels with the same inner products, norms and distances, and a centroid c of r is Q c of f. That pays
 where n is far less than D, as in the deepest stages of a CNN. Centroids from outside need not lie in that space.
+Squared distances do not change either when the mean cell is taken away first, which keeps digits; means of pixels then
+get it back, as the weights of a pixel sum to one.
 The resizing is that of torch.nn.functional.interpolate(mode="bilinear", align_corners=False), without antialiasing.
 """
 
@@ -48,9 +50,10 @@ class Level:
         f: the map.
         size: pixels of the whole.
         turn: take coordinates within the space of the cells for the channels where they are far fewer.
+        centre: only squared distances are asked about: take the mean cell of a turned level away.
     """
 
-    def __init__(self, f: Tensor, size: tuple[int, int], turn: bool = False) -> None:
+    def __init__(self, f: Tensor, size: tuple[int, int], turn: bool = False, centre: bool = False) -> None:
         self.f = f.to(accumulation(f.dtype))
         self.channels, self.height, self.width = f.shape[1:]
         self.same = tuple(f.shape[2:]) == size
@@ -65,7 +68,8 @@ class Level:
         self.reflectors: tuple[Tensor, Tensor] | None = None
         n = self.flat.shape[2]
         if turn and FEW * n <= self.channels:
-            self.reflectors = torch.geqrf(self.flat)
+            self.mean = self.flat.mean(2, keepdim=True) if centre else self.flat.new_zeros(1)  # [B, D, 1]
+            self.reflectors = torch.geqrf(self.flat - self.mean)
             self.channels, self.flat = n, self.reflectors[0][:, :n].triu()
             self.f = self.flat.unflatten(2, f.shape[2:])
 
@@ -74,7 +78,8 @@ class Level:
         if self.reflectors is None:
             return c
         missing = self.reflectors[0].shape[1] - self.channels
-        return torch.ormqr(*self.reflectors, F.pad(c, (0, missing)).transpose(1, 2)).transpose(1, 2)
+        back = torch.ormqr(*self.reflectors, F.pad(c, (0, missing)).transpose(1, 2))
+        return (back + self.mean).transpose(1, 2)
 
     def up(self, maps: Tensor) -> Tensor:
         """[..., h, w] to [..., H, W]."""
@@ -124,11 +129,15 @@ class Pyramid(Source):
         maps: the levels.
         size: (H, W).
         closed: no vectors but pixels of these maps, and means of them, are asked about.
+        metric: what is asked about them.
     """
 
-    def __init__(self, maps: list[Tensor], size: tuple[int, int], closed: bool = False) -> None:
+    def __init__(
+        self, maps: list[Tensor], size: tuple[int, int], closed: bool = False, metric: str = "euclidean"
+    ) -> None:
         self.size = size
-        self.levels = [Level(f, size, turn=closed and f.device.type == "cpu") for f in maps]
+        turn = closed and maps[0].device.type == "cpu"
+        self.levels = [Level(f, size, turn, centre=metric == "euclidean") for f in maps]
         self.split = [level.channels for level in self.levels]
         self.batch, self.pixels, self.channels = maps[0].shape[0], size[0] * size[1], sum(self.split)
         self.features = sum(f.shape[1] for f in maps)

@@ -189,8 +189,8 @@ def _check_values(query_ids: Ids, key_ids: Ids, temperature: float | Tensor, wei
     if isinstance(temperature, Tensor) and not (temperature > 0 and temperature.isfinite()):
         raise ValueError(f"temperature is {temperature.item()}: give a finite number above 0.")
     for name, part in (("query_ids.part", query_ids.part), ("key_ids.part", key_ids.part)):
-        if len(part) and part.min() < -1:
-            raise ValueError(f"{name} holds {part.min().item()}: parts are 0 and up, or -1 for absent.")
+        if len(part) and int(part.min()) < -1:
+            raise ValueError(f"{name} holds {int(part.min())}: parts are 0 and up, or -1 for absent.")
     if weight is not None and not ((weight >= 0) & weight.isfinite()).all():
         raise ValueError("weight holds a negative or non-finite value: weights are finite and 0 or more.")
 
@@ -211,7 +211,7 @@ class _Problem:
         self.bounded = tiled.bounded(self.scale, normalize)
         self.symmetric = key is None and self.bounded
         readable = query.device.type == "cpu" and negatives == "all"
-        self.pairs = tiled.find_pairs(query_ids, key_ids) if readable else None
+        self.pairs = tiled.find_pairs(query_ids, key_ids, tiled.tile_size(query)) if readable else None
         ranged = self.pairs is None
         self.rows = tiled.make_side(query, query_ids, normalize, dtype, ranged)
         self.keys = self.rows if key is None else tiled.make_side(key, key_ids, normalize, dtype, ranged)

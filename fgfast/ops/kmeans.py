@@ -136,7 +136,9 @@ def _kmeans(
         for b in starts:
             part = slice(b, b + starts.step)
             maps = [m[part] for m in xs]
-            source = Dense(maps[0].flatten(2)) if size is None else Pyramid(maps, (size[0], size[1]), first is None)
+            source = (
+                Dense(maps[0].flatten(2)) if size is None else Pyramid(maps, (size[0], size[1]), first is None, metric)
+            )
             w, c = (None if t is None else t[part] for t in (weight, first))
             solved = _solved(source, n_clusters, n_iter, init, c, init_samples, n_init, tol, w, metric, empty, seed)
             for out, value in zip(outs, solved, strict=True):

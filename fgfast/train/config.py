@@ -111,6 +111,9 @@ class TrainConfig:
     compile: bool = False
     """torch.compile the encoder."""
 
+    def check(self) -> None:
+        """Raise a UserError for options that do not go together."""
+
     def learning_rate(self, step: int, total: int) -> float:
         """Linear warm-up over ``warmup`` of the steps, then half a cosine from ``lr`` to 0; steps count from 0."""
         warm = round(self.warmup * total)
@@ -193,6 +196,20 @@ def validate(config: TrainConfig) -> None:
     if config.unlabelled and not config.takes_unlabelled:
         raise UserError("--unlabelled adds pictures that supervised training has no use for: leave it out.")
     check_ranges(config)
+    config.check()
+
+
+def check_range(name: str, value: float, wanted: Range) -> None:
+    """Raise a UserError for a number outside its range.
+
+    Example:
+        >>> check_range("--lr", float("inf"), Range(0))
+        Traceback (most recent call last):
+        ...
+        fgfast.errors.UserError: --lr is inf: give a finite number of at least 0.
+    """
+    if value not in wanted:
+        raise UserError(f"{name} is {value}: give {'' if math.isfinite(value) else 'a finite number of '}{wanted}.")
 
 
 def check_ranges(config: TrainConfig) -> None:
@@ -200,8 +217,7 @@ def check_ranges(config: TrainConfig) -> None:
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
         for wanted in getattr(hint, "__metadata__", ()):
-            if value not in wanted:
-                raise UserError(f"--{name.replace('_', '-')} is {value}: give {wanted}.")
+            check_range(f"--{name.replace('_', '-')}", value, wanted)
 
 
 def to_toml(config: TrainConfig, method: str) -> str:

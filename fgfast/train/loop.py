@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fgfast.errors import UserError
 from fgfast.files import write_atomic
-from fgfast.methods.base import Method, Progress, method_class
+from fgfast.methods.base import METHODS, Method, Progress, method_class
 from fgfast.models.backbone import Backbone
 from fgfast.train.checkpoint import load_checkpoint, save_checkpoint, save_encoder
 from fgfast.train.config import TrainConfig, read_toml, to_toml, validate
@@ -75,9 +75,11 @@ def _open_run(run: Path, name: str, config: TrainConfig, ranks: Ranks, method: M
         return state
     if last.exists():
         raise UserError(f"{run} already holds a run: give --resume to go on with it, or another --out.")
+    foreign = _is_foreign(run)
+    barrier(ranks)  # every rank has looked before the first one writes
+    if foreign:
+        raise UserError(f"{run} holds other files: give another --out.")
     if ranks.first:
-        if run.is_dir() and any(run.iterdir()) and not (run / "config.toml").is_file():
-            raise UserError(f"{run} holds other files: give another --out.")
         run.mkdir(parents=True, exist_ok=True)
         for maps in run.glob("parts_*/maps.json"):
             maps.unlink()  # of a run that never saved, perhaps with other options: they are discovered again
@@ -85,6 +87,16 @@ def _open_run(run: Path, name: str, config: TrainConfig, ranks: Ranks, method: M
         save_checkpoint(run / "init.pt", {"name": name, "step": 0, "method": method.state_dict()})
     barrier(ranks)
     return None
+
+
+def _is_foreign(run: Path) -> bool:
+    """Whether a folder holds what no run has begun."""
+    if not run.is_dir() or not any(run.iterdir()):
+        return False
+    try:
+        return read_toml(run / "config.toml").get("method") not in METHODS
+    except UserError:
+        return True
 
 
 ANY_TIME = ("data", "out", "device", "threads", "loader", "log_every", "knn_every", "save_every", "resume", "compile")

@@ -1,5 +1,6 @@
 """contrastive_loss: the tiled backend against the definition, and the invariants of the definition."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -18,9 +19,8 @@ BACKENDS = ("torch", "reference")
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 8 and ranges of 4, so that a field of 30 has inner, ragged, shared and skipped tiles."""
-    monkeypatch.setitem(tiled.TILE, "cpu", 8)
-    monkeypatch.setattr(tiled, "RANGE", 4)
+    """Tiles of 4, so that a field of 30 has inner, ragged, shared and skipped tiles."""
+    monkeypatch.setitem(tiled.TILE, "cpu", 4)
 
 
 class Field:
@@ -122,16 +122,18 @@ def test_pairs_are_those_of_equal_image_and_part(field: Field) -> None:
     """Each once, by tile and in all."""
     q, k = field.query_ids, field.key_ids
     same = (q.image[:, None] == k.image) & (q.part[:, None] == k.part) & (q.part[:, None] >= 0)
-    pairs = tiled.find_pairs(q, None if field.key is field.query else k)
+    pairs = tiled.find_pairs(q, None if field.key is field.query else k, 4)
     assert pairs is not None
     assert sorted(zip(pairs.row.tolist(), pairs.column.tolist(), strict=True)) == [
         tuple(place) for place in same.nonzero().tolist()
     ]
     assert torch.equal(pairs.positive, q.view[pairs.row] != k.view[pairs.column])
-    tiles = pairs.by_tile((8, 4))
-    assert sum(len(tile.row) for tile in tiles.values()) == len(pairs.row)
-    for (a, c), tile in tiles.items():
-        assert ((tile.row >= a) & (tile.row < a + 8) & (tile.column >= c) & (tile.column < c + 4)).all()
+    found = 0
+    for a, c in product(range(0, len(same), 4), range(0, same.shape[1], 4)):
+        row, column, _ = pairs.of_tile(a, c)
+        assert ((row >= a) & (row < a + 4) & (column >= c) & (column < c + 4)).all()
+        found += len(row)
+    assert found == len(pairs.row)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

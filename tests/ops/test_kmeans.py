@@ -182,6 +182,18 @@ def test_levels_of_few_cells_and_many_channels_are_turned_without_a_trace(metric
     same(kmeans(maps, 4, size=8, init=given, metric=metric), kmeans(built, 4, init=given, metric=metric))
 
 
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_turned_levels_keep_the_digits_of_float32(offset):
+    """A mean far from zero costs the turned levels no more than the others."""
+    g = torch.Generator().manual_seed(0)
+    maps = [torch.randn(2, 512, 4, 4, generator=g) + offset]
+    wanted = kmeans([m.double() for m in maps], 5, size=8, seed=0)
+    turned = kmeans(maps, 5, size=8, seed=0)
+    assert torch.equal(turned.labels, wanted.labels)
+    error = (turned.centroids - wanted.centroids).abs().max()
+    assert error < 16 * torch.finfo(torch.float32).eps * (1 + offset)  # of means of up to 64 numbers of that size
+
+
 @settings(max_examples=15, deadline=None)
 @given(seed=seeds, height=st.integers(1, 9), width=st.integers(1, 9), rows=st.integers(1, 9), columns=st.integers(1, 9))
 def test_pyramid_norms_and_pixels_are_those_of_interpolate(seed, height, width, rows, columns):

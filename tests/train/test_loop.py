@@ -196,10 +196,11 @@ def test_file_in_place_of_the_run_folder_is_named(drawn: Path, tmp_path: Path) -
 
 def test_folder_of_other_files_is_left_alone(drawn: Path, tmp_path: Path) -> None:
     """--out that holds what is no run is not written into."""
-    (tmp_path / "letter.txt").touch()
-    with pytest.raises(UserError, match="holds other files"):
-        pretrain("simclr", config_for(drawn, tmp_path))
-    assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
+    for text in ('title = "my site"', "no toml"):
+        (tmp_path / "config.toml").write_text(text)
+        with pytest.raises(UserError, match="holds other files"):
+            pretrain("simclr", config_for(drawn, tmp_path, resume=True))
+        assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("config.toml", text)]
 
 
 def test_second_signal_stops_at_once() -> None:
@@ -218,7 +219,7 @@ def test_parts_of_a_run_that_never_saved_are_made_anew(drawn: Path, tmp_path: Pa
     from fgfast.methods.particle import PARTICLEConfig
 
     write_maps_info(tmp_path / "run/parts_0", 77, (8, 8), "another")
-    (tmp_path / "run/config.toml").touch()  # written before the parts
+    (tmp_path / "run/config.toml").write_text('method = "particle"')  # written before the parts
     config = PARTICLEConfig(
         data=str(drawn), out=str(tmp_path / "run"), model=TINY, model_args="output_stride=8", size=32, batch_size=6,
         epochs=2, rounds=2, n_parts=3, hidden=16, projection=8, device="cpu", threads=1, amp="off", knn_every=0,
