@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fgfast.ops._tensors import check_tensor
+from fgfast.ops._tensors import check_integers, check_tensor
 from fgfast.ops.contrast import contrastive_loss
 from fgfast.ops.ids import Ids
 from fgfast.ops.ring import global_ids
@@ -33,14 +33,6 @@ def _check_vectors(**named: Tensor) -> None:
     if len(set(shapes.values())) > 1:
         found = " and ".join(f"{name} has shape {shape}" for name, shape in shapes.items())
         raise ValueError(f"{found}: give both as [B, D].")
-
-
-def _check_whole(**named: Tensor) -> None:
-    """Labels or ids, under the names that the caller knows."""
-    for name, x in named.items():
-        check_tensor(name, x)
-        if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-            raise TypeError(f"{name} has dtype {x.dtype}: give integers.")
 
 
 def _world(gather_distributed: bool) -> "ProcessGroup | None":
@@ -180,7 +172,8 @@ class DetConBLoss(nn.Module):
         mask_view1: Tensor,
     ) -> Tensor:
         """Loss of predictions and targets [B, M, D] with the ids of their regions [B, M]."""
-        _check_whole(mask_view0=mask_view0, mask_view1=mask_view1)
+        check_integers("mask_view0", mask_view0)
+        check_integers("mask_view1", mask_view1)
         vectors, maps = (pred_view0, pred_view1, target_view0, target_view1), (mask_view0, mask_view1)
         if any(v.ndim != 3 or v.shape != pred_view0.shape for v in vectors) or any(
             m.shape != pred_view0.shape[:2] for m in maps
@@ -290,12 +283,12 @@ class SupConLoss(nn.Module):
         if (ref_emb is None) != (ref_labels is None):
             raise ValueError("ref_emb and ref_labels belong together: give both or neither.")
         _check_vectors(embeddings=embeddings)
-        _check_whole(labels=labels)
+        check_integers("labels", labels)
         query, query_ids = _by_label(embeddings, labels, 0)
         key, key_ids = query, query_ids
         if ref_emb is not None and ref_labels is not None:
             _check_vectors(ref_emb=ref_emb)
-            _check_whole(ref_labels=ref_labels)
+            check_integers("ref_labels", ref_labels)
             if ref_emb.shape[1] != embeddings.shape[1]:
                 raise ValueError(
                     f"ref_emb has {ref_emb.shape[1]} channels and embeddings has {embeddings.shape[1]}: use one."

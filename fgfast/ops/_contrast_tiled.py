@@ -29,7 +29,7 @@ from fgfast.ops.ids import Ids
 
 TILE = {"cpu": 512}  # rows and columns of a tile, by device type
 TILE_ELSEWHERE = 2048
-MOST_PAIRS = 1 << 19  # pairs that are listed at most: 35 MiB while they are found, 20 MiB then
+MOST_PAIRS = 1 << 18  # pairs that are listed at most: 29 MiB while they are found, 6 MiB then
 BOUNDED = 50.0  # |s'| up to here: sums of 2^31 columns and their inverses times a gradient stay normal in float32
 EPS = 1e-12
 LOG2E = math.log2(math.e)

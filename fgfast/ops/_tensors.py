@@ -23,6 +23,13 @@ def values_checked(x: Tensor) -> bool:
     return x.device.type == "cpu" or os.environ.get("FGFAST_CHECKS") == "1"
 
 
+def check_integers(name: str, x: Tensor) -> None:
+    """Raise on anything but a tensor of integers: labels or ids."""
+    check_tensor(name, x)
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} has dtype {x.dtype}: give integers.")
+
+
 def check_weight(weight: Tensor) -> None:
     """Raise on a negative or non-finite weight where looking costs no device sync."""
     if values_checked(weight) and weight.numel() and not bool(((weight >= 0) & weight.isfinite()).all()):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fgfast.backend import check_triton, preference, resolve
 from fgfast.ops import _contrast_tiled as tiled
-from fgfast.ops._tensors import accumulation, check_tensor, exact, values_checked
+from fgfast.ops._tensors import accumulation, check_integers, check_tensor, exact, values_checked
 from fgfast.ops.ids import Ids
 from fgfast.reference import contrast as reference
 
@@ -160,10 +160,8 @@ def _check(
     each: dict[str, tuple[Tensor, int]] = {name: (x, len(x)) for name, x in vectors.items()}
     for side, ids, n in (("query", query_ids, len(query)), ("key", key_ids, len(key))):
         for field, x in zip(Ids._fields, ids, strict=True):
-            check_tensor(f"{side}_ids.{field}", x)
+            check_integers(f"{side}_ids.{field}", x)
             each[f"{side}_ids.{field}"] = (x, n)
-            if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-                raise TypeError(f"{side}_ids.{field} has dtype {x.dtype}: give integers.")
     if weight is not None:
         each["weight"] = (weight, len(query))
     for name, (x, n) in each.items():
