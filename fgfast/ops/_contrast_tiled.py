@@ -85,7 +85,9 @@ class Side:
             grad.copy_(torch.where(self.present[start:stop, None], grad, 0))
 
 
-def make_side(x: Tensor, ids: Ids | None, normalize: bool, dtype: torch.dtype, ranged: bool = True) -> Side:
+def make_side(
+    x: Tensor, ids: Ids | None, normalize: bool, dtype: torch.dtype, negatives: str = "all", ranged: bool = True
+) -> Side:
     """Norms, presence and, on the CPU where ``ranged``, ranges of image ids of the vectors x [N, D]."""
     inverse = None
     if normalize:
@@ -99,7 +101,7 @@ def make_side(x: Tensor, ids: Ids | None, normalize: bool, dtype: torch.dtype, r
     ranges = None
     if x.device.type == "cpu":
         assert present is not None
-        ranges = _ranges(ids.image.to(torch.int64), present, tile_size(x)) if ranged else None
+        ranges = _ranges(ids.image.to(torch.int64), present, tile_size(x, negatives)) if ranged else None
         if present.all():
             present = None
     absent = None if present is None else torch.where(present, 0, x.new_full((), -torch.inf, dtype=dtype))
@@ -118,9 +120,10 @@ def _ranges(image: Tensor, present: Tensor, size: int) -> list[tuple[int, int]]:
     return list(zip(low.view(-1, size).amin(1).tolist(), high.view(-1, size).amax(1).tolist(), strict=True))
 
 
-def tile_size(x: Tensor) -> int:
-    """Rows, and columns, of a tile of logits on the device of x."""
-    return TILE.get(x.device.type, TILE_ELSEWHERE)
+def tile_size(x: Tensor, negatives: str = "all") -> int:
+    """Rows, and columns, of a tile of logits on the device of x; half of that where most tiles are skipped."""
+    size = TILE.get(x.device.type, TILE_ELSEWHERE)
+    return size // 2 if negatives == "same_image" else size
 
 
 def tiles(n: int, size: int) -> Iterator[tuple[int, int]]:
@@ -129,13 +132,12 @@ def tiles(n: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, n)
 
 
-def may_share(rows: Side, a: int, columns: Side, c: int) -> bool:
-    """Whether a row and a column of the tile that starts at a, c may be of one image."""
+def may_share(rows: Side, a: int, columns: Side, c: int, size: int) -> bool:
+    """Whether a row and a column of the tile of ``size`` that starts at a, c may be of one image."""
     if columns.ids is None:
         return False
     if rows.ranges is None or columns.ranges is None:
         return True
-    size = tile_size(rows.x)
     (low, high), (lowest, highest) = rows.ranges[a // size], columns.ranges[c // size]
     return lowest <= high and highest >= low
 
@@ -271,7 +273,7 @@ class Products:
         pairs: Pairs | None = None,
     ):  # fmt: skip
         self.rows, self.columns, self.scale, self.negatives, self.symmetric = rows, columns, scale, negatives, symmetric
-        self.size, self.pairs = tile_size(rows.x), pairs
+        self.size, self.pairs = tile_size(rows.x, negatives), pairs
         self.buffer = self.scratch()
 
     def scratch(self) -> Tensor:
@@ -289,7 +291,7 @@ class Products:
     def __call__(self, a: int, b: int, query: Tensor, c: int, d: int, key: Tensor) -> Tile | None:
         """The tile of rows a..b and columns c..d, or None where nothing counts; query carries the scale."""
         rows, columns = self.rows, self.columns
-        compared = self.pairs is None and may_share(rows, a, columns, c)
+        compared = self.pairs is None and may_share(rows, a, columns, c, self.size)
         if not compared and self.negatives == "same_image" and columns.ids is not None:
             return None
         logits = torch.mm(query, key.T, out=self.buffer[: (b - a) * (d - c)].view(b - a, d - c))

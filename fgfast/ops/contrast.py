@@ -211,8 +211,8 @@ class _Problem:
         readable = query.device.type == "cpu" and negatives == "all"
         self.pairs = tiled.find_pairs(query_ids, key_ids, tiled.tile_size(query)) if readable else None
         ranged = self.pairs is None
-        self.rows = tiled.make_side(query, query_ids, normalize, dtype, ranged)
-        self.keys = self.rows if key is None else tiled.make_side(key, key_ids, normalize, dtype, ranged)
+        self.rows = tiled.make_side(query, query_ids, normalize, dtype, negatives, ranged)
+        self.keys = self.rows if key is None else tiled.make_side(key, key_ids, normalize, dtype, negatives, ranged)
         self.bank = None if bank is None else tiled.make_side(bank, None, normalize, dtype)
         self.negatives = negatives
 

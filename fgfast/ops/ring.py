@@ -101,7 +101,7 @@ def _ring(
     dtype = accumulation(query.dtype)
     with exact(query.device, precision):
         scale = tiled.logit_scale(temperature_tensor, temperature, dtype)
-        rows = tiled.make_side(query, Ids(query_image, query_part, query_view), normalize, dtype)
+        rows = tiled.make_side(query, Ids(query_image, query_part, query_view), normalize, dtype, negatives)
         stats = tiled.Stats.zeros(rows, tiled.bounded(scale, normalize))
         if bank is not None:
             columns = tiled.make_side(bank, None, normalize, dtype)
@@ -111,7 +111,7 @@ def _ring(
         for step in range(ring.size):
             last = step == ring.size - 1
             arriving, works = (block, []) if last else ring.start(block, step)
-            columns = tiled.make_side(block[0], Ids(*block[1:]), normalize, dtype)
+            columns = tiled.make_side(block[0], Ids(*block[1:]), normalize, dtype, negatives)
             tiled.forward_tiles(tiled.Products(rows, columns, scale, negatives), stats)
             _wait(works)
             block = arriving
@@ -132,7 +132,7 @@ def _ring_backward(
     with exact(query.device, precision):
         scale = tiled.logit_scale(temperature_tensor, temperature, dtype)
         k = tiled.Coefficients.make(grad, lse, count)
-        rows = tiled.make_side(query, Ids(query_image, query_part, query_view), normalize, dtype)
+        rows = tiled.make_side(query, Ids(query_image, query_part, query_view), normalize, dtype, negatives)
         d_query = query.new_zeros(query.shape, dtype=dtype) if need_query or need_temperature else None
         d_bank = None
         if bank is not None:
@@ -148,7 +148,7 @@ def _ring_backward(
         for step in range(ring.size):
             last = step == ring.size - 1
             arriving, works = (block, []) if last else ring.start(block, step)
-            columns = tiled.make_side(block[0], Ids(*block[1:]), normalize, dtype)
+            columns = tiled.make_side(block[0], Ids(*block[1:]), normalize, dtype, negatives)
             tiled.backward_tiles(tiled.Products(rows, columns, scale, negatives), k, d_query, d_key)
             _wait(works)
             if d_key is not None:

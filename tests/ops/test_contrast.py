@@ -112,7 +112,7 @@ def test_ids_that_are_not_listed_are_compared(ranged: bool, field: Field, option
     make = tiled.make_side
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiled, "MOST_PAIRS", -1)
-        patch.setattr(tiled, "make_side", lambda x, ids, *rest: make(x, ids, *rest[:2], ranged))
+        patch.setattr(tiled, "make_side", lambda x, ids, *rest: make(x, ids, *rest[:3], ranged=ranged))
         assert_same(field.values(**options), expected)
 
 
