@@ -1,10 +1,10 @@
 // The mask sampler and the masking of images on the CPU: images are dealt out to threads, rows of patches vectorise.
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <atomic>
 #include <functional>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 #include "pivotal.h"
@@ -20,20 +20,28 @@ namespace {
 
 constexpr int64_t kAhead = 8192;         // bytes
 constexpr int64_t kScoresAtOnce = 8192;  // of a thread: 32 KiB, which stay in its caches
+constexpr int64_t kRanges = 4;           // for each thread
 
-// Calls work(begin, end) on disjoint ranges that cover [0, n), in at most ``threads`` threads of at least ``least`` each.
+using Parallel = void(void (*)(void*), void*, unsigned, unsigned);
+
+// Runs work in ``threads`` threads: PyTorch's own, by the OpenMP that it has loaded. They are at hand and may still be
+// spinning after its last operation, so that new ones would have to wait for a core. Without OpenMP one thread does it all.
+void in_threads(int threads, std::function<void()> work) {
+    static Parallel* const openmp = reinterpret_cast<Parallel*>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    if (openmp == nullptr) return work();
+    openmp([](void* f) { (*static_cast<std::function<void()>*>(f))(); }, &work, unsigned(threads), 0);
+}
+
+// Calls work(begin, end) on disjoint ranges that cover [0, n), in at most ``threads`` threads that are worth ``least`` each.
+// Whoever is free takes the next range: a thread that comes late, on a busy machine, leaves more to the others.
 void deal_out(int64_t n, int threads, int64_t least, const std::function<void(int64_t, int64_t)>& work) {
-    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, n / std::max<int64_t>(1, least)));
-    std::vector<std::thread> others;
-    others.reserve(parts);
-    int64_t i = 1;
-    try {
-        for (; i < parts; ++i) others.emplace_back(work, n * i / parts, n * (i + 1) / parts);
-    } catch (const std::system_error&) {  // no more threads to be had: the rest is done here
-        work(n * i / parts, n);
-    }
-    work(0, n / parts);
-    for (auto& t : others) t.join();
+    const int64_t parts = std::min<int64_t>(threads, n / least);
+    if (parts <= 1) return work(0, n);
+    const int64_t range = std::max<int64_t>(1, n / (kRanges * parts));
+    std::atomic<int64_t> next{0};
+    in_threads(int(parts), [&] {
+        for (int64_t i = next.fetch_add(range); i < n; i = next.fetch_add(range)) work(i, std::min(i + range, n));
+    });
 }
 
 template <int dtype>

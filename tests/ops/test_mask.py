@@ -2,6 +2,7 @@
 
 import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -265,6 +266,31 @@ def test_many_callers_at_once(backend):
     for t in threads:
         t.join()
     assert not wrong
+
+
+@every_backend
+def test_threads_share_the_work(backend):
+    """Any number of them gives the answer of one, to several callers at once, and an error of one range is seen."""
+    x = rough(3, 70, 12, 1024)
+    images = torch.randn(70, 3, 64, 64)
+    alone = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = pivotal_mask(x, images=images, backend="torch")
+        spoilt = x.clone()
+        spoilt[2, 69, 11, 1023] = -1.0
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            with ThreadPoolExecutor(3) as callers:
+                calls = [callers.submit(pivotal_mask, x, images=images, backend=backend) for _ in range(3)]
+            for call in calls:
+                for a, b in zip(call.result(), expected, strict=True):
+                    assert torch.equal(a, b)
+            assert torch.equal(mask_images(images, expected.mask, backend=backend), expected.images)
+            with pytest.raises(ValueError, match="negative"):
+                pivotal_mask(spoilt, backend=backend)
+    finally:
+        torch.set_num_threads(alone)
 
 
 @everywhere
