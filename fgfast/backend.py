@@ -41,6 +41,10 @@ def missing(backend: str) -> str | None:
     return None
 
 
+# To torch.compile the answer is a constant: torch.compiler.assume_constant_result does the same after a slow import.
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _checked(name: str, source: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"{source} is {name!r}: choose one of {', '.join(BACKENDS)}.")

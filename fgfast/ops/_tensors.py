@@ -26,7 +26,7 @@ def values_checked(x: Tensor) -> bool:
 def check_integers(name: str, x: Tensor) -> None:
     """Raise on anything but a tensor of integers: labels or ids."""
     check_tensor(name, x)
-    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+    if x.dtype not in INTEGERS:
         raise TypeError(f"{name} has dtype {x.dtype}: give integers.")
 
 
@@ -61,6 +61,20 @@ def check_whole(name: str, n: object) -> None:
         raise TypeError(f"{name} is {n!r}: give a whole number.")
 
 
+def seed_or_drawn(seed: int | None, needed: bool) -> int:
+    """The seed that was given; without one a draw from torch's generator, or 0 where no seed is ``needed``.
+
+    Raises:
+        TypeError, ValueError: no whole number from 0 to 2^63 - 1.
+    """
+    if seed is None:
+        return int(torch.randint(1 << 62, ())) if needed else 0
+    check_whole("seed", seed)
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed is {seed}: give a number from 0 to 2^63 - 1.")
+    return seed
+
+
 def as_size(size: int | tuple[int, int]) -> tuple[int, int]:
     """(height, width), both at least 1, of a pair or of one number for a square."""
     pair = (size, size) if not isinstance(size, tuple | list) else tuple(size)
@@ -71,13 +85,6 @@ def as_size(size: int | tuple[int, int]) -> tuple[int, int]:
     if min(pair) < 1:
         raise ValueError(f"size is {pair}: give at least 1 x 1.")
     return pair
-
-
-def check_integer(name: str, x: Tensor) -> None:
-    """Raise unless ``x`` is a tensor of integers."""
-    check_tensor(name, x)
-    if x.dtype not in INTEGERS:
-        raise TypeError(f"{name} has dtype {x.dtype}: use an integer dtype.")
 
 
 def check_float(name: str, x: Tensor) -> None:

@@ -18,6 +18,7 @@ from fgfast.ops._tensors import (
     check_float,
     check_tensor,
     check_whole,
+    seed_or_drawn,
     values_checked,
 )
 from fgfast.reference import mask as reference
@@ -333,11 +334,7 @@ def pivotal_mask(
     grid = (0, 0)
     if images is not None:
         grid = _check_images(images, attention.shape[1], patches, None, attention.device)
-    if seed is None:
-        seed = int(torch.randint(1 << 62, ())) if strategy in ("sample", "random") else 0
-    check_whole("seed", seed)
-    if seed < 0:
-        raise ValueError(f"seed is {seed}: give a number >= 0.")
+    seed = seed_or_drawn(seed, strategy in ("sample", "random"))
     name = _resolve("pivotal_mask", backend, attention, DTYPES, patches)
     masked, mask, index = _pivotal_mask(attention, images, kept, strategy, seed, *grid, name)
     return PivotalMask(mask, index, None if images is None else masked)

@@ -19,7 +19,7 @@ from fgfast.ops._tensors import (
     check_device,
     check_float,
     check_ids,
-    check_integer,
+    check_integers,
     check_weight,
     check_whole,
     exact,
@@ -180,7 +180,7 @@ def _canonical(features: Tensor, labels: Tensor | None, weight: Tensor | None) -
     """Views of features as [B, D, h, w] and of labels and weight as [B, h, w], shapes checked."""
     check_float("features", features)
     if labels is not None:
-        check_integer("labels", labels)
+        check_integers("labels", labels)
     if weight is not None:
         check_float("weight", weight)
     if features.dim() == 4:
@@ -338,7 +338,7 @@ def labels_to_grid(labels: Tensor, size: int | tuple[int, int], n_parts: int, *,
     """
     _check_parts(n_parts)
     height, width = as_size(size)
-    check_integer("labels", labels)
+    check_integers("labels", labels)
     if labels.dim() != 3:
         raise ValueError(f"labels has shape {tuple(labels.shape)}: give [B, H, W].")
     check_ids(labels, n_parts)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fgfast.backend import check_triton, preference, resolve
-from fgfast.ops._tensors import accumulation, check_device, check_float, check_tensor, check_whole
+from fgfast.ops._tensors import accumulation, check_device, check_float, check_tensor, seed_or_drawn
 from fgfast.reference import perturb as reference
 from fgfast.reference.draws import normal
 
@@ -246,11 +246,7 @@ def perturb(
         raise ValueError("Neither gradient nor low_variance is given: no dimension can be chosen.")
     if strategy == "noise" and std is None:
         raise ValueError('std is missing, and strategy is "noise": give the standard deviation of each dimension.')
-    if seed is None:
-        seed = int(torch.randint(1 << 62, ())) if strategy == "noise" and noise is None else 0
-    check_whole("seed", seed)
-    if not 0 <= seed < 1 << 63:
-        raise ValueError(f"seed is {seed}: give a number from 0 to 2^63 - 1.")
+    seed = seed_or_drawn(seed, strategy == "noise" and noise is None)
     chosen = resolve("perturb", backend, _order(features))
     if chosen == "triton":
         check_triton("features", features)
