@@ -462,10 +462,13 @@ def _tile_cases(name: str, kernel: str, dtype: str, kind: str, row: Tile, archs:
                 registers = half_registers(kind) if half else 0
                 yield _case(its, device_side.forward, dtype, flags, row.warps, row.stages, archs, rare, registers)
             continue
-        for sides in ("x", "y", "xy") if bounded else ("x", "y"):
+        for sides, inner in product(("x", "y", "xy") if bounded else ("x", "y"), (False, True)):
+            if inner and "x" not in sides:
+                continue
             flags = fixed | {
-                "BOUNDED": bounded, "X_ROWS": "x" in sides, "Y_ROWS": "y" in sides, "WRITE": True,
-                "INNER": "x" in sides, "ADD": False,
+                "BOUNDED": bounded, "X_ROWS": "x" in sides, "Y_ROWS": "y" in sides, "WRITE": True, "INNER": inner,
+                "ADD": False,
             }  # fmt: skip
-            rare = sides != ("xy" if bounded else "x")
-            yield _case(f"{full} {sides}", device_side.gradient, dtype, flags, row.warps, row.stages, archs, rare)
+            rare = inner or sides != ("xy" if bounded else "x")
+            its = f"{full} {sides}{' temperature' * inner}"
+            yield _case(its, device_side.gradient, dtype, flags, row.warps, row.stages, archs, rare)

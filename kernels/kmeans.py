@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fgfast.kernels._common import AotCase, interpreted
+from fgfast.kernels._common import MOST_REGISTERS, AotCase, interpreted, launch_options
 from fgfast.kernels._kmeans_device import EPS, centred, centroids_tile, farthest
 from fgfast.kernels.kmeans_step import Solver, case, power
 from fgfast.ops._kmeans_source import Dense
@@ -297,7 +297,7 @@ def lloyd(solver: Solver, centroids: Tensor, n_iter: int, limit: Tensor, empty: 
             c, solver.m, solver.bias, solver.mu, limit, done, steps,
             solver.N, solver.width, solver.D, solver.K, solver.DP, solver.KP, *solver.strides,
             COSINE=solver.cosine, WEIGHTED=solver.weight is not None, FARTHEST=empty == "farthest",
-            BLOCK=1024, BLOCK_K=16, BLOCK_D=min(32, solver.DP), num_warps=4,
+            BLOCK=1024, BLOCK_K=16, BLOCK_D=min(32, solver.DP), **launch_options(4, 3, MOST_REGISTERS),
         )  # fmt: skip
     totals = solver.step(near, never)
     return Outcome(c, solver.labels, totals.counts, totals.inertia, steps), near
@@ -356,5 +356,6 @@ def aot_cases() -> Iterator[AotCase]:
     for dtype, cosine in product(("fp32", "fp16", "bf16"), (False, True)):
         name = f"kmeans update {dtype}{' cosine' * cosine}"
         options: dict[str, Any] = {"WEIGHTED": True, "FARTHEST": True, "BLOCK": 1024, "BLOCK_K": 16, "BLOCK_D": 32}
-        yield case(name, _update, dtype, launch, rare=dtype == "fp16", COSINE=cosine, **options)
+        its = case(name, _update, dtype, launch, rare=dtype == "fp16", COSINE=cosine, **options)
+        yield its._replace(registers=MOST_REGISTERS)
     yield case("kmeans plus_plus", _plus_plus, "fp32", launch | {"num_warps": 8}, BLOCK=SAMPLES, COSINE=False)
