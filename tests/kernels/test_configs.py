@@ -25,7 +25,7 @@ def run(module, *arguments, package="fgfast.kernels", **environment):
 def test_default_rows_compile_for_two_generations(request):
     """Kept between runs: only what has changed is compiled again.
 
-    Older compilers than the tables were made with spill a little: at most 24 bytes with Triton 3.6.
+    Older compilers than the tables were made with spill a little: at most 56 bytes with Triton 3.6.
     """
     cache = request.config.cache.mkdir("fgfast_kernels")
     done = run("aot", "--default-only", "--arch", "sm_80", "sm_90", FGFAST_CACHE=str(cache))
@@ -33,7 +33,7 @@ def test_default_rows_compile_for_two_generations(request):
     assert {line[-4] for line in lines} == {"sm_80", "sm_90"}
     assert all(int(line[-3]) > 0 for line in lines)
     older = tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 9)
-    assert max(int(line[-2]) for line in lines) <= (24 if older else 0), done.stderr
+    assert max(int(line[-2]) for line in lines) <= (56 if older else 0), done.stderr
     assert older or done.returncode == 0, done.stderr
     assert {line[0] for line in lines} == {
         "contrast", "kmeans", "kmeans_pyramid", "labels_to_grid", "part_pool", "perturb",
