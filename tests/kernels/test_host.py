@@ -1,0 +1,112 @@
+"""The host side of the kernels on a GPU that is not there: no value is waited for, every argument lies on the device.
+
+FakeTensorMode gives tensors of a GPU without memory. Looking at a value of one raises, as does mixing devices; launches
+are counted, not made.
+"""
+
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+pytest.importorskip("triton")
+from fgfast.kernels import assign_and_pool, contrast, kmeans, kmeans_pyramid, kmeans_step, part_pool, perturb
+from fgfast.ops.ids import Ids
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: test_device.py captures graphs on it"),
+    pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
+]
+
+
+def floats(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def integers(*shape):
+    return floats(*shape, dtype=torch.int64)
+
+
+def call_contrast(dtype, channels, same, learn, negatives):
+    query, image, bank = floats(700, channels, dtype=dtype), integers(700), floats(40, channels, dtype=dtype)
+    ids, temperature = Ids(image, image, image), floats() if learn else None
+    key, key_ids = (None, None) if same else (torch.empty_like(query), ids)
+    given = (query, ids, key, key_ids, bank, temperature, 0.1, negatives, True, "ieee")
+    loss, lse, count = contrast.forward(*given)
+    contrast.backward(loss, lse, count, [True, True, True, learn], *given)
+
+
+def call_kmeans(dtype, metric, init, weighted, empty):
+    x, weight = floats(2, 48, 400, dtype=dtype), floats(2, 400) if weighted else None
+    rest = (5, 3, init, floats(2, 5, 48) if init == "given" else None, 1024, 2, 1e-4, weight, metric, empty)
+    kmeans.kmeans(x, *rest, integers(), "ieee", True)
+    maps = [floats(2, 32, 20, 20, dtype=dtype), floats(2, 16, 10, 10, dtype=dtype)]
+    kmeans_pyramid.kmeans(maps, (20, 20), *rest, integers(), "ieee")
+
+
+def call_step(dtype, metric, weighted, clusters):
+    weight = floats(2, 400) if weighted else None
+    kmeans_step.kmeans_step(floats(2, 1030, 400, dtype=dtype), floats(2, clusters, 1030), weight, metric, "ieee", True)
+
+
+def call_pool(dtype, mean, weighted):
+    x, labels, weight = floats(2, 70, 20, 20, dtype=dtype), integers(2, 20, 20), floats(2, 20, 20) if weighted else None
+    pooled, area = part_pool.pool(x, labels, 10, weight, mean)
+    part_pool.pool_backward(pooled, labels, weight, area, mean, torch.empty_like(x))
+    part_pool.labels_to_grid(labels, 5, 5, 10)
+    assign_and_pool.assign_and_pool(x, floats(2, 10, 70), weight, "cosine" if mean else "euclidean")
+
+
+def call_perturb(dtype, strategy):
+    x = floats(16, 500, dtype=dtype)
+    low, std = floats(500) > 0, floats(500)
+    perturb.perturb(x, x, low, std, None, 150, "absolute", "union", strategy, 1.0, 1 << 15, 3)
+
+
+WAYS = (("euclidean", False), ("cosine", True))  # metric, weighted
+CALLS = [
+    *((call_contrast, d, s, not s, n) for d in (128, 300) for s in (False, True) for n in ("all", "same_image")),
+    *((call_kmeans, m, i, w, "farthest") for m, w in WAYS for i in ("k-means++", "random")),
+    (call_kmeans, "euclidean", "given", False, "keep"),
+    *((call_step, m, w, k) for m, w in WAYS for k in (10, 200)),
+    *((call_pool, m, w) for m in (True, False) for w in (True, False)),
+    *((call_perturb, s) for s in ("noise", "swap", "zero")),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("call", CALLS, ids=lambda c: " ".join([c[0].__name__.removeprefix("call_"), *map(str, c[1:])]))
+def test_nothing_waits_and_every_argument_is_on_the_device(call, dtype, monkeypatch):
+    launched = []
+
+    def run(self, *args, grid, warmup, **options):
+        def tensors(given):
+            for x in given:
+                if isinstance(x, tuple | list):
+                    yield from tensors(x)
+                elif isinstance(x, torch.Tensor):
+                    yield x
+
+        assert {x.device.type for x in tensors([*args, *options.values()])} == {"cuda"}, self
+        assert not warmup
+        launched.append(grid)
+
+    monkeypatch.setattr(type(perturb.perturb_kernel), "run", run)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    answers = {
+        "processors": lambda *_: 132, "architecture": lambda *_: "sm_90", "shared_memory": lambda *_: 227,
+        "on_device_of": lambda *_: nullcontext(),
+    }  # fmt: skip
+    for name, module in list(sys.modules.items()):
+        for function in answers.keys() & vars(module).keys() if name.startswith("fgfast.kernels") else ():
+            monkeypatch.setattr(module, function, answers[function])
+    with FakeTensorMode(), torch.no_grad():
+        call[0](dtype, *call[1:])
+    assert launched
+
+
+def test_looking_at_a_value_is_noticed():
+    with FakeTensorMode(), pytest.raises(Exception, match="_local_scalar_dense"):
+        bool(floats(3).sum() > 0)
