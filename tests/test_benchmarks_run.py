@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("matplotlib")
+
 from benchmarks import ceilings, plots, record, run, traffic
 from benchmarks.cases import OPERATIONS, planned
 from benchmarks.timing import Case, Judged, Unavailable, Variant, WallClock, input_sets, measure

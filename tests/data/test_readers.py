@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytest.importorskip("scipy")
+
 from fgfast.data.layouts import LAYOUTS, ImageSet, open_images
 from fgfast.data.loader import make_loader
 from fgfast.data.maps import map_sizes, read_map, read_maps_info

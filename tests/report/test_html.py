@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("jinja2")
+
 from fgfast.errors import UserError
 from fgfast.report.html import write_report
 from fgfast.report.pictures import save_png

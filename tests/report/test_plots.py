@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytest.importorskip("matplotlib")
+
 from fgfast.report import plots
 from tests.report import runs
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("rich")
+
 from fgfast import use_backend
 from fgfast.methods.particle import PARTICLEConfig
 from fgfast.train.log import read_metrics
@@ -15,8 +17,6 @@ from fgfast.train.loop import pretrain
 from tests.conftest import TINY
 
 STEPS, LAST = 200, 50
-
-
 SEEDS = (0, 1, 2)
 
 

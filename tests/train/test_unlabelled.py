@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("scipy")
+
 from fgfast.cli import main
 from fgfast.compare import Comparison
 from fgfast.data.layouts import EXTRA, open_images
