@@ -167,13 +167,14 @@ def _ends_well(path: str) -> bool:
         return b"IEND" in file.read()
 
 
-def check_images(images: ImageSet, *, full: bool = True, threads: int | None = None) -> Records:
+def check_images(images: ImageSet, *, full: bool = True, threads: int | None = None, quiet: bool = False) -> Records:
     """Find the pictures that can be used, decoding only files that are new or changed since the last time.
 
     Args:
         images: the set.
         full: decode every file; False reads headers only.
         threads: decoding threads; None = one a CPU core.
+        quiet: leave what is skipped out of the log.
 
     Returns:
         The usable records; broken ones are named in ``skipped`` and in the log.
@@ -214,10 +215,10 @@ def check_images(images: ImageSet, *, full: bool = True, threads: int | None = N
             write_atomically(cache, json.dumps({"version": _VERSION, "root": root, "files": table}).encode())
         except UserError as error:  # the verdicts are known, they only have to be found again next time
             log.warning("the manifest is not kept: %s", error)
-    return _records(images, files, [verdict for verdict in verdicts if verdict is not None])
+    return _records(images, files, [verdict for verdict in verdicts if verdict is not None], quiet)
 
 
-def _records(images: ImageSet, paths: list[str], verdicts: list[Verdict]) -> Records:
+def _records(images: ImageSet, paths: list[str], verdicts: list[Verdict], quiet: bool) -> Records:
     skipped = tuple((rel, v.reason) for rel, v in zip(images.paths, verdicts, strict=True) if v.reason)
     if skipped:
         named = "; ".join(f"{rel} ({reason})" for rel, reason in skipped[:10])
@@ -227,7 +228,8 @@ def _records(images: ImageSet, paths: list[str], verdicts: list[Verdict]) -> Rec
                 f"{len(skipped)} of {len(images)} pictures of {images.root} do not decode, such as {skipped[0][0]} "
                 f"({skipped[0][1]}): restore or remove them."
             )
-        log.warning("skipped %d of %d pictures that do not decode: %s%s", len(skipped), len(images), named, more)
+        if not quiet:
+            log.warning("skipped %d of %d pictures that do not decode: %s%s", len(skipped), len(images), named, more)
     index = np.array([i for i, v in enumerate(verdicts) if not v.reason], np.int64)
     files = tuple(verdicts[i].source or paths[i] for i in index)
     return Records(

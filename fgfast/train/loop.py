@@ -55,6 +55,10 @@ def pretrain(name: str, config: TrainConfig, *, train: bool = True) -> Path:
     method.check_images(images)
     if config.passes:
         steps_of_passes(config, method, len(images), ranks.world)
+    if train:
+        from fgfast.data.manifest import check_images
+
+        check_images(images, threads=config.threads, quiet=True)  # too many broken ones: before anything is written
     resumed = _open_run(run, name, config, ranks, method)
     if train:
         _Trainer(name, config, ranks, run, images, method).train(resumed)

@@ -174,8 +174,8 @@ def test_another_temperature_on_resume_is_refused(drawn: Path, run: Path) -> Non
         pretrain("simclr", config_for(drawn, run, resume=True, temperature=0.5))
 
 
-def test_skipped_pictures_stand_in_the_log_of_the_run(drawn: Path, tmp_path: Path) -> None:
-    """A broken picture is named in log.txt."""
+def test_broken_pictures_are_logged_or_refuse_the_run(drawn: Path, tmp_path: Path) -> None:
+    """A broken picture is named in log.txt; with more than 5% of them nothing is written."""
     import shutil
 
     data = tmp_path / "set"
@@ -185,6 +185,11 @@ def test_skipped_pictures_stand_in_the_log_of_the_run(drawn: Path, tmp_path: Pat
     (data / "all/empty.jpg").touch()
     out = pretrain("simclr", config_for(data, tmp_path / "run", epochs=1))
     assert "all/empty.jpg: the file is empty" in (out / "log.txt").read_text()
+    for i in range(4):
+        (data / f"all/more{i}.jpg").touch()
+    with pytest.raises(UserError, match="5 of 41 pictures"):
+        pretrain("simclr", config_for(data, tmp_path / "another", epochs=1))
+    assert not (tmp_path / "another").exists()
 
 
 def test_file_in_place_of_the_run_folder_is_named(drawn: Path, tmp_path: Path) -> None:
