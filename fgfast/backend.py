@@ -42,7 +42,7 @@ def missing(backend: str) -> str | None:
 
 
 # To torch.compile the answer is a constant: torch.compiler.assume_constant_result does the same after a slow import.
-missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+vars(missing)["_dynamo_marked_constant"] = True
 
 
 def _checked(name: str, source: str) -> str:

@@ -113,13 +113,8 @@ class Traced(Exception):
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_on_a_gpu_is_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler reaches the end of every call with tensors of a GPU, where other checks and backends are taken."""
-
-    def nothing_missing(_: str) -> None:
-        return None
-
-    nothing_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
     for module in (backend, mask):
-        monkeypatch.setattr(module, "missing", nothing_missing)
+        monkeypatch.setattr(module, "missing", torch.compiler.assume_constant_result(lambda _: None))
     if "mask" in name:
         monkeypatch.setattr(pytest.importorskip("fgfast._native"), "CUDA", True)
 
@@ -154,6 +149,6 @@ def test_a_compiled_mask_draws_anew(strategy: str) -> None:
     run = torch.compile(
         lambda a: pivotal_mask(a, keep=0.5, strategy=strategy).mask,
         fullgraph=True,
-        backend="aot_eager",  # type: ignore[arg-type]
+        backend="aot_eager",
     )
     assert not torch.equal(run(attention), run(attention))

@@ -35,6 +35,7 @@ def test_default_rows_compile_for_two_generations(request):
     older = tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 9)
     assert max(int(line[-2]) for line in lines) <= (56 if older else 0), done.stderr
     assert older or done.returncode == 0, done.stderr
+    assert all(" spills " in line for line in done.stderr.splitlines()), done.stderr  # and nothing else is wrong
     assert {line[0] for line in lines} == {
         "contrast", "kmeans", "kmeans_pyramid", "labels_to_grid", "part_pool", "perturb",
     }  # fmt: skip

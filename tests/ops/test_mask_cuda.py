@@ -123,4 +123,5 @@ def test_gradient_of_pictures() -> None:
     assert masked.images is not None
     masked.images.sum().backward()
     kept = masked.mask.view(2, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3).expand(2, 3, 16, 16)
-    assert torch.equal(images.grad, kept.float())  # type: ignore[arg-type]
+    assert images.grad is not None
+    assert torch.equal(images.grad, kept.float())
