@@ -133,7 +133,7 @@ def _label_strip(
         inertia += tl.where(lost, float("nan"), tl.where(kept, weight * near, 0.0))
         changed += (inside & (tl.load(labels_ptr + n, inside, other=-1) != label)).to(tl.int32)
         tl.store(near_ptr + n, tl.where(kept, near, -1.0), inside)
-        tl.store(labels_ptr + n, label.to(tl.int16), inside)
+        tl.store(labels_ptr + n, label.to(labels_ptr.dtype.element_ty), inside)
     tl.store(counts_ptr + strip * KP + k, counts)
     tl.store(inertia_ptr + strip, tl.sum(inertia, 0))
     tl.store(changed_ptr + strip, tl.sum(changed, 0))
@@ -146,11 +146,11 @@ def score(
     height, width, rows, strips, spans, programs, cells, blocks, DP, K,
     FLATS: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr, COSINE: tl.constexpr, WEIGHTED: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, KP: tl.constexpr,
+    TILES: tl.constexpr, PAD: tl.constexpr, BLOCK_N: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """Scores of spans[l] cells of a level; the last program that a strip of pixels waits for labels the strip.
 
-    Levels are padded to BLOCK_D channels. Which program that is varies; what it computes does not.
+    TILES: cells and channels of a tile of each level. Which program that is varies; what it computes does not.
     """
     b = (tl.program_id(0) // programs).to(tl.int64)
     program = tl.program_id(0) % programs
@@ -167,17 +167,17 @@ def score(
         if (program >= 0) & (program < count):
             begin = program * spans[level]
             end = tl.minimum(begin + spans[level], h * w)
-            for start in range(begin, end, BLOCK_C):
+            for start in range(begin, end, TILES[level][0]):
                 _score_tile(
                     xs[level] + b * strides[level][0], strides[level], sizes[level], m_ptr, base, start,
-                    FLATS[level], WIDE, PRECISION, UPCAST, BLOCK_C, BLOCK_D, KP,
+                    FLATS[level], WIDE, PRECISION, UPCAST, TILES[level][0], TILES[level][1], KP,
                 )  # fmt: skip
             low, high = _rows_of(begin // w, (end - 1) // w, h, height)
             first = low // rows
             last = high // rows
         program -= count
         base += h * w * KP
-        m_ptr += tl.cdiv(sizes[level][0], BLOCK_D) * BLOCK_D * KP
+        m_ptr += tl.cdiv(sizes[level][0], PAD) * PAD * KP
     tl.debug_barrier()  # every thread's scores are stored before one of them says so
     arrived_ptr += b * strips
     n = b * height * width

@@ -36,7 +36,8 @@ SHARE = 0.04  # of the bytes of a level: the most that its partial sums may cost
 UNIT_BYTES = 512 << 10  # of features that a program reads, about
 STRIP = 1024  # pixels that are labelled together
 SAMPLED = 1 << 25
-HELD = 4096  # sums in the registers of a program
+HELD = 4096  # sums, or scores, in the registers of a program
+ON_CHIP = 128 << 10  # bytes that a program may count on reading again for nothing
 GRAM_TILE = 32  # cells
 LONGEST = 1 << 14  # rows or columns: products of two sides are 32-bit
 
@@ -54,6 +55,19 @@ def blocks(row: Row, KP: int) -> dict[str, int]:
         "BLOCK_S": min(t["BLOCK_S"], held(row, KP)), "BLOCK_M": 16, "MOVE_WARPS": max(1, min(4, KP // 16)),
         "warps": row.warps * (2 if KP > 32 else 1),
     }  # fmt: skip
+
+
+def score_tile(row: Row, KP: int, pad: int, size: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+    """Cells and channels of a tile of scores of a level (D, h, w).
+
+    Each tile reads the centroids of all channels: so it is a wide one where they cannot stay on chip beside a narrow.
+    """
+    channels, height, width = size
+    narrow = min(row.tiles["BLOCK_C"], max(16, 1024 // KP))
+    if channels * (4 * KP + narrow * itemsize) < ON_CHIP:
+        return narrow, pad
+    most = min(256, 2 * HELD // (KP * itemsize), UNIT_BYTES // (channels * itemsize), power(height * width))
+    return max(narrow, 1 << most.bit_length() - 1), max(16, pad // 2)
 
 
 class Levels:
@@ -124,7 +138,7 @@ class Levels:
     def total(self, scale: Tensor) -> Tensor:
         """Sum of scale_n x_n [B, D]; a pixel of scale 0 reaches nothing."""
         adder = Adder(self, 1)
-        labels = torch.zeros(self.batch, self.pixels, dtype=torch.int16, device=self.device)
+        labels = torch.zeros(self.batch, self.pixels, dtype=torch.int8, device=self.device)
         adder.sums(labels, scale.contiguous(), torch.zeros_like(labels[:, 0], dtype=torch.int32), False, "ieee")
         return torch.cat([part.sum(1)[:, 0] for part in adder.parts], 1)
 
@@ -195,15 +209,20 @@ class Solver:
         self.strips = triton.cdiv(height, self.rows)
         self.adder = Adder(levels, clusters)
         self.cut = self.adder.blocks
-        block, itemsize = self.cut["BLOCK_C"], levels.dtype.itemsize
-        self.spans = tuple(block * max(1, UNIT_BYTES // (block * d * itemsize)) for d, _, _ in levels.sizes)
+        itemsize = levels.dtype.itemsize
+        self.tiles = tuple(score_tile(levels.row, self.KP, levels.pad, size, itemsize) for size in levels.sizes)
+        self.spans = tuple(
+            cells * max(1, UNIT_BYTES // (cells * size[0] * itemsize))
+            for (cells, _), size in zip(self.tiles, levels.sizes, strict=True)
+        )
         self.programs = sum(triton.cdiv(h * w, s) for (_, h, w), s in zip(levels.sizes, self.spans, strict=True))
         self.needed = waiting(levels.sizes, self.spans, height, self.rows, levels.device)
         self.BLOCK_M = min(self.cut["BLOCK_M"], levels.pad)
         self.blocks = levels.DP // self.BLOCK_M
         self.scores, self.m = empty(levels.cells, self.KP), empty(levels.DP, self.KP, dtype=output_dtype(levels.dtype))
         self.bias, self.lengths = empty(self.blocks, self.KP), empty(self.blocks, self.KP)
-        self.labels, self.near = empty(levels.pixels, dtype=torch.int16), empty(levels.pixels)
+        self.labels = empty(levels.pixels, dtype=torch.int8 if clusters < 128 else torch.int16)
+        self.near = empty(levels.pixels)
         self.counts, self.inertia = empty(self.strips, self.KP), empty(self.strips)
         self.changed, self.shift = empty(self.strips, dtype=torch.int32), empty(self.blocks)
         self.arrived = torch.zeros(levels.batch, self.strips, dtype=torch.int32, device=levels.device)
@@ -218,7 +237,7 @@ class Solver:
             self.labels, self.near, self.counts, self.inertia, self.changed,
             *x.size, self.rows, self.strips, self.spans, self.programs, x.cells, self.blocks, x.DP, self.K,
             FLATS=x.flats, **x.known, COSINE=self.cosine, WEIGHTED=self.weight is not None, PRECISION=self.precision,
-            UPCAST=interpreted(), BLOCK_C=self.cut["BLOCK_C"], BLOCK_D=x.pad, BLOCK_N=self.cut["BLOCK_N"], KP=self.KP,
+            UPCAST=interpreted(), TILES=self.tiles, PAD=x.pad, BLOCK_N=self.cut["BLOCK_N"], KP=self.KP,
             **launch_options(self.cut["warps"], x.row.stages, x.row.registers),
         )  # fmt: skip
 
@@ -357,7 +376,7 @@ def kmeans(
 
 # ---------------------------------------------------------------- ahead of time
 
-SIZES = ((256, 56, 56), (2048, 7, 7))  # two levels stand for any number: each has the same code
+SIZES = ((256, 56, 56), (1024, 14, 14))  # a narrow and a wide tile of scores stand for any number of levels
 LAYOUTS = {  # the stride that is 1 (or none), whether rows follow each other, pixels weighted, cosine, padded clusters
     "maps": (3, True, False, False, 16),
     "channels": (1, True, False, False, 32),
@@ -394,6 +413,7 @@ def aot_cases() -> Iterator[AotCase]:
                 continue  # the code of bfloat16, with one other instruction
             t, cut = row.tiles, blocks(row, KP)
             BLOCK_S, BLOCK_C = cut["BLOCK_S"], cut["BLOCK_C"]
+            tiles = tuple(score_tile(row, KP, t["BLOCK_D"], size, 4 if kind == "fp32" else 2) for size in SIZES)
             flags: dict[str, Any] = {
                 "LEVELS": 2, "FLATS": (flat, flat), "WIDE": False, "COSINE": cosine, "WEIGHTED": weighted, "KP": KP,
                 "UNIT": not (weighted or cosine), "PRECISION": "ieee", "UPCAST": False, "PAD": t["BLOCK_D"],
@@ -404,7 +424,7 @@ def aot_cases() -> Iterator[AotCase]:
             }  # fmt: skip
             rare = kind == "fp16" or layout in ("channels", "many")
             for kernel, own in (
-                (device_side.score, {"BLOCK_D": t["BLOCK_D"]}),
+                (device_side.score, {"TILES": tiles}),
                 (device_side.sums, {}),
                 (device_side.move, {"BLOCK": 256, "BLOCK_D": cut["BLOCK_M"]}),
                 (device_side.grams, {"BLOCK_C": GRAM_TILE, "BLOCK_D": 16}),
@@ -434,9 +454,9 @@ def _case(
     types: dict[str, Any] = {
         "xs": (f"*{kind}{aligned}", f"*{kind}"), "strides": strides, "parts": ("*fp32:16", "*fp32:16"),
         "sizes": (("i32:16", f"i32{aligned}", f"i32{aligned}"), ("i32:16", "i32", "i32")), "splits": ("i32", "i32"),
-    } | {"labels_ptr": "*i16:16", "index_ptr": "*i64:16", "spans": ("i32:16", "i32:16")}  # fmt: skip
+    } | {"index_ptr": "*i64:16", "spans": ("i32:16", "i32:16"), "m_ptr": f"*{kind}:16"}  # fmt: skip
     types |= dict.fromkeys(("done_ptr", "steps_ptr", "arrived_ptr", "needed_ptr", "changed_ptr"), "*i32:16")
-    types["m_ptr"] = f"*{kind}:16"
+    types["labels_ptr"] = "*i8:16" if flags["KP"] < 128 else "*i16:16"
     if kernel is device_side.rows:
         types["out_ptr"] = f"*{kind}:16"
     constants = {n: v for n, v in flags.items() if n in kernel.arg_names}

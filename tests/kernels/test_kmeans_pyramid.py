@@ -14,7 +14,8 @@ from fgfast.reference.kmeans import hypercolumns
 pytest.importorskip("triton")
 
 from fgfast.kernels._common import interpreted
-from fgfast.kernels.kmeans_pyramid import Adder, Levels, waiting
+from fgfast.kernels.configs import config
+from fgfast.kernels.kmeans_pyramid import Adder, Levels, score_tile, waiting
 from tests.kernels.test_kmeans import same
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -149,10 +150,28 @@ def test_empty_clusters(empty):
     assert bool((r.counts > 0).all()) == (empty == "farthest")
 
 
-def test_many_clusters_and_more_samples_than_a_program_draws_from(monkeypatch):
+@pytest.mark.parametrize(("clusters", "size"), [(20, 5), (130, 12)])  # labels of one byte and of two
+def test_many_clusters_and_more_samples_than_a_program_draws_from(monkeypatch, clusters, size):
     monkeypatch.setattr("fgfast.kernels.kmeans_pyramid.SAMPLES", 16)
-    maps = pyramid(8, shapes=((6, 5, 5),))
-    check(maps, 20, (5, 5), 1e-4, seed=0, n_iter=1)
+    maps = pyramid(8, shapes=((6, size, size),))
+    check(maps, clusters, size, 1e-4, seed=0, n_iter=1)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_wide_tiles_of_scores(monkeypatch, metric):
+    monkeypatch.setattr("fgfast.kernels.kmeans_pyramid.ON_CHIP", 0)
+    maps = pyramid(3, shapes=((40, 9, 9), (7, 4, 4)))
+    row, narrow = Levels(maps, (9, 9)).row, 32
+    assert [score_tile(row, 16, 32, (40, *m.shape[2:]), 4)[0] for m in maps] == [128, narrow]
+    check(maps, 3, 9, init=spread(maps, 9, 3), n_iter=1, metric=metric)
+
+
+def test_tiles_of_scores_keep_the_centroids_on_chip_or_are_wide():
+    """Of ResNet-50's levels the first two have room for a tile and the centroids in 128 KiB."""
+    row = config("kmeans_pyramid", torch.device("cpu"), "half")
+    sizes = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
+    tiles = [score_tile(row, 16, 64, size, 2) for size in sizes]
+    assert tiles == [(32, 64), (32, 64), (256, 32), (64, 32)]
 
 
 def test_all_pixels_left_out_and_an_empty_batch():
