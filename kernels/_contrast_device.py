@@ -407,10 +407,10 @@ def _add_product(acc, w, y, PRECISION: tl.constexpr):
 
 @triton.jit
 def _gradient_tile(
-    x_tile, x, x_n, x_present, x_factor, x_ids, y, y_block, Y, y_inverse, y_ids, coefficients, acc, inner, raw, D,
+    x_tile, x, x_n, x_present, x_factor, x_ids, y, y_block, Y, y_inverse, y_ids, coefficients, acc, raw, D,
     SHARED: tl.constexpr, X_ROWS: tl.constexpr, Y_ROWS: tl.constexpr, NEGATIVES: tl.constexpr, BOUNDED: tl.constexpr,
-    WRITE: tl.constexpr, INNER: tl.constexpr, SPLITS: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
-    BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Add one block of y to the gradient of the program's vectors; SHARED says whether ids are compared."""
     of_exp, of_positive, of_lse = coefficients
@@ -440,39 +440,33 @@ def _gradient_tile(
     if SHARED:
         w -= tl.where(positive, _of_pair(of_positive, x_n, x_present, y_n, y_present, X_ROWS, Y_ROWS), 0.0)
 
-    if INNER:
-        terms = tl.sum(tl.where(s == -INFINITY, 0.0, s) * w, 1)
-        inner += 0.5 * terms if Y_ROWS else terms
-    if WRITE:
-        w *= inverse[None, :]
-        if WHOLE:
-            acc = _add_product(acc, w, y_tile, PRECISION)
-        else:
-            for start in range(0, D, BLOCK_D):
-                tile = _load(y, y_n, y_present, start, D, BLOCK_D, UPCAST)
-                d = start + tl.arange(0, BLOCK_D)
-                at = raw + (x_n * SPLITS)[:, None] * D + d[None, :]
-                mask = x_present[:, None] & (d < D)[None, :]
-                tl.store(at, _add_product(tl.load(at, mask=mask, other=0.0), w, tile, PRECISION), mask=mask)
-            tl.debug_barrier()  # the next block reads what other threads of the program have written
-    return acc, inner
+    w *= inverse[None, :]
+    if WHOLE:
+        acc = _add_product(acc, w, y_tile, PRECISION)
+    else:
+        for start in range(0, D, BLOCK_D):
+            tile = _load(y, y_n, y_present, start, D, BLOCK_D, UPCAST)
+            d = start + tl.arange(0, BLOCK_D)
+            at = raw + (x_n * SPLITS)[:, None] * D + d[None, :]
+            mask = x_present[:, None] & (d < D)[None, :]
+            tl.store(at, _add_product(tl.load(at, mask=mask, other=0.0), w, tile, PRECISION), mask=mask)
+        tl.debug_barrier()  # the next block reads what other threads of the program have written
+    return acc
 
 
 @triton.jit
 def gradient(
     x, x_stride_n, x_stride_d, x_inverse, x_image, x_part, x_view, x_stride_image, x_stride_part, x_stride_view,
     y, y_stride_n, y_stride_d, y_inverse, y_image, y_part, y_view, y_stride_image, y_stride_part, y_stride_view,
-    of_exp, of_positive, of_lse, low, high, temperature, scale, raw, inner, X, Y, D,
-    X_ROWS: tl.constexpr, Y_ROWS: tl.constexpr, NEGATIVES: tl.constexpr, BOUNDED: tl.constexpr, WRITE: tl.constexpr,
-    INNER: tl.constexpr, ADD: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_X: tl.constexpr,
-    BLOCK_Y: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    of_exp, of_positive, of_lse, low, high, temperature, scale, raw, X, Y, D,
+    X_ROWS: tl.constexpr, Y_ROWS: tl.constexpr, NEGATIVES: tl.constexpr, BOUNDED: tl.constexpr, ADD: tl.constexpr,
+    SPLITS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """T dL/d(unit vector) of a block of x over a share of y, into raw [X, SPLITS, D] (added to it with ADD).
 
     X_ROWS and Y_ROWS say whose losses count: those of x (x is query), of y (x is key or bank), or both (query is key,
-    where dL/ds + (dL/ds)^T is symmetric). inner [X, SPLITS] receives the share of x in sum_ij s'_ij dL/ds_ij. Without
-    WHOLE the sums are kept in raw, which must be 0 at first.
+    where dL/ds + (dL/ds)^T is symmetric). Without WHOLE the sums are kept in raw, which must be 0 at first.
     """
     split = tl.program_id(1)
     x_n, exists = _indices(tl.program_id(0), X, BLOCK_X)
@@ -489,10 +483,8 @@ def gradient(
     x_tile = None
     if WHOLE:
         x_tile = _load(of_x, x_n, present, 0, D, BLOCK_D, UPCAST)
-    if WRITE:
-        raw += split.to(tl.int64) * D
-    acc = tl.zeros([BLOCK_X, BLOCK_D if WHOLE and WRITE else 1], tl.float32)
-    dots = tl.zeros([BLOCK_X], tl.float32)
+    raw += split.to(tl.int64) * D
+    acc = tl.zeros([BLOCK_X, BLOCK_D if WHOLE else 1], tl.float32)
 
     share = tl.cdiv(tl.cdiv(Y, BLOCK_Y), SPLITS)
     begin = split * share
@@ -505,25 +497,23 @@ def gradient(
                 first, after = _shared_blocks(low, high, chunk, stop, x_low, x_high, CHUNK)
             for i in range(chunk, stop - (after - first)):
                 j = i + tl.where(i >= first, after - first, 0)
-                acc, dots = _gradient_tile(
-                    x_tile, of_x, x_n, present, factor, x_ids, of_y, j, Y, y_inverse, y_ids, coefficients, acc, dots,
-                    raw, D, False, X_ROWS, Y_ROWS, NEGATIVES, BOUNDED, WRITE, INNER, SPLITS, BLOCK_X, BLOCK_Y, BLOCK_D,
-                    WHOLE, PRECISION, UPCAST,
+                acc = _gradient_tile(
+                    x_tile, of_x, x_n, present, factor, x_ids, of_y, j, Y, y_inverse, y_ids, coefficients, acc, raw, D,
+                    False, X_ROWS, Y_ROWS, NEGATIVES, BOUNDED, SPLITS, BLOCK_X, BLOCK_Y, BLOCK_D, WHOLE, PRECISION,
+                    UPCAST,
                 )  # fmt: skip
     if SHARED:
         for chunk in range(begin, end, CHUNK):
             first, after = _shared_blocks(low, high, chunk, tl.minimum(chunk + CHUNK, end), x_low, x_high, CHUNK)
             for j in range(first * (BLOCK_Y // BLOCK_S), after * (BLOCK_Y // BLOCK_S)):
                 if NEGATIVES != "same_image" or _may_share(low, high, j // (BLOCK_Y // BLOCK_S), x_low, x_high):
-                    acc, dots = _gradient_tile(
-                        x_tile, of_x, x_n, present, factor, x_ids, of_y, j, Y, y_inverse, y_ids, coefficients, acc,
-                        dots, raw, D, True, X_ROWS, Y_ROWS, NEGATIVES, BOUNDED, WRITE, INNER, SPLITS, BLOCK_X, BLOCK_S,
-                        BLOCK_D, WHOLE, PRECISION, UPCAST,
+                    acc = _gradient_tile(
+                        x_tile, of_x, x_n, present, factor, x_ids, of_y, j, Y, y_inverse, y_ids, coefficients, acc, raw,
+                        D, True, X_ROWS, Y_ROWS, NEGATIVES, BOUNDED, SPLITS, BLOCK_X, BLOCK_S, BLOCK_D, WHOLE,
+                        PRECISION, UPCAST,
                     )  # fmt: skip
 
-    if INNER:
-        tl.store(inner + x_n * SPLITS + split, tl.where(present, dots, 0.0), mask=exists)
-    if WRITE and WHOLE:
+    if WHOLE:
         d = tl.arange(0, BLOCK_D)
         at = raw + (x_n * SPLITS)[:, None] * D + d[None, :]
         mask = exists[:, None] & (d < D)[None, :]
@@ -545,6 +535,28 @@ def _sum_shares(raw, n, present, start, D, SPLITS: tl.constexpr, BLOCK_D: tl.con
 
 
 @triton.jit
+def _along(vectors, n, present, raw, D, SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST):
+    """<x, g> of vectors n, where g is the sum of the shares of raw."""
+    along = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        tile = _load(vectors, n, present, start, D, BLOCK_D, UPCAST).to(tl.float32)
+        along += tl.sum(tile * _sum_shares(raw, n, present, start, D, SPLITS, BLOCK_D), 1)
+    return along
+
+
+@triton.jit
+def inner(
+    x, x_stride_n, x_stride_d, inverse, raw, out, X, D,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """T times the share of each x in sum_ij s_ij dL/ds_ij: <u, g> of the unit vector and what raw holds of it."""
+    n, exists = _indices(tl.program_id(0), X, BLOCK)
+    factor, present = _inverse(inverse, n, exists)
+    along = _along((x, x_stride_n, x_stride_d), n, present, raw, D, SPLITS, BLOCK, BLOCK_D, UPCAST)
+    tl.store(out + n, tl.where(present, along * factor, 0.0), mask=exists)
+
+
+@triton.jit
 def finish(
     x, x_stride_n, x_stride_d, inverse, temperature, scale, raw, out, X, D,
     NORMALIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
@@ -558,9 +570,7 @@ def finish(
     factor, present = _inverse(inverse, n, exists)
     along = tl.zeros([BLOCK], tl.float32)
     if NORMALIZE:
-        for start in range(0, D, BLOCK_D):
-            tile = _load(vectors, n, present, start, D, BLOCK_D, UPCAST).to(tl.float32)
-            along += tl.sum(tile * _sum_shares(raw, n, present, start, D, SPLITS, BLOCK_D), 1)
+        along = _along(vectors, n, present, raw, D, SPLITS, BLOCK, BLOCK_D, UPCAST)
         along = tl.where(factor < CLAMPED, along * factor * factor, 0.0)
     factor *= _scale(temperature, scale) * LN2
     for start in range(0, D, BLOCK_D):

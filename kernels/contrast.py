@@ -5,8 +5,9 @@ r"""Triton kernels of the contrastive loss: the host side, which :mod:`fgfast.op
 
 Forward: ``prepare`` for each operand (inverse norms, ranges of image ids), then ``forward``, in which a program keeps
 rows and walks over columns. Backward: ``prepare`` again, then for each gradient ``gradient``, in which a program keeps
-the vectors whose gradient it makes and computes the tiles anew, and ``finish`` (1/T and the normalisation). Where query
-is key and logits are bounded, one ``gradient`` serves both sides. Where there are few rows the columns are divided into
+the vectors whose gradient it makes and computes the tiles anew, and ``finish`` (1/T and the normalisation). A row's
+share of dL/dT is its inner product with its own gradient (``inner``). Where query is key and logits are bounded, one
+``gradient`` serves both sides. Where there are few rows the columns are divided into
 shares, one program each, whose results are joined in a fixed order. There is no atomic: results do not vary.
 
 Where query is key and logits are bounded, ``forward`` makes half the square if that pays (:func:`groups_and_shares`):
@@ -34,7 +35,7 @@ from fgfast.kernels import _contrast_device as device_side
 from fgfast.kernels._common import MOST_REGISTERS, AotCase, interpreted, launch_options, on_device_of, output_dtype
 from fgfast.kernels.configs import Row, config, contrast_row, processors, served, table
 from fgfast.kernels.tune import TuneCase
-from fgfast.ops._contrast_tiled import BOUNDED, LN2, LOG2E
+from fgfast.ops._contrast_tiled import BOUNDED, LOG2E
 from fgfast.ops.ids import Ids
 
 LARGEST_D = 8192
@@ -293,35 +294,44 @@ class _Pass:
     y_rows: bool
 
 
-def _gradient(problem: _Problem, x: _Side, passes: list[_Pass], write: bool, inner: bool) -> tuple[Tensor, Tensor]:
-    """dL/dx [X, D], empty unless ``write``; sum_ij s'_ij dL/ds_ij over the rows of x, 0-d, of use with ``inner``."""
+def _gradient(problem: _Problem, x: _Side, passes: list[_Pass], inner: bool = False) -> tuple[Tensor, Tensor]:
+    """dL/dx [X, D]; with ``inner`` T sum_ij s_ij dL/ds_ij over the rows of x, 0-d, else 0.
+
+    Of that sum a row has the inner product of its vector with its own gradient. A pass in which y has rows too, which
+    are the same vectors, adds every pair twice; one of y alone comes last and adds none.
+    """
     n, d = x.x.shape
-    out = x.x.new_empty((n, d) if write else (0,), dtype=output_dtype(x.x.dtype))
+    out = x.x.new_empty(n, d, dtype=output_dtype(x.x.dtype))
     dots = x.x.new_zeros((), dtype=torch.float32)
     if n == 0:
         return out, dots
-    splits = problem.shares(n, max(len(p.side.x) for p in passes), d if write else 1)
+    splits = problem.shares(n, max(len(p.side.x) for p in passes), d)
     in_place = splits == 1 and out.dtype == torch.float32
-    raw = None
-    if write:
-        raw = out.view(n, 1, d) if in_place else x.x.new_empty(n, splits, d, dtype=torch.float32)
-        if not problem.tile.whole:
-            raw.zero_()
+    raw = out.view(n, 1, d) if in_place else x.x.new_empty(n, splits, d, dtype=torch.float32)
+    if not problem.tile.whole:
+        raw.zero_()
+    small: dict[str, Any] = {
+        "SPLITS": splits, "BLOCK": FINISH_ROWS, "BLOCK_D": _channels(d, 128), "UPCAST": interpreted(), "num_warps": 4
+    }  # fmt: skip
+    seen = dots
     for number, p in enumerate(passes):
-        its_dots = x.x.new_empty(n, splits, dtype=torch.float32) if inner and p.x_rows else None
         device_side.gradient[(triton.cdiv(n, problem.tile.x), splits)](
             *x.arguments(), *p.side.arguments(), *problem.coefficients, p.side.low, p.side.high, problem.pointer,
-            problem.scale, raw, its_dots, n, len(p.side.x), d, X_ROWS=p.x_rows, Y_ROWS=p.y_rows, WRITE=write,
-            INNER=its_dots is not None, ADD=number > 0, SPLITS=splits, **problem.options(),
+            problem.scale, raw, n, len(p.side.x), d, X_ROWS=p.x_rows, Y_ROWS=p.y_rows, ADD=number > 0, SPLITS=splits,
+            **problem.options(),
         )  # fmt: skip
-        if its_dots is not None:
-            dots += its_dots.sum()
-    if write:
-        device_side.finish[(triton.cdiv(n, FINISH_ROWS),)](
-            x.x, *x.x.stride(), x.inverse, problem.pointer, problem.scale, raw, out, n, d,
-            NORMALIZE=problem.normalize, SPLITS=splits, BLOCK=FINISH_ROWS, BLOCK_D=_channels(d, 128),
-            UPCAST=interpreted(), num_warps=4,
-        )  # fmt: skip
+        if inner and p.x_rows:
+            rows = x.x.new_empty(n, dtype=torch.float32)
+            device_side.inner[(triton.cdiv(n, FINISH_ROWS),)](
+                x.x, *x.x.stride(), x.inverse, raw, rows, n, d, **small
+            )  # fmt: skip
+            total = rows.sum()
+            dots = dots + (total - seen) * (0.5 if p.y_rows else 1)
+            seen = total
+    device_side.finish[(triton.cdiv(n, FINISH_ROWS),)](
+        x.x, *x.x.stride(), x.inverse, problem.pointer, problem.scale, raw, out, n, d, NORMALIZE=problem.normalize,
+        **small,
+    )  # fmt: skip
     return out, dots
 
 
@@ -346,21 +356,21 @@ def backward(
         if need_query or need_temperature:
             joined = problem.same and need_query
             passes = [_Pass(keys, True, joined and problem.bounded)]
-            if joined and not problem.bounded:
-                passes.append(_Pass(keys, False, True))
             if problem.bank is not None:
                 passes.append(_Pass(problem.bank, True, False))
-            result, dots = _gradient(problem, rows, passes, need_query, need_temperature)
+            if joined and not problem.bounded:
+                passes.append(_Pass(keys, False, True))
+            result, dots = _gradient(problem, rows, passes, need_temperature)
             d_query = result if need_query else None
             if need_temperature and temperature_tensor is not None:
-                d_temperature = (dots * (-LN2)).to(temperature_tensor.device) / temperature_tensor.detach().float()
+                d_temperature = -dots.to(temperature_tensor.device) / temperature_tensor.detach().float().square()
         if need_key:
-            d_key, _ = _gradient(problem, keys, [_Pass(rows, False, True)], True, False)
+            d_key, _ = _gradient(problem, keys, [_Pass(rows, False, True)])
         if need_bank and bank is not None:
             if problem.bank is None:
                 d_bank = torch.zeros_like(bank)
             else:
-                d_bank, _ = _gradient(problem, problem.bank, [_Pass(rows, False, True)], True, False)
+                d_bank, _ = _gradient(problem, problem.bank, [_Pass(rows, False, True)])
     return [d_query, d_key, d_bank, d_temperature]
 
 
@@ -430,6 +440,8 @@ def aot_cases() -> Iterator[AotCase]:
             finish = common | {"SPLITS": splits, "BLOCK": FINISH_ROWS, "BLOCK_D": 128}
             rare = dtype == "fp16" or splits == 1
             yield _case(f"finish {dtype} {splits}", device_side.finish, dtype, finish, rare=rare)
+            inner = {key: value for key, value in finish.items() if key != "NORMALIZE"}
+            yield _case(f"inner {dtype} {splits}", device_side.inner, dtype, inner, rare=rare)
     for bounded in (True, False):
         join = {"BOUNDED": bounded, "BLOCK_SLOTS": 16, "BLOCK": JOINED}
         yield _case(f"join {'bounded' if bounded else 'online'}", device_side.join, "fp32", join)
@@ -462,13 +474,9 @@ def _tile_cases(name: str, kernel: str, dtype: str, kind: str, row: Tile, archs:
                 registers = half_registers(kind) if half else 0
                 yield _case(its, device_side.forward, dtype, flags, row.warps, row.stages, archs, rare, registers)
             continue
-        for sides, inner in product(("x", "y", "xy") if bounded else ("x", "y"), (False, True)):
-            if inner and "x" not in sides:
-                continue
+        for sides in ("x", "y", "xy") if bounded else ("x", "y"):
             flags = fixed | {
-                "BOUNDED": bounded, "X_ROWS": "x" in sides, "Y_ROWS": "y" in sides, "WRITE": True, "INNER": inner,
-                "ADD": False,
+                "BOUNDED": bounded, "X_ROWS": "x" in sides, "Y_ROWS": "y" in sides, "ADD": False,
             }  # fmt: skip
-            rare = inner or sides != ("xy" if bounded else "x")
-            its = f"{full} {sides}{' temperature' * inner}"
-            yield _case(its, device_side.gradient, dtype, flags, row.warps, row.stages, archs, rare)
+            rare = sides != ("xy" if bounded else "x")
+            yield _case(f"{full} {sides}", device_side.gradient, dtype, flags, row.warps, row.stages, archs, rare)

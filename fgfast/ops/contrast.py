@@ -55,7 +55,8 @@ def contrastive_loss(
     float64 arithmetic to 1e-6 (1 + 1/T) and its gradients to 1e-5 relative to their largest entry, for inputs as they
     are stored (float16 and bfloat16 are read exactly and rounded once, in the gradients returned). The "triton" backend
     keeps the loss within the same bound; with float16 and bfloat16 it rounds dL/ds to bfloat16, so that the gradient
-    of a query is within 2^-7 / (T norm) of its upstream gradient. It takes D up to 8,192.
+    of a query is within 2^-7 / (T norm) of its upstream gradient, and that of the temperature within 2^-7 / T^2 of
+    their sum (for unit vectors). It takes D up to 8,192.
 
     Args:
         query: [M, D] float32, float16, bfloat16 or float64, any strides. float64 is accumulated in float64, the others

@@ -93,7 +93,8 @@ class Field:
         exp(s - lse) is off by a factor 1 + e with e = 2 delta + (columns + 8) eps. A weight dL/ds and, for float16, the
         vector it multiplies are rounded to bfloat16: u = 2^-8. A row has sum_j |dL/ds_ij| <= 2 |g_i|, where g_i is its
         upstream gradient times weight; a column has at most sum_i 2 |g_i|. Both are carried by the longest vector of
-        the other side, 1/T, and 1/norm (the projection shortens). The result is rounded once to its dtype.
+        the other side, 1/T, and 1/norm (the projection shortens). The result is rounded once to its dtype. The gradient
+        of the temperature is the sum over the rows of <row, its gradient> / T, D + M sums more.
         """
         norms = {
             name: x.double().norm(dim=1)
@@ -118,7 +119,11 @@ class Field:
         result = {
             "loss": (2 * delta + (n + 8) * eps * (1 + s)) * self.weight.double() + 1e-7,
             "query": of_row + (of_column * inverse["query"] if self.same else 0),
-            "temperature": 2 * g.sum() * s * (e + delta + 8 * eps) / temperature,
+            "temperature": 2
+            * g.sum()
+            * s
+            * (e + u + product + (self.query.shape[1] + len(self.query)) * eps)
+            / temperature,
         }
         result |= {name: of_column * inverse[name] for name in ("key", "bank") if name in inverse}
         self.half_ulp = half_ulp
@@ -324,8 +329,8 @@ def test_addresses_beyond_32_bits(stride_n: int, stride_d: int, monkeypatch: pyt
         )
     raw = torch.zeros(n, 1, d)
     device_side.gradient[(1, 1)](
-        *of_x, *of_x, values, values, None, low, high, None, 1.0, raw, None, n, n, d,
-        X_ROWS=True, Y_ROWS=True, WRITE=True, INNER=False, ADD=False, **options,
+        *of_x, *of_x, values, values, None, low, high, None, 1.0, raw, n, n, d,
+        X_ROWS=True, Y_ROWS=True, ADD=False, **options,
     )  # fmt: skip
     expected = {x.data_ptr() + 4 * (i * stride_n + c * stride_d) for i in range(n) for c in range(d)}
     assert len(seen) == 7
@@ -544,6 +549,5 @@ def test_the_cases_for_compilation_name_every_argument() -> None:
         names = list(case.signature)
         assert names == list(case.kernel.arg_names), case.name
         assert {n for n in names if case.signature[n] == "constexpr"} == set(case.constexprs), case.name
-    assert {case.kernel for case in cases} == {
-        device_side.prepare, device_side.forward, device_side.join, device_side.gradient, device_side.finish
-    }  # fmt: skip
+    known = ("prepare", "forward", "join", "gradient", "inner", "finish")
+    assert {case.kernel for case in cases} == {getattr(device_side, name) for name in known}
