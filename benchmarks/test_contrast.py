@@ -1,6 +1,7 @@
 """contrastive_loss, forward and backward: against the plain formula, lightly and pytorch-metric-learning."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.conftest import Race, Run
 from benchmarks.peak import peak_memory
-from fgfast import losses
+from fgfast import Ids, contrastive_loss, losses
 
 
 def plain_ntxent(a: Tensor, b: Tensor, temperature: float = 0.5) -> Tensor:
@@ -88,6 +89,32 @@ def test_detcon(race: Race, images: int, parts: int, d: int) -> None:
         "lightly": step(lambda *x: lightly.DetConBLoss()(*x, *masks), inputs),
     }
     race(contenders, "lightly", rounds=2)
+
+
+def plain_parts(query: Tensor, key: Tensor, own: Tensor, positive: Tensor, allowed: Tensor) -> Tensor:
+    """One positive a row among allowed columns, with the logit matrix and three masks in memory."""
+    logits = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / 0.1
+    kept = logits.masked_fill(~(allowed | positive) | own, -torch.inf)
+    return (kept.logsumexp(1) - logits[positive]).mean()
+
+
+@pytest.mark.parametrize("negatives", ["all", "other_images", "same_image"])
+def test_negatives(race: Race, negatives: str) -> None:
+    """PARTICLE's own size: 320 pictures of 10 parts, each part of one view against those of both."""
+    images, parts, d = 320, 10, 256
+    query, key = vectors(images * parts, d, n=1)[0], vectors(2 * images * parts, d, n=1)[0]
+    n = torch.arange(2 * len(query), device=query.device)
+    key_ids = Ids(n % len(query) // parts, n % parts, n // len(query))
+    query_ids = Ids(*(x[: len(query)] for x in key_ids))
+    image, part, view = (q[:, None] == k[None, :] for q, k in zip(query_ids, key_ids, strict=True))
+    own, positive = image & part & view, image & part & ~view
+    allowed = {"all": torch.ones_like(image), "other_images": ~image, "same_image": image}[negatives]
+    ours = partial(contrastive_loss, query_ids=query_ids, key_ids=key_ids, temperature=0.1, negatives=negatives)
+    contenders = {
+        "fgfast": step(ours, [query, key]),
+        "plain": step(lambda q, k: plain_parts(q, k, own, positive, allowed), [query, key]),
+    }
+    race(contenders, "plain", rounds=3)
 
 
 def test_supcon(race: Race) -> None:
