@@ -84,24 +84,15 @@ def _sums(
 
 
 @triton.jit
-def forward_kernel(
-    x, labels, weight, pooled, area, B, D, K, N, WIDTH, chunk, splits,
-    x_b, x_d, x_y, x_x, l_b, l_y, l_x, w_b, w_y, w_x,
+def _pool(
+    x, labels, weight, pooled, area, split, B, image, d_block, k_block, first, last, D, K, WIDTH,
+    x_d, x_y, x_x, l_y, l_x, w_y, w_x,
     MEAN: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, WEIGHTED: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Pooled [splits, B, K, D] and area [splits, B, K] of the pixels of each split."""
-    program, d_block = tl.program_id(0) // tl.cdiv(D, BLOCK_D), tl.program_id(0) % tl.cdiv(D, BLOCK_D)
-    program, k_block = program // tl.cdiv(K, BLOCK_K), program % tl.cdiv(K, BLOCK_K)
-    image, split = (program // splits).to(tl.int64), program % splits
+    """Pooled [splits, B, K, D] and area of pixels first to last: one image, block of channels and block of parts."""
     d = d_block * BLOCK_D + tl.arange(0, BLOCK_D)
     k = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
-    first = split * chunk
-    last = tl.minimum(first + chunk, N)
-
-    x += image * x_b
-    labels += image * l_b
-    weight += image * w_b
     sums, areas = _sums(
         x, labels, weight, d, k, first, last, D, K, WIDTH, x_d, x_y, x_x, l_y, l_x, w_y, w_x,
         False, FLAT, WIDE, WEIGHTED, UPCAST, BLOCK_D, BLOCK_P, BLOCK_K,
@@ -114,11 +105,96 @@ def forward_kernel(
         )  # fmt: skip
     if MEAN:
         sums = sums / tl.where(areas > 0, areas, 1.0)[None, :]
-
     row = (split * B + image) * K + k
     tl.store(pooled + row[None, :] * D + d[:, None], sums, mask=(d < D)[:, None] & (k < K)[None, :])
     if d_block == 0:
         tl.store(area + row, areas, mask=k < K)
+
+
+@triton.jit
+def forward_kernel(
+    x, labels, weight, pooled, area, B, D, K, N, WIDTH, chunk, splits,
+    x_b, x_d, x_y, x_x, l_b, l_y, l_x, w_b, w_y, w_x,
+    MEAN: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, WEIGHTED: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Pooled [splits, B, K, D] and area [splits, B, K] of the pixels of each split."""
+    program, d_block = tl.program_id(0) // tl.cdiv(D, BLOCK_D), tl.program_id(0) % tl.cdiv(D, BLOCK_D)
+    program, k_block = program // tl.cdiv(K, BLOCK_K), program % tl.cdiv(K, BLOCK_K)
+    image, split = (program // splits).to(tl.int64), program % splits
+    first = split * chunk
+    last = tl.minimum(first + chunk, N)
+    _pool(
+        x + image * x_b, labels + image * l_b, weight + image * w_b, pooled, area, split, B, image,
+        d_block, k_block, first, last, D, K, WIDTH, x_d, x_y, x_x, l_y, l_x, w_y, w_x,
+        MEAN, FLAT, WIDE, WEIGHTED, UPCAST, BLOCK_D, BLOCK_P, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def _vote(
+    labels, grid, first, cells, H, W, K, height, width, tallest, widest, l_y, l_x,
+    BLOCK_J: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Majority ids of BLOCK_J adaptive-pooling cells of an image, from cell ``first`` on, to its grid.
+
+    No cell is taller than ``tallest`` or wider than ``widest``. A turn reads BLOCK_X pixels of a row of each cell, and
+    two turns wait for the memory together.
+    """
+    cell = first + tl.arange(0, BLOCK_J).to(tl.int64)
+    i, j = cell // width, cell % width
+    top, bottom = i * H // height, tl.minimum(((i + 1) * H + height - 1) // height, H)
+    left, right = j * W // width, tl.minimum(((j + 1) * W + width - 1) // width, W)
+    bottom = tl.where(cell < cells, bottom, top)
+    across = tl.cdiv(widest, BLOCK_X)
+    most = tl.zeros([BLOCK_J], tl.int32)
+    winner = tl.full([BLOCK_J], -1, tl.int64)
+    for part in range(0, K, BLOCK_V):
+        k = part + tl.arange(0, BLOCK_V)
+        votes = tl.zeros([BLOCK_J, BLOCK_X, BLOCK_V], tl.int32)
+        for turn in tl.range(0, tallest * across, loop_unroll_factor=2):
+            y = top + turn // across
+            x = left[:, None] + turn % across * BLOCK_X + tl.arange(0, BLOCK_X)[None, :]
+            ids = _part_ids(labels, y[:, None] * l_y + x * l_x, (y < bottom)[:, None] & (x < right[:, None]), K)
+            votes += (ids[:, :, None] == k[None, None, :]).to(tl.int32)
+        count = tl.sum(votes, 1)
+        best = tl.max(count, 1)
+        lowest = tl.min(tl.where(count == best[:, None], k[None, :], K), 1)
+        winner = tl.where(best > most, lowest, winner)
+        most = tl.maximum(best, most)
+    tl.store(grid + cell, winner, mask=cell < cells)
+
+
+@triton.jit
+def map_kernel(
+    x, labels, grid, weight, pooled, area, B, D, K, N, WIDTH, share, H, W, height, tallest, widest,
+    x_b, x_d, x_y, x_x, l_b, l_y, l_x, w_b, w_y, w_x,
+    MEAN: tl.constexpr, WIDE: tl.constexpr, WEIGHTED: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Pooled [B, K, D] and area [B, K] by the majority of id maps [B, H, W]; pixels are evenly spaced.
+
+    A program votes the whole grid of an image, into a copy of its own of grid [groups, B, N], and pools ``share``
+    blocks of channels by it.
+    """
+    blocks = tl.cdiv(D, BLOCK_D)
+    groups = tl.cdiv(blocks, share)
+    image, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
+    grid += (group * B + image) * N
+    for first in range(0, N, BLOCK_J):
+        _vote(
+            labels + image * l_b, grid, first, N, H, W, K, height, WIDTH, tallest, widest, l_y, l_x,
+            BLOCK_J, BLOCK_X, BLOCK_V,
+        )  # fmt: skip
+    tl.debug_barrier()  # what follows reads cells that other threads of the program have written
+    # Offsets of pixels are made anew for each block: held in registers across the blocks they would take 40 more.
+    for d_block in tl.range(group * share, tl.minimum((group + 1) * share, blocks), disable_licm=True):
+        _pool(
+            x + image * x_b, grid, weight + image * w_b, pooled, area, 0, B, image,
+            d_block, 0, 0, N, D, K, WIDTH, x_d, x_y, x_x, WIDTH, 1, w_y, w_x,
+            MEAN, True, WIDE, WEIGHTED, UPCAST, BLOCK_D, BLOCK_P, BLOCK_K,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -215,29 +291,15 @@ def backward_kernel(
 
 @triton.jit
 def grid_kernel(
-    labels, grid, H, W, K, height, width, widest, l_b, l_y, l_x,
-    BLOCK_J: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr,
+    labels, grid, cells, H, W, K, height, width, tallest, widest, l_b, l_y, l_x,
+    BLOCK_J: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Majority id of BLOCK_J adaptive-pooling cells of one row of cells; no cell is wider than ``widest``."""
-    program, block = tl.program_id(0) // tl.cdiv(width, BLOCK_J), tl.program_id(0) % tl.cdiv(width, BLOCK_J)
-    image, i = (program // height).to(tl.int64), (program % height).to(tl.int64)
-    j = block.to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
-    left, right = j * W // width, tl.minimum(((j + 1) * W + width - 1) // width, W)
-    labels += image * l_b
-    most = tl.zeros([BLOCK_J], tl.int32)
-    winner = tl.full([BLOCK_J], -1, tl.int64)
-    for first in range(0, K, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        votes = tl.zeros([BLOCK_J, BLOCK_X, BLOCK_K], tl.int32)
-        for y in range(i * H // height, ((i + 1) * H + height - 1) // height):
-            for start in range(0, widest, BLOCK_X):
-                x = left[:, None] + start + tl.arange(0, BLOCK_X)[None, :]
-                inside = (x < right[:, None]) & (j < width)[:, None]
-                ids = _part_ids(labels, y * l_y + x * l_x, inside, K)
-                votes += (ids[:, :, None] == k[None, None, :]).to(tl.int32)
-        count = tl.sum(votes, 1)
-        top = tl.max(count, 1)
-        lowest = tl.min(tl.where(count == top[:, None], k[None, :], K), 1)
-        winner = tl.where(top > most, lowest, winner)
-        most = tl.maximum(top, most)
-    tl.store(grid + (image * height + i) * width + j, winner, mask=j < width)
+    """Majority ids of BLOCK_J cells of an image."""
+    image, block = (
+        (tl.program_id(0) // tl.cdiv(cells, BLOCK_J)).to(tl.int64),
+        tl.program_id(0) % tl.cdiv(cells, BLOCK_J),
+    )
+    _vote(
+        labels + image * l_b, grid + image * cells, block.to(tl.int64) * BLOCK_J, cells,
+        H, W, K, height, width, tallest, widest, l_y, l_x, BLOCK_J, BLOCK_X, BLOCK_V,
+    )  # fmt: skip

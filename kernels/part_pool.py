@@ -8,6 +8,9 @@ A program owns an image and a block of channels and walks over the pixels: [BLOC
 the tensor cores, K in one tile. Nobody shares an output, so sums have a fixed order. Few programs split the pixels and
 leave partial sums, which a second kernel adds in order. Backward writes grad[labels] w / area, walking likewise.
 
+Labels [B, H, W] of another resolution are first taken to [B, N] by majority. Where that is quick it is part of the same
+launch (`_share`): a program owns an image and a share of its blocks of channels, and votes before it pools.
+
 Floors: forward reads B D N elements, labels and weights, and writes B K D; backward mirrors it. Labels are read again
 by each block of channels, hence blocks of 256 bytes. Operations: 2 B D N K on tensor cores (three times that for
 float32), under a tenth of their rate at the speed of the memory for K to 32.
@@ -22,12 +25,15 @@ import triton
 from torch import Tensor
 
 from fgfast.kernels._common import MOST_REGISTERS, AotCase, interpreted, on_device_of, output_dtype
-from fgfast.kernels._part_pool_device import backward_kernel, forward_kernel, grid_kernel, join_kernel
-from fgfast.kernels.configs import Row, config, processors, row_kind, served, table
+from fgfast.kernels._part_pool_device import backward_kernel, forward_kernel, grid_kernel, join_kernel, map_kernel
+from fgfast.kernels.configs import Row, architecture, config, processors, row_kind, served, table
 from fgfast.kernels.tune import TuneCase
 
 JOIN_D = 32
+GRID = Row("ids", {}, 4, 3, 0, MOST_REGISTERS)  # warps, stages and registers of the votes in a launch of their own
 MOST_PARTS = 64  # parts a tile holds: forward reads the features again for each further block of them
+MOST_VOTED = 32  # parts of a launch that also votes: with more, or gaps between rows, older compilers spill
+MOST_TURNS = 64  # of votes beside the pooling, at some 0.3 us each (not measured): a launch of its own takes as long
 
 
 def _flat(*maps: Tensor | None) -> bool:
@@ -80,9 +86,7 @@ def pool(features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, 
     row = config("part_pool", device, row_kind(features.dtype))
     flat = _flat(features, labels, weight)
     blocks = _blocks(row, channels, n_parts, flat)
-    tiles = batch * triton.cdiv(channels, blocks["BLOCK_D"]) * triton.cdiv(n_parts, blocks["BLOCK_K"])
-    # Partial sums are written and read: 8 K bytes a channel, against at least 256 K a channel of pixels.
-    chunk, splits = _split(pixels, blocks["BLOCK_P"], tiles, max(1024, 128 * n_parts), device)
+    tiles, chunk, splits = _cut(features, n_parts, blocks)
     sums, areas = pooled, area
     if splits > 1:
         sums = features.new_empty(splits, *pooled.shape, dtype=torch.float32)
@@ -101,6 +105,66 @@ def pool(features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, 
                 MEAN=mean, BLOCK_D=JOIN_D, BLOCK_K=blocks["BLOCK_K"],
             )  # fmt: skip
     return pooled.to(features.dtype), area
+
+
+def _cut(features: Tensor, parts: int, blocks: dict[str, int]) -> tuple[int, int, int]:
+    """(tiles, chunk, splits) of a forward pass: blocks of channels and parts, and `_split` of the pixels."""
+    batch, channels, height, width = features.shape
+    tiles = batch * triton.cdiv(channels, blocks["BLOCK_D"]) * triton.cdiv(parts, blocks["BLOCK_K"])
+    # Partial sums are written and read: 8 K bytes a channel, against at least 256 K a channel of pixels.
+    return tiles, *_split(height * width, blocks["BLOCK_P"], tiles, max(1024, 128 * parts), features.device)
+
+
+def pool_map(
+    features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, mean: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`pool` by the majority of id maps [B, H, W]: pooled, area, and that grid, int32 [B, h, w]."""
+    batch, channels, height, width = features.shape
+    row = config("part_pool", features.device, row_kind(features.dtype))
+    blocks = _blocks(row, channels, n_parts, n_parts <= 16)  # registers for more parts: half of the pixels too
+    pixels, (rows, columns) = height * width, labels.shape[1:]
+    tallest, widest = _longest(rows, height), _longest(columns, width)
+    votes = _grid_blocks(n_parts, widest, pixels, row.warps)
+    turns = triton.cdiv(pixels, votes["BLOCK_J"]) * triton.cdiv(n_parts, votes["BLOCK_V"])
+    flat = _flat(features, weight)
+    share = flat and _share(features, labels, n_parts, blocks, turns * tallest * triton.cdiv(widest, votes["BLOCK_X"]))
+    if not share:
+        grid = labels_to_grid(labels, height, width, n_parts, torch.int32)
+        return (*pool(features, grid, n_parts, weight, mean), grid)
+    groups = triton.cdiv(triton.cdiv(channels, blocks["BLOCK_D"]), share)
+    grid = labels.new_empty(groups, batch, height, width, dtype=torch.int32)
+    pooled = features.new_empty(batch, n_parts, channels, dtype=output_dtype(features.dtype))
+    area = features.new_empty(batch, n_parts, dtype=torch.float32)
+    with on_device_of(features):
+        map_kernel[(batch * groups,)](
+            features, labels, grid, features if weight is None else weight, pooled, area,
+            batch, channels, n_parts, pixels, width, share, rows, columns, height, tallest, widest,
+            *_strides(features, True), *labels.stride(), *_strides(weight, True),
+            MEAN=mean, WIDE=_wide(features, weight), WEIGHTED=weight is not None, UPCAST=interpreted(),
+            **blocks, **votes, **_map_row(row, architecture(features.device)).launch,
+        )  # fmt: skip
+    return pooled.to(features.dtype), area, grid[0]
+
+
+def _map_row(row: Row, arch: str) -> Row:
+    """The row for `map_kernel`: before sm_90 ptxas would spill 8 to 16 bytes for an occupancy of its own choice."""
+    return row._replace(registers=MOST_REGISTERS) if arch.startswith("sm_8") else row
+
+
+def _share(features: Tensor, labels: Tensor, parts: int, blocks: dict[str, int], turns: int) -> int:
+    """Blocks of channels that a program pools after it has voted; 0 where the votes are better a launch of their own.
+
+    As many blocks as leave enough programs to fill the device, since each program reads the ids of its image. The votes
+    go by themselves where that would read over a twentieth of the bytes of the features, where they take many turns,
+    where pixels are split among programs, and where parts are many. Rows without gaps between them alone come here.
+    """
+    batch, channels = features.shape[:2]
+    if not features.numel() or parts > MOST_VOTED or _cut(features, parts, blocks)[2] > 1:
+        return 0
+    d_blocks = triton.cdiv(channels, blocks["BLOCK_D"])
+    share = triton.cdiv(d_blocks, min(d_blocks, triton.cdiv(2 * processors(features.device), batch)))
+    again = (triton.cdiv(d_blocks, share) - 1) * labels.numel() * labels.element_size()
+    return 0 if turns > MOST_TURNS or 20 * again > features.numel() * features.element_size() else share
 
 
 def pool_backward(
@@ -135,27 +199,34 @@ def pool_backward(
     return empty if out is empty else empty.copy_(out)
 
 
-def labels_to_grid(labels: Tensor, height: int, width: int, n_parts: int) -> Tensor:
-    """int64 [B, height, width]: the majority id of each adaptive-pooling cell of labels [B, H, W]."""
+def labels_to_grid(labels: Tensor, height: int, width: int, n_parts: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    """[B, height, width]: the majority id of each adaptive-pooling cell of labels [B, H, W]."""
     batch, rows, columns = labels.shape
-    grid = labels.new_empty(batch, height, width, dtype=torch.int64)
-    if batch == 0:
+    grid = labels.new_empty(batch, height, width, dtype=dtype)
+    if not grid.numel():
         return grid
-    widest = triton.cdiv(columns, width) + 1
-    blocks = _grid_blocks(n_parts, widest, width)
+    cells, tallest, widest = height * width, _longest(rows, height), _longest(columns, width)
+    blocks = _grid_blocks(n_parts, widest, cells)
     with on_device_of(labels):
-        grid_kernel[(batch * height * triton.cdiv(width, blocks["BLOCK_J"]),)](
-            labels, grid, rows, columns, n_parts, height, width, widest, *labels.stride(), **blocks
-        )
+        grid_kernel[(batch * triton.cdiv(cells, blocks["BLOCK_J"]),)](
+            labels, grid, cells, rows, columns, n_parts, height, width, tallest, widest, *labels.stride(),
+            **blocks, **GRID.launch,
+        )  # fmt: skip
     return grid
 
 
-def _grid_blocks(parts: int, widest: int, width: int) -> dict[str, int]:
-    """A tile of votes [cells, pixels across, parts] of at most 2,048 counters."""
-    block_k = min(32, triton.next_power_of_2(parts))
-    block_x = min(64, triton.next_power_of_2(widest))
-    block_j = max(1, min(triton.next_power_of_2(width), 2048 // (block_k * block_x)))
-    return {"BLOCK_J": block_j, "BLOCK_X": block_x, "BLOCK_K": block_k}
+def _longest(length: int, cells: int) -> int:
+    """The most positions that one of the adaptive-pooling cells of a side covers, or one more."""
+    cells = max(1, cells)
+    return triton.cdiv(length, cells) + (length % cells > 0)
+
+
+def _grid_blocks(parts: int, widest: int, cells: int, warps: int = 4) -> dict[str, int]:
+    """A tile of votes [cells, pixels across, parts] of at most 512 counters a warp."""
+    block_v = min(32, triton.next_power_of_2(parts))
+    block_x = min(64, triton.next_power_of_2(max(1, widest)))
+    block_j = max(1, min(triton.next_power_of_2(cells), 512 * warps // (block_v * block_x)))
+    return {"BLOCK_J": block_j, "BLOCK_X": block_x, "BLOCK_V": block_v}
 
 
 def tune_cases(device: str = "cuda", pictures: int = 32, side: int = 64) -> Iterator[TuneCase]:
@@ -202,14 +273,24 @@ def aot_cases() -> Iterator[AotCase]:
                 for way, kernel in (("forward", forward_kernel), ("backward", backward_kernel)):
                     full = f"{name} {way} {kind} {order}"
                     yield _case(full, kernel, pointers, flags, size, row, archs, rare, tuned)
+                pointers |= {"grid": "*i32:16"}
+                if order == "gaps":
+                    continue
+                voted = min(parts, MOST_VOTED)
+                flags |= _blocks(row, 1024, voted, voted <= 16) | _grid_blocks(voted, 9, 49, row.warps)
+                for budget in sorted({_map_row(row, arch).registers for arch in archs}):
+                    full = f"{name} map {kind} {order}" + (f" {budget}" if budget != row.registers else "")
+                    some = tuple(arch for arch in archs if _map_row(row, arch).registers == budget)
+                    its = row._replace(registers=budget)
+                    yield _case(full, map_kernel, pointers, flags, size, its, some, rare, tuned)
     small = Row("fp32", {}, 4, 3, 0)  # what Triton takes where a launch says nothing
     for kind in ("fp32", "bf16", "fp16"):
         flags = fixed | {"BLOCK_D": JOIN_D, "BLOCK_K": MOST_PARTS}
         pointers = types | {"pooled": f"*{kind}:16"}
         yield _case(f"part_pool join {kind}", join_kernel, pointers, flags, "i32", small, rare=kind != "fp32")
     for cell, parts in ((9, 15), (65, 100)):
-        flags = _grid_blocks(parts, cell, 64) | {"l_x": 1}
-        yield _case(f"labels_to_grid {cell} {parts}", grid_kernel, types, flags, "i32", small)
+        flags = _grid_blocks(parts, cell, 4096) | {"l_x": 1}
+        yield _case(f"labels_to_grid {cell} {parts}", grid_kernel, types, flags, "i32", GRID)
 
 
 def _case(
