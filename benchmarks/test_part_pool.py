@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.conftest import Race, Run, check
-from fgfast import part_pool
+from fgfast import labels_to_grid, part_pool
 from fgfast.reference import part_pool as reference
 
 K = 15
@@ -55,3 +55,26 @@ def test_part_pool(race: Race, device: torch.device, size: str) -> None:
         check(run.__name__, [run(x[few], labels[few])], [double(x[few], labels[few])], 1e-5)
     contenders: dict[str, Run] = {run.__name__: partial(step, run, x, labels, grad) for run in (fgfast, scatter)}
     race(contenders, "scatter", rounds=5)
+
+
+def by_grid(x: Tensor, labels: Tensor) -> Tensor:
+    return part_pool(x, labels_to_grid(labels, (x.shape[2], x.shape[3]), K), K).pooled
+
+
+def forward(run: Callable[[Tensor, Tensor], Tensor], x: Tensor, labels: Tensor) -> list[Tensor]:
+    return [run(x, labels)]
+
+
+@pytest.mark.benchmark(group="part_pool of id maps")
+@pytest.mark.parametrize("side", [56, 224])
+def test_part_pool_of_id_maps(race: Race, device: torch.device, side: int) -> None:
+    """Pooling by full-resolution maps against the grid first: DetCon's size."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(320, 2048, 7, 7, generator=g).to(device)
+    labels = torch.randint(0, K, (320, side, side), generator=g, dtype=torch.uint8).to(device)
+    few = slice(0, 8)
+    expected = double(x[few], reference.labels_to_grid(labels[few], (7, 7), K))
+    for run in (fgfast, by_grid):
+        check(run.__name__, [run(x[few], labels[few])], [expected], 1e-5)
+    contenders: dict[str, Run] = {run.__name__: partial(forward, run, x, labels) for run in (fgfast, by_grid)}
+    race(contenders, "by_grid", rounds=5)

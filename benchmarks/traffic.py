@@ -60,6 +60,12 @@ def part_pool(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
     g = torch.randn_like(out.pooled)
     (grad,), traffic = _counted([], lambda: torch.autograd.grad(out.pooled, x, g))
     yield Count("part_pool backward", shape, name, fewest(grad.float(), labels, g, out.area), traffic, 1.10)
+    # Eight images: a program each, as 320 are on a GPU.
+    x, labels = torch.randn(8, 256, 14, 14).to(dtype), torch.randint(0, 8, (8, 56, 56), dtype=torch.uint8)
+    out, traffic = _counted([x, labels], lambda: fgfast.part_pool(x, labels, 8, backend="triton"))
+    smallest = fewest(x, labels, out.pooled.float(), out.area, torch.empty(8, 14, 14, dtype=torch.int32))
+    shape = sizes(B=8, D=256, N=196, H=56, W=56, K=8)
+    yield Count("part_pool forward from a full-resolution map", shape, name, smallest, traffic, 1.10)
 
 
 def labels_to_grid(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:

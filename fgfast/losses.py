@@ -532,12 +532,9 @@ class PartContrastiveLoss(nn.Module):
 
     def _pool(self, maps: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Mean features [2, B, K, D] and areas [2, B, K] of the parts of both views."""
-        from fgfast.ops.part_pool import labels_to_grid, part_pool
+        from fgfast.ops.part_pool import part_pool
 
-        views = []
-        for features, ids in zip(maps, labels, strict=True):
-            height, width = features.shape[-2:]
-            views.append(part_pool(features, labels_to_grid(ids, (height, width), self.n_parts), self.n_parts))
+        views = [part_pool(features, ids, self.n_parts) for features, ids in zip(maps, labels, strict=True)]
         return torch.stack([v.pooled for v in views]), torch.stack([v.area for v in views])
 
     def _sample(self, areas: Tensor) -> tuple[Tensor, Tensor]:

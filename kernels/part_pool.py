@@ -8,6 +8,9 @@ A program owns an image and a block of channels and walks over the pixels: [BLOC
 the tensor cores, K in one tile. Nobody shares an output, so sums have a fixed order. Few programs split the pixels and
 leave partial sums, which a second kernel adds in order. Backward writes grad[labels] w / area, walking likewise.
 
+Labels [B, H, W] of another resolution are first taken to [B, N] by majority. Where that is quick it is part of the same
+launch (`_share`): a program owns an image and a share of its blocks of channels, and votes before it pools.
+
 Floors: forward reads B D N elements, labels and weights, and writes B K D; backward mirrors it. Labels are read again
 by each block of channels, hence blocks of 256 bytes. Operations: 2 B D N K on tensor cores (three times that for
 float32), under a tenth of their rate at the speed of the memory for K to 32.
@@ -19,252 +22,18 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from fgfast.kernels._common import MOST_REGISTERS, AotCase, interpreted, on_device_of, output_dtype, widened
-from fgfast.kernels.configs import Row, config, processors, row_kind, served, table
+from fgfast.kernels._common import MOST_REGISTERS, AotCase, interpreted, on_device_of, output_dtype
+from fgfast.kernels._part_pool_device import backward_kernel, forward_kernel, grid_kernel, join_kernel, map_kernel
+from fgfast.kernels.configs import Row, architecture, config, processors, row_kind, served, table
 from fgfast.kernels.tune import TuneCase
 
 JOIN_D = 32
+GRID = Row("ids", {}, 4, 3, 0, MOST_REGISTERS)  # warps, stages and registers of the votes in a launch of their own
 MOST_PARTS = 64  # parts a tile holds: forward reads the features again for each further block of them
-
-
-@triton.jit
-def _at(p, WIDTH, stride_y, stride_x, FLAT: tl.constexpr, WIDE: tl.constexpr):
-    """Offset of pixel p within its image, where rows may have gaps between them; WIDE: int32 does not hold it."""
-    if FLAT:
-        return (p.to(tl.int64) if WIDE else p) * stride_x
-    y, x = p // WIDTH, p % WIDTH
-    return (y.to(tl.int64) if WIDE else y) * stride_y + (x.to(tl.int64) if WIDE else x) * stride_x
-
-
-@triton.jit
-def _part_ids(labels, offsets, inside, K):
-    """Part of each pixel, -1 for none: compared before it is narrowed, so that no wide id turns into a part."""
-    ids = tl.load(labels + offsets, mask=inside, other=0).to(tl.int64)
-    return tl.where(inside & (ids >= 0) & (ids < K), ids, -1).to(tl.int32)
-
-
-@triton.jit
-def _truncated(x):
-    """Keep the 8 leading bits of its significand of x: a bfloat16."""
-    return (x.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _one_hot_dot(x, hot, sums, UPCAST: tl.constexpr):
-    """Add x @ hot to sums. A float32 is the exact sum of three bfloat16, so tensor cores multiply it exactly too."""
-    if x.dtype == tl.float32:
-        narrow: tl.constexpr = tl.float32 if UPCAST else tl.bfloat16  # the interpreter knows no bfloat16
-        hot = hot.to(narrow)
-        high = _truncated(x)
-        middle = _truncated(x - high)
-        sums = tl.dot((x - high - middle).to(narrow), hot, sums)
-        sums = tl.dot(middle.to(narrow), hot, sums)
-        return tl.dot(high.to(narrow), hot, sums)
-    return tl.dot(x, hot.to(x.dtype), sums)
-
-
-@triton.jit
-def _sums(
-    x, labels, weight, d, k, first, last, D, K, WIDTH,
-    x_d, x_y, x_x, l_y, l_x, w_y, w_x,
-    SELECT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, WEIGHTED: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Sums [BLOCK_D, BLOCK_K] and areas [BLOCK_K] over pixels first to last.
-
-    Without SELECT a value that is not finite spoils its whole row, seen in the result. With it such a value reaches
-    the sum of its own part alone, as NaN.
-    """
-    sums = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)
-    bad_sums = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)
-    areas = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
-    for start in range(first, last, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        inside = p < last
-        ids = _part_ids(labels, _at(p, WIDTH, l_y, l_x, FLAT, WIDE), inside, K)
-        tile = x + (d.to(tl.int64) if WIDE else d)[:, None] * x_d + _at(p, WIDTH, x_y, x_x, FLAT, WIDE)[None, :]
-        values = widened(tl.load(tile, mask=(d < D)[:, None] & inside[None, :], other=0.0), UPCAST)
-        hot = ids[:, None] == k[None, :]
-        if WEIGHTED:
-            w = tl.load(weight + _at(p, WIDTH, w_y, w_x, FLAT, WIDE), mask=inside, other=0.0).to(tl.float32)
-            hot = hot & (w > 0)[:, None]
-            areas += tl.where(hot, w[:, None], 0.0)
-        else:
-            areas += hot.to(tl.float32)
-        if SELECT:
-            bad = ~(tl.abs(values.to(tl.float32)) < float("inf"))
-            values = tl.where(bad, 0.0, values)
-            narrow: tl.constexpr = tl.float32 if UPCAST else tl.bfloat16
-            bad_sums = tl.dot(bad.to(narrow), hot.to(narrow), bad_sums)
-        if WEIGHTED:
-            values = values.to(tl.float32) * w[None, :]
-        sums = _one_hot_dot(values, hot, sums, UPCAST)
-    if SELECT:
-        sums = tl.where(bad_sums > 0, float("nan"), sums)
-    return sums, tl.sum(areas, 0)
-
-
-@triton.jit
-def forward_kernel(
-    x, labels, weight, pooled, area, B, D, K, N, WIDTH, chunk, splits,
-    x_b, x_d, x_y, x_x, l_b, l_y, l_x, w_b, w_y, w_x,
-    MEAN: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, WEIGHTED: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Pooled [splits, B, K, D] and area [splits, B, K] of the pixels of each split."""
-    program, d_block = tl.program_id(0) // tl.cdiv(D, BLOCK_D), tl.program_id(0) % tl.cdiv(D, BLOCK_D)
-    program, k_block = program // tl.cdiv(K, BLOCK_K), program % tl.cdiv(K, BLOCK_K)
-    image, split = (program // splits).to(tl.int64), program % splits
-    d = d_block * BLOCK_D + tl.arange(0, BLOCK_D)
-    k = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
-    first = split * chunk
-    last = tl.minimum(first + chunk, N)
-
-    x += image * x_b
-    labels += image * l_b
-    weight += image * w_b
-    sums, areas = _sums(
-        x, labels, weight, d, k, first, last, D, K, WIDTH, x_d, x_y, x_x, l_y, l_x, w_y, w_x,
-        False, FLAT, WIDE, WEIGHTED, UPCAST, BLOCK_D, BLOCK_P, BLOCK_K,
-    )  # fmt: skip
-    if tl.max(tl.max(tl.where(tl.abs(sums) < float("inf"), 0, 1), 0), 0) > 0:
-        # Rare, so in narrow tiles: in wide ones this loop would cost the loop above half of its registers.
-        sums, _ = _sums(
-            x, labels, weight, d, k, first, last, D, K, WIDTH, x_d, x_y, x_x, l_y, l_x, w_y, w_x,
-            True, FLAT, WIDE, WEIGHTED, UPCAST, BLOCK_D, 16, BLOCK_K,
-        )  # fmt: skip
-    if MEAN:
-        sums = sums / tl.where(areas > 0, areas, 1.0)[None, :]
-
-    row = (split * B + image) * K + k
-    tl.store(pooled + row[None, :] * D + d[:, None], sums, mask=(d < D)[:, None] & (k < K)[None, :])
-    if d_block == 0:
-        tl.store(area + row, areas, mask=k < K)
-
-
-@triton.jit
-def join_kernel(
-    parts, areas, pooled, area, B, D, K, splits,
-    MEAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The sum over splits, in order, of sums [splits, B, K, D] and areas [splits, B, K]."""
-    program, d_block = tl.program_id(0) // tl.cdiv(D, BLOCK_D), tl.program_id(0) % tl.cdiv(D, BLOCK_D)
-    image, k_block = (program // tl.cdiv(K, BLOCK_K)).to(tl.int64), program % tl.cdiv(K, BLOCK_K)
-    d = d_block * BLOCK_D + tl.arange(0, BLOCK_D)
-    k = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
-    tile = (k < K)[:, None] & (d < D)[None, :]
-    total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    count = tl.zeros([BLOCK_K], tl.float32)
-    for split in range(splits):
-        row = (split * B + image) * K + k
-        total += tl.load(parts + row[:, None] * D + d[None, :], mask=tile, other=0.0)
-        count += tl.load(areas + row, mask=k < K, other=0.0)
-    if MEAN:
-        total = total / tl.where(count > 0, count, 1.0)[:, None]
-    row = image * K + k
-    tl.store(pooled + row[:, None] * D + d[None, :], total, mask=tile)
-    if d_block == 0:
-        tl.store(area + row, count, mask=k < K)
-
-
-@triton.jit
-def _spread(
-    grad, rows, labels, weight, area, out, d, k, first, last, D, K, WIDTH,
-    g_k, g_d, l_y, l_x, w_y, w_x, o_d, o_y, o_x,
-    LOAD: tl.constexpr, MEAN: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, WEIGHTED: tl.constexpr,
-    UPCAST: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """Write the gradients of pixels first to last: one-hot product with rows [BLOCK_D, BLOCK_K], or loads."""
-    for start in range(first, last, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        inside = p < last
-        ids = _part_ids(labels, _at(p, WIDTH, l_y, l_x, FLAT, WIDE), inside, K)
-        scale = tl.full([BLOCK_P], 1.0, tl.float32)
-        if WEIGHTED:
-            scale = tl.load(weight + _at(p, WIDTH, w_y, w_x, FLAT, WIDE), mask=inside, other=0.0).to(tl.float32)
-        kept = (ids >= 0) & (scale > 0)
-        if MEAN:
-            scale = scale / tl.load(area + ids, mask=kept, other=1.0)
-        if LOAD:
-            at = grad + d.to(tl.int64)[:, None] * g_d + tl.where(kept, ids, 0).to(tl.int64)[None, :] * g_k
-            values = widened(tl.load(at, mask=(d < D)[:, None] & kept[None, :], other=0.0), UPCAST).to(tl.float32)
-        else:
-            hot = k[:, None] == ids[None, :]
-            values = _one_hot_dot(rows, hot, tl.zeros([BLOCK_D, BLOCK_P], tl.float32), UPCAST)
-        values = tl.where(kept[None, :], values * scale[None, :], 0.0)
-        across = (d.to(tl.int64) if WIDE else d)[:, None] * o_d
-        at = out + across + _at(p, WIDTH, o_y, o_x, FLAT, WIDE)[None, :]
-        tl.store(at, values, mask=(d < D)[:, None] & inside[None, :])
-
-
-@triton.jit
-def backward_kernel(
-    grad, labels, weight, area, out, D, K, N, WIDTH, chunk, splits,
-    g_b, g_k, g_d, l_b, l_y, l_x, w_b, w_y, w_x, o_b, o_d, o_y, o_x,
-    MEAN: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, WEIGHTED: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Gradient of the features: that of its part at each pixel.
-
-    More than BLOCK_K parts, and values that are not finite, which no product keeps apart, take a load an element.
-    """
-    program, d_block = tl.program_id(0) // tl.cdiv(D, BLOCK_D), tl.program_id(0) % tl.cdiv(D, BLOCK_D)
-    image, split = (program // splits).to(tl.int64), program % splits
-    d = d_block * BLOCK_D + tl.arange(0, BLOCK_D)
-    k = tl.arange(0, BLOCK_K)
-    first = split * chunk
-    last = tl.minimum(first + chunk, N)
-    grad += image * g_b
-    labels += image * l_b
-    weight += image * w_b
-    area += image * K
-    out += image * o_b
-    at = grad + d.to(tl.int64)[:, None] * g_d + k.to(tl.int64)[None, :] * g_k
-    rows = widened(tl.load(at, mask=(d < D)[:, None] & (k < K)[None, :], other=0.0), UPCAST)
-    odd = tl.max(tl.max(tl.where(tl.abs(rows.to(tl.float32)) < float("inf"), 0, 1), 0), 0)
-    if (odd > 0) | (K > BLOCK_K):
-        _spread(
-            grad, rows, labels, weight, area, out, d, k, first, last, D, K, WIDTH,
-            g_k, g_d, l_y, l_x, w_y, w_x, o_d, o_y, o_x, True, MEAN, FLAT, WIDE, WEIGHTED, UPCAST, BLOCK_D, BLOCK_P,
-        )  # fmt: skip
-    else:
-        _spread(
-            grad, rows, labels, weight, area, out, d, k, first, last, D, K, WIDTH,
-            g_k, g_d, l_y, l_x, w_y, w_x, o_d, o_y, o_x, False, MEAN, FLAT, WIDE, WEIGHTED, UPCAST, BLOCK_D, BLOCK_P,
-        )  # fmt: skip
-
-
-@triton.jit
-def grid_kernel(
-    labels, grid, H, W, K, height, width, widest, l_b, l_y, l_x,
-    BLOCK_J: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Majority id of BLOCK_J adaptive-pooling cells of one row of cells; no cell is wider than ``widest``."""
-    program, block = tl.program_id(0) // tl.cdiv(width, BLOCK_J), tl.program_id(0) % tl.cdiv(width, BLOCK_J)
-    image, i = (program // height).to(tl.int64), (program % height).to(tl.int64)
-    j = block.to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
-    left, right = j * W // width, tl.minimum(((j + 1) * W + width - 1) // width, W)
-    labels += image * l_b
-    most = tl.zeros([BLOCK_J], tl.int32)
-    winner = tl.full([BLOCK_J], -1, tl.int64)
-    for first in range(0, K, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        votes = tl.zeros([BLOCK_J, BLOCK_X, BLOCK_K], tl.int32)
-        for y in range(i * H // height, ((i + 1) * H + height - 1) // height):
-            for start in range(0, widest, BLOCK_X):
-                x = left[:, None] + start + tl.arange(0, BLOCK_X)[None, :]
-                inside = (x < right[:, None]) & (j < width)[:, None]
-                ids = _part_ids(labels, y * l_y + x * l_x, inside, K)
-                votes += (ids[:, :, None] == k[None, None, :]).to(tl.int32)
-        count = tl.sum(votes, 1)
-        top = tl.max(count, 1)
-        lowest = tl.min(tl.where(count == top[:, None], k[None, :], K), 1)
-        winner = tl.where(top > most, lowest, winner)
-        most = tl.maximum(top, most)
-    tl.store(grid + (image * height + i) * width + j, winner, mask=j < width)
+MOST_VOTED = 32  # parts of a launch that also votes: with more, or gaps between rows, older compilers spill
+MOST_TURNS = 64  # of votes beside the pooling, at some 0.3 us each (not measured): a launch of its own takes as long
 
 
 def _flat(*maps: Tensor | None) -> bool:
@@ -317,9 +86,7 @@ def pool(features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, 
     row = config("part_pool", device, row_kind(features.dtype))
     flat = _flat(features, labels, weight)
     blocks = _blocks(row, channels, n_parts, flat)
-    tiles = batch * triton.cdiv(channels, blocks["BLOCK_D"]) * triton.cdiv(n_parts, blocks["BLOCK_K"])
-    # Partial sums are written and read: 8 K bytes a channel, against at least 256 K a channel of pixels.
-    chunk, splits = _split(pixels, blocks["BLOCK_P"], tiles, max(1024, 128 * n_parts), device)
+    tiles, chunk, splits = _cut(features, n_parts, blocks)
     sums, areas = pooled, area
     if splits > 1:
         sums = features.new_empty(splits, *pooled.shape, dtype=torch.float32)
@@ -338,6 +105,66 @@ def pool(features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, 
                 MEAN=mean, BLOCK_D=JOIN_D, BLOCK_K=blocks["BLOCK_K"],
             )  # fmt: skip
     return pooled.to(features.dtype), area
+
+
+def _cut(features: Tensor, parts: int, blocks: dict[str, int]) -> tuple[int, int, int]:
+    """(tiles, chunk, splits) of a forward pass: blocks of channels and parts, and `_split` of the pixels."""
+    batch, channels, height, width = features.shape
+    tiles = batch * triton.cdiv(channels, blocks["BLOCK_D"]) * triton.cdiv(parts, blocks["BLOCK_K"])
+    # Partial sums are written and read: 8 K bytes a channel, against at least 256 K a channel of pixels.
+    return tiles, *_split(height * width, blocks["BLOCK_P"], tiles, max(1024, 128 * parts), features.device)
+
+
+def pool_map(
+    features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, mean: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`pool` by the majority of id maps [B, H, W]: pooled, area, and that grid, int32 [B, h, w]."""
+    batch, channels, height, width = features.shape
+    row = config("part_pool", features.device, row_kind(features.dtype))
+    blocks = _blocks(row, channels, n_parts, n_parts <= 16)  # registers for more parts: half of the pixels too
+    pixels, (rows, columns) = height * width, labels.shape[1:]
+    tallest, widest = _longest(rows, height), _longest(columns, width)
+    votes = _grid_blocks(n_parts, widest, pixels, row.warps)
+    turns = triton.cdiv(pixels, votes["BLOCK_J"]) * triton.cdiv(n_parts, votes["BLOCK_V"])
+    flat = _flat(features, weight)
+    share = flat and _share(features, labels, n_parts, blocks, turns * tallest * triton.cdiv(widest, votes["BLOCK_X"]))
+    if not share:
+        grid = labels_to_grid(labels, height, width, n_parts, torch.int32)
+        return (*pool(features, grid, n_parts, weight, mean), grid)
+    groups = triton.cdiv(triton.cdiv(channels, blocks["BLOCK_D"]), share)
+    grid = labels.new_empty(groups, batch, height, width, dtype=torch.int32)
+    pooled = features.new_empty(batch, n_parts, channels, dtype=output_dtype(features.dtype))
+    area = features.new_empty(batch, n_parts, dtype=torch.float32)
+    with on_device_of(features):
+        map_kernel[(batch * groups,)](
+            features, labels, grid, features if weight is None else weight, pooled, area,
+            batch, channels, n_parts, pixels, width, share, rows, columns, height, tallest, widest,
+            *_strides(features, True), *labels.stride(), *_strides(weight, True),
+            MEAN=mean, WIDE=_wide(features, weight), WEIGHTED=weight is not None, UPCAST=interpreted(),
+            **blocks, **votes, **_map_row(row, architecture(features.device)).launch,
+        )  # fmt: skip
+    return pooled.to(features.dtype), area, grid[0]
+
+
+def _map_row(row: Row, arch: str) -> Row:
+    """The row for `map_kernel`: before sm_90 ptxas would spill 8 to 16 bytes for an occupancy of its own choice."""
+    return row._replace(registers=MOST_REGISTERS) if arch.startswith("sm_8") else row
+
+
+def _share(features: Tensor, labels: Tensor, parts: int, blocks: dict[str, int], turns: int) -> int:
+    """Blocks of channels that a program pools after it has voted; 0 where the votes are better a launch of their own.
+
+    As many blocks as leave enough programs to fill the device, since each program reads the ids of its image. The votes
+    go by themselves where that would read over a twentieth of the bytes of the features, where they take many turns,
+    where pixels are split among programs, and where parts are many. Rows without gaps between them alone come here.
+    """
+    batch, channels = features.shape[:2]
+    if not features.numel() or parts > MOST_VOTED or _cut(features, parts, blocks)[2] > 1:
+        return 0
+    d_blocks = triton.cdiv(channels, blocks["BLOCK_D"])
+    share = triton.cdiv(d_blocks, min(d_blocks, triton.cdiv(2 * processors(features.device), batch)))
+    again = (triton.cdiv(d_blocks, share) - 1) * labels.numel() * labels.element_size()
+    return 0 if turns > MOST_TURNS or 20 * again > features.numel() * features.element_size() else share
 
 
 def pool_backward(
@@ -372,27 +199,34 @@ def pool_backward(
     return empty if out is empty else empty.copy_(out)
 
 
-def labels_to_grid(labels: Tensor, height: int, width: int, n_parts: int) -> Tensor:
-    """int64 [B, height, width]: the majority id of each adaptive-pooling cell of labels [B, H, W]."""
+def labels_to_grid(labels: Tensor, height: int, width: int, n_parts: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    """[B, height, width]: the majority id of each adaptive-pooling cell of labels [B, H, W]."""
     batch, rows, columns = labels.shape
-    grid = labels.new_empty(batch, height, width, dtype=torch.int64)
-    if batch == 0:
+    grid = labels.new_empty(batch, height, width, dtype=dtype)
+    if not grid.numel():
         return grid
-    widest = triton.cdiv(columns, width) + 1
-    blocks = _grid_blocks(n_parts, widest, width)
+    cells, tallest, widest = height * width, _longest(rows, height), _longest(columns, width)
+    blocks = _grid_blocks(n_parts, widest, cells)
     with on_device_of(labels):
-        grid_kernel[(batch * height * triton.cdiv(width, blocks["BLOCK_J"]),)](
-            labels, grid, rows, columns, n_parts, height, width, widest, *labels.stride(), **blocks
-        )
+        grid_kernel[(batch * triton.cdiv(cells, blocks["BLOCK_J"]),)](
+            labels, grid, cells, rows, columns, n_parts, height, width, tallest, widest, *labels.stride(),
+            **blocks, **GRID.launch,
+        )  # fmt: skip
     return grid
 
 
-def _grid_blocks(parts: int, widest: int, width: int) -> dict[str, int]:
-    """A tile of votes [cells, pixels across, parts] of at most 2,048 counters."""
-    block_k = min(32, triton.next_power_of_2(parts))
-    block_x = min(64, triton.next_power_of_2(widest))
-    block_j = max(1, min(triton.next_power_of_2(width), 2048 // (block_k * block_x)))
-    return {"BLOCK_J": block_j, "BLOCK_X": block_x, "BLOCK_K": block_k}
+def _longest(length: int, cells: int) -> int:
+    """The most positions that one of the adaptive-pooling cells of a side covers, or one more."""
+    cells = max(1, cells)
+    return triton.cdiv(length, cells) + (length % cells > 0)
+
+
+def _grid_blocks(parts: int, widest: int, cells: int, warps: int = 4) -> dict[str, int]:
+    """A tile of votes [cells, pixels across, parts] of at most 512 counters a warp."""
+    block_v = min(32, triton.next_power_of_2(parts))
+    block_x = min(64, triton.next_power_of_2(max(1, widest)))
+    block_j = max(1, min(triton.next_power_of_2(cells), 512 * warps // (block_v * block_x)))
+    return {"BLOCK_J": block_j, "BLOCK_X": block_x, "BLOCK_V": block_v}
 
 
 def tune_cases(device: str = "cuda", pictures: int = 32, side: int = 64) -> Iterator[TuneCase]:
@@ -439,14 +273,24 @@ def aot_cases() -> Iterator[AotCase]:
                 for way, kernel in (("forward", forward_kernel), ("backward", backward_kernel)):
                     full = f"{name} {way} {kind} {order}"
                     yield _case(full, kernel, pointers, flags, size, row, archs, rare, tuned)
+                pointers |= {"grid": "*i32:16"}
+                if order == "gaps":
+                    continue
+                voted = min(parts, MOST_VOTED)
+                flags |= _blocks(row, 1024, voted, voted <= 16) | _grid_blocks(voted, 9, 49, row.warps)
+                for budget in sorted({_map_row(row, arch).registers for arch in archs}):
+                    full = f"{name} map {kind} {order}" + (f" {budget}" if budget != row.registers else "")
+                    some = tuple(arch for arch in archs if _map_row(row, arch).registers == budget)
+                    its = row._replace(registers=budget)
+                    yield _case(full, map_kernel, pointers, flags, size, its, some, rare, tuned)
     small = Row("fp32", {}, 4, 3, 0)  # what Triton takes where a launch says nothing
     for kind in ("fp32", "bf16", "fp16"):
         flags = fixed | {"BLOCK_D": JOIN_D, "BLOCK_K": MOST_PARTS}
         pointers = types | {"pooled": f"*{kind}:16"}
         yield _case(f"part_pool join {kind}", join_kernel, pointers, flags, "i32", small, rare=kind != "fp32")
     for cell, parts in ((9, 15), (65, 100)):
-        flags = _grid_blocks(parts, cell, 64) | {"l_x": 1}
-        yield _case(f"labels_to_grid {cell} {parts}", grid_kernel, types, flags, "i32", small)
+        flags = _grid_blocks(parts, cell, 4096) | {"l_x": 1}
+        yield _case(f"labels_to_grid {cell} {parts}", grid_kernel, types, flags, "i32", GRID)
 
 
 def _case(

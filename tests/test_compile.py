@@ -86,6 +86,10 @@ CALLS: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Tensor, ...]]]] = 
         lambda x, i, w: part_pool(x, i, 3, weight=w).pooled,
         (on_gpu(2, 4, 8, 8), ids_on_gpu(2, 8, 8), on_gpu(2, 8, 8)),
     ),
+    "part_pool of id maps": lambda: (
+        lambda x, i, w: part_pool(x, i, 3, weight=w).pooled,
+        (on_gpu(2, 4, 8, 8), ids_on_gpu(2, 20, 20), on_gpu(2, 8, 8)),
+    ),
     "labels_to_grid": lambda: (lambda i: labels_to_grid(i, (4, 4), 3), (ids_on_gpu(2, 8, 8),)),
     "assign_and_pool": lambda: (lambda x, c: assign_and_pool(x, c)[0], (on_gpu(2, 4, 8, 8), on_gpu(2, 3, 4))),
     "pivotal_mask, drawn": lambda: (

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from benchmarks.cases.common import DTYPES, TOLERANCES, compiled, generator, ours, sizes
 from benchmarks.timing import Answer, Case, Judge, Judged, Variant, distance
-from fgfast import part_pool
+from fgfast import labels_to_grid, part_pool
 from fgfast.reference import part_pool as reference
 
 K = 15
 ELEMENTS = 1 << 24  # of the reference, at a time
 
-Pool = Callable[[Tensor, Tensor], Tensor]  # features [B, D, h, w] and labels [B, h, w] to pooled [B, K, D]
+Pool = Callable[[Tensor, Tensor], Tensor]  # features [B, D, h, w] and labels [B, h, w] or [B, H, W] to pooled [B, K, D]
 
 
 class Maps(NamedTuple):
@@ -25,10 +25,16 @@ class Maps(NamedTuple):
     grad: Tensor
 
 
-def maps(b: int, d: int, side: int, dtype: torch.dtype, device: torch.device, seed: int) -> Maps:
+def maps(
+    b: int, d: int, side: int, dtype: torch.dtype, device: torch.device, seed: int, ids: int | None = None
+) -> Maps:
+    """``ids`` is the side of id maps of one byte; without it labels have the resolution of the features."""
     g = generator(device, seed)
     x = torch.randn(b, d, side, side, device=device, generator=g).to(dtype).requires_grad_()
-    labels = torch.randint(-1, K, (b, side, side), device=device, generator=g)
+    if ids is None:
+        labels = torch.randint(-1, K, (b, side, side), device=device, generator=g)
+    else:
+        labels = torch.randint(0, K, (b, ids, ids), device=device, generator=g, dtype=torch.uint8)
     return Maps(x, labels, torch.randn(b, K, d, device=device, generator=g).to(dtype))
 
 
@@ -53,8 +59,22 @@ def fgfast(backend: str) -> Pool:
     return lambda x, labels: part_pool(x, labels, K, backend=backend).pooled
 
 
+def by_grid(x: Tensor, labels: Tensor, backend: str) -> Tensor:
+    size = (x.shape[2], x.shape[3])
+    return part_pool(x, labels_to_grid(labels, size, K, backend=backend), K, backend=backend).pooled
+
+
+def eager_by_grid(x: Tensor, labels: Tensor) -> Tensor:
+    """One-hot, average pool, argmax, as DetCon does; every cell has votes."""
+    hot = F.one_hot(labels.long(), K).permute(0, 3, 1, 2).to(x.dtype)
+    return one_hot(x, F.adaptive_avg_pool2d(hot, (x.shape[2], x.shape[3])).argmax(1))
+
+
 def expected(m: Maps) -> Answer:
     """The reference in float64, images at a time."""
+    size = (m.features.shape[2], m.features.shape[3])
+    if m.labels.shape[1:] != size:
+        m = m._replace(labels=labels_to_grid(m.labels, size, K, backend="torch"))
     found = []
     step = max(1, ELEMENTS // m.features[:1].numel())
     for b in (slice(i, i + step) for i in range(0, len(m.features), step)):
@@ -86,11 +106,31 @@ def case(b: int, d: int, side: int, dtype: str, device: torch.device, quick: boo
     )  # fmt: skip
 
 
+def map_case(b: int, d: int, side: int, ids: int, dtype: str, device: torch.device) -> Case:
+    """From id maps: the votes in the same launch where they are few, against the grid first."""
+    backend, itemsize = ours(device), DTYPES[dtype].itemsize
+    features, pooled = b * d * side**2 * itemsize, b * K * d * itemsize
+    variants = (
+        Variant(f"fgfast {backend}", lambda: partial(step, pool=fgfast(backend))),
+        Variant(f"fgfast {backend}, grid first", lambda: partial(step, pool=partial(by_grid, backend=backend))),
+        Variant("eager one-hot, grid first", lambda: partial(step, pool=eager_by_grid)),
+    )
+    return Case(
+        "part_pool", sizes(B=b, D=d, N=side**2, H=ids, W=ids, K=K), dtype,
+        partial(maps, b, d, side, DTYPES[dtype], device, ids=ids), variants, judge, TOLERANCES[dtype],
+        bytes=2 * (features + pooled) + b * ids**2 + b * side**2 * 8 + b * K * 8, operations=4 * b * d * side**2,
+        input_bytes=features, quick=False,
+    )  # fmt: skip
+
+
 def cases(device: torch.device, tiny: bool = False) -> Iterator[Case]:
     if tiny:
         for dtype in ("fp32", "bf16"):
             yield case(2, 8, 5, dtype, device, True)
+        yield map_case(2, 8, 5, 20, "fp32", device)
         return
+    for ids in (56, 224):
+        yield map_case(320, 2048, 7, ids, "bf16", device)
     for dtype in ("bf16", "fp16", "fp32"):
         yield case(320, 2048, 7, dtype, device, dtype != "fp16")
         yield case(64, 1024, 56, dtype, device, dtype == "bf16")

@@ -11,7 +11,7 @@ from fgfast.data.loader import make_loader
 from fgfast.data.views import ViewSpec
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone
-from fgfast.ops.part_pool import labels_to_grid, part_pool
+from fgfast.ops.part_pool import part_pool
 
 
 @torch.no_grad()
@@ -98,5 +98,4 @@ class PartFeatures(nn.Module):
         """Features [B, K D] of pictures [B, 3, S, S] with id maps [B, S, S]."""
         size = (images.shape[-2], images.shape[-1])
         features = self.encoder.to_map(self.encoder.features(images), size)
-        grid = labels_to_grid(labels, (features.shape[-2], features.shape[-1]), self.n_parts)
-        return part_pool(features, grid, self.n_parts).pooled.flatten(1)
+        return part_pool(features, labels, self.n_parts).pooled.flatten(1)

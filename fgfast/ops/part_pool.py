@@ -76,6 +76,33 @@ def pool(features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, 
     return pooled.to(features.dtype), area
 
 
+def _cells(length: int, cells: int, device: torch.device) -> Tensor:
+    """[cells, length] float 0/1: which positions each adaptive-pooling cell covers."""
+    cell = torch.arange(cells, device=device)[:, None]
+    position = torch.arange(length, device=device)
+    start, end = cell * length // cells, -((-(cell + 1) * length) // cells)
+    return ((position >= start) & (position < end)).float()
+
+
+def _majority(labels: Tensor, height: int, width: int, n_parts: int, dtype: torch.dtype) -> Tensor:
+    """`labels_to_grid` by tiles of images."""
+    batch, rows, columns = labels.shape
+    grid = torch.empty(batch, height, width, dtype=dtype, device=labels.device)
+    if not grid.numel():
+        return grid
+    down, across = _cells(rows, height, labels.device), _cells(columns, width, labels.device).T
+    parts = torch.arange(n_parts, device=labels.device)[:, None, None]
+    images = max(1, TILE // max(1, n_parts * rows * columns))
+    with exact(labels.device):
+        for b in range(0, batch, images):
+            hot = (labels[b : b + images, None] == parts).float()  # [b, K, H, W]
+            votes = down @ (hot @ across)  # [b, K, h, w], whole numbers
+            most = votes.amax(1, keepdim=True)
+            first = torch.where(votes == most, parts, n_parts).amin(1)
+            grid[b : b + images] = torch.where(most[:, 0] > 0, first, -1)
+    return grid
+
+
 @torch.library.custom_op("fgfast::part_pool", mutates_args=())
 def _part_pool(
     features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, mean: bool, backend: str = "torch"
@@ -163,11 +190,12 @@ def is_pixel_major(features: Tensor) -> bool:
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     features, labels, _, weight, ctx.mean, ctx.backend = inputs
+    _, area, *grid = output
     ctx.pixel_major = is_pixel_major(features)
-    ctx.save_for_backward(labels, weight, output[1])
+    ctx.save_for_backward(*(grid or (labels,)), weight, area)
 
 
-def _backward(ctx, grad: Tensor, grad_area: Tensor):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad: Tensor, *_: Tensor | None):  # type: ignore[no-untyped-def]
     labels, weight, area = ctx.saved_tensors
     out = part_pool_backward(grad, labels, weight, area, ctx.mean, ctx.pixel_major, ctx.backend)
     return out, None, None, None, None, None
@@ -176,32 +204,68 @@ def _backward(ctx, grad: Tensor, grad_area: Tensor):  # type: ignore[no-untyped-
 _part_pool.register_autograd(_backward, setup_context=_setup)
 
 
-def _canonical(features: Tensor, labels: Tensor | None, weight: Tensor | None) -> tuple[Tensor, ...]:
-    """Views of features as [B, D, h, w] and of labels and weight as [B, h, w], shapes checked."""
+@torch.library.custom_op("fgfast::part_pool_map", mutates_args=())
+def _part_pool_map(
+    features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, mean: bool, backend: str = "torch"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pooled, area and the majority grid int32 [B, h, w] of labels [B, H, W]."""
+    if weight is not None:
+        check_weight(weight)
+    if backend == "triton":
+        from fgfast.kernels import part_pool as kernels
+
+        return kernels.pool_map(features, labels, n_parts, weight, mean)
+    grid = _majority(labels, features.shape[2], features.shape[3], n_parts, torch.int32)
+    with exact(features.device):
+        return (*pool(features, grid, n_parts, weight, mean), grid)
+
+
+@_part_pool_map.register_fake
+def _(
+    features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, mean: bool, backend: str = "torch"
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, channels, height, width = features.shape
+    return (
+        features.new_empty(batch, n_parts, channels),
+        features.new_empty(batch, n_parts, dtype=accumulation(features.dtype)),
+        labels.new_empty(batch, height, width, dtype=torch.int32),
+    )
+
+
+_part_pool_map.register_autograd(_backward, setup_context=_setup)
+
+
+def _canonical(features: Tensor, labels: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Views of features as [B, D, h, w], of labels and weight as [B, h, w], shapes checked; id maps stay [B, H, W]."""
     check_float("features", features)
-    if labels is not None:
-        check_integers("labels", labels)
+    check_integers("labels", labels)
     if weight is not None:
         check_float("weight", weight)
     if features.dim() == 4:
-        spatial = (features.shape[0], *features.shape[2:])
+        spatial, other = (features.shape[0], *features.shape[2:]), "give an id map [B, H, W] of each picture"
+        is_map = labels.dim() == 3 and labels.shape[0] == features.shape[0]
     elif features.dim() == 3:
-        spatial = tuple(features.shape[:2])
+        spatial, other, is_map = tuple(features.shape[:2]), "give features [B, D, h, w] to pool by id maps", False
         features = features.transpose(1, 2).unsqueeze(3)
     else:
         raise ValueError(f"features has shape {tuple(features.shape)}: give [B, D, h, w] or [B, N, D].")
-    for name, x in (("labels", labels), ("weight", weight)):
-        if x is None:
-            continue
-        if tuple(x.shape) != spatial:
+    shape = (features.shape[0], *features.shape[2:])
+    if not is_map:
+        if tuple(labels.shape) != spatial:
             raise ValueError(
-                f"{name} has shape {tuple(x.shape)} but the features have {spatial} pixels: make them agree."
+                f"labels has shape {tuple(labels.shape)} but the features have {spatial} pixels: make them agree, or "
+                f"{other}."
             )
-        check_device(name, x, features.device)
+        labels = labels.reshape(shape)
+    check_device("labels", labels, features.device)
     if weight is not None:
-        weight = weight.detach()
-    shape = (features.shape[0], features.shape[2], features.shape[3])
-    return tuple(x for x in (features, *(None if y is None else y.reshape(shape) for y in (labels, weight))))  # type: ignore[misc]
+        if tuple(weight.shape) != spatial:
+            raise ValueError(
+                f"weight has shape {tuple(weight.shape)} but the features have {spatial} pixels: make them agree."
+            )
+        check_device("weight", weight, features.device)
+        weight = weight.detach().reshape(shape)
+    return features, labels, weight
 
 
 def _check_parts(n_parts: int) -> None:
@@ -225,15 +289,19 @@ def part_pool(
     .. math:: pooled_{bk} = \frac{1}{area_{bk}} \sum_{p: labels_{bp} = k} w_{bp} f_{bp}, \quad
               area_{bk} = \sum_{p: labels_{bp} = k} w_{bp}
 
+    Labels of another resolution than the features, id maps [B, H, W], are first taken to it by majority, as by
+    `labels_to_grid`; gradients and area are those of that grid.
+
     What stands under label -1 (or any other id outside 0..n_parts-1) or weight 0, NaN included, reaches nothing; a
     non-finite feature of a part reaches that part alone. Sums are float32 (float64 for float64): the error of a mean is
     about area x 6e-8 times the mean absolute value at worst, then one rounding to the dtype of the features.
 
     Args:
         features: float [B, D, h, w] or [B, N, D], any strides, read where they lie. Gets a gradient.
-        labels: integer [B, h, w] or [B, N] in 0..n_parts-1, or -1 for no part (on a GPU any other id is no part too).
+        labels: integer [B, h, w] or [B, N], or for features [B, D, h, w] an id map [B, H, W] of any size; in
+            0..n_parts-1, or -1 for no part (on a GPU any other id is no part too).
         n_parts: K, the number of parts, at least 1.
-        weight: float, the shape of labels, not negative. Gets no gradient.
+        weight: float [B, h, w] or [B, N], the pixels of the features, not negative. Gets no gradient.
         reduce: "mean", or "sum" for the sum without the division.
         deterministic: every path sums in a fixed order either way.
         backend: "triton", "torch" or "reference"; strict. None follows `use_backend`.
@@ -254,6 +322,9 @@ def part_pool(
         >>> pool = part_pool(features, torch.tensor([[1, 1, -1]]), 2)
         >>> pool.pooled.tolist(), pool.area.tolist()
         ([[[0.0, 0.0], [2.0, 1.0]]], [[0.0, 2.0]])
+        >>> ids = torch.tensor([[[0, 0, 1, 1], [0, 1, 1, -1]]])  # two cells of 2 x 2: parts 0 and 1
+        >>> part_pool(torch.tensor([[[[5.0, 7.0]]]]), ids, 2).pooled.tolist()
+        [[[5.0], [7.0]]]
 
     Source: mask pooling of DetCon (Henaff et al., ICCV 2021).
     """
@@ -261,25 +332,21 @@ def part_pool(
     if reduce not in ("mean", "sum"):
         raise ValueError(f"reduce is {reduce!r}: choose 'mean' or 'sum'.")
     x, ids, w = _canonical(features, labels, weight)
+    size = (x.shape[2], x.shape[3])
+    is_map = tuple(ids.shape[1:]) != size
     check_ids(labels, n_parts)
     chosen = resolve("part_pool", backend, preference("part_pool", x))
     if chosen == "reference":
         if w is not None and not torch.compiler.is_compiling():
             check_weight(w)
+        ids = reference.labels_to_grid(ids, size, n_parts) if is_map else ids
         flat = None if w is None else w.flatten(1)
         return PartPool(*reference.part_pool(x.flatten(2).transpose(1, 2), ids.flatten(1), n_parts, flat, reduce))
     if chosen == "triton":
         check_triton("features", x)
-    pooled, area = _part_pool(x, ids, n_parts, w, reduce == "mean", chosen)
+    run = _part_pool_map if is_map else _part_pool
+    pooled, area, *_ = run(x, ids, n_parts, w, reduce == "mean", chosen)
     return PartPool(pooled, area.detach().float())
-
-
-def _cells(length: int, cells: int, device: torch.device) -> Tensor:
-    """[cells, length] float 0/1: which positions each adaptive-pooling cell covers."""
-    cell = torch.arange(cells, device=device)[:, None]
-    position = torch.arange(length, device=device)
-    start, end = cell * length // cells, -((-(cell + 1) * length) // cells)
-    return ((position >= start) & (position < end)).float()
 
 
 @torch.library.custom_op("fgfast::labels_to_grid", mutates_args=())
@@ -288,19 +355,7 @@ def _labels_to_grid(labels: Tensor, height: int, width: int, n_parts: int, backe
         from fgfast.kernels import part_pool as kernels
 
         return kernels.labels_to_grid(labels, height, width, n_parts)
-    batch, rows, columns = labels.shape
-    grid = torch.empty(batch, height, width, dtype=torch.int64, device=labels.device)
-    down, across = _cells(rows, height, labels.device), _cells(columns, width, labels.device).T
-    parts = torch.arange(n_parts, device=labels.device)[:, None, None]
-    images = max(1, TILE // max(1, n_parts * rows * columns))
-    with exact(labels.device):
-        for b in range(0, batch, images):
-            hot = (labels[b : b + images, None] == parts).float()  # [b, K, H, W]
-            votes = down @ (hot @ across)  # [b, K, h, w], whole numbers
-            most = votes.amax(1, keepdim=True)
-            first = torch.where(votes == most, parts, n_parts).amin(1)
-            grid[b : b + images] = torch.where(most[:, 0] > 0, first, -1)
-    return grid
+    return _majority(labels, height, width, n_parts, torch.int64)
 
 
 @_labels_to_grid.register_fake

@@ -125,6 +125,9 @@ CALLS: dict[str, Callable[[], object]] = {
         torch.randn(2, 130, 20, 20).to(HALF), torch.randint(0, 10, (2, 20, 20)), 10, weight=torch.rand(2, 20, 20)
     ),
     "part_pool, one picture": lambda: pool(torch.randn(1, 16, 90, 90), torch.randint(0, 10, (1, 90, 90)), 10),
+    "part_pool, id maps": lambda: pool(
+        torch.randn(2, 130, 7, 7).to(HALF), torch.zeros(2, 14, 14, dtype=torch.uint8), 10, weight=torch.rand(2, 7, 7)
+    ),
     "part_pool, many": lambda: pool(torch.randn(2, 400, 70), torch.randint(0, 300, (2, 400)), 300, reduce="sum"),
     "labels_to_grid": lambda: fgfast.labels_to_grid(torch.zeros(2, 40, 40, dtype=torch.uint8), (10, 10), 100),
     "assign_and_pool": lambda: fgfast.assign_and_pool(torch.randn(2, 130, 9, 9).to(HALF), torch.randn(2, 10, 130)),

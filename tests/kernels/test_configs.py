@@ -55,7 +55,7 @@ def test_every_kernel_and_every_default_row_is_compiled():
     cases = [aot.cases(module)[name] for module, name, _ in jobs]
     kernels, ways = {case.kernel.__name__ for case in cases}, ("forward", "gradient")
     assert kernels == {
-        "forward_kernel", "backward_kernel", "join_kernel", "grid_kernel",
+        "forward_kernel", "backward_kernel", "join_kernel", "map_kernel", "grid_kernel",
         "step", "assign", "sum_pixels", "reduce_rows", "prepare_centroids", "_update", "_plus_plus",
         "prepare", "forward", "join", "gradient", "finish", "perturb_kernel",
         "score", "sums", "move", "grams", "squares", "rows",

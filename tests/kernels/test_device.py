@@ -31,6 +31,13 @@ def part_pool(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     return pooled.detach(), area, *torch.autograd.grad(pooled.float().square().sum(), x)
 
 
+def pool_map(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    x = x.detach().requires_grad_()
+    labels = (y[:, :4].reshape(len(y), 12, -1).float() * 2).round().long().clamp(-1, 3)
+    pooled, area = fgfast.part_pool(x, labels, 4, backend="triton")
+    return pooled.detach(), area, *torch.autograd.grad(pooled.float().square().sum(), x)
+
+
 def grid(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     labels = (x[:, 0].float() * 2).round().long().clamp(-1, 3)
     return (fgfast.labels_to_grid(labels, 3, 4, backend="triton"),)
@@ -60,7 +67,7 @@ def perturb(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
 
 
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
-    f.__name__: f for f in (contrast, part_pool, grid, step, kmeans, pyramid, assign_and_pool, perturb)
+    f.__name__: f for f in (contrast, part_pool, pool_map, grid, step, kmeans, pyramid, assign_and_pool, perturb)
 }
 
 
@@ -139,7 +146,7 @@ def far_apart(x: Tensor) -> Iterator[Tensor]:
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize("name", ["part_pool", "step", "kmeans", "pyramid", "assign_and_pool"])
+@pytest.mark.parametrize("name", ["part_pool", "pool_map", "step", "kmeans", "pyramid", "assign_and_pool"])
 def test_strides_beyond_32_bits(name: str) -> None:
     """Offsets into a tensor of 5 GB are right (those of the contrast: tests/kernels/test_contrast.py)."""
     x, y = inputs(0, torch.float16)

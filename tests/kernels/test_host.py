@@ -55,6 +55,8 @@ def call_pool(dtype, mean, weighted):
     x, labels, weight = floats(2, 70, 20, 20, dtype=dtype), integers(2, 20, 20), floats(2, 20, 20) if weighted else None
     pooled, area = part_pool.pool(x, labels, 10, weight, mean)
     part_pool.pool_backward(pooled, labels, weight, area, mean, torch.empty_like(x))
+    for side in (25, 200):  # one launch and two
+        part_pool.pool_map(x, integers(2, side, side), 10, weight, mean)
     part_pool.labels_to_grid(labels, 5, 5, 10)
     assign_and_pool.assign_and_pool(x, floats(2, 10, 70), weight, "cosine" if mean else "euclidean")
 

@@ -7,6 +7,7 @@ times the area. A gradient is one quotient and one product: three roundings.
 
 import math
 import os
+from itertools import product
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ pytest.importorskip("triton")
 
 import fgfast
 from fgfast import labels_to_grid, part_pool
-from fgfast.ops.part_pool import _labels_to_grid, _part_pool, part_pool_backward
+from fgfast.ops.part_pool import _labels_to_grid, _part_pool, _part_pool_map, part_pool_backward
 from fgfast.reference import part_pool as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,19 +43,26 @@ def ordered(x, order):
 
 
 @st.composite
-def problems(draw):
-    """Features, labels, weight, K, reduce: odd sizes, empty parts, one part, one image, everything excluded."""
+def problems(draw, maps=False):
+    """Features, labels, weight, K, reduce: odd sizes, empty parts, one part, one image, everything excluded.
+
+    ``maps`` gives id maps of any size and integer dtype for labels.
+    """
     batch, channels = draw(st.integers(1, 3)), draw(st.sampled_from([1, 5, 16, 33, 150]))
     height, width = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     n_parts = draw(st.sampled_from([1, 2, 7, 16, 33, 70]))
     dtype = draw(st.sampled_from(list(UNIT)))
     g = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     x = ordered(torch.randn(batch, channels, height, width, generator=g).to(dtype), draw(st.sampled_from(ORDERS)))
-    labels = torch.randint(-1, n_parts, (batch, height, width), generator=g)
+    size = (draw(st.integers(1, 40)), draw(st.integers(1, 40))) if maps else (height, width)
+    labels = torch.randint(-1, n_parts, (batch, *size), generator=g)
     if draw(st.booleans()):
         labels[0] = -1
     if draw(st.booleans()):
         labels = ordered(labels[:, None].float(), "sliced").nan_to_num(-1).long()[:, 0]
+    if maps:  # -1 is 255 in uint8
+        labels = labels.to(draw(st.sampled_from([torch.uint8, torch.int16, torch.int32, torch.int64])))
+        labels = labels.mT.contiguous().mT if draw(st.booleans()) else labels
     weight = None
     if draw(st.booleans()):
         weight = torch.rand(batch, height, width, generator=g) * (torch.rand(batch, height, width, generator=g) > 0.3)
@@ -66,6 +74,8 @@ def problems(draw):
 
 def truth(x, labels, n_parts, weight, reduce):
     """Pooled and area in float64, and the same of |x|: the scale of the error."""
+    if labels.shape[1:] != x.shape[2:]:
+        labels = reference.labels_to_grid(labels, tuple(x.shape[2:]), n_parts)
     w = None if weight is None else weight.flatten(1).double()
     flat = x.double().flatten(2).transpose(1, 2)
     pooled, area = reference.part_pool(flat, labels.flatten(1), n_parts, w, reduce)
@@ -76,8 +86,8 @@ def within(actual, exact, bound):
     assert ((actual.double() - exact).abs() <= bound).all(), float(((actual.double() - exact).abs() - bound).max())
 
 
-@settings(max_examples=30, deadline=None)
-@given(problems())
+@settings(max_examples=60, deadline=None)
+@given(problems() | problems(maps=True))
 def test_forward_and_backward_equal_the_reference(problem):
     x, labels, weight, n_parts, reduce = problem
     wide = x.double().requires_grad_()
@@ -85,7 +95,7 @@ def test_forward_and_backward_equal_the_reference(problem):
     x = x.detach().requires_grad_()
     out = part_pool(x, labels, n_parts, weight=weight, reduce=reduce, backend="triton")
     assert out.pooled.dtype == x.dtype
-    pixels, unit = labels[0].numel(), UNIT[x.dtype]
+    pixels, unit = x[0, 0].numel(), UNIT[x.dtype]
     summed = (pixels + 2) * 2.0**-23 * size
     within(out.pooled, pooled, summed + unit * (pooled.abs() + summed) + TINY[x.dtype])
     within(out.area, area.double(), (pixels + 2) * 2.0**-23 * area.double())
@@ -98,8 +108,8 @@ def test_forward_and_backward_equal_the_reference(problem):
     within(grad, expected, ((pixels + 5) * 2.0**-23 + unit) * expected.abs() + TINY[x.dtype])
 
 
-@settings(max_examples=15, deadline=None)
-@given(problems(), st.sampled_from([math.nan, math.inf, -math.inf]), st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+@given(problems() | problems(maps=True), st.sampled_from([math.nan, math.inf, -math.inf]), st.integers(0, 10**6))
 def test_a_non_finite_pixel_reaches_its_own_part_alone(problem, value, seed):
     x, labels, weight, n_parts, reduce = problem
     g = torch.Generator().manual_seed(seed)
@@ -138,6 +148,12 @@ def test_labels_of_any_integer_dtype_and_ids_that_are_no_part(dtype):
         assert torch.equal(a, b)
     grid = torch.ops.fgfast.labels_to_grid
     assert torch.equal(grid(odd, 3, 3, 4, "triton"), grid(labels, 3, 3, 4))
+    for a, b in zip(
+        torch.ops.fgfast.part_pool_map(x[:, :, :3, :3], odd, 4, None, True, "triton"),
+        torch.ops.fgfast.part_pool_map(x[:, :, :3, :3], labels, 4, None, True),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
@@ -167,35 +183,43 @@ def test_offsets_of_64_bits_give_the_same_numbers(monkeypatch):
 
     assert kernels._wide(torch.empty_strided((1, 2, 3, 3), (0, 2**31, 3, 1), device="meta"))
     x = torch.randn(2, 20, 7, 5, device=DEVICE)
-    labels = torch.randint(-1, 5, (2, 7, 5), device=DEVICE)
     results = []
     for wide in (False, True):
         monkeypatch.setattr(kernels, "_wide", lambda *_, wide=wide: wide)
-        for y in (x.clone(), x.mT.contiguous().mT):
-            out = part_pool(y.requires_grad_(), labels, 5, backend="triton")
+        for y, scale in product((x.clone(), x.mT.contiguous().mT), (1, 2)):
+            labels = torch.arange(70 * scale**2, device=DEVICE).view(2, 7 * scale, 5 * scale) % 7 - 1
+            out = part_pool(y.requires_grad_(), labels.clamp(max=4), 5, backend="triton")
             results.append((*out, *torch.autograd.grad(out.pooled.square().sum(), y)))
-    for a, b in zip(results[:2], results[2:], strict=True):
+    for a, b in zip(results[:4], results[4:], strict=True):
         assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
 def test_two_runs_agree_to_the_bit():
     x = torch.randn(2, 40, 30, 30, device=DEVICE, requires_grad=True)
-    labels = torch.randint(-1, 9, (2, 30, 30), device=DEVICE)
-    a, b = (part_pool(x, labels, 9, backend="triton") for _ in range(2))
-    assert torch.equal(a.pooled, b.pooled)
-    assert torch.equal(*(torch.autograd.grad(y.pooled.square().sum(), x)[0] for y in (a, b)))
+    for size in ((2, 30, 30), (2, 60, 60)):
+        labels = torch.randint(-1, 9, size, device=DEVICE)
+        a, b = (part_pool(x, labels, 9, backend="triton") for _ in range(2))
+        assert torch.equal(a.pooled, b.pooled)
+        assert torch.equal(*(torch.autograd.grad(y.pooled.square().sum(), x)[0] for y in (a, b)))
 
 
+@pytest.mark.parametrize("size", [None, (8, 5), (0, 5)], ids=str)
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3), (2, 0, 3, 3)], ids=str)
-def test_empty_input(shape):
+def test_empty_input(shape, size):
     x = torch.zeros(shape, device=DEVICE, requires_grad=True)
-    labels = torch.zeros(shape[0], *shape[2:], dtype=torch.int64, device=DEVICE)
+    labels = torch.zeros(shape[0], *(size or shape[2:]), dtype=torch.int64, device=DEVICE)
     out = part_pool(x, labels, 3, backend="triton")
     expected = part_pool(x, labels, 3, backend="torch")
     assert torch.equal(out.pooled, expected.pooled)
     assert torch.equal(out.area, expected.area)
     out.pooled.sum().backward()
     assert x.grad.shape == shape
+
+
+def test_an_empty_id_map_has_no_part():
+    x, labels = torch.ones(2, 4, 3, 3, device=DEVICE), torch.zeros(2, 0, 5, dtype=torch.int64, device=DEVICE)
+    out = part_pool(x, labels, 3, backend="triton")
+    assert out.pooled.abs().sum() == out.area.sum() == 0
 
 
 @settings(max_examples=25, deadline=None)
@@ -223,6 +247,8 @@ def test_opcheck():
     weight = torch.rand(2, 3, 2, device=DEVICE)
     for y in (x, x.contiguous(memory_format=torch.channels_last)):
         opcheck(_part_pool, (y.requires_grad_(), labels, 3, weight, True, "triton"))
+        opcheck(_part_pool_map, (y, labels.repeat(1, 2, 3), 3, weight, True, "triton"))
+        opcheck(_part_pool_map, (y, labels[:, :2], 80, None, False, "triton"))
     grad, area = torch.randn(2, 3, 3, device=DEVICE), torch.rand(2, 3, device=DEVICE)
     for pixel_major in (False, True):
         opcheck(part_pool_backward, (grad, labels, weight, area, True, pixel_major, "triton"))
@@ -234,7 +260,8 @@ def test_compile_gives_the_same_numbers():
     labels = torch.randint(-1, 3, (2, 6, 4), device=DEVICE)
 
     def run(x):
-        return part_pool(x, labels_to_grid(labels, (6, 4), 3, backend="triton"), 3, backend="triton").pooled.square()
+        pooled = part_pool(x, labels_to_grid(labels, (6, 4), 3, backend="triton"), 3, backend="triton").pooled
+        return pooled.square() + part_pool(x, labels.repeat(1, 2, 2), 3, backend="triton").pooled
 
     eager, compiled = run(x), torch.compile(run, fullgraph=True, backend="aot_eager")(x)
     assert torch.equal(eager, compiled)
@@ -295,6 +322,46 @@ def test_traffic_is_near_the_fewest_bytes(shape, weighted, launches, dtype, orde
 
 
 @interpreted
+@pytest.mark.parametrize("order", ["rows", "channels"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(56, 56), (50, 45)], ids=str)
+def test_a_launch_that_votes_reads_ids_and_features_once(size, dtype, order):
+    """One group of channel blocks an image: four processors and eight images."""
+    from fgfast.testing import checked, fewest
+
+    x = ordered(torch.randn(8, 256, 14, 14).to(dtype), order)
+    labels = torch.randint(0, 8, (8, *size), dtype=torch.uint8)
+    with checked(x, labels) as traffic:
+        out = part_pool(x, labels, 8, backend="triton")
+    assert (traffic.launches, traffic.programs) == (1, 8)
+    grid = torch.empty(8, 14, 14, dtype=torch.int32)
+    assert traffic.bytes <= 1.10 * fewest(x, labels, torch.empty(out.pooled.shape), out.area, grid)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("shape", "size", "n_parts", "launches"),
+    [
+        ((2, 300, 7, 7), (12, 14), 9, 1),
+        ((2, 300, 7, 7), (12, 14), 33, 2),  # many parts
+        ((2, 300, 7, 7), (35, 35), 9, 2),  # several groups of channels would read many ids each
+        ((8, 33, 14, 14), (140, 140), 9, 2),  # so many turns of voting that a launch of its own is quicker
+        ((1, 33, 56, 56), (60, 60), 2, 3),  # pixels are split among programs
+    ],
+)
+def test_votes_join_the_launch_that_pools_where_they_are_few(shape, size, n_parts, launches):
+    from fgfast.testing import checked
+
+    x, labels = torch.randn(shape), torch.randint(-1, n_parts, (shape[0], *size))
+    with checked(x, labels) as traffic:
+        out = part_pool(x, labels, n_parts, backend="triton")
+    assert traffic.launches == launches
+    expected = part_pool(x, labels, n_parts, backend="torch")
+    torch.testing.assert_close(out.pooled, expected.pooled)
+    assert torch.equal(out.area, expected.area)
+
+
+@interpreted
 def test_grid_reads_the_id_map_once():
     from fgfast.testing import checked, fewest
 
@@ -306,8 +373,8 @@ def test_grid_reads_the_id_map_once():
 
 
 @interpreted
-@settings(max_examples=15, deadline=None)
-@given(problems())
+@settings(max_examples=30, deadline=None)
+@given(problems() | problems(maps=True))
 def test_no_stray_access_and_no_race(problem):
     from fgfast.testing import checked
 

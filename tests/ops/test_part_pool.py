@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from fgfast.ops.part_pool import _labels_to_grid, _part_pool, labels_to_grid, part_pool, part_pool_backward
+from fgfast.ops.part_pool import (
+    _labels_to_grid,
+    _part_pool,
+    _part_pool_map,
+    labels_to_grid,
+    part_pool,
+    part_pool_backward,
+)
 from fgfast.reference import part_pool as reference
 
 # (B, D, h, w, K): odd sizes, one pixel, one channel, no image, no pixel
@@ -69,6 +76,30 @@ def test_gradient_equals_reference_in_every_layout(shape, reduce):
         assert torch.equal(grad == 0, expected == 0)
 
 
+# (H, W): whole cells, ragged ones, smaller than the features, longer one way and shorter the other, nothing
+@pytest.mark.parametrize("size", [(14, 18), (17, 11), (2, 3), (3, 20), (0, 4)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_id_maps_of_another_size_are_taken_to_the_features_by_majority(shape, size):
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(-1, shape[-1], (shape[0], *size), generator=g).mT.contiguous().mT
+    x, _, weight = make(shape, torch.float32)
+    grid = reference.labels_to_grid(labels, tuple(x.shape[2:]), shape[-1])
+    wide = x.double().requires_grad_()
+    pooled, area = truth(wide, grid, shape[-1], weight)
+    cotangent = torch.randn_like(pooled)
+    (expected,) = torch.autograd.grad(pooled, wide, cotangent)
+    for y in layouts(x):
+        y.requires_grad_()
+        out = part_pool(y, labels, shape[-1], weight=weight)
+        torch.testing.assert_close(out.pooled.double(), pooled, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out.area, area)
+        (grad,) = torch.autograd.grad(out.pooled, y, cotangent.float())
+        torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-6)
+    same = part_pool(wide, labels, shape[-1], weight=weight, backend="reference")
+    assert torch.equal(same.pooled, pooled)
+    assert torch.equal(same.area, area)
+
+
 def test_pixels_before_channels_equals_channels_before_pixels():
     x, labels, weight = make(SHAPES[0])
     a = part_pool(x, labels, 4, weight=weight)
@@ -96,7 +127,8 @@ def test_tiles_join_without_a_seam(monkeypatch):
 def test_gradcheck(reduce, layout):
     x, labels, weight = make((2, 3, 3, 2, 3))
     x = x.contiguous(memory_format=layout).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: part_pool(x, labels, 3, weight=weight, reduce=reduce).pooled, x)
+    for ids in (labels, labels.repeat(1, 2, 3)):
+        assert torch.autograd.gradcheck(lambda x, ids=ids: part_pool(x, ids, 3, weight=weight, reduce=reduce).pooled, x)
 
 
 def test_opcheck():
@@ -104,6 +136,8 @@ def test_opcheck():
     for y in (x, x.contiguous(memory_format=torch.channels_last)):
         opcheck(_part_pool, (y.requires_grad_(), labels, 3, weight, True))
         opcheck(_part_pool, (y.detach(), labels, 3, None, False))
+        opcheck(_part_pool_map, (y, labels.repeat(1, 2, 3), 3, weight, True))
+        opcheck(_part_pool_map, (y.detach(), labels[:, :2], 3, None, False))
     grad, area = torch.randn(2, 3, 3), torch.rand(2, 3)
     for pixel_major in (False, True):
         opcheck(part_pool_backward, (grad, labels, weight, area, True, pixel_major))
@@ -116,7 +150,8 @@ def test_compile_gives_the_same_numbers():
     def run(x, labels, weight):
         small = labels_to_grid(labels, (3, 2), 3)
         coarse = part_pool(torch.nn.functional.avg_pool2d(x, 2), small, 3).pooled
-        return part_pool(x, labels, 3, weight=weight).pooled + coarse
+        fine = part_pool(x, labels.repeat(1, 2, 2), 3).pooled
+        return part_pool(x, labels, 3, weight=weight).pooled + coarse + fine
 
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     eager, compiled = run(a, labels, weight), torch.compile(run, fullgraph=True, backend="aot_eager")(b, labels, weight)
@@ -197,6 +232,8 @@ def test_integer_dtypes_of_labels_agree(dtype):
     same = torch.where(labels < 0, 255, labels) if dtype == torch.uint8 else labels  # uint8 has no -1
     assert torch.equal(part_pool(x, same.to(dtype), 4).pooled, part_pool(x, labels, 4).pooled)
     assert torch.equal(labels_to_grid(same.to(dtype), 3, 4), labels_to_grid(labels, 3, 4))
+    small = x[..., :3, :3]
+    assert torch.equal(part_pool(small, same.to(dtype), 4).pooled, part_pool(small, labels, 4).pooled)
 
 
 @settings(max_examples=60, deadline=None)
@@ -242,6 +279,22 @@ def test_bad_input_is_named(change, error, word, backend):
     given = {"features": torch.ones(1, 4, 2), "labels": torch.zeros(1, 4, dtype=torch.int64), "n_parts": 2} | change
     with pytest.raises(error, match=word):
         part_pool(**given, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ({"labels": torch.zeros(3, 8, 8, dtype=torch.int64)}, "labels has shape .3, 8, 8.* id map .B, H, W. of each"),
+        ({"features": torch.ones(2, 16, 5)}, "labels has shape .2, 8, 8.* give features .B, D, h, w."),
+        ({"labels": torch.zeros(2, 64, dtype=torch.int64)}, "labels has shape .2, 64.* make them agree"),
+        ({"weight": torch.ones(2, 8, 8)}, "weight has shape .2, 8, 8.* make them agree"),
+    ],
+    ids=["pictures", "pixels before channels", "no rows", "weight"],
+)
+def test_id_maps_that_do_not_fit_are_named(change, remedy):
+    labels = torch.zeros(2, 8, 8, dtype=torch.int64)
+    with pytest.raises(ValueError, match=remedy):
+        part_pool(**{"features": torch.ones(2, 5, 4, 4), "labels": labels, "n_parts": 2} | change)
 
 
 def test_an_unknown_backend_is_an_error():
