@@ -57,7 +57,7 @@ def test_every_kernel_and_every_default_row_is_compiled():
     assert kernels == {
         "forward_kernel", "backward_kernel", "join_kernel", "map_kernel", "grid_kernel",
         "step", "assign", "sum_pixels", "reduce_rows", "prepare_centroids", "_update", "_plus_plus",
-        "prepare", "forward", "join", "gradient", "finish", "perturb_kernel",
+        "prepare", "forward", "join", "gradient", "inner", "finish", "perturb_kernel",
         "score", "sums", "move", "grams", "squares", "rows",
     }  # fmt: skip
     names = [case.name.split() for case in cases]
