@@ -41,12 +41,13 @@ def places(
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     if FLAT:
-        base = x_ptr + start * stride_x
+        base = x_ptr + start.to(tl.int64) * stride_x
         offsets = (n * stride_x)[:, None] + (d * stride_d)[None, :]
     else:
         n = start + n
         base = x_ptr
-        offsets = ((n // WIDTH) * stride_y + (n % WIDTH) * stride_x)[:, None] + (d.to(tl.int64) * stride_d)[None, :]
+        row, column = (n // WIDTH).to(tl.int64), (n % WIDTH).to(tl.int64)
+        offsets = (row * stride_y + column * stride_x)[:, None] + (d.to(tl.int64) * stride_d)[None, :]
     return base, offsets
 
 
@@ -205,7 +206,7 @@ def assign(
     inertia = tl.zeros([BLOCK_N], tl.float32)
     changed = tl.zeros([BLOCK_N], tl.int32)
     for tile in range(TURNS):
-        start = (split * TURNS + tile) * BLOCK_N
+        start = (split * TURNS + tile).to(tl.int32) * BLOCK_N
         n = start + tl.arange(0, BLOCK_N)
         inside = n < N
         base, offsets = places(x_ptr + b * stride_b, start, WIDTH, stride_d, stride_y, stride_x, FLAT, BLOCK_N, BLOCK_D)
@@ -262,7 +263,7 @@ def sum_pixels(
     sums = tl.zeros([BLOCK_S, BLOCK_K], tl.float32)
     counts = tl.zeros([BLOCK_K], tl.float32)
     for tile in range(TURNS):
-        start = (split * TURNS + tile) * BLOCK_N
+        start = (split * TURNS + tile).to(tl.int32) * BLOCK_N
         n = start + tl.arange(0, BLOCK_N)
         inside = n < N
         base, offsets = places(x_ptr + b * stride_b, start, WIDTH, stride_d, stride_y, stride_x, FLAT, BLOCK_N, BLOCK_S)

@@ -144,12 +144,12 @@ def moved(
         divisor = tl.where(full, count, 1.0)
         if COSINE:
             square = tl.zeros([BLOCK_K], tl.float32)
-            for first in range(0, DP, BLOCK_D):
+            for first in range(0, D, BLOCK_D):
                 total = centroids_tile(sums_ptr, k, first + e, K, D, D, 1)
                 square += tl.sum(total * total, 0)
             divisor = tl.maximum(tl.sqrt(square), EPS)
         bias = tl.zeros([BLOCK_K], tl.float32)
-        for first in range(0, DP, BLOCK_D):
+        for first in range(0, D, BLOCK_D):
             d = first + e
             before = centroids_tile(c_ptr, k, d, K, D, D, 1)
             means = centroids_tile(sums_ptr, k, d, K, D, D, 1) / divisor[None, :]

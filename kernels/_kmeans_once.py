@@ -23,7 +23,8 @@ def step(
     """Labels, partial sums, counts and inertia; with LLOYD also distances, and how many labels changed.
 
     A program that has a whole problem makes m, bias and mu of the centroids c before (PREPARE), or moves the centroids
-    after (MOVE), BLOCK_C channels at a time. Barriers: its threads read what others of them wrote.
+    after (MOVE; then nobody asks for the inertia), BLOCK_C channels at a time. Barriers: its threads read what others
+    of them wrote.
     """
     program = tl.program_id(0).to(tl.int64)
     b, split = program // SPLITS, program % SPLITS
@@ -47,7 +48,7 @@ def step(
     inertia = tl.zeros([BLOCK_N], tl.float32)
     changed = tl.zeros([BLOCK_N], tl.int32)
     for tile in range(TURNS):
-        start = (split * TURNS + tile) * BLOCK_N
+        start = (split * TURNS + tile).to(tl.int32) * BLOCK_N
         n = start + tl.arange(0, BLOCK_N)
         inside = n < N
         base, offsets = places(x_ptr + b * stride_b, start, WIDTH, stride_d, stride_y, stride_x, FLAT, BLOCK_N, BLOCK_D)
@@ -76,7 +77,8 @@ def step(
             updated += (added(sums[i], tl.trans(x), match, scale, UNIT, PRECISION, UPCAST),)  # type: ignore[assignment]
         sums = updated
         counts += tl.sum(tl.where(match, w[:, None], 0.0), 0)
-        inertia += tl.where(lost, float("nan"), tl.where(kept, w * near, 0.0))
+        if not MOVE:
+            inertia += tl.where(lost, float("nan"), tl.where(kept, w * near, 0.0))
         if LLOYD:
             changed += (inside & (tl.load(labels_ptr + b * N + n, inside, other=-1) != label)).to(tl.int32)
             tl.store(near_ptr + b * N + n, tl.where(kept, near, -1.0), inside)
@@ -92,14 +94,14 @@ def step(
     if ATOMIC:
         tl.atomic_add(counts_ptr + row * K + k, counts, k < K, sem="relaxed")
         tl.atomic_add(inertia_ptr + row, tl.sum(inertia, 0), sem="relaxed")
+        if LLOYD:
+            tl.atomic_add(changed_ptr + row, tl.sum(changed, 0), sem="relaxed")
     else:
         tl.store(counts_ptr + row * K + k, counts, k < K)
-        tl.store(inertia_ptr + row, tl.sum(inertia, 0))
-    if LLOYD:
-        if ATOMIC:
-            tl.atomic_add(changed_ptr + row, tl.sum(changed, 0), sem="relaxed")
-        else:
-            tl.store(changed_ptr + row, tl.sum(changed, 0))
+        if not MOVE:
+            tl.store(inertia_ptr + row, tl.sum(inertia, 0))
+            if LLOYD:
+                tl.store(changed_ptr + row, tl.sum(changed, 0))
     if MOVE:
         tl.debug_barrier()
         moved(

@@ -33,7 +33,7 @@ def power(n: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(n))
 
 
-STEP_BLOCKS = ("BLOCK_N", "BLOCK_D", "BLOCK_S", "BLOCK_K", "CHUNKS")
+STEP_BLOCKS = ("BLOCK_N", "BLOCK_D", "BLOCK_S", "BLOCK_K", "CHUNKS", "BLOCK_C")
 UPDATE_BLOCKS = {"BLOCK": 1024, "BLOCK_K": 16}
 ASSIGN_REGISTERS = 160  # of 128 some cases spill, and ptxas by itself goes down to 64
 
@@ -67,18 +67,14 @@ def tile(row: Row, channels: int, clusters: int) -> dict[str, int]:
         t["BLOCK_N"] = 16
     if t["BLOCK_N"] == 16 and sums > 16 << 10:
         t["BLOCK_D"] = min(16, t["BLOCK_D"])
-    return t | {"HELD": 1}
+    wide = t["BLOCK_K"] <= (32 if row.kind.startswith("fp32") else 64)
+    return t | {"HELD": 1, "BLOCK_C": min(t["BLOCK_S"], (4096 if wide else 2048) // t["BLOCK_K"])}
 
 
 def splits(batch: int, tiles: int, affordable: int, processors: int) -> int:
     """Programs a problem: the fewest that leave the least work to the last wave of programs."""
     most = max(1, min(tiles, affordable, triton.cdiv(4 * processors, max(1, batch))))
     return min(range(1, most + 1), key=lambda s: (triton.cdiv(batch * s, processors) * triton.cdiv(tiles, s), s))
-
-
-def centroids_block(t: dict[str, int]) -> int:
-    """Channels of a tile of all centroids, in a program of the step: 4,096 numbers or less."""
-    return min(t["BLOCK_S"], 4096 // t["BLOCK_K"])
 
 
 class Move(NamedTuple):
@@ -121,8 +117,8 @@ class Solver:
         self.N = math.prod(x.shape[2:])
         if self.D > WIDEST:
             raise ValueError(f"x has {self.D} channels and the Triton kernels take {WIDEST}: choose backend 'torch'.")
-        if self.N >= 1 << 31:
-            raise ValueError(f"x has {self.N} pixels and the Triton kernels take 2^31 - 1: choose backend 'torch'.")
+        if self.N > 1 << 30:  # the tiles that programs share reach past N, at most to 1.5 N
+            raise ValueError(f"x has {self.N} pixels and the Triton kernels take 2^30: choose backend 'torch'.")
         self.weight = None if weight is None else weight.to(torch.float32).contiguous()
         across = x.stride(3) if x.dim() == 4 else x.stride(2)
         width = x.shape[3] if x.dim() == 4 else self.N
@@ -209,7 +205,7 @@ class Solver:
             self.N, self.width, self.D, self.K, self.splits, self.turns, *self.strides, *c.stride(),
             **self.common, LLOYD=lloyd, COSINE=self.cosine, ATOMIC=self.atomic, PREPARE=first is not None,
             MOVE=move is not None, FARTHEST=move is not None and move.empty == "farthest",
-            **{name: t[name] for name in STEP_BLOCKS}, BLOCK_C=centroids_block(t),
+            **{name: t[name] for name in STEP_BLOCKS},
             **launch_options(t["num_warps"], t["num_stages"], t["registers"]),
         )  # fmt: skip
 
@@ -370,11 +366,12 @@ def _step_cases(
         return found._replace(registers={"assign": ASSIGN_REGISTERS, "sum": 0}.get(which, t["registers"]))
 
     if t["HELD"]:
-        flags = {"COSINE": layout.cosine, "ATOMIC": False, "BLOCK_C": centroids_block(t), "stride_cd": 1}
+        flags = {"COSINE": layout.cosine, "ATOMIC": False, "stride_cd": 1}
         for which, before, after in (("step", True, False), ("lloyd", False, True), ("plain", False, False)):
+            alone = {} if which == "plain" else {"SPLITS": 1}
             yield one(
                 which, _kmeans_once.step, STEP_BLOCKS, LLOYD=which != "step", PREPARE=before, MOVE=after,
-                FARTHEST=after, **flags,
+                FARTHEST=after, **alone, **flags,
             )  # fmt: skip
     else:
         blocks = ("BLOCK_N", "BLOCK_D", "BLOCK_K")
