@@ -84,13 +84,6 @@ def step(
             tl.store(near_ptr + b * N + n, tl.where(kept, near, -1.0), inside)
         tl.store(labels_ptr + b * N + n, label.to(tl.int64), inside)
     row = b if ATOMIC else program
-    for i in tl.static_range(CHUNKS):
-        target = sums_ptr + row * K * D + i * BLOCK_S + (k[None, :] * D + e[:, None])
-        mask = (k < K)[None, :] if EVEN else (k < K)[None, :] & (i * BLOCK_S + e < D)[:, None]
-        if ATOMIC:
-            tl.atomic_add(target, sums[i], mask, sem="relaxed")
-        else:
-            tl.store(target, sums[i], mask)
     if ATOMIC:
         tl.atomic_add(counts_ptr + row * K + k, counts, k < K, sem="relaxed")
         tl.atomic_add(inertia_ptr + row, tl.sum(inertia, 0), sem="relaxed")
@@ -102,6 +95,13 @@ def step(
             tl.store(inertia_ptr + row, tl.sum(inertia, 0))
             if LLOYD:
                 tl.store(changed_ptr + row, tl.sum(changed, 0))
+    for i in tl.static_range(CHUNKS):
+        target = sums_ptr + row * K * D + i * BLOCK_S + (k[None, :] * D + e[:, None])
+        mask = (k < K)[None, :] if EVEN else (k < K)[None, :] & (i * BLOCK_S + e < D)[:, None]
+        if ATOMIC:
+            tl.atomic_add(target, sums[i], mask, sem="relaxed")
+        else:
+            tl.store(target, sums[i], mask)
     if MOVE:
         tl.debug_barrier()
         moved(

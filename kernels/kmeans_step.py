@@ -47,8 +47,13 @@ def kinds(dtype: torch.dtype, aligned: bool, flat: bool) -> tuple[str, ...]:
     return (kind + special, kind)
 
 
-def tile(row: Row, channels: int, clusters: int) -> dict[str, int]:
-    """A row of the table cut to D channels and K clusters; HELD says whether the sums fit the registers."""
+def tile(row: Row, channels: int, clusters: int, narrow: bool = False) -> dict[str, int]:
+    """A row of the table cut to D channels and K clusters; HELD says whether the sums fit the registers.
+
+    ``narrow``: fewer channels of scores at a time. It spares registers where pixels have factors in the sums (weights,
+    or their inverse lengths) and rows have no gaps. A tile of BLOCK_C channels of all centroids has no fewer numbers
+    than a program has threads: no two threads have the same one.
+    """
     t = row.tiles | {"num_warps": row.warps, "num_stages": row.stages, "registers": row.registers}
     t["BLOCK_S"] = min(t["BLOCK_S"], power(channels))
     t["BLOCK_D"] = min(t["BLOCK_D"], t["BLOCK_S"])
@@ -65,10 +70,9 @@ def tile(row: Row, channels: int, clusters: int) -> dict[str, int]:
         t["BLOCK_N"] = min(32, t["BLOCK_N"])
     if t["BLOCK_K"] == 128:
         t["BLOCK_N"] = 16
-    if t["BLOCK_N"] == 16 and sums > 16 << 10:
-        t["BLOCK_D"] = min(16, t["BLOCK_D"])
-    wide = t["BLOCK_K"] <= (32 if row.kind.startswith("fp32") else 64)
-    return t | {"HELD": 1, "BLOCK_C": min(t["BLOCK_S"], (4096 if wide else 2048) // t["BLOCK_K"])}
+    if narrow and sums > 16 << 10:
+        t["BLOCK_D"] = min(t["BLOCK_N"], t["BLOCK_D"])
+    return t | {"HELD": 1, "BLOCK_C": min(t["BLOCK_S"], 2048 // t["BLOCK_K"])}
 
 
 def splits(batch: int, tiles: int, affordable: int, processors: int) -> int:
@@ -125,7 +129,9 @@ class Solver:
         down = x.stride(2) if x.dim() == 4 else 0
         flat = width == self.N or down == width * across
         aligned = x.data_ptr() % 16 == 0 and all(stride % 16 == 0 or stride == 1 for stride in x.stride())
-        self.tile = t = tile(config("kmeans_step", x.device, *kinds(x.dtype, aligned, flat)), self.D, clusters)
+        self.cosine = metric == "cosine"
+        row = config("kmeans_step", x.device, *kinds(x.dtype, aligned, flat))
+        self.tile = t = tile(row, self.D, clusters, flat and (self.cosine or weight is not None))
         self.DP = t["CHUNKS"] * t["BLOCK_S"]
         self.KP = triton.cdiv(clusters, t["BLOCK_K"]) * t["BLOCK_K"]
         short = t["BLOCK_N"] * across + t["BLOCK_S"] * x.stride(1) < 1 << 31
@@ -138,7 +144,6 @@ class Solver:
         self.splits = max(1, triton.cdiv(tiles, max(1, self.turns)))
         self.whole = self.splits == 1 and bool(t["HELD"])  # a program has all of a problem
         self.atomic = not deterministic and self.splits > 1 and bool(t["HELD"])
-        self.cosine = metric == "cosine"
         self.common = {
             "FLAT": flat and short,
             "EVEN": self.D % t["BLOCK_S"] == 0,
@@ -331,7 +336,8 @@ def aot_cases() -> Iterator[AotCase]:
             row = choose("kmeans_step", arch, most, kinds(DTYPES[dtype], layout.aligned, layout.flat))
             assert row is not None
             tuned = tuple(row) in TUNED.get(("kmeans_step", arch), ())
-            tiles.setdefault((tuple(tile(row, channels, clusters).items()), row.shared, tuned), []).append(arch)
+            cut = tile(row, channels, clusters, layout.flat and (layout.cosine or layout.weighted))
+            tiles.setdefault((tuple(cut.items()), row.shared, tuned), []).append(arch)
         for precision in ("ieee", "tf32") if dtype == "fp32" and name == "channels" else ("ieee",):
             for (items, shared, tuned), archs in tiles.items():
                 name_of_row = "default" if archs[0] == next(iter(SHARED)) else archs[0]
@@ -354,7 +360,7 @@ def _step_cases(
     name: str, dtype: str, t: dict[str, int], channels: int, layout: Layout, precision: str, archs: tuple[str, ...],
     rare: bool,
 ) -> Iterator[AotCase]:  # fmt: skip
-    """The kernels of one step: with the centroids made before and moved after, and plain."""
+    """The kernels of one step: with the centroids made before, moved after, and neither (where rows have gaps)."""
     known: dict[str, Any] = {
         "archs": archs, "rare": rare, "FLAT": layout.flat, "EVEN": channels % t["BLOCK_S"] == 0,
         "WEIGHTED": layout.weighted, "PRECISION": precision, "UPCAST": False, layout.unit: 1,
@@ -366,13 +372,15 @@ def _step_cases(
         return found._replace(registers={"assign": ASSIGN_REGISTERS, "sum": 0}.get(which, t["registers"]))
 
     if t["HELD"]:
-        flags = {"COSINE": layout.cosine, "ATOMIC": False, "stride_cd": 1}
-        for which, before, after in (("step", True, False), ("lloyd", False, True), ("plain", False, False)):
-            alone = {} if which == "plain" else {"SPLITS": 1}
-            yield one(
-                which, _kmeans_once.step, STEP_BLOCKS, LLOYD=which != "step", PREPARE=before, MOVE=after,
-                FARTHEST=after, **alone, **flags,
-            )  # fmt: skip
+        flags: dict[str, Any] = {"COSINE": layout.cosine, "ATOMIC": False, "stride_cd": 1}
+        alone = flags | {"SPLITS": 1}
+        yield one(
+            "step", _kmeans_once.step, STEP_BLOCKS, LLOYD=False, PREPARE=True, MOVE=False, FARTHEST=False, **alone
+        )
+        yield one("lloyd", _kmeans_once.step, STEP_BLOCKS, LLOYD=True, PREPARE=False, MOVE=True, FARTHEST=True, **alone)
+        if not layout.flat:
+            off: dict[str, Any] = {"PREPARE": False, "MOVE": False, "FARTHEST": False}
+            yield one("plain", _kmeans_once.step, STEP_BLOCKS, LLOYD=True, **off, **flags)
     else:
         blocks = ("BLOCK_N", "BLOCK_D", "BLOCK_K")
         yield one("assign", _kmeans_device.assign, blocks, LLOYD=True, COSINE=layout.cosine)
