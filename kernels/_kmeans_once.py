@@ -26,8 +26,8 @@ def step(
     after (MOVE; then nobody asks for the inertia), BLOCK_C channels at a time. Barriers: its threads read what others
     of them wrote.
     """
-    program = tl.program_id(0).to(tl.int64)
-    b, split = program // SPLITS, program % SPLITS
+    program = tl.program_id(0)
+    b, split = (program // SPLITS).to(tl.int64), program % SPLITS
     if finished(done_ptr, b, LLOYD):
         return
     k = tl.arange(0, BLOCK_K)
@@ -48,9 +48,10 @@ def step(
     inertia = tl.zeros([BLOCK_N], tl.float32)
     changed = tl.zeros([BLOCK_N], tl.int32)
     for tile in range(TURNS):
-        start = (split * TURNS + tile).to(tl.int32) * BLOCK_N
+        start = (split * TURNS + tile) * BLOCK_N
         n = start + tl.arange(0, BLOCK_N)
         inside = n < N
+        at = b * N + n
         base, offsets = places(x_ptr + b * stride_b, start, WIDTH, stride_d, stride_y, stride_x, FLAT, BLOCK_N, BLOCK_D)
         wide_base, across = places(
             x_ptr + b * stride_b, start, WIDTH, stride_d, stride_y, stride_x, FLAT, BLOCK_N, BLOCK_S
@@ -65,10 +66,13 @@ def step(
         best, index = least(dots, bias, k, K, COSINE)
         w = tl.where(inside, 1.0, 0.0)
         if WEIGHTED:
-            w = tl.load(weight_ptr + b * N + n, inside, other=0.0)
+            w = tl.load(weight_ptr + at, inside, other=0.0)
         near, kept, scale, lost = nearest(best, squares, w, COSINE)
         label = tl.where(kept, index, -1)
         match = label[:, None] == k[None, :]
+        counts += tl.sum(tl.where(match, w[:, None], 0.0), 0)
+        if not MOVE:
+            inertia += tl.where(lost, float("nan"), tl.where(kept, w * near, 0.0))
         updated = ()
         UNIT: tl.constexpr = not (WEIGHTED or COSINE)
         for i in tl.static_range(CHUNKS):
@@ -76,14 +80,18 @@ def step(
             x = tl.where(finite(x.to(tl.float32)), x, 0.0)
             updated += (added(sums[i], tl.trans(x), match, scale, UNIT, PRECISION, UPCAST),)  # type: ignore[assignment]
         sums = updated
-        counts += tl.sum(tl.where(match, w[:, None], 0.0), 0)
-        if not MOVE:
-            inertia += tl.where(lost, float("nan"), tl.where(kept, w * near, 0.0))
         if LLOYD:
-            changed += (inside & (tl.load(labels_ptr + b * N + n, inside, other=-1) != label)).to(tl.int32)
-            tl.store(near_ptr + b * N + n, tl.where(kept, near, -1.0), inside)
-        tl.store(labels_ptr + b * N + n, label.to(tl.int64), inside)
-    row = b if ATOMIC else program
+            changed += (inside & (tl.load(labels_ptr + at, inside, other=-1) != label)).to(tl.int32)
+            tl.store(near_ptr + at, tl.where(kept, near, -1.0), inside)
+        tl.store(labels_ptr + at, label.to(tl.int64), inside)
+    row = b if ATOMIC else program.to(tl.int64)
+    for i in tl.static_range(CHUNKS):
+        target = sums_ptr + row * K * D + i * BLOCK_S + (k[None, :] * D + e[:, None])
+        mask = (k < K)[None, :] if EVEN else (k < K)[None, :] & (i * BLOCK_S + e < D)[:, None]
+        if ATOMIC:
+            tl.atomic_add(target, sums[i], mask, sem="relaxed")
+        else:
+            tl.store(target, sums[i], mask)
     if ATOMIC:
         tl.atomic_add(counts_ptr + row * K + k, counts, k < K, sem="relaxed")
         tl.atomic_add(inertia_ptr + row, tl.sum(inertia, 0), sem="relaxed")
@@ -95,13 +103,6 @@ def step(
             tl.store(inertia_ptr + row, tl.sum(inertia, 0))
             if LLOYD:
                 tl.store(changed_ptr + row, tl.sum(changed, 0))
-    for i in tl.static_range(CHUNKS):
-        target = sums_ptr + row * K * D + i * BLOCK_S + (k[None, :] * D + e[:, None])
-        mask = (k < K)[None, :] if EVEN else (k < K)[None, :] & (i * BLOCK_S + e < D)[:, None]
-        if ATOMIC:
-            tl.atomic_add(target, sums[i], mask, sem="relaxed")
-        else:
-            tl.store(target, sums[i], mask)
     if MOVE:
         tl.debug_barrier()
         moved(

@@ -34,7 +34,7 @@ def power(n: int, least: int = 16) -> int:
 
 
 STEP_BLOCKS = ("BLOCK_N", "BLOCK_D", "BLOCK_S", "BLOCK_K", "CHUNKS", "BLOCK_C")
-UPDATE_BLOCKS = {"BLOCK": 1024, "BLOCK_K": 16}
+UPDATE_BLOCKS: dict[str, Any] = {"BLOCK": 1024, "BLOCK_K": 16}
 ASSIGN_REGISTERS = 160  # of 128 some cases spill, and ptxas by itself goes down to 64
 
 
@@ -70,9 +70,10 @@ def tile(row: Row, channels: int, clusters: int, narrow: bool = False) -> dict[s
         t["BLOCK_N"] = min(32, t["BLOCK_N"])
     if t["BLOCK_K"] == 128:
         t["BLOCK_N"] = 16
-    if narrow and sums > 16 << 10:
-        t["BLOCK_D"] = min(t["BLOCK_N"], t["BLOCK_D"])
-    return t | {"HELD": 1, "BLOCK_C": min(t["BLOCK_S"], 2048 // t["BLOCK_K"])}
+    if narrow and t["BLOCK_N"] == 16 and sums > 16 << 10:
+        t["BLOCK_D"] = min(16, t["BLOCK_D"])
+    numbers = 2048 if t["BLOCK_N"] == 16 else 1024
+    return t | {"HELD": 1, "BLOCK_C": min(t["BLOCK_S"], numbers // t["BLOCK_K"])}
 
 
 def splits(batch: int, tiles: int, affordable: int, processors: int) -> int:
