@@ -9,7 +9,8 @@ centroids that moved by at most 2^-9 (bfloat16) or 2^-12 (float16) of each coord
 Shapes: x [B, D, H, W] with any strides, weight [B, N], N = H W; m [B, DP, KP], bias [B, KP] and mu [B, DP] are padded
 to whole tiles. A program walks over TILES tiles of BLOCK_N pixels of one problem and owns one row of partial results,
 sums [B, S, K, D], counts [B, S, K], inertia and changed [B, S]; `reduce_rows` adds the S rows in order. The sums stay
-in registers. Where K x D does not fit there, `assign` finds the labels and `sum_pixels` reads x again.
+in registers (:mod:`fgfast.kernels._kmeans_once`). Where K x D does not fit there, `assign` finds the labels and
+`sum_pixels` reads x again. What is done with the centroids: :mod:`fgfast.kernels._kmeans_move`.
 """
 
 import triton
@@ -29,7 +30,7 @@ def finished(done_ptr, b, LLOYD: tl.constexpr):
 
 
 @triton.jit
-def _places(
+def places(
     x_ptr, start, WIDTH, stride_d, stride_y, stride_x, FLAT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """Base pointer and offsets [BLOCK_N, BLOCK_D] of the pixels from start on.
@@ -40,17 +41,18 @@ def _places(
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     if FLAT:
-        base = x_ptr + start * stride_x
+        base = x_ptr + start.to(tl.int64) * stride_x
         offsets = (n * stride_x)[:, None] + (d * stride_d)[None, :]
     else:
         n = start + n
         base = x_ptr
-        offsets = ((n // WIDTH) * stride_y + (n % WIDTH) * stride_x)[:, None] + (d.to(tl.int64) * stride_d)[None, :]
+        row, column = (n // WIDTH).to(tl.int64), (n % WIDTH).to(tl.int64)
+        offsets = (row * stride_y + column * stride_x)[:, None] + (d.to(tl.int64) * stride_d)[None, :]
     return base, offsets
 
 
 @triton.jit
-def _tile(base, offsets, inside, first, d, D, stride_d, EVEN: tl.constexpr, UPCAST: tl.constexpr):
+def pixels_tile(base, offsets, inside, first, d, D, stride_d, EVEN: tl.constexpr, UPCAST: tl.constexpr):
     """Channels first + d of a tile of pixels, 0 outside; EVEN where D is a multiple of the tile's channels."""
     mask = inside[:, None] if EVEN else inside[:, None] & (first + d < D)[None, :]
     return widened(tl.load(base + tl.cast(first, tl.int64) * stride_d + offsets, mask, other=0.0), UPCAST)
@@ -99,7 +101,7 @@ def _scores(dots, bias, k, K, COSINE: tl.constexpr):
 
 
 @triton.jit
-def _squares(x, mu_ptr, COSINE: tl.constexpr):
+def squared(x, mu_ptr, COSINE: tl.constexpr):
     """|x - mu|^2 over the channels of a tile [BLOCK_N]."""
     off = x.to(tl.float32)
     if not COSINE:
@@ -157,7 +159,7 @@ def weighed(acc, xt, part, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _added(acc, xt, match, scale, UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def added(acc, xt, match, scale, UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """Acc [BLOCK_D, BLOCK_K] + xt [BLOCK_D, BLOCK_N] x one-hot [BLOCK_N, BLOCK_K] times scale [BLOCK_N].
 
     A product with 0 or 1 is exact, so three tf32 products of the 11 + 11 + 2 bits of a float32 are its full-precision
@@ -182,92 +184,6 @@ def _added(acc, xt, match, scale, UNIT: tl.constexpr, PRECISION: tl.constexpr, U
     return acc
 
 
-# ---------------------------------------------------------------- one read of x
-
-
-@triton.jit
-def step(
-    x_ptr, m_ptr, bias_ptr, mu_ptr, weight_ptr, done_ptr,
-    labels_ptr, near_ptr, sums_ptr, counts_ptr, inertia_ptr, changed_ptr,
-    N, WIDTH, D, K, SPLITS, TURNS,
-    stride_b, stride_d, stride_y, stride_x,
-    FLAT: tl.constexpr, EVEN: tl.constexpr, COSINE: tl.constexpr, WEIGHTED: tl.constexpr, LLOYD: tl.constexpr,
-    ATOMIC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """Labels, partial sums, counts and inertia; with LLOYD also distances, and how many labels changed."""
-    program = tl.program_id(0).to(tl.int64)
-    b, split = program // SPLITS, program % SPLITS
-    if finished(done_ptr, b, LLOYD):
-        return
-    k = tl.arange(0, BLOCK_K)
-    d = tl.arange(0, BLOCK_D)
-    e = tl.arange(0, BLOCK_S)
-    bias = tl.load(bias_ptr + b * BLOCK_K + k)
-    sums = ()
-    for _ in tl.static_range(CHUNKS):
-        sums += (tl.zeros([BLOCK_S, BLOCK_K], tl.float32),)  # type: ignore[assignment]
-    counts = tl.zeros([BLOCK_K], tl.float32)
-    inertia = tl.zeros([BLOCK_N], tl.float32)
-    changed = tl.zeros([BLOCK_N], tl.int32)
-    for tile in range(TURNS):
-        start = (split * TURNS + tile) * BLOCK_N
-        n = start + tl.arange(0, BLOCK_N)
-        inside = n < N
-        base, offsets = _places(
-            x_ptr + b * stride_b, start, WIDTH, stride_d, stride_y, stride_x, FLAT, BLOCK_N, BLOCK_D
-        )
-        wide_base, across = _places(
-            x_ptr + b * stride_b, start, WIDTH, stride_d, stride_y, stride_x, FLAT, BLOCK_N, BLOCK_S
-        )
-        dots = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        squares = tl.zeros([BLOCK_N], tl.float32)
-        for first in range(0, CHUNKS * BLOCK_S, BLOCK_D):
-            x = _tile(base, offsets, inside, first, d, D, stride_d, EVEN, UPCAST)
-            m = tl.load(m_ptr + (b * CHUNKS * BLOCK_S + first + d[:, None]) * BLOCK_K + k[None, :])
-            squares += _squares(x, mu_ptr + b * CHUNKS * BLOCK_S + first + d, COSINE)
-            dots = tl.dot(x, m, dots, input_precision=PRECISION)
-        best, index = least(dots, bias, k, K, COSINE)
-        w = tl.where(inside, 1.0, 0.0)
-        if WEIGHTED:
-            w = tl.load(weight_ptr + b * N + n, inside, other=0.0)
-        near, kept, scale, lost = nearest(best, squares, w, COSINE)
-        label = tl.where(kept, index, -1)
-        match = label[:, None] == k[None, :]
-        updated = ()
-        UNIT: tl.constexpr = not (WEIGHTED or COSINE)
-        for i in tl.static_range(CHUNKS):
-            x = _tile(wide_base, across, inside, i * BLOCK_S, e, D, stride_d, EVEN, UPCAST)
-            x = tl.where(finite(x.to(tl.float32)), x, 0.0)
-            updated += (_added(sums[i], tl.trans(x), match, scale, UNIT, PRECISION, UPCAST),)  # type: ignore[assignment]
-        sums = updated
-        counts += tl.sum(tl.where(match, w[:, None], 0.0), 0)
-        inertia += tl.where(lost, float("nan"), tl.where(kept, w * near, 0.0))
-        if LLOYD:
-            changed += (inside & (tl.load(labels_ptr + b * N + n, inside, other=-1) != label)).to(tl.int32)
-            tl.store(near_ptr + b * N + n, tl.where(kept, near, -1.0), inside)
-        tl.store(labels_ptr + b * N + n, label.to(tl.int64), inside)
-    row = b if ATOMIC else program
-    for i in tl.static_range(CHUNKS):
-        target = sums_ptr + row * K * D + i * BLOCK_S + (k[None, :] * D + e[:, None])
-        mask = (k < K)[None, :] if EVEN else (k < K)[None, :] & (i * BLOCK_S + e < D)[:, None]
-        if ATOMIC:
-            tl.atomic_add(target, sums[i], mask, sem="relaxed")
-        else:
-            tl.store(target, sums[i], mask)
-    if ATOMIC:
-        tl.atomic_add(counts_ptr + row * K + k, counts, k < K, sem="relaxed")
-        tl.atomic_add(inertia_ptr + row, tl.sum(inertia, 0), sem="relaxed")
-    else:
-        tl.store(counts_ptr + row * K + k, counts, k < K)
-        tl.store(inertia_ptr + row, tl.sum(inertia, 0))
-    if LLOYD:
-        if ATOMIC:
-            tl.atomic_add(changed_ptr + row, tl.sum(changed, 0), sem="relaxed")
-        else:
-            tl.store(changed_ptr + row, tl.sum(changed, 0))
-
-
 # ---------------------------------------------------------------- two reads of x, for large K x D
 
 
@@ -290,12 +206,10 @@ def assign(
     inertia = tl.zeros([BLOCK_N], tl.float32)
     changed = tl.zeros([BLOCK_N], tl.int32)
     for tile in range(TURNS):
-        start = (split * TURNS + tile) * BLOCK_N
+        start = (split * TURNS + tile).to(tl.int32) * BLOCK_N
         n = start + tl.arange(0, BLOCK_N)
         inside = n < N
-        base, offsets = _places(
-            x_ptr + b * stride_b, start, WIDTH, stride_d, stride_y, stride_x, FLAT, BLOCK_N, BLOCK_D
-        )
+        base, offsets = places(x_ptr + b * stride_b, start, WIDTH, stride_d, stride_y, stride_x, FLAT, BLOCK_N, BLOCK_D)
         best = tl.full([BLOCK_N], float("inf"), tl.float32)
         index = tl.zeros([BLOCK_N], tl.int32)
         squares = tl.zeros([BLOCK_N], tl.float32)
@@ -304,9 +218,9 @@ def assign(
             dots = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
             squares = tl.zeros([BLOCK_N], tl.float32)
             for first in range(0, DP, BLOCK_D):
-                x = _tile(base, offsets, inside, first, d, D, stride_d, EVEN, UPCAST)
+                x = pixels_tile(base, offsets, inside, first, d, D, stride_d, EVEN, UPCAST)
                 m = tl.load(m_ptr + (b * DP + first + d[:, None]) * KP + k[None, :])
-                squares += _squares(x, mu_ptr + b * DP + first + d, COSINE)
+                squares += squared(x, mu_ptr + b * DP + first + d, COSINE)
                 dots = tl.dot(x, m, dots, input_precision=PRECISION)
             lower, at = least(dots, tl.load(bias_ptr + b * KP + k), k, K, COSINE)
             index = tl.where(lower < best, low + at, index)
@@ -349,18 +263,16 @@ def sum_pixels(
     sums = tl.zeros([BLOCK_S, BLOCK_K], tl.float32)
     counts = tl.zeros([BLOCK_K], tl.float32)
     for tile in range(TURNS):
-        start = (split * TURNS + tile) * BLOCK_N
+        start = (split * TURNS + tile).to(tl.int32) * BLOCK_N
         n = start + tl.arange(0, BLOCK_N)
         inside = n < N
-        base, offsets = _places(
-            x_ptr + b * stride_b, start, WIDTH, stride_d, stride_y, stride_x, FLAT, BLOCK_N, BLOCK_S
-        )
-        x = _tile(base, offsets, inside, first, d, D, stride_d, EVEN, UPCAST)
+        base, offsets = places(x_ptr + b * stride_b, start, WIDTH, stride_d, stride_y, stride_x, FLAT, BLOCK_N, BLOCK_S)
+        x = pixels_tile(base, offsets, inside, first, d, D, stride_d, EVEN, UPCAST)
         x = tl.where(finite(x.to(tl.float32)), x, 0.0)
         match = tl.load(labels_ptr + b * N + n, inside, other=-1)[:, None] == k[None, :]
         scale = tl.load(scale_ptr + b * N + n, inside, other=0.0)
         w = tl.load(weight_ptr + b * N + n, inside, other=0.0) if WEIGHTED else tl.where(inside, 1.0, 0.0)
-        sums = _added(sums, tl.trans(x), match, scale, UNIT, PRECISION, UPCAST)
+        sums = added(sums, tl.trans(x), match, scale, UNIT, PRECISION, UPCAST)
         counts += tl.sum(tl.where(match, w[:, None], 0.0), 0)
     at = first + d
     tl.store(sums_ptr + row * K * D + k[None, :] * D + at[:, None], sums, (k < K)[None, :] & (at < D)[:, None])
@@ -401,39 +313,3 @@ def reduce_rows(
         tl.store(inertia_ptr + b, inertia)
         if LLOYD:
             tl.store(changed_ptr + b, changed)
-
-
-@triton.jit
-def prepare_centroids(
-    c_ptr, m_ptr, bias_ptr, mu_ptr, K, D, DP, KP, stride_b, stride_k, stride_d,
-    COSINE: tl.constexpr, GIVEN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """m, bias and, unless GIVEN, mu of the centroids c; a program takes BLOCK_K of them."""
-    within = KP // BLOCK_K
-    program = tl.program_id(0).to(tl.int64)
-    b, low = program // within, program % within * BLOCK_K
-    k = low + tl.arange(0, BLOCK_K)
-    e = tl.arange(0, BLOCK_D)
-    c_ptr += b * stride_b
-    length = tl.full([BLOCK_K], 1.0, tl.float32)
-    if COSINE:
-        square = tl.zeros([BLOCK_K], tl.float32)
-        for first in range(0, DP, BLOCK_D):
-            c = centroids_tile(c_ptr, k, first + e, K, D, stride_k, stride_d)
-            square += tl.sum(c * c, 0)
-        length = tl.maximum(tl.sqrt(square), EPS)
-    bias = tl.zeros([BLOCK_K], tl.float32)
-    for first in range(0, DP, BLOCK_D):
-        d = first + e
-        mu = tl.zeros([BLOCK_D], tl.float32)
-        if GIVEN:
-            mu = tl.load(mu_ptr + b * DP + d)
-        elif not COSINE:
-            for other in range(0, KP, BLOCK_K):
-                mu += tl.sum(centroids_tile(c_ptr, other + tl.arange(0, BLOCK_K), d, K, D, stride_k, stride_d), 1)
-            mu /= K
-        c = centroids_tile(c_ptr, k, d, K, D, stride_k, stride_d) / length[None, :]
-        bias += centred(m_ptr + b * DP * KP, c, mu, k, d, K, D, KP)
-        if not GIVEN and low == 0:
-            tl.store(mu_ptr + b * DP + d, mu)
-    tl.store(bias_ptr + b * KP + k, bias)

@@ -1,14 +1,15 @@
 """k-means by Triton kernels: start, Lloyd's iteration and the repair of empty clusters, without a look from the host.
 
-A step is that of :mod:`fgfast.kernels.kmeans_step`, around the mean of the pixels. `_update` follows it: a program
-takes one problem, repairs its empty clusters, moves its centroids and writes down whether it has converged; programs of
-a problem that has converged return at once. k-means++ works on the inner products of the samples (`_plus_plus`).
+A step is that of :mod:`fgfast.kernels.kmeans_step`, around the mean of the pixels. What follows it is done by one
+program a problem: it repairs empty clusters, moves the centroids and writes down whether the problem has converged;
+programs of a problem that has converged return at once. It is the program of the step itself, in the same launch, where
+that has the whole problem, so that an iteration is one launch. k-means++ works on the inner products of the samples
+(`_plus_plus`).
 """
 
 import math
 from collections.abc import Iterator
-from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,118 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fgfast.kernels._common import MOST_REGISTERS, AotCase, interpreted, launch_options
-from fgfast.kernels._kmeans_device import EPS, centred, centroids_tile, farthest
-from fgfast.kernels.kmeans_step import Solver, case, power
+from fgfast.kernels._common import AotCase, interpreted
+from fgfast.kernels.kmeans_step import Move, Solver, case, power
 from fgfast.ops._kmeans_source import Dense
 from fgfast.ops._kmeans_start import start
 from fgfast.reference.draws import uniform
 
 GRAM = 1 << 28  # elements of inner products that are kept at a time: 1 GiB
 SAMPLES = 4096  # the most that one program draws from: beyond, torch draws
-
-
-@triton.jit
-def _repair(
-    x_ptr, weight_ptr, labels_ptr, near_ptr, sums_ptr, counts_ptr, mass_ptr,
-    N, WIDTH, D, K, stride_d, stride_y, stride_x,
-    COSINE: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Give the i-th empty cluster the i-th farthest pixel, which leaves the sum of its donor.
-
-    mass is a copy of counts that this changes. Barriers: a later turn reads what an earlier one wrote.
-    """
-    far = float("inf")
-    taken = N  # ties go to the lowest pixel, so the next one at this distance lies above
-    searching = True
-    for k in range(K):
-        if (tl.load(counts_ptr + k) == 0) & searching:
-            best, pixel = farthest(near_ptr, N, far, taken, BLOCK)
-            searching = (best >= 0) & ((far < float("inf")) | (best > 0))
-            if searching:
-                far = best
-                taken = pixel
-                w = tl.load(weight_ptr + pixel) if WEIGHTED else 1.0
-                donor = tl.load(labels_ptr + pixel)
-                place = x_ptr + (pixel // WIDTH).to(tl.int64) * stride_y + (pixel % WIDTH).to(tl.int64) * stride_x
-                square = tl.zeros([BLOCK], tl.float32)
-                if COSINE:
-                    for first in range(0, D, BLOCK):
-                        d = first + tl.arange(0, BLOCK)
-                        x = tl.load(place + d.to(tl.int64) * stride_d, d < D, other=0.0).to(tl.float32)
-                        square += x * x
-                factor = w / tl.maximum(tl.sqrt(tl.sum(square, 0)), EPS) if COSINE else w
-                for first in range(0, D, BLOCK):
-                    d = first + tl.arange(0, BLOCK)
-                    x = tl.load(place + d.to(tl.int64) * stride_d, d < D, other=0.0).to(tl.float32) * factor
-                    tl.store(sums_ptr + k * D + d, x, d < D)
-                    theirs = sums_ptr + donor * D + d
-                    tl.store(theirs, tl.load(theirs, d < D, other=0.0) - x, d < D)
-                tl.store(mass_ptr + k, w)
-                rest = tl.load(mass_ptr + donor) - w
-                tl.debug_barrier()
-                tl.store(mass_ptr + donor, rest)
-                tl.debug_barrier()
-
-
-@triton.jit
-def _update(
-    x_ptr, weight_ptr, labels_ptr, near_ptr, sums_ptr, counts_ptr, mass_ptr, changed_ptr,
-    c_ptr, m_ptr, bias_ptr, mu_ptr, limit_ptr, done_ptr, steps_ptr,
-    N, WIDTH, D, K, DP, KP, stride_b, stride_d, stride_y, stride_x,
-    COSINE: tl.constexpr, WEIGHTED: tl.constexpr, FARTHEST: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Centroids c [B, K, D] from the sums, empty clusters repaired; then m, bias, and whether the problem is done."""
-    b = tl.program_id(0).to(tl.int64)
-    if tl.load(done_ptr + b) != 0:
-        return
-    c_ptr += b * K * D
-    sums_ptr += b * K * D
-    counts_ptr += b * K
-    mass_ptr += b * K
-    weight_ptr += b * N
-    e = tl.arange(0, BLOCK_D)
-    if FARTHEST:
-        empty = tl.zeros([BLOCK_K], tl.int32)
-        for low in range(0, K, BLOCK_K):
-            k = low + tl.arange(0, BLOCK_K)
-            count = tl.load(counts_ptr + k, k < K, other=1.0)
-            tl.store(mass_ptr + k, count, k < K)
-            empty += (count == 0).to(tl.int32)
-        tl.debug_barrier()
-        if tl.sum(empty, 0) > 0:
-            _repair(
-                x_ptr + b * stride_b, weight_ptr, labels_ptr + b * N, near_ptr + b * N, sums_ptr, counts_ptr, mass_ptr,
-                N, WIDTH, D, K, stride_d, stride_y, stride_x, COSINE, WEIGHTED, BLOCK,
-            )  # fmt: skip
-        tl.debug_barrier()
-        counts_ptr = mass_ptr
-    shift = tl.zeros([BLOCK_K], tl.float32)
-    for low in range(0, KP, BLOCK_K):
-        k = low + tl.arange(0, BLOCK_K)
-        count = tl.load(counts_ptr + k, k < K, other=0.0)
-        full = count > 0
-        divisor = tl.where(full, count, 1.0)
-        if COSINE:
-            square = tl.zeros([BLOCK_K], tl.float32)
-            for first in range(0, DP, BLOCK_D):
-                total = centroids_tile(sums_ptr, k, first + e, K, D, D, 1)
-                square += tl.sum(total * total, 0)
-            divisor = tl.maximum(tl.sqrt(square), EPS)
-        bias = tl.zeros([BLOCK_K], tl.float32)
-        for first in range(0, DP, BLOCK_D):
-            d = first + e
-            before = centroids_tile(c_ptr, k, d, K, D, D, 1)
-            means = centroids_tile(sums_ptr, k, d, K, D, D, 1) / divisor[None, :]
-            c = tl.where(full[None, :], means, before)
-            shift += tl.sum((c - before) * (c - before), 0)
-            tl.store(c_ptr + k[None, :] * D + d[:, None], c, (k < K)[None, :] & (d < D)[:, None])
-            bias += centred(m_ptr + b * DP * KP, c, tl.load(mu_ptr + b * DP + d), k, d, K, D, KP)
-        tl.store(bias_ptr + b * KP + k, bias)
-    same = (tl.sum(shift, 0) <= tl.load(limit_ptr + b)) | (tl.load(changed_ptr + b) == 0)
-    tl.store(done_ptr + b, same.to(tl.int32))
-    tl.store(steps_ptr + b, tl.load(steps_ptr + b) + 1)
 
 
 # ---------------------------------------------------------------- k-means++
@@ -280,7 +177,8 @@ def starts(
 def lloyd(solver: Solver, centroids: Tensor, n_iter: int, limit: Tensor, empty: str) -> tuple[Outcome, Tensor]:
     """The outcome, and distances [B, N] that are -1 where no pixel counts.
 
-    Iterates as `fgfast.ops._kmeans_lloyd` does: two launches an iteration, three where sums come in parts.
+    Iterates as `fgfast.ops._kmeans_lloyd` does: one launch an iteration where a program has a whole problem, else two
+    to four.
     """
     x, batch = solver.x, solver.batch
     c = centroids.contiguous()
@@ -288,17 +186,9 @@ def lloyd(solver: Solver, centroids: Tensor, n_iter: int, limit: Tensor, empty: 
     solver.labels.fill_(-2)  # no pixel's: the first step changes every label
     done, steps, never = (torch.zeros(batch, dtype=torch.int32, device=x.device) for _ in range(3))
     near = torch.empty(batch, solver.N, dtype=torch.float32, device=x.device)
-    mass = torch.empty_like(solver.totals.counts)
-    weight = near if solver.weight is None else solver.weight
+    move = Move(c, torch.empty_like(solver.totals.counts), limit, done, steps, empty)
     for _ in range(n_iter):
-        totals = solver.step(near, done)
-        _update[(batch,)](
-            x, weight, solver.labels, near, totals.sums, totals.counts, mass, totals.changed,
-            c, solver.m, solver.bias, solver.mu, limit, done, steps,
-            solver.N, solver.width, solver.D, solver.K, solver.DP, solver.KP, *solver.strides,
-            COSINE=solver.cosine, WEIGHTED=solver.weight is not None, FARTHEST=empty == "farthest",
-            BLOCK=1024, BLOCK_K=16, BLOCK_D=min(32, solver.DP), **launch_options(4, 3, MOST_REGISTERS),
-        )  # fmt: skip
+        solver.step(near, done, move=move)
     totals = solver.step(near, never)
     return Outcome(c, solver.labels, totals.counts, totals.inertia, steps), near
 
@@ -351,11 +241,6 @@ def kmeans(
 
 
 def aot_cases() -> Iterator[AotCase]:
-    """Every kernel, dtype and metric."""
-    launch = {"num_warps": 4, "num_stages": 3}
-    for dtype, cosine in product(("fp32", "fp16", "bf16"), (False, True)):
-        name = f"kmeans update {dtype}{' cosine' * cosine}"
-        options: dict[str, Any] = {"WEIGHTED": True, "FARTHEST": True, "BLOCK": 1024, "BLOCK_K": 16, "BLOCK_D": 32}
-        its = case(name, _update, dtype, launch, rare=dtype == "fp16", COSINE=cosine, **options)
-        yield its._replace(registers=MOST_REGISTERS)
-    yield case("kmeans plus_plus", _plus_plus, "fp32", launch | {"num_warps": 8}, BLOCK=SAMPLES, COSINE=False)
+    """k-means++, for every dtype: what it reads are float32 products."""
+    launch = {"num_warps": 8, "num_stages": 3}
+    yield case("kmeans plus_plus", _plus_plus, "fp32", launch, BLOCK=SAMPLES, COSINE=False)

@@ -1,4 +1,10 @@
-"""The host side of a step of k-means: rows of the table cut to a problem, and the launches of `_kmeans_device`."""
+"""The host side of a step of k-means: rows of the table cut to a problem, and the launches.
+
+A step is one launch where a program has a whole problem: what it needs of the centroids it makes itself, and in Lloyd's
+loop it moves them. That is a batch of as many problems as there are processors, or about so, with sums that fit the
+registers of a program. A problem that is shared takes three: the centroids, the step, the sum of what its programs
+found. Sums that do not fit take one more.
+"""
 
 import math
 from collections.abc import Iterator
@@ -10,8 +16,8 @@ import torch
 import triton
 from torch import Tensor
 
-from fgfast.kernels import _kmeans_device as device_side
-from fgfast.kernels._common import AotCase, interpreted, launch_options, output_dtype
+from fgfast.kernels import _kmeans_device, _kmeans_move, _kmeans_once
+from fgfast.kernels._common import MOST_REGISTERS, AotCase, interpreted, launch_options, output_dtype
 from fgfast.kernels.configs import SHARED, Row, choose, config, kmeans_row, processors, row_kind
 from fgfast.kernels.tune import TuneCase
 from fgfast.kernels.tuned import TUNED
@@ -27,6 +33,8 @@ def power(n: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(n))
 
 
+STEP_BLOCKS = ("BLOCK_N", "BLOCK_D", "BLOCK_S", "BLOCK_K", "CHUNKS", "BLOCK_C")
+UPDATE_BLOCKS: dict[str, Any] = {"BLOCK": 1024, "BLOCK_K": 16}
 ASSIGN_REGISTERS = 160  # of 128 some cases spill, and ptxas by itself goes down to 64
 
 
@@ -39,8 +47,13 @@ def kinds(dtype: torch.dtype, aligned: bool, flat: bool) -> tuple[str, ...]:
     return (kind + special, kind)
 
 
-def tile(row: Row, channels: int, clusters: int) -> dict[str, int]:
-    """A row of the table cut to D channels and K clusters; HELD says whether the sums fit the registers."""
+def tile(row: Row, channels: int, clusters: int, narrow: bool = False) -> dict[str, int]:
+    """A row of the table cut to D channels and K clusters; HELD says whether the sums fit the registers.
+
+    ``narrow``: fewer channels of scores at a time. It spares registers where pixels have factors in the sums (weights,
+    or their inverse lengths) and rows have no gaps. A tile of BLOCK_C channels of all centroids has no fewer numbers
+    than a program has threads: no two threads have the same one.
+    """
     t = row.tiles | {"num_warps": row.warps, "num_stages": row.stages, "registers": row.registers}
     t["BLOCK_S"] = min(t["BLOCK_S"], power(channels))
     t["BLOCK_D"] = min(t["BLOCK_D"], t["BLOCK_S"])
@@ -57,15 +70,30 @@ def tile(row: Row, channels: int, clusters: int) -> dict[str, int]:
         t["BLOCK_N"] = min(32, t["BLOCK_N"])
     if t["BLOCK_K"] == 128:
         t["BLOCK_N"] = 16
-    if t["BLOCK_N"] == 16 and sums > 16 << 10:
+    if narrow and t["BLOCK_N"] == 16 and sums > 16 << 10:
         t["BLOCK_D"] = min(16, t["BLOCK_D"])
-    return t | {"HELD": 1}
+    numbers = 2048 if t["BLOCK_N"] == 16 else 1024
+    return t | {"HELD": 1, "BLOCK_C": min(t["BLOCK_S"], numbers // t["BLOCK_K"])}
 
 
 def splits(batch: int, tiles: int, affordable: int, processors: int) -> int:
     """Programs a problem: the fewest that leave the least work to the last wave of programs."""
     most = max(1, min(tiles, affordable, triton.cdiv(4 * processors, max(1, batch))))
     return min(range(1, most + 1), key=lambda s: (triton.cdiv(batch * s, processors) * triton.cdiv(tiles, s), s))
+
+
+class Move(NamedTuple):
+    """What an iteration of `lloyd` changes: centroids [B, K, D], counts after the repair [B, K], done and steps [B].
+
+    A problem is done when its centroids moved by no more than limit [B]; ``empty`` is "farthest" or "keep".
+    """
+
+    centroids: Tensor
+    mass: Tensor
+    limit: Tensor
+    done: Tensor
+    steps: Tensor
+    empty: str
 
 
 class Totals(NamedTuple):
@@ -94,15 +122,17 @@ class Solver:
         self.N = math.prod(x.shape[2:])
         if self.D > WIDEST:
             raise ValueError(f"x has {self.D} channels and the Triton kernels take {WIDEST}: choose backend 'torch'.")
-        if self.N >= 1 << 31:
-            raise ValueError(f"x has {self.N} pixels and the Triton kernels take 2^31 - 1: choose backend 'torch'.")
+        if self.N > 1 << 30:  # the tiles that programs share reach past N, at most to 1.5 N
+            raise ValueError(f"x has {self.N} pixels and the Triton kernels take 2^30: choose backend 'torch'.")
         self.weight = None if weight is None else weight.to(torch.float32).contiguous()
         across = x.stride(3) if x.dim() == 4 else x.stride(2)
         width = x.shape[3] if x.dim() == 4 else self.N
         down = x.stride(2) if x.dim() == 4 else 0
         flat = width == self.N or down == width * across
         aligned = x.data_ptr() % 16 == 0 and all(stride % 16 == 0 or stride == 1 for stride in x.stride())
-        self.tile = t = tile(config("kmeans_step", x.device, *kinds(x.dtype, aligned, flat)), self.D, clusters)
+        self.cosine = metric == "cosine"
+        row = config("kmeans_step", x.device, *kinds(x.dtype, aligned, flat))
+        self.tile = t = tile(row, self.D, clusters, flat and (self.cosine or weight is not None))
         self.DP = t["CHUNKS"] * t["BLOCK_S"]
         self.KP = triton.cdiv(clusters, t["BLOCK_K"]) * t["BLOCK_K"]
         short = t["BLOCK_N"] * across + t["BLOCK_S"] * x.stride(1) < 1 << 31
@@ -113,8 +143,8 @@ class Solver:
         self.splits = splits(self.batch, tiles, affordable, processors(x.device))
         self.turns = triton.cdiv(tiles, self.splits)
         self.splits = max(1, triton.cdiv(tiles, max(1, self.turns)))
+        self.whole = self.splits == 1 and bool(t["HELD"])  # a program has all of a problem
         self.atomic = not deterministic and self.splits > 1 and bool(t["HELD"])
-        self.cosine = metric == "cosine"
         self.common = {
             "FLAT": flat and short,
             "EVEN": self.D % t["BLOCK_S"] == 0,
@@ -135,48 +165,81 @@ class Solver:
     def prepare(self, centroids: Tensor, given: bool = False) -> None:
         """Set m, bias and (unless ``given``) mu for centroids [B, K, D]."""
         blocks = {name: min(32, self.tile[name]) for name in ("BLOCK_K", "BLOCK_D")}
-        device_side.prepare_centroids[(self.batch * self.KP // blocks["BLOCK_K"],)](
+        _kmeans_move.prepare_centroids[(self.batch * self.KP // blocks["BLOCK_K"],)](
             centroids, self.m, self.bias, self.mu, self.K, self.D, self.DP, self.KP, *centroids.stride(),
             COSINE=self.cosine, GIVEN=given, **blocks,
         )  # fmt: skip
 
-    def step(self, near: Tensor | None = None, done: Tensor | None = None) -> Totals:
-        """Labels and totals at what was prepared; with near and done as a step of `lloyd`."""
-        t, lloyd, rows, out = self.tile, near is not None, self.batch * self.splits, self.parts
+    def step(
+        self, near: Tensor | None = None, done: Tensor | None = None, first: Tensor | None = None,
+        move: Move | None = None,
+    ) -> Totals:  # fmt: skip
+        """Labels and totals at what was prepared, or at centroids ``first``; with near and done as a step of `lloyd`.
+
+        ``move``: then the centroids move, and the next ones are prepared.
+        """
+        out, lloyd = self.parts, near is not None
+        if first is not None and not self.whole:
+            self.prepare(first)
         if self.atomic:
             for part in out:
                 part.zero_()
-        sizes = (self.N, self.width, self.D, self.K)
-        weight = out.inertia if self.weight is None else self.weight
-        near_or, done_or = (out.inertia if near is None else near), (out.changed if done is None else done)
-        common = self.common | {"LLOYD": lloyd}
-        launch = partial(launch_options, t["num_warps"], t["num_stages"])
-        if t["HELD"]:
-            device_side.step[(rows,)](
-                self.x, self.m, self.bias, self.mu, weight, done_or, self.labels, near_or, *out,
-                *sizes, self.splits, self.turns, *self.strides, **common, **launch(t["registers"]), COSINE=self.cosine,
-                ATOMIC=self.atomic,
-                **{name: t[name] for name in ("BLOCK_N", "BLOCK_D", "BLOCK_S", "BLOCK_K", "CHUNKS")},
-            )  # fmt: skip
+        near, done = (out.inertia if near is None else near), (out.changed if done is None else done)
+        if self.tile["HELD"]:
+            self._once(near, done, lloyd, *((first, move) if self.whole else (None, None)))
         else:
-            padded = (*sizes, self.DP, self.KP, self.splits, self.turns)
-            device_side.assign[(rows,)](
-                self.x, self.m, self.bias, self.mu, weight, done_or, self.labels, near_or, self.scale, out.inertia,
-                out.changed, *padded, *self.strides, **common, **launch(ASSIGN_REGISTERS), COSINE=self.cosine,
-                **{name: t[name] for name in ("BLOCK_N", "BLOCK_D", "BLOCK_K")},
-            )  # fmt: skip
-            device_side.sum_pixels[(rows * (self.DP // t["BLOCK_S"]) * (self.KP // t["BLOCK_K"]),)](
-                self.x, weight, done_or, self.labels, self.scale, out.sums, out.counts, *padded, *self.strides,
-                **common, **launch(), UNIT=not (self.cosine or self.common["WEIGHTED"]),
-                **{name: t[name] for name in ("BLOCK_N", "BLOCK_S", "BLOCK_K")},
-            )  # fmt: skip
+            self._twice(near, done, lloyd)
         if self.totals is not out:
             size = self.K * self.D
             block = min(1024, power(size))
-            device_side.reduce_rows[(self.batch * triton.cdiv(size, block),)](
-                *out, done_or, *self.totals, size, self.K, self.splits, LLOYD=lloyd, BLOCK=block
+            _kmeans_device.reduce_rows[(self.batch * triton.cdiv(size, block),)](
+                *out, done, *self.totals, size, self.K, self.splits, LLOYD=lloyd, BLOCK=block
             )
+        if move is not None and not self.whole:
+            self._update(near, move)
         return self.totals
+
+    def _once(self, near: Tensor, done: Tensor, lloyd: bool, first: Tensor | None, move: Move | None) -> None:
+        t, out = self.tile, self.parts
+        weight = out.inertia if self.weight is None else self.weight
+        if move is None:
+            c, mass, limit, steps = (out.sums if first is None else first), out.counts, out.inertia, out.changed
+        else:
+            c, mass, limit, steps = move.centroids, move.mass, move.limit, move.steps
+        _kmeans_once.step[(self.batch * self.splits,)](
+            self.x, self.m, self.bias, self.mu, weight, done, self.labels, near, *out, c, mass, limit, steps,
+            self.N, self.width, self.D, self.K, self.splits, self.turns, *self.strides, *c.stride(),
+            **self.common, LLOYD=lloyd, COSINE=self.cosine, ATOMIC=self.atomic, PREPARE=first is not None,
+            MOVE=move is not None, FARTHEST=move is not None and move.empty == "farthest",
+            **{name: t[name] for name in STEP_BLOCKS},
+            **launch_options(t["num_warps"], t["num_stages"], t["registers"]),
+        )  # fmt: skip
+
+    def _twice(self, near: Tensor, done: Tensor, lloyd: bool) -> None:
+        t, out, rows = self.tile, self.parts, self.batch * self.splits
+        weight = out.inertia if self.weight is None else self.weight
+        sizes = (self.N, self.width, self.D, self.K, self.DP, self.KP, self.splits, self.turns, *self.strides)
+        launch = partial(launch_options, t["num_warps"], t["num_stages"])
+        _kmeans_device.assign[(rows,)](
+            self.x, self.m, self.bias, self.mu, weight, done, self.labels, near, self.scale, out.inertia, out.changed,
+            *sizes, **self.common, LLOYD=lloyd, COSINE=self.cosine, **launch(ASSIGN_REGISTERS),
+            **{name: t[name] for name in ("BLOCK_N", "BLOCK_D", "BLOCK_K")},
+        )  # fmt: skip
+        _kmeans_device.sum_pixels[(rows * (self.DP // t["BLOCK_S"]) * (self.KP // t["BLOCK_K"]),)](
+            self.x, weight, done, self.labels, self.scale, out.sums, out.counts, *sizes, **self.common, LLOYD=lloyd,
+            UNIT=not (self.cosine or self.common["WEIGHTED"]), **launch(),
+            **{name: t[name] for name in ("BLOCK_N", "BLOCK_S", "BLOCK_K")},
+        )  # fmt: skip
+
+    def _update(self, near: Tensor, move: Move) -> None:
+        totals = self.totals
+        _kmeans_move.update_centroids[(self.batch,)](
+            self.x, near if self.weight is None else self.weight, self.labels, near, totals.sums, totals.counts,
+            move.mass, totals.changed, move.centroids, self.m, self.bias, self.mu, move.limit, move.done, move.steps,
+            self.N, self.width, self.D, self.K, self.DP, self.KP, *self.strides,
+            COSINE=self.cosine, WEIGHTED=self.weight is not None, FARTHEST=move.empty == "farthest",
+            **UPDATE_BLOCKS, BLOCK_D=min(32, self.DP), **launch_options(4, 3, MOST_REGISTERS),
+        )  # fmt: skip
 
 
 def kmeans_step(
@@ -184,8 +247,7 @@ def kmeans_step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Labels int64 [B, N], sums [B, K, D], counts [B, K] and inertia [B] of x [B, D, N] or [B, D, H, W], not empty."""
     solver = Solver(x, centroids.shape[1], weight, metric, precision, deterministic)
-    solver.prepare(centroids)
-    totals = solver.step()
+    totals = solver.step(first=centroids)
     return solver.labels, totals.sums, totals.counts, totals.inertia
 
 
@@ -275,7 +337,8 @@ def aot_cases() -> Iterator[AotCase]:
             row = choose("kmeans_step", arch, most, kinds(DTYPES[dtype], layout.aligned, layout.flat))
             assert row is not None
             tuned = tuple(row) in TUNED.get(("kmeans_step", arch), ())
-            tiles.setdefault((tuple(tile(row, channels, clusters).items()), row.shared, tuned), []).append(arch)
+            cut = tile(row, channels, clusters, layout.flat and (layout.cosine or layout.weighted))
+            tiles.setdefault((tuple(cut.items()), row.shared, tuned), []).append(arch)
         for precision in ("ieee", "tf32") if dtype == "fp32" and name == "channels" else ("ieee",):
             for (items, shared, tuned), archs in tiles.items():
                 name_of_row = "default" if archs[0] == next(iter(SHARED)) else archs[0]
@@ -284,33 +347,43 @@ def aot_cases() -> Iterator[AotCase]:
                     yield found._replace(shared=shared, tuned=tuned)
     small = {"num_warps": 4, "num_stages": 3}
     for dtype, cosine in product(("fp32", "fp16", "bf16"), (False, True)):
-        name = f"kmeans prepare {dtype}{' cosine' * cosine}"
+        name, rare = f"{dtype}{' cosine' * cosine}", dtype == "fp16"
         blocks: dict[str, Any] = {"BLOCK_K": 32, "BLOCK_D": 32}
-        prepare, rare = device_side.prepare_centroids, dtype == "fp16"
-        yield case(name, prepare, dtype, small, rare=rare, COSINE=cosine, GIVEN=False, **blocks)
-    yield case("kmeans reduce", device_side.reduce_rows, "fp32", small, LLOYD=True, BLOCK=1024)
+        prepare, update = _kmeans_move.prepare_centroids, _kmeans_move.update_centroids
+        yield case(f"kmeans prepare {name}", prepare, dtype, small, rare=rare, COSINE=cosine, GIVEN=False, **blocks)
+        blocks = UPDATE_BLOCKS | {"BLOCK_D": 32, "WEIGHTED": True, "FARTHEST": True}
+        its = case(f"kmeans update {name}", update, dtype, small, rare=rare, COSINE=cosine, **blocks)
+        yield its._replace(registers=MOST_REGISTERS)
+    yield case("kmeans reduce", _kmeans_device.reduce_rows, "fp32", small, LLOYD=True, BLOCK=1024)
 
 
 def _step_cases(
     name: str, dtype: str, t: dict[str, int], channels: int, layout: Layout, precision: str, archs: tuple[str, ...],
     rare: bool,
 ) -> Iterator[AotCase]:  # fmt: skip
-    """The kernels of one step."""
+    """The kernels of one step: with the centroids made before, moved after, and neither (where rows have gaps)."""
     known: dict[str, Any] = {
         "archs": archs, "rare": rare, "FLAT": layout.flat, "EVEN": channels % t["BLOCK_S"] == 0,
-        "WEIGHTED": layout.weighted, "LLOYD": True,
-        "PRECISION": precision, "UPCAST": False, layout.unit: 1,
+        "WEIGHTED": layout.weighted, "PRECISION": precision, "UPCAST": False, layout.unit: 1,
     }  # fmt: skip
 
     def one(which: str, kernel: triton.JITFunction, names: tuple[str, ...], **flags: Any) -> AotCase:
         blocks: dict[str, Any] = {n: t[n] for n in names}
         found = case(f"kmeans {which} {name}", kernel, dtype, t, layout.aligned, **known, **blocks, **flags)
-        return found._replace(registers={"step": t["registers"], "assign": ASSIGN_REGISTERS}.get(which, 0))
+        return found._replace(registers={"assign": ASSIGN_REGISTERS, "sum": 0}.get(which, t["registers"]))
 
     if t["HELD"]:
-        blocks = ("BLOCK_N", "BLOCK_D", "BLOCK_S", "BLOCK_K", "CHUNKS")
-        yield one("step", device_side.step, blocks, COSINE=layout.cosine, ATOMIC=False)
+        flags: dict[str, Any] = {"COSINE": layout.cosine, "ATOMIC": False, "stride_cd": 1}
+        alone = flags | {"SPLITS": 1}
+        yield one(
+            "step", _kmeans_once.step, STEP_BLOCKS, LLOYD=False, PREPARE=True, MOVE=False, FARTHEST=False, **alone
+        )
+        yield one("lloyd", _kmeans_once.step, STEP_BLOCKS, LLOYD=True, PREPARE=False, MOVE=True, FARTHEST=True, **alone)
+        if not layout.flat:
+            off: dict[str, Any] = {"PREPARE": False, "MOVE": False, "FARTHEST": False}
+            yield one("plain", _kmeans_once.step, STEP_BLOCKS, LLOYD=True, **off, **flags)
     else:
-        yield one("assign", device_side.assign, ("BLOCK_N", "BLOCK_D", "BLOCK_K"), COSINE=layout.cosine)
+        blocks = ("BLOCK_N", "BLOCK_D", "BLOCK_K")
+        yield one("assign", _kmeans_device.assign, blocks, LLOYD=True, COSINE=layout.cosine)
         unit = not (layout.weighted or layout.cosine)
-        yield one("sum", device_side.sum_pixels, ("BLOCK_N", "BLOCK_S", "BLOCK_K"), UNIT=unit)
+        yield one("sum", _kmeans_device.sum_pixels, ("BLOCK_N", "BLOCK_S", "BLOCK_K"), LLOYD=True, UNIT=unit)

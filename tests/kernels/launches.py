@@ -113,6 +113,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "kmeans, cosine": lambda: fgfast.kmeans(
         torch.randn(2, 400, 48), 40, n_iter=1, metric="cosine", weight=torch.rand(2, 400), empty="keep"
     ),
+    "kmeans, shared problems": lambda: fgfast.kmeans(torch.randn(1, 4000, 48), 2, n_iter=1),
     "kmeans of a pyramid": lambda: fgfast.kmeans(maps(HALF), 5, size=(16, 16), n_iter=1),
     "kmeans of a pyramid, cosine": lambda: fgfast.kmeans(
         maps(FULL, last=True), 5, size=16, n_iter=1, metric="cosine", weight=torch.rand(2, 16, 16), init="random"

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fgfast.kernels import _kmeans_device, aot, configs, kmeans_step, tune
+from fgfast.kernels import _kmeans_device, _kmeans_once, aot, configs, kmeans_step, tune
 
 
 def run(module, *arguments, package="fgfast.kernels", **environment):
@@ -56,7 +56,7 @@ def test_every_kernel_and_every_default_row_is_compiled():
     kernels, ways = {case.kernel.__name__ for case in cases}, ("forward", "gradient")
     assert kernels == {
         "forward_kernel", "backward_kernel", "join_kernel", "map_kernel", "grid_kernel",
-        "step", "assign", "sum_pixels", "reduce_rows", "prepare_centroids", "_update", "_plus_plus",
+        "step", "assign", "sum_pixels", "reduce_rows", "prepare_centroids", "update_centroids", "_plus_plus",
         "prepare", "forward", "join", "gradient", "inner", "finish", "perturb_kernel",
         "score", "sums", "move", "grams", "squares", "rows",
     }  # fmt: skip
@@ -64,7 +64,7 @@ def test_every_kernel_and_every_default_row_is_compiled():
     for op in ("part_pool", "kmeans_pyramid"):
         rows = {name for _, name, _ in configs.table(op) if "tuned" not in name}
         assert rows == {words[1] for words in names if words[0] == op and words[1].startswith("row")}
-    steps = [case.name.split()[2:4] for case in cases if case.kernel in (_kmeans_device.step, _kmeans_device.assign)]
+    steps = [case.name.split()[2:4] for case in cases if case.kernel in (_kmeans_once.step, _kmeans_device.assign)]
     assert {arch for arch, _ in steps} == {"default", "sm_90"}
     assert {dtype for _, dtype in steps} == {"fp32", "fp16", "bf16"}
     wanted = {

@@ -1,6 +1,7 @@
 """The Triton kernels of k-means against the float64 reference: interpreted without a GPU, compiled on one."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,12 +13,15 @@ from fgfast import kmeans, kmeans_step
 
 pytest.importorskip("triton")
 
+from fgfast.kernels._common import interpreted
 from fgfast.kernels.kmeans_step import Solver
+from fgfast.testing import checked, fewest
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 METRICS = ["euclidean", "cosine"]
 DTYPES = {torch.float32: 2**-24, torch.float16: 2**-12, torch.bfloat16: 2**-9}  # rounding of a centroid
 seeds = st.integers(0, 10**6)
+listens = pytest.mark.skipif(not interpreted(), reason="listens to the interpreter")
 
 
 def blobs(seed, *shape, n_blobs=4, dtype=torch.float32, offset=0.0):
@@ -129,6 +133,35 @@ def test_routes_are_what_their_names_say():
     assert solver(50, 300, 3).tile["HELD"]
     assert not solver(20, 200, 260).tile["HELD"]
     assert not solver(40, 1100, 33).tile["HELD"]
+
+
+@listens
+@pytest.mark.parametrize(
+    ("shape", "clusters", "launches"),
+    [
+        ((4, 30, 150), 3, 1),  # a program a problem, as a large batch has on a GPU
+        ((5, 40, 20), 7, 1),
+        ((1, 400, 2), 2, 3),  # several programs a problem: centroids before, sums after
+        ((1, 16, 20), 140, 3),  # more clusters than the registers hold: centroids, then two reads of x
+    ],
+    ids=str,
+)
+def test_a_step_is_one_launch_where_a_program_has_a_whole_problem(shape, clusters, launches):
+    for metric, weighted in (("euclidean", False), ("cosine", True)):
+        dtype = torch.bfloat16 if weighted else torch.float32
+        x, c = blobs(1, *shape, dtype=dtype), blobs(2, shape[0], clusters, shape[2], dtype=dtype)
+        with checked() as traffic:
+            check_step(x, c, weights(3, *shape[:2]) if weighted else None, metric)
+        assert traffic.launches == launches
+
+
+@listens
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_step_moves_little_more_than_the_pixels(metric):
+    x, c = blobs(1, 4, 600, 64), blobs(2, 4, 5, 64)
+    with checked(x, c) as traffic:
+        step = kmeans_step(x, c, metric=metric, backend="triton")
+    assert traffic.bytes <= 1.1 * fewest(x, c, *step)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -244,6 +277,62 @@ def test_empty_clusters(empty, metric):
     init = torch.cat([far[:, :1], x[:, :3], far[:, 1:]], 1)
     r = check_kmeans(x, 6, weights(4, 2, 40) if metric == "cosine" else None, init=init, empty=empty, metric=metric)
     assert bool((r.counts > 0).all()) == (empty == "farthest")
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("pixels", [40, 320])  # a program a problem, and two programs
+def test_empty_clusters_beside_full_ones(pixels, weighted, metric):
+    """One of two problems has clusters without a pixel, the other a pixel that is not finite."""
+    x, w = blobs(3, 2, pixels, 5), weights(4, 2, pixels) + 0.1 if weighted else None
+    init = x[:, :6].clone()
+    init[0, [0, 4]] = x[0, :2] - 1e3 * torch.eye(5, device=DEVICE)[:2]
+    if DEVICE == "cpu":
+        assert Solver(x.mT, 6, w, metric, "ieee", True).whole == (pixels == 40)
+    x[1, 9, 1] = math.nan
+    with checked() if interpreted() else nullcontext():
+        r = kmeans(x, 6, weight=w, init=init, n_iter=5, metric=metric, backend="triton")
+    same(r, kmeans(x.double(), 6, weight=w, init=init.double(), n_iter=5, metric=metric, backend="reference"))
+    assert (r.counts > 0).all()
+    assert r.inertia.isnan().tolist() == [False, True]
+
+
+@listens
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("shape", "launches"), [((4, 40, 20), 1), ((1, 400, 2), 3)], ids=str)
+def test_an_iteration_is_one_launch_where_a_program_has_a_whole_problem(shape, launches, metric):
+    """Otherwise a step, the sum of its parts, and the centroids."""
+    x, counts = blobs(1, *shape), []
+    for n_iter in (2, 3):
+        with checked() as traffic:
+            check_kmeans(x, 2, seed=0, n_iter=n_iter, tol=0, metric=metric)
+        counts.append(traffic.launches)
+    assert counts[1] - counts[0] == launches
+
+
+@pytest.mark.parametrize("pixels", [40, 400])
+@pytest.mark.parametrize(
+    "options",
+    [{"tol": 0.0, "n_iter": 30}, {"tol": 0.0, "n_iter": 1}, {"tol": 1e9, "n_iter": 3}, {"n_iter": 2}],
+    ids=str,
+)
+def test_each_problem_stops_when_it_has_converged(options, pixels):
+    x = blobs(6, 2, pixels, 5)
+    r = check_kmeans(x, 3, init=x[:, :3], **options)
+    assert (r.n_iter <= options["n_iter"]).all()
+    assert (r.n_iter == 1).all() == (options["n_iter"] == 1 or options.get("tol") == 1e9)
+
+
+@listens
+def test_a_problem_that_has_converged_reads_nothing():
+    """Iterations past the last one that any problem needs move the flags alone."""
+    x, moved = blobs(2, 4, 40, 20), []
+    for n_iter in (20, 24):
+        with checked() as traffic:
+            r = kmeans(x, 3, seed=0, n_iter=n_iter, backend="triton")
+        moved.append(traffic.bytes)
+    assert r.n_iter.max() < 20
+    assert moved[1] - moved[0] == 4 * 4 * 32  # iterations, problems, a sector
 
 
 def test_duplicate_pixels_and_as_many_clusters_as_pixels():
