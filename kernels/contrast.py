@@ -320,7 +320,8 @@ def _gradient(problem: _Problem, x: _Side, passes: list[_Pass], inner: bool = Fa
             problem.scale, raw, n, len(p.side.x), d, X_ROWS=p.x_rows, Y_ROWS=p.y_rows, ADD=number > 0, SPLITS=splits,
             **problem.options(),
         )  # fmt: skip
-        if inner and p.x_rows:
+        last = number + 1 == len(passes) or not passes[number + 1].x_rows
+        if inner and p.x_rows and (last or p.y_rows):
             rows = x.x.new_empty(n, dtype=torch.float32)
             device_side.inner[(triton.cdiv(n, FINISH_ROWS),)](
                 x.x, *x.x.stride(), x.inverse, raw, rows, n, d, **small
