@@ -8,6 +8,16 @@ from fgfast.kernels._kmeans_move import moved, prepared
 
 
 @triton.jit
+def _noted(labels_ptr, near_ptr, n, inside, label, kept, near, changed, LLOYD: tl.constexpr):
+    """Store the labels of pixels n, with LLOYD their distances too; changed, with 1 more where a label is new."""
+    if LLOYD:
+        changed += (inside & (tl.load(labels_ptr + n, inside, other=-1) != label)).to(tl.int32)
+        tl.store(near_ptr + n, tl.where(kept, near, -1.0), inside)
+    tl.store(labels_ptr + n, label.to(tl.int64), inside)
+    return changed
+
+
+@triton.jit
 def step(
     x_ptr, m_ptr, bias_ptr, mu_ptr, weight_ptr, done_ptr,
     labels_ptr, near_ptr, sums_ptr, counts_ptr, inertia_ptr, changed_ptr,
@@ -51,7 +61,6 @@ def step(
         start = (split * TURNS + tile) * BLOCK_N
         n = start + tl.arange(0, BLOCK_N)
         inside = n < N
-        at = b * N + n
         base, offsets = places(x_ptr + b * stride_b, start, WIDTH, stride_d, stride_y, stride_x, FLAT, BLOCK_N, BLOCK_D)
         wide_base, across = places(
             x_ptr + b * stride_b, start, WIDTH, stride_d, stride_y, stride_x, FLAT, BLOCK_N, BLOCK_S
@@ -66,13 +75,14 @@ def step(
         best, index = least(dots, bias, k, K, COSINE)
         w = tl.where(inside, 1.0, 0.0)
         if WEIGHTED:
-            w = tl.load(weight_ptr + at, inside, other=0.0)
+            w = tl.load(weight_ptr + b * N + n, inside, other=0.0)
         near, kept, scale, lost = nearest(best, squares, w, COSINE)
         label = tl.where(kept, index, -1)
         match = label[:, None] == k[None, :]
-        counts += tl.sum(tl.where(match, w[:, None], 0.0), 0)
-        if not MOVE:
-            inertia += tl.where(lost, float("nan"), tl.where(kept, w * near, 0.0))
+        # What is stored here needs no registers below; but a store parts two reads of one tile, which else are one.
+        EARLY: tl.constexpr = DP > BLOCK_D
+        if EARLY:
+            changed = _noted(labels_ptr + b * N, near_ptr + b * N, n, inside, label, kept, near, changed, LLOYD)
         updated = ()
         UNIT: tl.constexpr = not (WEIGHTED or COSINE)
         for i in tl.static_range(CHUNKS):
@@ -80,18 +90,12 @@ def step(
             x = tl.where(finite(x.to(tl.float32)), x, 0.0)
             updated += (added(sums[i], tl.trans(x), match, scale, UNIT, PRECISION, UPCAST),)  # type: ignore[assignment]
         sums = updated
-        if LLOYD:
-            changed += (inside & (tl.load(labels_ptr + at, inside, other=-1) != label)).to(tl.int32)
-            tl.store(near_ptr + at, tl.where(kept, near, -1.0), inside)
-        tl.store(labels_ptr + at, label.to(tl.int64), inside)
+        counts += tl.sum(tl.where(match, w[:, None], 0.0), 0)
+        if not MOVE:
+            inertia += tl.where(lost, float("nan"), tl.where(kept, w * near, 0.0))
+        if not EARLY:
+            changed = _noted(labels_ptr + b * N, near_ptr + b * N, n, inside, label, kept, near, changed, LLOYD)
     row = b if ATOMIC else program.to(tl.int64)
-    for i in tl.static_range(CHUNKS):
-        target = sums_ptr + row * K * D + i * BLOCK_S + (k[None, :] * D + e[:, None])
-        mask = (k < K)[None, :] if EVEN else (k < K)[None, :] & (i * BLOCK_S + e < D)[:, None]
-        if ATOMIC:
-            tl.atomic_add(target, sums[i], mask, sem="relaxed")
-        else:
-            tl.store(target, sums[i], mask)
     if ATOMIC:
         tl.atomic_add(counts_ptr + row * K + k, counts, k < K, sem="relaxed")
         tl.atomic_add(inertia_ptr + row, tl.sum(inertia, 0), sem="relaxed")
@@ -103,6 +107,13 @@ def step(
             tl.store(inertia_ptr + row, tl.sum(inertia, 0))
             if LLOYD:
                 tl.store(changed_ptr + row, tl.sum(changed, 0))
+    for i in tl.static_range(CHUNKS):
+        target = sums_ptr + row * K * D + i * BLOCK_S + (k[None, :] * D + e[:, None])
+        mask = (k < K)[None, :] if EVEN else (k < K)[None, :] & (i * BLOCK_S + e < D)[:, None]
+        if ATOMIC:
+            tl.atomic_add(target, sums[i], mask, sem="relaxed")
+        else:
+            tl.store(target, sums[i], mask)
     if MOVE:
         tl.debug_barrier()
         moved(
