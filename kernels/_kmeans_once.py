@@ -80,7 +80,7 @@ def step(
         label = tl.where(kept, index, -1)
         match = label[:, None] == k[None, :]
         # What is stored here needs no registers below; but a store parts two reads of one tile, which else are one.
-        EARLY: tl.constexpr = DP > BLOCK_D
+        EARLY: tl.constexpr = DP > BLOCK_D and (PREPARE or MOVE or x_ptr.dtype.element_ty != tl.bfloat16)
         if EARLY:
             changed = _noted(labels_ptr + b * N, near_ptr + b * N, n, inside, label, kept, near, changed, LLOYD)
         updated = ()

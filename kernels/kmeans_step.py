@@ -73,7 +73,13 @@ def tile(row: Row, channels: int, clusters: int, narrow: bool = False) -> dict[s
     if narrow and t["BLOCK_N"] == 16 and sums > 16 << 10:
         t["BLOCK_D"] = min(16, t["BLOCK_D"])
     numbers = 2048 if t["BLOCK_N"] == 16 else 1024
-    return t | {"HELD": 1, "BLOCK_C": min(t["BLOCK_S"], numbers // t["BLOCK_K"])}
+    plain = min(32, t["BLOCK_D"]) if narrow and sums <= 24 << 10 else t["BLOCK_D"]  # neither prepares nor moves
+    return t | {"HELD": 1, "BLOCK_C": min(t["BLOCK_S"], numbers // t["BLOCK_K"]), "PLAIN_D": plain}
+
+
+def step_blocks(t: dict[str, int], plain: bool) -> dict[str, int]:
+    """Tile sizes of a launch of `step`; ``plain``: it neither prepares nor moves."""
+    return {name: t[name] for name in STEP_BLOCKS} | ({"BLOCK_D": t["PLAIN_D"]} if plain else {})
 
 
 def splits(batch: int, tiles: int, affordable: int, processors: int) -> int:
@@ -211,7 +217,7 @@ class Solver:
             self.N, self.width, self.D, self.K, self.splits, self.turns, *self.strides, *c.stride(),
             **self.common, LLOYD=lloyd, COSINE=self.cosine, ATOMIC=self.atomic, PREPARE=first is not None,
             MOVE=move is not None, FARTHEST=move is not None and move.empty == "farthest",
-            **{name: t[name] for name in STEP_BLOCKS},
+            **step_blocks(t, first is None and move is None),
             **launch_options(t["num_warps"], t["num_stages"], t["registers"]),
         )  # fmt: skip
 
@@ -361,29 +367,26 @@ def _step_cases(
     name: str, dtype: str, t: dict[str, int], channels: int, layout: Layout, precision: str, archs: tuple[str, ...],
     rare: bool,
 ) -> Iterator[AotCase]:  # fmt: skip
-    """The kernels of one step: with the centroids made before, moved after, and neither (where rows have gaps)."""
+    """The kernels of one step: with the centroids made before, moved after, and neither."""
     known: dict[str, Any] = {
         "archs": archs, "rare": rare, "FLAT": layout.flat, "EVEN": channels % t["BLOCK_S"] == 0,
         "WEIGHTED": layout.weighted, "PRECISION": precision, "UPCAST": False, layout.unit: 1,
     }  # fmt: skip
 
-    def one(which: str, kernel: triton.JITFunction, names: tuple[str, ...], **flags: Any) -> AotCase:
-        blocks: dict[str, Any] = {n: t[n] for n in names}
+    def one(which: str, kernel: triton.JITFunction, blocks: dict[str, Any], **flags: Any) -> AotCase:
         found = case(f"kmeans {which} {name}", kernel, dtype, t, layout.aligned, **known, **blocks, **flags)
         return found._replace(registers={"assign": ASSIGN_REGISTERS, "sum": 0}.get(which, t["registers"]))
 
     if t["HELD"]:
         flags: dict[str, Any] = {"COSINE": layout.cosine, "ATOMIC": False, "stride_cd": 1}
         alone = flags | {"SPLITS": 1}
-        yield one(
-            "step", _kmeans_once.step, STEP_BLOCKS, LLOYD=False, PREPARE=True, MOVE=False, FARTHEST=False, **alone
-        )
-        yield one("lloyd", _kmeans_once.step, STEP_BLOCKS, LLOYD=True, PREPARE=False, MOVE=True, FARTHEST=True, **alone)
-        if not layout.flat:
-            off: dict[str, Any] = {"PREPARE": False, "MOVE": False, "FARTHEST": False}
-            yield one("plain", _kmeans_once.step, STEP_BLOCKS, LLOYD=True, **off, **flags)
+        off: dict[str, Any] = {"PREPARE": False, "MOVE": False, "FARTHEST": False}
+        fused, plain = step_blocks(t, False), step_blocks(t, True)
+        yield one("step", _kmeans_once.step, fused, LLOYD=False, **(off | {"PREPARE": True}), **alone)
+        yield one("lloyd", _kmeans_once.step, fused, LLOYD=True, **(off | {"MOVE": True, "FARTHEST": True}), **alone)
+        yield one("plain", _kmeans_once.step, plain, LLOYD=True, **off, **flags)
     else:
-        blocks = ("BLOCK_N", "BLOCK_D", "BLOCK_K")
-        yield one("assign", _kmeans_device.assign, blocks, LLOYD=True, COSINE=layout.cosine)
+        pixels, sums = ({n: t[n] for n in ("BLOCK_N", other, "BLOCK_K")} for other in ("BLOCK_D", "BLOCK_S"))
+        yield one("assign", _kmeans_device.assign, pixels, LLOYD=True, COSINE=layout.cosine)
         unit = not (layout.weighted or layout.cosine)
-        yield one("sum", _kmeans_device.sum_pixels, ("BLOCK_N", "BLOCK_S", "BLOCK_K"), LLOYD=True, UNIT=unit)
+        yield one("sum", _kmeans_device.sum_pixels, sums, LLOYD=True, UNIT=unit)
