@@ -126,7 +126,7 @@ def without_device(chosen: argparse.Namespace) -> int:
     """Traffic and compile reports, for the record: the tests hold the kernels to their goals."""
     print("No GPU was found: no time, rate, bandwidth or peak memory of a device is measured here, and no plot drawn.")
     counts = traffic.rows(chosen.only, chosen.quick)
-    form = "{:<20} {:<28} {:<6} {:>8} {:>6} {:>6}"
+    form = "{:<43} {:<37} {:<6} {:>8} {:>6} {:>6}"
     print(form.format("traffic / fewest", "", "", "launches", "ratio", "goal"))
     for row in counts:
         over = "  over the goal" if row["goal"] and row["ratio"] > row["goal"] else ""
