@@ -335,6 +335,12 @@ def test_a_problem_that_has_converged_reads_nothing():
     assert moved[1] - moved[0] == 4 * 4 * 32  # iterations, problems, a sector
 
 
+def test_more_pixels_than_are_counted_in_32_bits_are_refused():
+    x = torch.zeros(1, 1, 1, device=DEVICE).expand(1, 1, (1 << 30) + 1)
+    with pytest.raises(ValueError, match=r"1073741825 pixels .* take 2\^30: choose backend 'torch'"):
+        Solver(x, 1, None, "euclidean", "ieee", True)
+
+
 def test_duplicate_pixels_and_as_many_clusters_as_pixels():
     r = kmeans(torch.ones(1, 5, 2, device=DEVICE), 3, seed=0, backend="triton")
     assert r.inertia.item() == 0
