@@ -1,19 +1,38 @@
 # make demo: the main job, set-up included. make test, make lint, make bench likewise. make clean removes the set-up and caches, never runs/.
 
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
-	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+# make PYTHON=/path/to/python names the interpreter of .venv; .ci/setup finds one otherwise.
+PYTHON ?=
 WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# One OpenMP thread a worker: two workers with two threads each get in each other's way on two cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo test test-quick test-full compilers lint bench sanitize lock release-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/fgfast demo --out runs/demo
 
-# One OpenMP thread a worker: two workers with two threads each get in each other's way on two cores.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests fgfast
+	$(PYTEST) tests fgfast
+
+# While one works: without the tests that start processes, train or compile, and with few examples of each property.
+test-quick: $(INSTALLED)
+	FGFAST_EXAMPLES=0.2 $(PYTEST) -m "not sweep and (quick or not slow)" tests fgfast
+
+# Everything, and the sweeps: EXAMPLES times as many examples of each property, drawn from SEED. PART=3/8: the sweeps of
+# the third of eight parts, and nothing else.
+EXAMPLES ?= 10
+SEED ?= 0
+PART ?=
+test-full: $(INSTALLED)
+	FGFAST_EXAMPLES=$(EXAMPLES) FGFAST_PART=$(PART) $(PYTEST) --hypothesis-seed=$(SEED) \
+		-m "$(if $(PART),sweep or hypothesis,sweep or not sweep)" tests fgfast
+
+# The kernels with the oldest or newest torch and Triton (WHICH=oldest or newest): what they compile to, and their tests.
+WHICH ?= oldest
+compilers: $(INSTALLED)
+	.ci/compilers $(WHICH)
 
 # kernels/ is the package fgfast.kernels (setup.py maps it), so mypy reads it in a run of its own.
 lint: $(INSTALLED)
@@ -32,11 +51,16 @@ sanitize: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-$(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*)
-	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found: install one, or name it with make PYTHON=/path/to/python."; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[train,dev]"
-	touch $@
+# Writes .ci/locks anew: the exact versions that are installed.
+lock:
+	PYTHON=$(PYTHON) .ci/lock
+
+# Locks, version, changelog and wheel, as a release needs them.
+release-check: $(INSTALLED)
+	.ci/release-check
+
+$(INSTALLED): pyproject.toml setup.py $(wildcard csrc/* .ci/locks/cp*.txt) .ci/setup
+	@.ci/setup $(PYTHON)
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks *.egg-info

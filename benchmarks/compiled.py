@@ -1,43 +1,57 @@
-"""What the compiler made of the kernels, from the cache of ``python -m fgfast.kernels.aot``: nothing is compiled."""
+"""Kernel by compiler: ``python -m benchmarks.compiled OLDEST.csv LOCKED.csv NEWEST.csv`` joins reports into one table.
 
-import json
-import os
-import subprocess
+The files are those of ``python -m fgfast.kernels.aot --default-only --csv FILE``, one a version of Triton. A row of
+results/compilers.csv has one kernel on one architecture: how many of its cases a compiler was given, the most registers
+a thread of one takes, and the most bytes that one spills.
+"""
+
 import sys
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks import record
 
 Row = dict[str, Any]
 
 
-def cached() -> tuple[list[Row], int]:
-    """A row for each report in the cache that belongs to a kernel as it is now, and how many have none."""
-    from fgfast.kernels import aot
+def joined(reports: Sequence[Row]) -> list[Row]:
+    """Reports of several compilers as a row a kernel and architecture, three columns a compiler.
 
-    path = aot._folder() / "reports.json"  # the cache is aot's own; its key says whether a report is still true
-    known = json.loads(path.read_text()) if path.exists() else {}
-    found, missing = [], 0
-    for job in aot.jobs(aot.ARCHITECTURES, False):
-        report = known.get(aot._key(job)) if known else None
-        if report is None:
-            missing += 1
-            continue
-        registers, spilled, shared = report[:3]
-        found.append({"case": job[1], "arch": job[2], "registers": registers, "spilled": spilled, "shared": shared})
-    return found, missing
+    Example:
+        >>> report = {"triton": "3.8.0", "kernel": "contrast join", "arch": "sm_90", "registers": 40, "spilled": 0}
+        >>> joined([report, report | {"registers": 64}])
+        [{'kernel': 'contrast join', 'arch': 'sm_90', '3.8.0 cases': 2, '3.8.0 registers': 64, '3.8.0 spilled': 0}]
+    """
+    grouped: dict[tuple[str, str], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for report in reports:
+        grouped[report["kernel"], report["arch"]][report["triton"]].append(report)
+    compilers = sorted({report["triton"] for report in reports})
+    made = []
+    for (kernel, arch), by_compiler in grouped.items():
+        row: Row = {"kernel": kernel, "arch": arch}
+        for compiler in compilers:
+            its = by_compiler[compiler]
+            row[f"{compiler} cases"] = len(its)
+            row |= {
+                f"{compiler} {name}": max((int(r[name]) for r in its), default=0) for name in ("registers", "spilled")
+            }
+        made.append(row)
+    return made
 
 
-def rows() -> tuple[list[Row], int]:
-    """As :func:`cached`, from a process in which Triton does not interpret."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "-m", "benchmarks.compiled"]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"The compile reports could not be read: {done.stderr[-2000:]}")
-    found, missing = json.loads(done.stdout.splitlines()[-1])
-    return found, missing
+def main(files: Sequence[str]) -> int:
+    """The command."""
+    if not files:
+        print("Name the files that fgfast.kernels.aot --csv wrote, one a compiler.", file=sys.stderr)
+        return 2
+    made = joined([report for file in files for report in record.read(Path(file))])
+    record.overwrite(made, record.RESULTS / "compilers.csv")
+    spilled = sum(int(value) > 0 for row in made for name, value in row.items() if name.endswith("spilled"))
+    print(f"{len(made)} rows of kernel and architecture in {record.RESULTS / 'compilers.csv'}; {spilled} with spills")
+    return 0
 
 
 if __name__ == "__main__":
-    print(json.dumps(cached()))
+    sys.exit(main(sys.argv[1:]))

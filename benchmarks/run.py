@@ -2,9 +2,8 @@
 
 On a GPU: both ceilings, then each case of each operation against eager PyTorch, torch.compile and the peers that are
 installed. Every answer is judged before it is timed. ``--record`` appends to results/results.csv and draws the plots
-again. Without a GPU: traffic over the fewest bytes from the interpreter, and the compile reports that are cached;
-``--record`` writes results/traffic.csv and results/compiled.csv. The exit status is 1 when fgfast gave a wrong
-answer or failed.
+again. Without a GPU: traffic over the fewest bytes from the interpreter; ``--record`` writes results/traffic.csv. The
+exit status is 1 when fgfast gave a wrong answer or failed.
 """
 
 import argparse
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ceilings, compiled, record, traffic
+from benchmarks import ceilings, record, traffic
 from benchmarks.cases import OPERATIONS, planned
 from benchmarks.timing import Case, Clock, CudaClock, Measured, WallClock, measure
 
@@ -123,7 +122,7 @@ def on_device(device: torch.device, clock: Clock, chosen: argparse.Namespace) ->
 
 
 def without_device(chosen: argparse.Namespace) -> int:
-    """Traffic and compile reports, for the record: the tests hold the kernels to their goals."""
+    """Traffic, for the record: the tests hold the kernels to their goals."""
     print("No GPU was found: no time, rate, bandwidth or peak memory of a device is measured here, and no plot drawn.")
     counts = traffic.rows(chosen.only, chosen.quick)
     form = "{:<43} {:<37} {:<6} {:>8} {:>6} {:>6}"
@@ -131,17 +130,11 @@ def without_device(chosen: argparse.Namespace) -> int:
     for row in counts:
         over = "  over the goal" if row["goal"] and row["ratio"] > row["goal"] else ""
         print(form.format(*(row[c] for c in ("op", "shape", "dtype", "launches", "ratio", "goal"))) + over)
-    reports, missing = compiled.rows()
-    spilling = [row for row in reports if row["spilled"]]
-    print(f"Compile reports in the cache: {len(reports)}, {len(spilling)} with spills; {missing} more are not there.")
-    if missing:
-        print("python -m fgfast.kernels.aot makes them.")
-    if chosen.record:
+    print("What the compiler makes of the kernels: python -m fgfast.kernels.aot")
+    if chosen.record and counts and not chosen.only:
         setting = {"versions": record.versions(), "commit": record.commit()}
-        for name, rows in (("traffic", counts), ("compiled", reports)):
-            if rows and not (name == "compiled" and missing) and not chosen.only:
-                record.overwrite([{**setting, **row} for row in rows], chosen.results / f"{name}.csv")
-                print("Recorded in", chosen.results / f"{name}.csv")
+        record.overwrite([{**setting, **row} for row in counts], chosen.results / "traffic.csv")
+        print("Recorded in", chosen.results / "traffic.csv")
     return 0
 
 

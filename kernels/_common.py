@@ -36,6 +36,7 @@ class AotCase(NamedTuple):
     shared: int = 0  # KiB of shared memory that its row says to suffice; 0 for what the part has
 
 
+COMPILER: tuple[int, ...] = tuple(int(n) for n in triton.__version__.split(".")[:2])
 MOST_REGISTERS = 255  # a thread can have on an NVIDIA GPU
 
 

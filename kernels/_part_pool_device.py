@@ -97,7 +97,8 @@ def _pool(
         x, labels, weight, d, k, first, last, D, K, WIDTH, x_d, x_y, x_x, l_y, l_x, w_y, w_x,
         False, FLAT, WIDE, WEIGHTED, UPCAST, BLOCK_D, BLOCK_P, BLOCK_K,
     )  # fmt: skip
-    if tl.max(tl.max(tl.where(tl.abs(sums) < float("inf"), 0, 1), 0), 0) > 0:
+    # Over both axes at once: one after the other fails in the compiler of Triton 3.6 for sm_100.
+    if tl.max(tl.where(tl.abs(sums) < float("inf"), 0, 1)) > 0:
         # Rare, so in narrow tiles: in wide ones this loop would cost the loop above half of its registers.
         sums, _ = _sums(
             x, labels, weight, d, k, first, last, D, K, WIDTH, x_d, x_y, x_x, l_y, l_x, w_y, w_x,

@@ -1,11 +1,13 @@
 """Compile every kernel without a GPU: ``python -m fgfast.kernels.aot [--arch sm_90 ...] [--default-only]``.
 
 Every :class:`~fgfast.kernels._common.AotCase` that a file of this folder offers is compiled for each architecture, and
-a table of registers, spilled bytes and shared memory is printed. The exit status is 1 when a case of a default row
-spills or any case needs more shared memory than the part has. Reports are kept by the hash of what they depend on.
+a table of registers, spilled bytes and shared memory is printed. The exit status is 1 when a case that was not measured
+spills or any case needs more shared memory than the part has. Reports are kept by the hash of what they depend on, the
+version of Triton included; ``--recorded FILE`` takes those that were recorded, by the same hash, from a CSV file.
 """
 
 import argparse
+import csv
 import hashlib
 import importlib
 import json
@@ -16,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,6 +41,9 @@ class Report(NamedTuple):
     spilled: int
     shared: int
     error: str = ""  # of a case that does not compile
+
+
+MEASURED = ("registers", "spilled", "shared")
 
 
 def modules() -> Iterator[str]:
@@ -158,18 +164,62 @@ def _key(job: Job) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def reports(wanted: list[Job], workers: int = 2) -> dict[Job, Report]:
-    """The report of each job, from the cache or compiled now, in the order given."""
+def _workers(number: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(number, mp_context=get_context("spawn"))  # a fork would take over torch's threads
+
+
+def _compiled_all(missing: dict[str, Job], workers: int) -> Iterator[tuple[str, Report]]:
+    """The report of each job with its key, as they are done."""
+    left = dict(missing)
+    try:
+        with _workers(workers) as pool:
+            futures = {pool.submit(compile_case, job): key for key, job in left.items()}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+                del left[futures[future]]
+    except BrokenProcessPool:  # an assertion of the compiler, in one of those that are left: each by itself
+        for key, job in left.items():
+            with _workers(1) as pool:
+                try:
+                    yield key, pool.submit(compile_case, job).result()
+                except BrokenProcessPool:
+                    yield key, Report(0, 0, 0, "the compiler ended its own process")
+
+
+def _recorded(file: Path) -> dict[str, tuple[int, ...]]:
+    """Registers, spilled and shared bytes by key."""
+    with file.open(newline="") as lines:
+        return {row["key"]: tuple(int(row[name]) for name in MEASURED) for row in csv.DictReader(lines)}
+
+
+def rows(found: dict[Job, Report]) -> list[dict[str, Any]]:
+    """Reports as rows of a table, each with the key under which it may be found again."""
+    import triton
+
+    known = {"triton": triton.__version__}
+    return [
+        known | {"kernel": kernel_of(job), "case": job[1], "arch": job[2]}
+        | {name: getattr(report, name) for name in MEASURED} | {"key": _key(job)}
+        for job, report in found.items()
+    ]  # fmt: skip
+
+
+def kernel_of(job: Job) -> str:
+    """File and function of the kernel of a job, "contrast forward"."""
+    module, name, _ = job
+    return f"{module.rpartition('.')[2]} {cases(module)[name].kernel.__name__.strip('_')}"
+
+
+def reports(wanted: list[Job], workers: int = 2, recorded: Path | None = None) -> dict[Job, Report]:
+    """The report of each job, from the record, from the cache or compiled now, in the order given."""
     path = _folder() / "reports.json"
     known = json.loads(path.read_text()) if path.exists() else {}
+    known |= _recorded(recorded) if recorded else {}
     keys = {job: _key(job) for job in wanted}
     missing = {key: job for job, key in keys.items() if key not in known}  # rows may share a compilation
-    if missing:
-        # Fresh processes: a fork would take over torch's threads.
-        with ProcessPoolExecutor(min(workers, len(missing)), mp_context=get_context("spawn")) as pool:
-            for key, report in zip(missing, pool.map(compile_case, missing.values()), strict=True):
-                known[key] = report
-                _keep({key: report for key, report in known.items() if not Report(*report).error}, path)
+    for key, report in _compiled_all(missing, workers):
+        known[key] = report
+        _keep({key: report for key, report in known.items() if not Report(*report).error}, path)
     return {job: Report(*known[keys[job]]) for job in wanted}
 
 
@@ -206,9 +256,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--default-only", action="store_true", help="leave out measured rows, and rare variants")
     parser.add_argument("--only", default="", metavar="TEXT", help="the cases with this text in their name")
+    parser.add_argument(
+        "--recorded", type=Path, metavar="FILE", help="a CSV file of reports, taken where they still hold"
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="where the reports are written too")
     chosen = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled; triton reads it on import
-    found = reports(jobs(chosen.arch, chosen.default_only, chosen.only))
+    found = reports(jobs(chosen.arch, chosen.default_only, chosen.only), recorded=chosen.recorded)
+    if chosen.csv and found:
+        made = rows(found)
+        with chosen.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(made[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(made)
     width = max((len(name) for _, name, _ in found), default=4)
     print(f"{'case':<{width}} {'arch':>7} {'registers':>9} {'spilled':>8} {'shared':>8}")
     for (_, name, arch), report in found.items():

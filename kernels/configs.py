@@ -3,7 +3,8 @@
 A row is chosen by :func:`config`: one that was measured on this architecture (``tuned.py``, written by
 ``python -m fgfast.kernels.tune``) before the ones below, those of this architecture before the default ones, and among
 these the first whose channels and shared memory suffice; but a row of a narrower kind ("fp16") always before one of a
-wider kind ("half"). Sizes are powers of two.
+wider kind ("half"). Sizes are powers of two. A row that spills with older compilers names the Triton that it is
+``since``, and one for those stands behind it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fgfast.kernels._common import MOST_REGISTERS, launch_options
+from fgfast.kernels._common import COMPILER, MOST_REGISTERS, launch_options
 from fgfast.kernels.tuned import TUNED
 
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB a program may have
@@ -34,6 +35,7 @@ class Row(NamedTuple):
     shared: int  # KiB; fgfast.kernels.aot holds the compiled kernels to it
     registers: int = 0  # see launch_options
     channels: int = 0  # most channels that it serves, 0 for any
+    since: tuple[int, int] = (0, 0)  # the oldest Triton with which it does not spill
 
     @property
     def launch(self) -> dict[str, int]:
@@ -43,11 +45,11 @@ class Row(NamedTuple):
 
 def contrast_row(
     kind: str, most: int, x: int, y: int, compared: int, d: int, warps: int, stages: int, shared: int,
-    registers: int = 0,
+    registers: int = 0, since: tuple[int, int] = (0, 0),
 ) -> Row:  # fmt: skip
     """Vectors kept, vectors a step, of them compared at a time, channels at a time: each one where d is ``most``."""
     tiles = {"BLOCK_X": x, "BLOCK_Y": y, "BLOCK_S": compared, "BLOCK_D": d, "WHOLE": int(d == most)}
-    return Row(kind, tiles, warps, stages, shared, registers, most)
+    return Row(kind, tiles, warps, stages, shared, registers, most, since)
 
 
 def kmeans_row(
@@ -60,6 +62,7 @@ def kmeans_row(
     return Row(kind, tiles, warps, stages, shared, registers)
 
 
+TRITON_3_8 = (3, 8)
 SMALL_CONTRAST = (
     contrast_row("half", 8192, 32, 32, 32, 64, 4, 1, 48),
     contrast_row("tf32", 8192, 32, 32, 32, 32, 4, 1, 48),
@@ -80,33 +83,36 @@ ROWS: dict[tuple[str, str], tuple[Row, ...]] = {
         Row("half", {"BLOCK_C": 32, "BLOCK_D": 32, "BLOCK_S": 32, "HELD": 64}, 4, 1, 48, MOST_REGISTERS),
         Row("fp32", {"BLOCK_C": 32, "BLOCK_D": 32, "BLOCK_S": 32, "HELD": 64}, 4, 2, 48, MOST_REGISTERS),
     ),
-    # A program has 256 threads: 8 warps, 4 on an AMD GPU.
+    # A program has 256 threads: 8 warps, 4 on an AMD GPU. More sums of rows with gaps between them spill.
     ("kmeans_step", "default"): (
         kmeans_row("half", 16, 32, 128, 24 << 10, 128, 8, 2, 48, MOST_REGISTERS),
+        kmeans_row("half gaps", 16, 32, 128, 8 << 10, 128, 8, 2, 48, MOST_REGISTERS),
         kmeans_row("fp32", 16, 32, 128, 24 << 10, 64, 8, 2, 48, MOST_REGISTERS),
+        kmeans_row("fp32 gaps", 16, 32, 128, 8 << 10, 64, 8, 2, 48, MOST_REGISTERS),
     ),
     ("kmeans_step", "gfx942"): (
         kmeans_row("half", 16, 32, 128, 24 << 10, 128, 4, 2, 48),
+        kmeans_row("half gaps", 16, 32, 128, 24 << 10, 128, 4, 2, 48),
         kmeans_row("fp32", 16, 32, 128, 24 << 10, 64, 4, 2, 48),
+        kmeans_row("fp32 gaps", 16, 32, 128, 24 << 10, 64, 4, 2, 48),
     ),
-    # More sums of rows with gaps between them spill on sm_90.
-    ("kmeans_step", "sm_90"): (
-        kmeans_row("half aligned", 64, 64, 128, 32 << 10, 128, 8, 4, 99, MOST_REGISTERS),
-        kmeans_row("half gaps", 16, 32, 128, 8 << 10, 128, 8, 2, 48),
-    ),
+    ("kmeans_step", "sm_90"): (kmeans_row("half aligned", 64, 64, 128, 32 << 10, 128, 8, 4, 99, MOST_REGISTERS),),
     ("contrast forward", "default"): (
         contrast_row("half", 128, 128, 64, 16, 128, 8, 2, 72),
-        contrast_row("half", 256, 64, 64, 32, 256, 8, 2, 99),
+        contrast_row("half", 256, 64, 64, 16, 256, 8, 2, 99),
         contrast_row("half", 8192, 64, 64, 32, 64, 8, 2, 48),
-        contrast_row("tf32", 128, 64, 32, 16, 128, 8, 2, 72),
+        contrast_row("tf32", 128, 64, 32, 16, 128, 8, 2, 72, 0, TRITON_3_8),
+        contrast_row("tf32", 128, 64, 32, 16, 128, 8, 2, 72, MOST_REGISTERS),
         contrast_row("tf32", 8192, 64, 64, 32, 32, 8, 2, 48),
-        contrast_row("ieee", 8192, 64, 64, 32, 32, 8, 2, 48),
+        contrast_row("ieee", 8192, 64, 64, 16, 16, 8, 2, 48, MOST_REGISTERS),
     ),
     ("contrast gradient", "default"): (
-        contrast_row("half", 128, 128, 32, 16, 128, 8, 2, 72, MOST_REGISTERS),
+        contrast_row("half", 128, 128, 32, 16, 128, 8, 2, 72, MOST_REGISTERS, TRITON_3_8),
+        contrast_row("half", 128, 64, 64, 16, 128, 8, 2, 72, MOST_REGISTERS),
         contrast_row("half", 8192, 128, 64, 16, 64, 8, 2, 72),
         contrast_row("tf32", 8192, 64, 64, 32, 32, 8, 2, 64, MOST_REGISTERS),
-        contrast_row("ieee", 8192, 128, 64, 32, 16, 8, 2, 48),
+        contrast_row("ieee", 8192, 128, 64, 32, 16, 8, 2, 48, 0, TRITON_3_8),
+        contrast_row("ieee", 8192, 64, 64, 32, 16, 8, 2, 48, MOST_REGISTERS),
     ),
     ("contrast forward", "sm_90"): (
         contrast_row("half", 256, 128, 128, 32, 256, 8, 2, 200),
@@ -117,7 +123,8 @@ ROWS: dict[tuple[str, str], tuple[Row, ...]] = {
         contrast_row("fp16", 128, 128, 64, 32, 128, 8, 3, 99),
         contrast_row("fp16", 8192, 128, 64, 32, 64, 8, 3, 99),
         contrast_row("half", 128, 128, 64, 32, 128, 8, 3, 99),
-        contrast_row("half", 256, 128, 64, 16, 256, 8, 3, 163),
+        contrast_row("half", 256, 128, 64, 16, 256, 8, 2, 163, MOST_REGISTERS, TRITON_3_8),
+        contrast_row("half", 256, 128, 32, 16, 256, 8, 3, 163, MOST_REGISTERS),
         contrast_row("half", 8192, 128, 64, 32, 64, 8, 3, 99),
     ),
     ("contrast forward", "gfx942"): SMALL_CONTRAST,
@@ -160,11 +167,10 @@ def row_kind(dtype: torch.dtype) -> str:
 
 
 def rows(op: str, arch: str) -> Iterator[Row]:
-    """The rows of ``op`` for an architecture, in the order of preference."""
+    """The rows of ``op`` for an architecture and this compiler, in the order of preference."""
     yield from (Row(*row) for row in TUNED.get((op, arch), ()))
-    if arch != "default":
-        yield from ROWS.get((op, arch), ())
-    yield from ROWS[op, "default"]
+    for where in dict.fromkeys((arch, "default")):
+        yield from (row for row in ROWS.get((op, where), ()) if row.since <= COMPILER)
 
 
 def choose(op: str, arch: str, shared: int, kinds: tuple[str, ...], channels: int = 0) -> Row | None:
@@ -211,13 +217,22 @@ def forced(op: str, row: Row) -> Iterator[None]:
 
 
 def table(op: str) -> Iterator[tuple[str, str, Row]]:
-    """Every row of ``op`` with its architecture and a name: "row0", "sm_90 row0", "tuned sm_90 row0"."""
+    """Every row of ``op`` for this compiler, with its architecture and a name: "row0", "tuned sm_90 row0"."""
     tables: tuple[tuple[str, Mapping[tuple[str, str], Sequence[Any]]], ...] = (("", ROWS), ("tuned ", TUNED))
     for before, known in tables:
         for (name, arch), its in known.items():
             if name == op:
                 where = "" if arch == "default" else f"{arch} "
-                yield from ((arch, f"{before}{where}row{i}", Row(*row)) for i, row in enumerate(its))
+                every = [Row(*row) for row in its]
+                for i, row in enumerate(every):
+                    if row.since <= COMPILER and not any(_hides(other, row) for other in every[:i]):
+                        yield arch, f"{before}{where}row{i}", row
+
+
+def _hides(first: Row, row: Row) -> bool:
+    """Whether whatever could take ``row`` takes ``first``, which stands before it in the same table."""
+    wide = (first.channels or row.channels) >= row.channels > 0 or first.channels == row.channels
+    return first.since <= COMPILER and first.kind == row.kind and first.shared <= row.shared and wide
 
 
 def served(op: str, arch: str, row: Row) -> tuple[str, ...]:

@@ -44,6 +44,7 @@ SHARE_BYTES = 32 << 20
 HALF_TILES = 8  # tiles of a program of ``forward`` from which half the square pays: a guess, to be measured
 FINISH_ROWS = 16  # vectors of a program of ``finish``
 JOINED = 64  # rows of a program of ``join``
+INNER = launch_options(4, 3, MOST_REGISTERS)  # of ``inner``: ptxas by itself spills
 CHUNK = 256  # blocks whose ranges of image ids a program looks at together
 NEGATIVES = ("all", "other_images", "same_image")
 
@@ -78,9 +79,9 @@ def arithmetic(dtype: torch.dtype, precision: str) -> str:
     return precision if dtype == torch.float32 else "fp16" if dtype == torch.float16 else "half"
 
 
-def half_registers(kind: str) -> int:
-    """The budget of half the square: ptxas spills for occupancy without one, and with all of them in ieee products."""
-    return 0 if kind == "ieee" else MOST_REGISTERS
+def forward_registers(row: int, bounded: bool, half: bool) -> int:
+    """The budget of ``forward``, from that of its row: ptxas spills for occupancy where sums or maxima are kept too."""
+    return MOST_REGISTERS if half or not bounded else row
 
 
 def programs_wanted(device: torch.device) -> int:
@@ -130,7 +131,6 @@ class _Problem:
         self.bounded = normalize and self.pointer is None and self.scale <= BOUNDED
         kind = arithmetic(query.dtype, precision)
         self.precision = "tf32" if kind == "tf32" else "ieee"
-        self.half_registers = half_registers(kind)
         self.tile = tile(kernel, query.device, kind, query.shape[1])
         self.coefficients = self._coefficients(query, rows)
         self.rows = self.prepare(query, query_ids, rows)
@@ -184,9 +184,9 @@ class _Problem:
         x = self.rows.x
         return groups_and_shares(len(x), x.shape[1] * x.element_size(), self.tile, programs_wanted(x.device))
 
-    def options(self, registers: int | None = None) -> dict[str, Any]:
-        """Arguments by name that ``forward`` and ``gradient`` share, with a budget of registers (None: the row's)."""
-        cut, registers = self.tile.options, self.tile.registers if registers is None else registers
+    def options(self, registers: int) -> dict[str, Any]:
+        """Arguments by name that ``forward`` and ``gradient`` share, with a budget of registers."""
+        cut = self.tile.options
         if self.tile.whole:
             cut["BLOCK_D"] = _channels(self.rows.x.shape[1], cut["BLOCK_D"])
         return cut | {
@@ -275,7 +275,7 @@ def forward(
             device_side.forward[(groups if halved else triton.cdiv(m, problem.tile.x), share)](
                 *problem.rows.arguments(), *side.arguments(), side.low, side.high, problem.pointer, problem.scale,
                 loss, lse, count, partial, slot, m, len(side.x), d, HALF=halved, SPLITS=share,
-                **problem.options(problem.half_registers if halved else None),
+                **problem.options(forward_registers(problem.tile.registers, problem.bounded, halved)),
             )  # fmt: skip
             slot += share
         if partial is not None:
@@ -318,13 +318,13 @@ def _gradient(problem: _Problem, x: _Side, passes: list[_Pass], inner: bool = Fa
         device_side.gradient[(triton.cdiv(n, problem.tile.x), splits)](
             *x.arguments(), *p.side.arguments(), *problem.coefficients, p.side.low, p.side.high, problem.pointer,
             problem.scale, raw, n, len(p.side.x), d, X_ROWS=p.x_rows, Y_ROWS=p.y_rows, ADD=number > 0, SPLITS=splits,
-            **problem.options(),
+            **problem.options(problem.tile.registers),
         )  # fmt: skip
         last = number + 1 == len(passes) or not passes[number + 1].x_rows
         if inner and p.x_rows and (last or p.y_rows):
             rows = x.x.new_empty(n, dtype=torch.float32)
             device_side.inner[(triton.cdiv(n, FINISH_ROWS),)](
-                x.x, *x.x.stride(), x.inverse, raw, rows, n, d, **small
+                x.x, *x.x.stride(), x.inverse, raw, rows, n, d, **(small | INNER)
             )  # fmt: skip
             total = rows.sum()
             dots = dots + (total - seen) * (0.5 if p.y_rows else 1)
@@ -442,7 +442,7 @@ def aot_cases() -> Iterator[AotCase]:
             rare = dtype == "fp16" or splits == 1
             yield _case(f"finish {dtype} {splits}", device_side.finish, dtype, finish, rare=rare)
             inner = {key: value for key, value in finish.items() if key != "NORMALIZE"}
-            yield _case(f"inner {dtype} {splits}", device_side.inner, dtype, inner, rare=rare)
+            yield _case(f"inner {dtype} {splits}", device_side.inner, dtype, inner, rare=rare, registers=MOST_REGISTERS)
     for bounded in (True, False):
         join = {"BOUNDED": bounded, "BLOCK_SLOTS": 16, "BLOCK": JOINED}
         yield _case(f"join {'bounded' if bounded else 'online'}", device_side.join, "fp32", join)
@@ -461,6 +461,7 @@ def aot_cases() -> Iterator[AotCase]:
 
 def _tile_cases(name: str, kernel: str, dtype: str, kind: str, row: Tile, archs: tuple[str, ...]) -> Iterator[AotCase]:
     """The variants of one row."""
+    rare = dtype == "fp16" and kind != "fp16"  # the code of bfloat16, with one other instruction
     fixed = row.options | {
         "NEGATIVES": "all", "SPLITS": 1, "CHUNK": CHUNK, "PRECISION": "tf32" if kind == "tf32" else "ieee",
         "UPCAST": False,
@@ -470,14 +471,12 @@ def _tile_cases(name: str, kernel: str, dtype: str, kind: str, row: Tile, archs:
         if kernel == "forward":
             for half in (False, True) if bounded else (False,):
                 flags = fixed | {"BOUNDED": bounded, "HALF": half} | ({"SPLITS": 4} if half else {"partial": None})
-                rare = bounded != half or dtype == "fp16"
                 its = f"{full} half" if half else full
-                registers = half_registers(kind) if half else 0
+                registers = forward_registers(row.registers, bounded, half)
                 yield _case(its, device_side.forward, dtype, flags, row.warps, row.stages, archs, rare, registers)
             continue
         for sides in ("x", "y", "xy") if bounded else ("x", "y"):
             flags = fixed | {
                 "BOUNDED": bounded, "X_ROWS": "x" in sides, "Y_ROWS": "y" in sides, "ADD": False,
             }  # fmt: skip
-            rare = sides != ("xy" if bounded else "x")
             yield _case(f"{full} {sides}", device_side.gradient, dtype, flags, row.warps, row.stages, archs, rare)

@@ -112,6 +112,7 @@ class Levels:
         device_side.grams[(self.batch * tiles,)](
             self.xs, self.strides, self.sizes, mu, products, tiles, self.cells, self.DP,
             FLATS=self.flats, **self.known, PAD=self.pad, BLOCK_C=GRAM_TILE, BLOCK_D=16,
+            **launch_options(4, 3, MOST_REGISTERS),
         )  # fmt: skip
         out = torch.empty(self.batch, self.pixels, dtype=torch.float32, device=self.device)
         block = min(256, power(self.pixels))
@@ -438,7 +439,8 @@ def aot_cases() -> Iterator[AotCase]:
                 warps = {
                     device_side.score: cut["warps"], device_side.sums: row.warps, device_side.move: cut["MOVE_WARPS"],
                 }.get(kernel)  # fmt: skip
-                launch = row._replace(warps=warps or 4, registers=row.registers if warps else 0)
+                budget = row.registers if warps else MOST_REGISTERS if kernel is device_side.grams else 0
+                launch = row._replace(warps=warps or 4, registers=budget)
                 yield _case(full, kernel, kind, unit, flags | own, launch, archs, rare, "tuned" in name)
 
 

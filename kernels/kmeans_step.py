@@ -35,7 +35,6 @@ def power(n: int, least: int = 16) -> int:
 
 STEP_BLOCKS = ("BLOCK_N", "BLOCK_D", "BLOCK_S", "BLOCK_K", "CHUNKS", "BLOCK_C")
 UPDATE_BLOCKS: dict[str, Any] = {"BLOCK": 1024, "BLOCK_K": 16}
-ASSIGN_REGISTERS = 160  # of 128 some cases spill, and ptxas by itself goes down to 64
 
 
 def kinds(dtype: torch.dtype, aligned: bool, flat: bool) -> tuple[str, ...]:
@@ -86,6 +85,11 @@ def splits(batch: int, tiles: int, affordable: int, processors: int) -> int:
     """Programs a problem: the fewest that leave the least work to the last wave of programs."""
     most = max(1, min(tiles, affordable, triton.cdiv(4 * processors, max(1, batch))))
     return min(range(1, most + 1), key=lambda s: (triton.cdiv(batch * s, processors) * triton.cdiv(tiles, s), s))
+
+
+def sum_registers(dtype: torch.dtype, unit: bool) -> int:
+    """The budget of `sum_pixels`: by itself ptxas spills where a pixel's factor is split into two bfloat16."""
+    return 0 if unit or dtype == torch.float32 else MOST_REGISTERS
 
 
 class Move(NamedTuple):
@@ -226,14 +230,15 @@ class Solver:
         weight = out.inertia if self.weight is None else self.weight
         sizes = (self.N, self.width, self.D, self.K, self.DP, self.KP, self.splits, self.turns, *self.strides)
         launch = partial(launch_options, t["num_warps"], t["num_stages"])
+        unit = not (self.cosine or self.common["WEIGHTED"])
         _kmeans_device.assign[(rows,)](
             self.x, self.m, self.bias, self.mu, weight, done, self.labels, near, self.scale, out.inertia, out.changed,
-            *sizes, **self.common, LLOYD=lloyd, COSINE=self.cosine, **launch(ASSIGN_REGISTERS),
+            *sizes, **self.common, LLOYD=lloyd, COSINE=self.cosine, **launch(MOST_REGISTERS),
             **{name: t[name] for name in ("BLOCK_N", "BLOCK_D", "BLOCK_K")},
         )  # fmt: skip
         _kmeans_device.sum_pixels[(rows * (self.DP // t["BLOCK_S"]) * (self.KP // t["BLOCK_K"]),)](
             self.x, weight, done, self.labels, self.scale, out.sums, out.counts, *sizes, **self.common, LLOYD=lloyd,
-            UNIT=not (self.cosine or self.common["WEIGHTED"]), **launch(),
+            UNIT=unit, **launch(sum_registers(self.x.dtype, unit)),
             **{name: t[name] for name in ("BLOCK_N", "BLOCK_S", "BLOCK_K")},
         )  # fmt: skip
 
@@ -375,7 +380,8 @@ def _step_cases(
 
     def one(which: str, kernel: triton.JITFunction, blocks: dict[str, Any], **flags: Any) -> AotCase:
         found = case(f"kmeans {which} {name}", kernel, dtype, t, layout.aligned, **known, **blocks, **flags)
-        return found._replace(registers={"assign": ASSIGN_REGISTERS, "sum": 0}.get(which, t["registers"]))
+        of_sum = sum_registers(DTYPES[dtype], flags.get("UNIT", True))
+        return found._replace(registers={"assign": MOST_REGISTERS, "sum": of_sum}.get(which, t["registers"]))
 
     if t["HELD"]:
         flags: dict[str, Any] = {"COSINE": layout.cosine, "ATOMIC": False, "stride_cd": 1}

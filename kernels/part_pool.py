@@ -66,9 +66,12 @@ def _split(pixels: int, block: int, programs: int, least: int, device: torch.dev
 
 
 def _blocks(row: Row, channels: int, parts: int, flat: bool) -> dict[str, int]:
-    """Tiles of a problem; half of the pixels where each has an offset of its own to be held in registers."""
+    """Tiles of a problem: half of the pixels where each has an offset of its own to be held in registers, and half of
+    the channels where there are many parts too.
+    """
     block_k = min(MOST_PARTS, max(16, triton.next_power_of_2(parts)))
-    block_d = min(row.tiles["BLOCK_D"], max(16, triton.next_power_of_2(channels)))
+    most_d = row.tiles["BLOCK_D"] // (2 if _many(parts, flat) else 1)
+    block_d = min(most_d, max(16, triton.next_power_of_2(channels)))
     return {"BLOCK_D": block_d, "BLOCK_P": row.tiles["BLOCK_P"] // (1 if flat else 2), "BLOCK_K": block_k}
 
 
@@ -97,7 +100,7 @@ def pool(features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, 
             batch, channels, n_parts, pixels, width, chunk, splits,
             *_strides(features, flat), *_strides(labels, flat), *_strides(weight, flat),
             MEAN=mean and splits == 1, FLAT=flat, WIDE=_wide(features, labels, weight), WEIGHTED=weight is not None,
-            UPCAST=interpreted(), **blocks, **row.launch,
+            UPCAST=interpreted(), **blocks, **_forward_row(row, n_parts, flat).launch,
         )  # fmt: skip
         if splits > 1:
             join_kernel[(batch * triton.cdiv(channels, JOIN_D) * triton.cdiv(n_parts, blocks["BLOCK_K"]),)](
@@ -105,6 +108,16 @@ def pool(features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, 
                 MEAN=mean, BLOCK_D=JOIN_D, BLOCK_K=blocks["BLOCK_K"],
             )  # fmt: skip
     return pooled.to(features.dtype), area
+
+
+def _many(parts: int, flat: bool) -> bool:
+    """Whether a tile holds many parts, and an offset for each pixel besides."""
+    return parts > MOST_PARTS // 2 and not flat
+
+
+def _forward_row(row: Row, parts: int, flat: bool) -> Row:
+    """The row for `forward_kernel`: by itself ptxas spills 8 bytes for occupancy where registers are scarce."""
+    return row._replace(registers=MOST_REGISTERS) if _many(parts, flat) else row
 
 
 def _cut(features: Tensor, parts: int, blocks: dict[str, int]) -> tuple[int, int, int]:
@@ -147,8 +160,8 @@ def pool_map(
 
 
 def _map_row(row: Row, arch: str) -> Row:
-    """The row for `map_kernel`: before sm_90 ptxas would spill 8 to 16 bytes for an occupancy of its own choice."""
-    return row._replace(registers=MOST_REGISTERS) if arch.startswith("sm_8") else row
+    """The row for `map_kernel`: but for sm_90 ptxas would spill 8 to 16 bytes for an occupancy of its own choice."""
+    return row if arch == "sm_90" else row._replace(registers=MOST_REGISTERS)
 
 
 def _share(features: Tensor, labels: Tensor, parts: int, blocks: dict[str, int], turns: int) -> int:
@@ -270,9 +283,9 @@ def aot_cases() -> Iterator[AotCase]:
                 flags = fixed | _blocks(row, 1024, parts, flat) | dict.fromkeys(("l_x", "w_x", "g_d", *unit), 1)
                 flags |= {"FLAT": flat, "WEIGHTED": weighted}
                 rare = order not in ("rows", "many") or kind == "fp16"
-                for way, kernel in (("forward", forward_kernel), ("backward", backward_kernel)):
-                    full = f"{name} {way} {kind} {order}"
-                    yield _case(full, kernel, pointers, flags, size, row, archs, rare, tuned)
+                ways = (("forward", forward_kernel, _forward_row(row, parts, flat)), ("backward", backward_kernel, row))
+                for way, kernel, its in ways:
+                    yield _case(f"{name} {way} {kind} {order}", kernel, pointers, flags, size, its, archs, rare, tuned)
                 pointers |= {"grid": "*i32:16"}
                 if order == "gaps":
                     continue

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import ceilings, plots, record, run, traffic
+from benchmarks import ceilings, compiled, plots, record, run, traffic
 from benchmarks.cases import OPERATIONS, planned
 from benchmarks.timing import Case, Judged, Unavailable, Variant, WallClock, input_sets, measure
 
@@ -182,18 +182,35 @@ def test_traffic_of_a_kernel_is_counted():
 
 def test_without_a_gpu_the_command_says_what_it_cannot_measure(monkeypatch, tmp_path, capsys):
     rows = [{"op": "part_pool", "shape": "B=1", "dtype": "bf16", "launches": 1, "ratio": 1.2, "goal": 1.1}]
-    reports = [{"case": "pool row0", "arch": "sm_90", "registers": 64, "spilled": 0, "shared": 1024}]
     monkeypatch.setattr(traffic, "rows", lambda only, quick: rows)
-    monkeypatch.setattr("benchmarks.compiled.rows", lambda: (reports, 0))
     chosen = argparse.Namespace(only="", quick=True, record=True, results=tmp_path)
     assert run.without_device(chosen) == 0
     out = capsys.readouterr().out
     assert "No GPU was found" in out
     assert "over the goal" in out
     assert record.read(tmp_path / "traffic.csv")[0]["ratio"] == "1.2"
-    assert record.read(tmp_path / "compiled.csv")[0]["case"] == "pool row0"
 
 
+def test_reports_of_compilers_become_one_table(monkeypatch, tmp_path, capsys):
+    """The worst of a kernel's cases counts, and a compiler without a case of it has zeros."""
+    report = {"triton": "3.6.0", "kernel": "contrast join", "arch": "sm_80", "registers": 40, "spilled": 0}
+    reports = [
+        report,
+        report | {"spilled": 8},
+        report | {"triton": "3.9.0"},
+        report | {"triton": "3.9.0", "arch": "sm_90"},
+    ]
+    record.overwrite(reports, tmp_path / "reports.csv")
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    assert compiled.main([str(tmp_path / "reports.csv")]) == 0
+    first, second = record.read(tmp_path / "compilers.csv")
+    assert (first["3.6.0 cases"], first["3.6.0 spilled"], first["3.9.0 spilled"]) == ("2", "8", "0")
+    assert (second["arch"], second["3.6.0 cases"], second["3.9.0 registers"]) == ("sm_90", "0", "40")
+    assert "1 with spills" in capsys.readouterr().out
+    assert compiled.main([]) == 2
+
+
+@pytest.mark.slow
 def test_the_command_refuses_an_operation_that_it_does_not_have():
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "benchmarks.run", "--only", "sort"]

@@ -16,6 +16,8 @@ from fgfast.backend import missing
 from fgfast.cli import COMMANDS, main
 from tests.conftest import TINY
 
+pytestmark = pytest.mark.slow
+
 COMMON = ["--model", TINY, "--model-args", "output_stride=8", "--size", "32", "--batch-size", "6", "--device", "cpu"]
 COMMON += ["--threads", "1", "--amp", "off", "--hidden", "16", "--projection", "8", "--log-every", "1"]
 
@@ -29,6 +31,7 @@ def run(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.quick
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     """Help exits with 0 and names the flags; the list of commands is complete."""
     assert main([]) == 0

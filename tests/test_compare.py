@@ -11,6 +11,8 @@ from fgfast.compare import Comparison, Entry
 from fgfast.errors import UserError
 from tests.conftest import TINY
 
+pytestmark = pytest.mark.slow
+
 SHARED = {
     "model": TINY, "size": 32, "batch_size": 6, "device": "cpu", "threads": 1, "amp": "off", "hidden": 16,
     "projection": 8,     "passes": 60, "knn_every": 0, "log_every": 1, "n_parts": 3, "map_size": 8,

@@ -31,6 +31,7 @@ from fgfast.losses import PartContrastiveLoss
 from fgfast.ops import mask
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_gives_the_same_numbers() -> None:
     """Clustering, pooling and contrast behind a layer that the code generator lays out as it likes."""

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from fgfast.ops.contrast import contrastive_loss
 from fgfast.ops.ids import Ids
 from fgfast.ops.ring import global_ids
+from tests import ranks
+
+pytestmark = pytest.mark.slow
 
 IMAGES = {2: [[4, 3], [0, 5]], 4: [[3, 0, 5, 1], [2, 2, 2, 2]]}  # images a rank, a rank without any included
 CASES: list[dict[str, Any]] = [
@@ -70,14 +72,14 @@ def work(rank: int, world: int, folder: str) -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ring_equals_one_process_on_the_joined_batch(world: int, tmp_path: Path) -> None:
-    mp.spawn(work, (world, str(tmp_path)), nprocs=world)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    ranks.start(work, world, str(tmp_path), ranks=world)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     for i, images in enumerate(IMAGES[world]):
         parts, _ = field(images)
         ids = Ids(torch.arange(sum(images)).repeat_interleave(4), *parts[4:])
         for j, case in enumerate(CASES):
             loss, query, key, temperature, bank = evaluate(parts, ids, case)
-            got = [r[i][j] for r in ranks]
+            got = [r[i][j] for r in results]
             mean = [torch.stack([g[n] for g in got]).mean(0) for n in (0, 3, 4)]  # as DDP averages
             joined = [torch.cat([g[n] for g in got]) / world for n in (1, 2)]
             for x, y in zip([*mean, *joined], [loss, temperature, bank, query, key], strict=True):

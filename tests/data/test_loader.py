@@ -336,6 +336,7 @@ def test_a_failure_without_a_broken_file_is_not_hidden(smooth_set: ImageSet, mon
                 list(loader)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["dali_kept", "dali_files"])
 def test_a_program_may_end_without_closing_the_loader(smooth_set: ImageSet, variant: str) -> None:
     pytest.importorskip("nvidia.dali")

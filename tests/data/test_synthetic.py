@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -19,6 +19,7 @@ from fgfast.data.layouts import open_images
 from fgfast.data.maps import ABSENT, map_path, read_maps_info
 from fgfast.data.synthetic import generate
 from fgfast.errors import UserError
+from tests.examples import examples
 
 SMALL = {"classes": 3, "images": 20, "size": 48, "seed": 5}  # 7, 7 and 6 pictures: the remainder is spread
 
@@ -34,6 +35,7 @@ def digests(root: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_bytes_do_not_depend_on_the_number_of_workers(birds, tmp_path):
     assert digests(generate(tmp_path / "again", **SMALL, workers=2)) == digests(birds)
 
@@ -109,7 +111,7 @@ def test_crest_point_is_visible_only_in_crested_classes(birds):
     assert not crest[bare].any()
 
 
-@settings(deadline=None, max_examples=15)
+@examples(15)
 @given(classes=st.integers(2, 120), seed=st.integers(0, 2**32), difficulty=st.floats(0, 1))
 def test_all_classes_differ(classes, seed, difficulty):
     rows = design_classes(classes, seed, difficulty)

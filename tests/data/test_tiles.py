@@ -3,15 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as TF
 
 from fgfast.data.tiles import brighten, cut_tiles, draw_puzzles, join_tiles
 from fgfast.reference.tiles import cut_tiles as plain
+from tests.examples import examples
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     batch=st.integers(1, 3),
     grid=st.integers(1, 4),

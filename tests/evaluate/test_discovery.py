@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fgfast.evaluate.discovery import nmi_ari
+from tests.examples import examples
 
 SCORES = ("nmi", "ari", "purity", "coverage", "nmi_all", "ari_all")
 
@@ -19,7 +20,7 @@ def parts(seed: int, images: int = 3, parts: int = 4) -> np.ndarray:
     return coarse.repeat(3, axis=1).repeat(3, axis=2)
 
 
-@settings(deadline=None, max_examples=15)
+@examples(15)
 @given(seed=st.integers(0, 2**31))
 def test_renamed_parts_agree_fully(seed):
     truth = parts(seed)

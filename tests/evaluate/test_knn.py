@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fgfast.evaluate.knn import knn_predict
+from tests.examples import examples
 
 
 def by_loop(train_x, train_y, test_x, k, temperature, n_classes):
@@ -24,7 +25,7 @@ def by_loop(train_x, train_y, test_x, k, temperature, n_classes):
     return predictions
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(n=st.integers(1, 23), m=st.integers(0, 9), d=st.integers(2, 7), k=st.integers(1, 30), seed=st.integers(0, 2**31))
 def test_equals_a_loop(n, m, d, k, seed):
     g = torch.Generator().manual_seed(seed)

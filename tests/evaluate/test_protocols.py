@@ -135,6 +135,7 @@ def test_bad_protocols_are_refused(text: str) -> None:
         parse_protocols([text])
 
 
+@pytest.mark.slow
 def test_compare_completes_rows_of_an_earlier_table(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

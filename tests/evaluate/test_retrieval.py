@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fgfast.evaluate.retrieval import retrieve
+from tests.examples import examples
 
 
 def by_loop(x: torch.Tensor, y: torch.Tensor) -> list[tuple[int, bool, float]]:
@@ -25,7 +26,7 @@ def by_loop(x: torch.Tensor, y: torch.Tensor) -> list[tuple[int, bool, float]]:
     return found
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(n=st.integers(2, 23), d=st.integers(2, 7), classes=st.integers(1, 6), seed=st.integers(0, 2**31))
 def test_equals_a_loop(n: int, d: int, classes: int, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)

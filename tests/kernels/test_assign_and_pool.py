@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from fgfast import assign_and_pool
 from fgfast.ops.assign_and_pool import _assign_and_pool
 from fgfast.reference import part_pool as reference
+from tests.examples import examples
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -27,7 +28,7 @@ def distances(x, centroids, metric):
     return (x[:, :, None] - c[:, None]).square().sum(3)
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(
     st.integers(0, 10**6), st.sampled_from([1, 5, 33, 130]), st.integers(1, 6), st.integers(1, 7),
     st.sampled_from([1, 4, 20]), st.sampled_from(list(UNIT)), st.booleans(), st.sampled_from(["euclidean", "cosine"]),
@@ -89,12 +90,14 @@ def test_empty_input(shape):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_opcheck():
     x = torch.randn(2, 5, 3, 2, device=DEVICE, requires_grad=True)
     for metric in ("euclidean", "cosine"):
         opcheck(_assign_and_pool, (x, torch.randn(2, 3, 5, device=DEVICE), None, metric, "triton"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="listens to the interpreter")
 def test_the_features_are_read_once():
     from fgfast.testing import checked, fewest

@@ -1,9 +1,13 @@
 """Tables of tile sizes, the compile check and the tuner."""
 
+import csv
+import importlib
 import importlib.metadata
 import os
 import subprocess
 import sys
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,11 @@ import torch
 pytest.importorskip("triton")
 
 from fgfast.kernels import _kmeans_device, _kmeans_once, aot, configs, kmeans_step, tune
+
+pytestmark = pytest.mark.slow
+
+# The user's own: reports are kept by what they depend on, and every checkout may take them.
+CACHE = os.environ.get("FGFAST_CACHE", "")
 
 
 def run(module, *arguments, package="fgfast.kernels", **environment):
@@ -22,23 +31,74 @@ def run(module, *arguments, package="fgfast.kernels", **environment):
     )  # fmt: skip
 
 
-def test_default_rows_compile_for_two_generations(request):
-    """Kept between runs: only what has changed is compiled again.
-
-    Older compilers than the tables were made with spill a little: at most 56 bytes with Triton 3.6.
-    """
-    cache = request.config.cache.mkdir("fgfast_kernels")
-    done = run("aot", "--default-only", "--arch", "sm_80", "sm_90", FGFAST_CACHE=str(cache))
-    lines = [line.split() for line in done.stdout.splitlines()[1:]]
-    assert {line[-4] for line in lines} == {"sm_80", "sm_90"}
-    assert all(int(line[-3]) > 0 for line in lines)
-    older = tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 9)
-    assert max(int(line[-2]) for line in lines) <= (56 if older else 0), done.stderr
-    assert older or done.returncode == 0, done.stderr
-    assert all(" spills " in line for line in done.stderr.splitlines()), done.stderr  # and nothing else is wrong
-    assert {line[0] for line in lines} == {
+def test_no_default_row_spills(tmp_path):
+    """With the compiler that is installed. Only what is neither recorded nor in the user's cache is compiled."""
+    table = tmp_path / "reports.csv"
+    recorded = ("--recorded", "benchmarks/results/compiled.csv")
+    done = run("aot", "--default-only", "--arch", "sm_80", "sm_90", "--csv", str(table), *recorded, FGFAST_CACHE=CACHE)
+    assert (done.returncode, done.stderr) == (0, "")
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["arch"] for row in rows} == {"sm_80", "sm_90"}
+    assert {row["triton"] for row in rows} == {importlib.metadata.version("triton")}
+    assert all(int(row["registers"]) > 0 == int(row["spilled"]) for row in rows)
+    assert {row["case"].split()[0] for row in rows} == {
         "contrast", "kmeans", "kmeans_pyramid", "labels_to_grid", "part_pool", "perturb",
     }  # fmt: skip
+    # The path of most batches: a key, and logits that normalised vectors bound.
+    cases = {row["case"] for row in rows if row["arch"] == "sm_90"}
+    assert {f"contrast {way} sm_90 bf16 half D256 bounded{side}" for way, side in
+            (("forward", ""), ("gradient", " x"), ("gradient", " y"))} <= cases  # fmt: skip
+
+
+def test_a_report_is_taken_from_the_record_while_its_kernel_is_the_same(monkeypatch, tmp_path):
+    jobs = aot.jobs(("sm_80", "sm_90"), default_only=True, only="contrast join")
+    compiled = []
+    monkeypatch.setenv("FGFAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(aot, "_key", lambda job: " ".join(job))
+    monkeypatch.setattr(aot, "_compiled_all", lambda missing, _: compiled.extend(missing) or ())
+    record = tmp_path / "record.csv"
+    record.write_text("registers,spilled,shared,key\n" + "".join(f"40,8,16,{' '.join(job)}\n" for job in jobs))
+    assert set(aot.reports(jobs, recorded=record).values()) == {aot.Report(40, 8, 16)}
+    assert compiled == []
+    monkeypatch.setattr(aot, "_key", lambda job: " ".join(job) + " changed")
+    with pytest.raises(KeyError):
+        aot.reports(jobs, recorded=record)
+    assert len(compiled) == len(jobs)
+
+
+def test_a_compiler_that_ends_its_process_is_a_fault_of_its_case_alone(monkeypatch):
+    class Pool:
+        def __init__(self, number):
+            self.number = number
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return False
+
+        def submit(self, _, job):
+            future = Future()
+            ends = job[1] == "bad" or self.number > 1  # with it ends what others of the pool are at
+            future.set_exception(BrokenProcessPool()) if ends else future.set_result(aot.Report(1, 0, 0))
+            return future
+
+    monkeypatch.setattr(aot, "_workers", Pool)
+    found = dict(aot._compiled_all({name: ("module", name, "sm_90") for name in ("good", "bad", "better")}, 2))
+    assert [report.error for report in found.values()] == ["", "the compiler ended its own process", ""]
+
+
+@pytest.mark.quick
+def test_a_row_that_spills_with_older_compilers_is_not_for_them(monkeypatch):
+    wanted = {(3, 6): (64, 64), (3, 8): (128, 32), (3, 9): (128, 32)}
+    for compiler, sides in wanted.items():
+        monkeypatch.setattr(configs, "COMPILER", compiler)
+        row = configs.choose("contrast gradient", "sm_80", 163, ("half",), 128)
+        assert row is not None
+        assert (row.tiles["BLOCK_X"], row.tiles["BLOCK_Y"]) == sides
+        found = [row for arch, _, row in configs.table("contrast gradient") if arch == "default" and row.kind == "half"]
+        assert [row.channels for row in found] == [128, 8192]  # what stands behind for older ones is not compiled too
 
 
 def test_every_kernel_is_launched_as_on_a_gpu():
@@ -50,6 +110,7 @@ def test_every_kernel_is_launched_as_on_a_gpu():
     assert launched == kernels
 
 
+@pytest.mark.quick
 def test_every_kernel_and_every_default_row_is_compiled():
     jobs = aot.jobs(("sm_80", "sm_90"), default_only=True)
     cases = [aot.cases(module)[name] for module, name, _ in jobs]
@@ -83,6 +144,7 @@ def test_each_architecture_compiles_the_rows_that_it_runs(dtype, arch):
     assert any(name.startswith("kmeans step") and f" {dtype} " in name for name in names)
 
 
+@pytest.mark.quick
 def test_every_case_has_its_own_name():
     names = [job[:2] for job in aot.jobs(("gfx942",), default_only=False)]
     assert names
@@ -102,6 +164,7 @@ def test_what_a_compilation_may_not_do_is_named(monkeypatch):
     assert aot.faults({case: aot.Report(255, 4, 0)}) == []
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shared", [227, 99, 64, 48])
 def test_an_unknown_device_gets_a_row_that_fits(dtype, shared):
@@ -120,7 +183,7 @@ def test_no_row_that_fits_is_an_error(monkeypatch):
 def test_a_measured_row_comes_first(monkeypatch):
     measured = ("fp32", {"BLOCK_D": 128, "BLOCK_P": 128}, 8, 4, 200, 0, 0)
     monkeypatch.setitem(configs.TUNED, ("part_pool", "sm_90"), [measured])
-    assert configs.choose("part_pool", "sm_90", 227, ("fp32",)) == measured
+    assert configs.choose("part_pool", "sm_90", 227, ("fp32",)) == configs.Row(*measured)
     assert configs.choose("part_pool", "sm_90", 163, ("fp32",)) == configs.ROWS["part_pool", "default"][2]
     assert ("sm_90", "tuned sm_90 row0") in [found[:2] for found in configs.table("part_pool")]
 
@@ -129,7 +192,7 @@ def test_a_measured_row_hides_no_narrower_kind(monkeypatch):
     """A row measured with bfloat16 is not taken for float16 where that has rows of its own."""
     measured = ("half", configs.ROWS["contrast gradient", "sm_90"][2].tiles, 8, 3, 163, 0, 256)
     monkeypatch.setitem(configs.TUNED, ("contrast gradient", "sm_90"), [measured])
-    assert configs.choose("contrast gradient", "sm_90", 227, ("half",), 128) == measured
+    assert configs.choose("contrast gradient", "sm_90", 227, ("half",), 128) == configs.Row(*measured)
     half = configs.choose("contrast gradient", "sm_90", 227, ("fp16", "half"), 128)
     assert half is not None
     assert half.kind == "fp16"
@@ -186,7 +249,8 @@ def test_every_row_that_is_tried_is_one_the_operation_takes(op):
 
 def test_a_measured_row_of_the_step_is_cut_and_compiled_like_its_kind(monkeypatch):
     """Float32 stays float32 when the row is for aligned pixels, and a measured row may spill."""
-    plain = configs.ROWS["kmeans_step", "default"][1]
+    plain = configs.choose("kmeans_step", "sm_80", 163, ("fp32",))
+    assert plain is not None
     row = plain._replace(kind="fp32 aligned")
     assert kmeans_step.tile(row, 2048, 256) == kmeans_step.tile(plain, 2048, 256)
     monkeypatch.setitem(configs.TUNED, ("kmeans_step", "sm_80"), [tuple(row._replace(stages=3))])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,6 +15,9 @@ from fgfast.kernels._common import interpreted
 from fgfast.ops.contrast import contrastive_loss
 from fgfast.ops.ids import Ids
 from fgfast.testing import checked
+from tests.examples import examples
+
+pytestmark = pytest.mark.slow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEGATIVES = kernels.NEGATIVES
@@ -167,7 +170,8 @@ options = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=10, deadline=None)
+@pytest.mark.quick
+@examples(10)
 @given(fields, options, st.sampled_from([WHOLE, CHANNELS]), st.sampled_from([1, 9]))
 def test_values_and_every_gradient_are_those_of_the_definition(
     field: Field, options: dict[str, Any], tile: kernels.Tile, programs: int
@@ -222,7 +226,7 @@ def test_a_single_gradient_is_the_one_of_all(which: str) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
 
 
-@settings(max_examples=3, deadline=None)
+@examples(3)
 @given(seed=seeds, negatives=st.sampled_from(NEGATIVES), normalize=st.booleans(), same=st.booleans())
 def test_contents_of_absent_vectors_reach_nothing(seed: int, negatives: str, normalize: bool, same: bool) -> None:
     field = Field(seed, same=same)
@@ -430,7 +434,7 @@ def test_half_the_square_is_the_whole(cut_as: str, monkeypatch: pytest.MonkeyPat
     assert chosen == [expected] * 2
 
 
-@settings(max_examples=6, deadline=None)
+@examples(6)
 @given(fields, st.sampled_from(NEGATIVES), st.sampled_from(sorted(SQUARES)), st.booleans())
 def test_half_the_square_gives_the_definition(field: Field, negatives: str, cut_as: str, normalize: bool) -> None:
     field.same, field.key, field.key_ids = True, field.query, field.query_ids

@@ -11,6 +11,8 @@ pytest.importorskip("triton")
 import fgfast
 from fgfast import Ids
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device was found")
 FAR = 2**31
@@ -48,12 +50,12 @@ def step(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
 
 
 def kmeans(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    return tuple(fgfast.kmeans(x, 5, init=y.flatten(2).mT[:, :5], n_iter=4, backend="triton"))
+    return tuple(fgfast.kmeans(x, 5, init=y.flatten(2).mT[:, :5], n_iter=2, backend="triton"))
 
 
 def pyramid(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     start = torch.cat([x, y], 1).flatten(2).mT[:, :5]
-    return tuple(fgfast.kmeans([x, y], 5, init=start, n_iter=4, size=x.shape[2:], backend="triton"))
+    return tuple(fgfast.kmeans([x, y], 5, init=start, n_iter=2, size=x.shape[2:], backend="triton"))
 
 
 def assign_and_pool(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:

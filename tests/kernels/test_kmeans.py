@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
@@ -16,6 +16,9 @@ pytest.importorskip("triton")
 from fgfast.kernels._common import interpreted
 from fgfast.kernels.kmeans_step import Solver
 from fgfast.testing import checked, fewest
+from tests.examples import examples
+
+pytestmark = pytest.mark.slow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 METRICS = ["euclidean", "cosine"]
@@ -90,7 +93,8 @@ def check_step(x, centroids, weight=None, metric="euclidean", **options):
 # ---------------------------------------------------------------- one step
 
 
-@settings(max_examples=12, deadline=None)
+@pytest.mark.quick
+@examples(12)
 @given(
     seed=seeds,
     batch=st.integers(1, 2),
@@ -262,7 +266,7 @@ def test_kmeans_equals_reference_from_the_same_seed(options, metric):
     check_kmeans(blobs(2, 2, 50, 6), 4, weights(0, 2, 50), seed=3, metric=metric, **options)
 
 
-@settings(max_examples=4, deadline=None)
+@examples(4)
 @given(seed=seeds, pixels=st.integers(4, 40), channels=st.integers(1, 20), weighted=st.booleans())
 def test_kmeans_equals_reference_at_any_size(seed, pixels, channels, weighted):
     w = weights(seed, 1, pixels) + 0.1 if weighted else None

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
@@ -16,7 +16,10 @@ pytest.importorskip("triton")
 from fgfast.kernels._common import interpreted
 from fgfast.kernels.configs import config
 from fgfast.kernels.kmeans_pyramid import Adder, Levels, score_tile, waiting
+from tests.examples import examples
 from tests.kernels.test_kmeans import same
+
+pytestmark = pytest.mark.slow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 METRICS = ["euclidean", "cosine"]
@@ -85,7 +88,8 @@ def test_equals_reference_from_the_same_seed(metric, weighted, options):
     check(pyramid(1, shapes=SMALL), 4, 6, seed=3, metric=metric, weight=weight, n_iter=2, tol=0.0, **options)
 
 
-@settings(max_examples=4, deadline=None)
+@pytest.mark.quick
+@examples(4)
 @given(
     seed=seeds,
     shapes=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
@@ -202,7 +206,7 @@ def test_refusals_name_the_reason():
 # ---------------------------------------------------------------- the parts
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     sizes=st.lists(st.tuples(st.just(1), st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=4),
     height=st.integers(1, 70),
@@ -224,7 +228,7 @@ def test_a_strip_waits_for_every_tile_that_it_mixes(sizes, height, rows):
     assert torch.equal(total, sum(waiting([s], [span], height, rows, cpu) for s in sizes))
 
 
-@settings(max_examples=4, deadline=None)
+@examples(4)
 @given(seed=seeds, shape=st.tuples(st.integers(1, 40), st.integers(1, 7), st.integers(1, 7)), size=st.integers(1, 9))
 def test_norms_and_pixels_are_those_of_interpolate(seed, shape, size):
     maps = pyramid(seed, shapes=(shape,))

@@ -11,7 +11,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
@@ -21,6 +21,9 @@ import fgfast
 from fgfast import labels_to_grid, part_pool
 from fgfast.ops.part_pool import _labels_to_grid, _part_pool, _part_pool_map, part_pool_backward
 from fgfast.reference import part_pool as reference
+from tests.examples import examples
+
+pytestmark = pytest.mark.slow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # half a step at 1
@@ -86,7 +89,8 @@ def within(actual, exact, bound):
     assert ((actual.double() - exact).abs() <= bound).all(), float(((actual.double() - exact).abs() - bound).max())
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.quick
+@examples(60)
 @given(problems() | problems(maps=True))
 def test_forward_and_backward_equal_the_reference(problem):
     x, labels, weight, n_parts, reduce = problem
@@ -108,7 +112,7 @@ def test_forward_and_backward_equal_the_reference(problem):
     within(grad, expected, ((pixels + 5) * 2.0**-23 + unit) * expected.abs() + TINY[x.dtype])
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(problems() | problems(maps=True), st.sampled_from([math.nan, math.inf, -math.inf]), st.integers(0, 10**6))
 def test_a_non_finite_pixel_reaches_its_own_part_alone(problem, value, seed):
     x, labels, weight, n_parts, reduce = problem
@@ -222,7 +226,7 @@ def test_an_empty_id_map_has_no_part():
     assert out.pooled.abs().sum() == out.area.sum() == 0
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 40), st.integers(1, 9), st.integers(1, 9),
     st.sampled_from([1, 3, 70]), st.booleans(),
@@ -373,7 +377,7 @@ def test_grid_reads_the_id_map_once():
 
 
 @interpreted
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(problems() | problems(maps=True))
 def test_no_stray_access_and_no_race(problem):
     from fgfast.testing import checked

@@ -4,12 +4,13 @@ import os
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 pytest.importorskip("triton")
 
 from fgfast import perturb
 from fgfast.ops.perturb import MOST
+from tests.examples import examples
 from tests.ops.test_perturb import TOLERANCE, problems
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,7 +22,7 @@ def there(options):
     return {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(problems(DTYPES))
 def test_equals_the_reference(problem):
     x, options = problem

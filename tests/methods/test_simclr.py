@@ -92,6 +92,7 @@ def test_what_does_not_fit_is_one_sentence(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_of_moved_views_goes_on_exactly_and_shows_its_pairs(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -227,6 +227,7 @@ def test_the_second_stage_alone(drawn: Path, tmp_path: Path) -> None:
     assert ["discriminator" in r for r in read_metrics(out / "metrics.jsonl")[0]] == [True] * 3
 
 
+@pytest.mark.slow
 def test_features_of_either_network_are_scored(run: Path, drawn: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One run is read as generator or discriminator, with blocks dropped, and each score is kept."""
     common = ["eval", "knn", str(run), "--data", str(drawn), "--device", "cpu", "--json"]
@@ -294,6 +295,7 @@ def test_perceptual_network_of_a_vgg_ends_before_its_last_pooling() -> None:
     assert expected.shape == (1, 512, 2, 2)
 
 
+@pytest.mark.slow
 def test_pictures_show_what_goes_in_and_comes_out(run: Path, drawn: Path) -> None:
     found = SRGAN(config_for()).pictures(batch_of())["super-resolution"]
     assert [p.caption.split(",")[0] for p in found[0]] == ["input", "bicubic", "generated", "truth"]

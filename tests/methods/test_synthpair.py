@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from fgfast.data.views import Batch
 from fgfast.errors import UserError
@@ -19,6 +18,7 @@ from fgfast.models.statistics import KeyQueue
 from fgfast.train import loop
 from fgfast.train.log import read_metrics
 from fgfast.train.loop import pretrain
+from tests import ranks
 from tests.conftest import TINY
 
 
@@ -285,13 +285,14 @@ def _rank(rank: int, port: int, data: str, out: str, base: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_agree(drawn: Path, tmp_path: Path) -> None:
     """Weights, queues and the running variance are the same on both after three steps."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = int(s.getsockname()[1])
     out = tmp_path / "run"
-    mp.start_processes(_rank, args=(port, str(drawn), str(out), "moco"), nprocs=2, start_method="spawn")
+    ranks.start(_rank, port, str(drawn), str(out), "moco", ranks=2)
     first, second = (torch.load(f"{out}-rank{r}.pt", weights_only=True) for r in (0, 1))
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert {"variance.moments", "queues.0.keys"} <= set(first)

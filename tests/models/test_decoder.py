@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fgfast.errors import UserError
 from fgfast.models.decoder import Decoder
+from tests.examples import examples
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(st.integers(1, 9), st.integers(0, 30), st.sampled_from([3, 20, 64]))
 def test_fits_any_grid(grid: int, more: int, dim: int) -> None:
     """Pictures have the side asked for, whatever multiple of the grid it is."""

@@ -3,15 +3,16 @@
 from collections import deque
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from fgfast.models.statistics import KeyQueue, RunningVariance, unrecorded
 from fgfast.reference.perturb import running_variance
+from tests.examples import examples
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.integers(0, 10**6), st.lists(st.integers(1, 5), min_size=1, max_size=6), st.sampled_from([0.0, 0.5, 0.99]))
 def test_variance_is_that_of_the_faded_batches(seed: int, sizes: list[int], decay: float) -> None:
     """Every batch so far, each counting ``decay`` times as much as the one after it; invalid rows count nothing."""
@@ -30,7 +31,7 @@ def test_no_batch_has_no_variance() -> None:
     assert RunningVariance(3).variance.tolist() == [0, 0, 0]
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.integers(0, 10**6), st.integers(1, 7), st.lists(st.integers(1, 5), max_size=4))
 def test_queue_holds_the_last_valid_keys(seed: int, size: int, sizes: list[int]) -> None:
     """The newest batch in front, in its own order; what is not valid never enters."""

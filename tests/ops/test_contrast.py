@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fgfast.ops import _contrast_tiled as tiled
 from fgfast.ops.contrast import contrastive_loss
 from fgfast.ops.ids import Ids
+from tests.examples import examples
 
 NEGATIVES = ("all", "other_images", "same_image")
 BACKENDS = ("torch", "reference")
@@ -84,8 +85,8 @@ options = st.fixed_dictionaries(
         "temperature": st.sampled_from([1.0, 0.1, 0.01]),  # 0.01 leaves the bounded path
     }
 )
-quick = settings(max_examples=60, deadline=None)
-few = settings(max_examples=15, deadline=None)
+quick = examples(60)
+few = examples(15)
 seeds = st.integers(0, 10_000)
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
@@ -13,6 +13,7 @@ import fgfast.ops.kmeans  # noqa: F401  (registers the operations)
 from fgfast import assign_and_pool, kmeans, kmeans_step, part_pool
 from fgfast.ops._kmeans_pyramid import Pyramid
 from fgfast.reference.kmeans import hypercolumns
+from tests.examples import examples
 
 METRICS = ["euclidean", "cosine"]
 seeds = st.integers(0, 10**6)
@@ -154,7 +155,7 @@ def test_a_large_mean_costs_no_digits():
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(seed=seeds)
 def test_pyramid_equals_kmeans_on_the_built_hypercolumns(metric, seed):
     maps = pyramid(seed)
@@ -163,7 +164,7 @@ def test_pyramid_equals_kmeans_on_the_built_hypercolumns(metric, seed):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(seed=seeds, bad=st.booleans(), flat=st.booleans())
 def test_levels_of_few_cells_and_many_channels_are_turned_without_a_trace(metric, seed, bad, flat):
     """48 channels of 9 cells are 9 channels inside, cells that are alike (a singular map) and broken ones included."""
@@ -195,7 +196,7 @@ def test_turned_levels_keep_the_digits_of_float32(offset):
     assert error < 16 * torch.finfo(torch.float32).eps * (1 + offset)  # of means of up to 64 numbers of that size
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(seed=seeds, height=st.integers(1, 9), width=st.integers(1, 9), rows=st.integers(1, 9), columns=st.integers(1, 9))
 def test_pyramid_norms_and_pixels_are_those_of_interpolate(seed, height, width, rows, columns):
     f = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -208,7 +209,7 @@ def test_pyramid_norms_and_pixels_are_those_of_interpolate(seed, height, width, 
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(seed=seeds)
 def test_batch_equals_loop_and_permutes(metric, seed):
     x, order = blobs(seed, 3, 40, 4), [2, 0, 1]
@@ -220,7 +221,7 @@ def test_batch_equals_loop_and_permutes(metric, seed):
     same(moved, type(moved)(*(value[order] for value in together)))
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(seed=seeds)
 def test_pixels_permute_clusters_rename_and_weights_scale(seed):
     x = blobs(seed, 1, 50, 4)
@@ -240,7 +241,7 @@ def test_pixels_permute_clusters_rename_and_weights_scale(seed):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(seed=seeds)
 def test_weight_zero_leaves_a_pixel_out_whatever_it_holds(metric, seed):
     x = blobs(seed, 2, 40, 4)

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from fgfast import mask_images, pivotal_mask
 from fgfast.backend import missing
 from fgfast.ops.mask import STRATEGIES, _log2
 from fgfast.reference.draws import philox
+from tests.examples import examples
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 BACKENDS = [
@@ -45,7 +46,7 @@ def rough(layers: int, batch: int, heads: int, patches: int, seed: int = 0) -> T
 @everywhere
 @every_backend
 @every_strategy
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(
     layers=st.integers(1, 4), batch=st.integers(0, 5), heads=st.integers(1, 3), side=st.integers(1, 9),
     keep=st.floats(0.05, 1.0), seed=st.integers(0, 1000),
@@ -81,7 +82,7 @@ def test_agrees_with_the_definition(strategy, backend, device, dtype):
 
 @everywhere
 @every_backend
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(layers=st.integers(1, 5), patches=st.integers(2, 300), keep=st.floats(0.3, 1.0), seed=st.integers(0, 99))
 def test_laws_of_topk(backend, device, layers, patches, keep, seed):
     """Permuted patches permute the mask; a scaled layer, or one layer transformed, changes nothing."""

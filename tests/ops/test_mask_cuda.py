@@ -79,6 +79,7 @@ def both(attention: Tensor, **options: Any) -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(

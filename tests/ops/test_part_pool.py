@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
@@ -17,6 +17,7 @@ from fgfast.ops.part_pool import (
     part_pool_backward,
 )
 from fgfast.reference import part_pool as reference
+from tests.examples import examples
 
 # (B, D, h, w, K): odd sizes, one pixel, one channel, no image, no pixel
 SHAPES = [(3, 5, 7, 6, 4), (1, 1, 1, 1, 1), (2, 1, 3, 5, 9), (4, 33, 2, 1, 15), (0, 4, 3, 3, 2), (2, 4, 0, 3, 2)]
@@ -168,7 +169,7 @@ def test_autocast_leaves_float32_alone():
     assert torch.equal(out.pooled, part_pool(x, labels, 4).pooled)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.integers(0, 10**6), st.sampled_from(["mean", "sum"]), st.booleans())
 def test_ignored_pixels_reach_nothing(seed, reduce, pixel_major):
     x, labels, weight = make((2, 4, 5, 3, 3), torch.float32, seed)
@@ -205,7 +206,7 @@ def test_a_non_finite_gradient_reaches_its_own_part_alone():
     assert torch.equal(x.grad[0, 0].isnan(), labels[0] == 1)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.integers(0, 10**6))
 def test_permutations_rename_and_scale(seed):
     x, labels, weight = make((3, 4, 5, 3, 4), torch.float64, seed)
@@ -236,7 +237,7 @@ def test_integer_dtypes_of_labels_agree(dtype):
     assert torch.equal(part_pool(small, same.to(dtype), 4).pooled, part_pool(small, labels, 4).pooled)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 12), st.integers(1, 14), st.integers(1, 14))
 def test_grid_equals_reference_at_any_size(seed, height, width, rows, columns):
     g = torch.Generator().manual_seed(seed)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
@@ -12,6 +12,7 @@ import fgfast
 from fgfast import perturb
 from fgfast.ops.perturb import IMPORTANCE, SHARE_BITS, STRATEGIES, _perturb, lowest
 from fgfast.reference import perturb as reference
+from tests.examples import examples
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
@@ -49,7 +50,7 @@ def held(x, mask):
     return torch.where(mask, square, 0).sum(1) / square.sum(1).clamp(min=1e-300)
 
 
-@settings(max_examples=120, deadline=None)
+@examples(120)
 @given(problems())
 def test_equals_the_reference(problem):
     x, options = problem
@@ -61,7 +62,7 @@ def test_equals_the_reference(problem):
     torch.testing.assert_close(out.features, expected.features, rtol=near, atol=near * float(x.abs().max()))
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(problems())
 def test_what_is_not_masked_keeps_its_bits_and_the_guard_holds(problem):
     x, options = problem
@@ -72,7 +73,7 @@ def test_what_is_not_masked_keeps_its_bits_and_the_guard_holds(problem):
         assert torch.equal(out.features, x)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(0, 10**6), st.integers(1, 40), st.floats(0, 1), st.booleans())
 def test_each_criterion_takes_its_share_ties_to_the_lowest_index(seed, channels, share, ties):
     """With the whole energy to spend, exactly floor(share x D) a row: the smallest scores, in a stable order."""

@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from fgfast.data.normalise import IMAGENET_MEAN, IMAGENET_STD
 from fgfast.report.palette import _seen, label_colours
 from fgfast.report.pictures import Panel, compose, grid, in_rows, neighbours, overlay, to_pixels, to_uint8
+from tests.examples import examples
 
 MEAN, STD = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
 
@@ -39,7 +40,7 @@ def test_more_colours_than_ids_of_a_map_are_refused(n_parts: int) -> None:
         label_colours(n_parts)
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(st.integers(0, 2**31), st.sampled_from([(1, 1), (3, 5), (8, 2)]))
 def test_normalised_pictures_come_back_as_pixels(seed: int, shape: tuple[int, int]) -> None:
     image = torch.randint(0, 256, (3, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)

@@ -16,16 +16,18 @@ from fgfast.train.log import read_metrics
 from fgfast.train.loop import pretrain
 from tests.conftest import TINY
 
-STEPS, LAST = 200, 50
+pytestmark = pytest.mark.slow
+
+STEPS, LAST = 100, 30
 SEEDS = (0, 1, 2)
 
 
 def ends(data: Path, out: Path, backend: str, device: str, parts: str) -> tuple[list[float], list[float]]:
-    """Mean loss of the first and of the last 50 of 200 steps of PARTICLE, a run a seed."""
+    """Mean loss of the first and of the last 30 of 100 steps of PARTICLE, a run a seed."""
     config = PARTICLEConfig(
         data=str(data), model=TINY, model_args="output_stride=8", size=32, batch_size=6, log_every=1, knn_every=0,
         save_every=1000, n_parts=4, max_parts=3, map_size=16, hidden=16, projection=8, parts=parts, discover_size=32,
-        device=device, threads=1, amp="off", lr=3e-3,
+        device=device, threads=1, amp="off", lr=6e-3,
     )  # fmt: skip
     first, last = [], []
     for seed in SEEDS:

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from fgfast.errors import UserError
 from fgfast.train.distributed import choose_device
 from fgfast.train.log import read_metrics
 from fgfast.train.optim import LAG
+from tests import ranks
+
+pytestmark = pytest.mark.slow
 
 
 def _free_port() -> int:
@@ -67,7 +69,7 @@ def _train(rank: int, port: int, data: str, out: str, method: str, interrupt: bo
 def test_two_ranks_end_with_the_same_weights(drawn: Path, tmp_path: Path, method: str) -> None:
     """18 pictures over 2 ranks of 4 make 3 steps; both ranks hold the same parameters afterwards."""
     out = tmp_path / "run"
-    mp.start_processes(_train, args=(_free_port(), str(drawn), str(out), method), nprocs=2, start_method="spawn")
+    ranks.start(_train, _free_port(), str(drawn), str(out), method, ranks=2)
     first, second = (torch.load(f"{out}-rank{r}.pt", weights_only=True) for r in (0, 1))
     assert all(torch.equal(first[k], second[k]) for k in first)
     rows, _ = read_metrics(out / "metrics.jsonl")
@@ -84,8 +86,7 @@ def test_devices_that_are_not_there_are_named(name: str) -> None:
 def test_ranks_stop_at_the_same_step(drawn: Path, tmp_path: Path) -> None:
     """An interruption that one rank hears of stops both after the same step, with a checkpoint of it."""
     out = tmp_path / "run"
-    args = (_free_port(), str(drawn), str(out), "simclr", True)
-    mp.start_processes(_train, args=args, nprocs=2, start_method="spawn")
+    ranks.start(_train, _free_port(), str(drawn), str(out), "simclr", True, ranks=2)
     first, second = (torch.load(f"{out}-rank{r}.pt", weights_only=True) for r in (0, 1))
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert torch.load(out / "last.pt", weights_only=True)["step"] == 2 + LAG  # the flags of step 2 carry it
