@@ -53,7 +53,7 @@ def blocks(row: Row, KP: int) -> dict[str, int]:
     return {
         "BLOCK_C": min(t["BLOCK_C"], max(16, 1024 // KP)), "BLOCK_N": max(16, min(64, 1024 // KP)),
         "BLOCK_S": min(t["BLOCK_S"], held(row, KP)), "BLOCK_M": 16, "MOVE_WARPS": max(1, min(4, KP // 16)),
-        "warps": row.warps * (2 if KP > 32 else 1),
+        "warps": row.warps * (2 if KP > 32 else 1), "stages": row.stages if KP <= 128 else 1,
     }  # fmt: skip
 
 
@@ -239,7 +239,7 @@ class Solver:
             *x.size, self.rows, self.strips, self.spans, self.programs, x.cells, self.blocks, x.DP, self.K,
             FLATS=x.flats, **x.known, COSINE=self.cosine, WEIGHTED=self.weight is not None, PRECISION=self.precision,
             UPCAST=interpreted(), TILES=self.tiles, PAD=x.pad, BLOCK_N=self.cut["BLOCK_N"], KP=self.KP,
-            **launch_options(self.cut["warps"], x.row.stages, x.row.registers),
+            **launch_options(self.cut["warps"], self.cut["stages"], x.row.registers),
         )  # fmt: skip
 
     def sums(self, done: Tensor) -> None:
@@ -440,7 +440,8 @@ def aot_cases() -> Iterator[AotCase]:
                     device_side.score: cut["warps"], device_side.sums: row.warps, device_side.move: cut["MOVE_WARPS"],
                 }.get(kernel)  # fmt: skip
                 budget = row.registers if warps else MOST_REGISTERS if kernel is device_side.grams else 0
-                launch = row._replace(warps=warps or 4, registers=budget)
+                stages = cut["stages"] if kernel is device_side.score else row.stages
+                launch = row._replace(warps=warps or 4, stages=stages, registers=budget)
                 yield _case(full, kernel, kind, unit, flags | own, launch, archs, rare, "tuned" in name)
 
 

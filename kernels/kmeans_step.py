@@ -59,7 +59,10 @@ def tile(row: Row, channels: int, clusters: int, narrow: bool = False) -> dict[s
     t["BLOCK_K"] = power(clusters)
     t["CHUNKS"] = max(1, triton.cdiv(channels, t["BLOCK_S"]))
     sums = t["CHUNKS"] * t["BLOCK_S"] * t["BLOCK_K"]
-    if t["BLOCK_K"] > t.pop("MOST_K") or t["CHUNKS"] > MOST_CHUNKS or sums > t["HELD"]:
+    # Factors are split into two bfloat16 there, which with small tiles leaves too few registers for many addresses.
+    scarce = narrow and t["BLOCK_N"] == 16 and not row.kind.startswith("fp32")
+    scarce = scarce and (t["CHUNKS"] == MOST_CHUNKS or (channels % t["BLOCK_S"] > 0 and sums > 16 << 10))
+    if t["BLOCK_K"] > t.pop("MOST_K") or t["CHUNKS"] > MOST_CHUNKS or sums > t["HELD"] or scarce:
         t |= {"HELD": 0, "BLOCK_N": 32, "BLOCK_S": min(64, t["BLOCK_S"])}
         t["BLOCK_D"] = min(16 if row.kind.startswith("fp32") else 32, t["BLOCK_S"])
         t["BLOCK_K"] = min(64, t["BLOCK_K"])
@@ -88,8 +91,8 @@ def splits(batch: int, tiles: int, affordable: int, processors: int) -> int:
 
 
 def sum_registers(dtype: torch.dtype, unit: bool) -> int:
-    """The budget of `sum_pixels`: by itself ptxas spills where a pixel's factor is split into two bfloat16."""
-    return 0 if unit or dtype == torch.float32 else MOST_REGISTERS
+    """The budget of `sum_pixels`: ptxas by itself spills a little, but where half precision needs no factors."""
+    return 0 if unit and dtype != torch.float32 else MOST_REGISTERS
 
 
 class Move(NamedTuple):

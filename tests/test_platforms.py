@@ -10,11 +10,11 @@ import pytest
 
 from tests.conftest import TINY
 
+pytestmark = pytest.mark.slow
+
 # As if these had not been installed, in every process that is started: Python imports sitecustomize first.
 HIDE = """
 import importlib.machinery as machinery
-
-pytestmark = pytest.mark.slow
 
 hidden = ("triton", "nvidia", "fgfast._native")
 found = machinery.PathFinder.find_spec
