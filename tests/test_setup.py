@@ -23,13 +23,14 @@ PRETENDS = """#!/bin/sh
 echo "$*" | tr '\\n' ' ' >>"$CALLS"; echo >>"$CALLS"
 case "$*" in
     *"import platform, sys"*) echo "$TAG" ;;
+    *"version_info[:2])") case "$0" in *python3.13) echo 3.13 ;; *) echo 3.11 ;; esac ;;
     *version_info*) exit "$OUT_OF_RANGE" ;;
     "-m venv "*) [ "$VENV" = 0 ] && mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && touch "$3/pyvenv.cfg" ;;
     "-m pip --version") ;;
     "-m pip install "*) echo "$PIP_SAYS"; [ -z "$PIP_SAYS" ] ;;
     *_native*) exit "$NO_NATIVE" ;;
     *platform.machine*) echo "Darwin arm64" ;;
-    --version) echo "Python 3.9.1" ;;
+    --version) echo "Python 3.11.7" ;;
 esac
 """
 
@@ -187,6 +188,14 @@ def test_a_half_made_environment_is_made_anew(checkout: Path) -> None:
     status, said, error, _ = set_up(checkout)
     assert (status, said) == (0, "")
     assert error == ".venv is incomplete and is made anew.\n"
+
+
+def test_another_python_than_that_of_the_environment_is_named(checkout: Path) -> None:
+    assert set_up(checkout)[0] == 0
+    assert set_up(checkout, "python3.11")[0] == 0
+    status, _, error, _ = set_up(checkout, "python3.13")
+    assert status == 2
+    assert ".venv holds Python 3.11.7, which is not that of python3.13: run make clean" in error
 
 
 def test_a_folder_that_is_no_environment_is_left_alone(checkout: Path) -> None:
