@@ -155,7 +155,7 @@ def test_another_platform_installs_the_ranges_and_says_so(checkout: Path) -> Non
         (
             (),
             {"PIP_SAYS": "No matching distribution found for torch==9"},
-            "found for torch==9: check the package index",
+            "found for torch==9: check the network",
         ),
         (
             (),
