@@ -34,9 +34,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out what is not of the part asked for."""
     part = os.environ.get("FGFAST_PART")
     if part:
-        kept = [item for item in items if in_part(item.nodeid, part)]
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = kept
+        config.hook.pytest_deselected(items=[item for item in items if not in_part(item.nodeid, part)])
+        items[:] = [item for item in items if in_part(item.nodeid, part)]
 
 
 def _note_skip(report: pytest.CollectReport | pytest.TestReport) -> None:
