@@ -113,7 +113,11 @@ def extension() -> Extension:
 
 
 setup(
-    packages=[*find_packages(include=["fgfast", "fgfast.*"]), "fgfast.kernels"],
+    packages=[
+        *find_packages(include=["fgfast", "fgfast.*"]),
+        "fgfast.kernels",
+        *(f"fgfast.kernels.{name}" for name in find_packages("kernels")),
+    ],
     package_dir={"fgfast": "fgfast", "fgfast.kernels": "kernels"},
     ext_modules=[] if os.environ.get("FGFAST_NATIVE") == "0" or os.name == "nt" else [extension()],
     cmdclass={"build_ext": Build},

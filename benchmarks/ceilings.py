@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.timing import Clock, Measured
-from fgfast.ops._tensors import exact
+from fgfast.tensors import exact
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 

@@ -1,9 +1,10 @@
 """Traffic of the kernels over the fewest bytes, counted in Triton's interpreter: ``python -m benchmarks.traffic``.
 
 Shapes are small, with outputs under a tenth of the inputs where the operation has it so. Bytes move as the model of
-:mod:`fgfast.testing` says; :func:`~fgfast.testing.checked` fails on a stray access or a race while it counts. Under the
-interpreter half-precision results are stored as float32, and the fewest bytes are counted so; k-means, whose operands
-have to fit on chip beside the pixels, is counted with float16 stored as on a GPU (:func:`stored_as_float16`).
+:mod:`fgfast.kernels.sanitizer` says; its :func:`~fgfast.kernels.sanitizer.checked` fails on a stray access or a race
+while it counts. Under the interpreter half-precision results are stored as float32, and the fewest bytes are counted
+so; k-means, whose operands have to fit on chip beside the pixels, is counted with float16 stored as on a GPU
+(:func:`stored_as_float16`).
 """
 
 import json
@@ -21,7 +22,7 @@ from torch import Tensor
 
 import fgfast
 from benchmarks.cases.common import sizes
-from fgfast.testing import Traffic, checked, fewest
+from fgfast.kernels.sanitizer import Traffic, checked, fewest
 
 Row = dict[str, Any]
 Inputs = list[Tensor]
@@ -82,7 +83,8 @@ def stored_as_float16(dtype: torch.dtype) -> Iterator[None]:
 
     (It does where pixels have factors, and in the sums of a pyramid: there bytes are right and sums are not.)
     """
-    from fgfast.kernels import kmeans_pyramid, kmeans_step
+    from fgfast.kernels.kmeans import pyramid as kmeans_pyramid
+    from fgfast.kernels.kmeans import step as kmeans_step
 
     kept = [(m, f, getattr(m, f)) for m in (kmeans_step, kmeans_pyramid) for f in ("interpreted", "output_dtype")]
     try:
@@ -114,7 +116,7 @@ def kmeans(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
 
     The small shape is there to be quick: its operands and scores are a fifth of its levels.
     """
-    from fgfast.kernels.kmeans_pyramid import Levels, Solver
+    from fgfast.kernels.kmeans.pyramid import Levels, Solver
 
     resnet50 = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
     for levels, size, k in ((((128, 16, 16), (256, 8, 8)), 16, 8), *(() if quick else ((resnet50, 64, 15),))):

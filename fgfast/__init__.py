@@ -1,6 +1,7 @@
 """fgfast: cluster pixels into parts, pool them, contrast them. The public names; importing this loads torch alone."""
 
 from fgfast.backend import use_backend
+from fgfast.ids import Ids
 from fgfast.losses import (
     DetConBLoss,
     DetConSLoss,
@@ -11,14 +12,11 @@ from fgfast.losses import (
     SupConLoss,
 )
 from fgfast.ops.assign_and_pool import assign_and_pool
-from fgfast.ops.contrast import contrastive_loss
-from fgfast.ops.ids import Ids
-from fgfast.ops.kmeans import KMeansResult, kmeans
-from fgfast.ops.kmeans_step import KMeansStep, kmeans_step
+from fgfast.ops.contrast import contrastive_loss, global_ids
+from fgfast.ops.kmeans import KMeansResult, KMeansStep, kmeans, kmeans_step
 from fgfast.ops.mask import PivotalMask, mask_images, pivotal_mask
 from fgfast.ops.part_pool import PartPool, labels_to_grid, part_pool
 from fgfast.ops.perturb import Perturbed, perturb
-from fgfast.ops.ring import global_ids
 
 __version__ = "0.1.0"
 

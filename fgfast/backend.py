@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
+KERNELS = ("assign_and_pool", "contrast", "kmeans", "kmeans_step", "labels_to_grid", "part_pool", "perturb")
+"""Operations that have Triton kernels."""
+
 BACKENDS = ("auto", "reference", "torch", "triton", "native")
 
 OLDEST = (8, 0)  # compute capability of the oldest NVIDIA GPU that the kernels serve
@@ -22,10 +25,6 @@ def missing(backend: str) -> str | None:
         True
     """
     if backend == "triton":
-        import fgfast.kernels as kernels
-
-        if not kernels.OPERATIONS:
-            return "this version of fgfast ships no Triton kernel"
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
         if os.environ.get("TRITON_INTERPRET") == "1":
@@ -91,9 +90,7 @@ def preference(op: str, x: torch.Tensor, plain: tuple[str, ...] = ("torch", "ref
         >>> preference("part_pool", torch.ones(1))[0]
         'torch'
     """
-    import fgfast.kernels as kernels
-
-    if op not in kernels.OPERATIONS:
+    if op not in KERNELS:
         return plain
     fits = x.device.type == "cuda" and x.dtype != torch.float64 and missing("triton") is None
     return ("triton", *plain) if fits else (*plain, "triton")

@@ -13,16 +13,15 @@ from typing import Any, cast
 
 import numpy as np
 
+from fgfast.config import Range, TrainConfig, check_range, parse_values, read_toml, validate, with_values
 from fgfast.data.layouts import open_images
 from fgfast.errors import UserError
 from fgfast.evaluate.bootstrap import accuracy_interval, paired_interval
 from fgfast.evaluate.finetune import FinetuneOptions
-from fgfast.evaluate.heads import MLPOptions
+from fgfast.evaluate.mlp import MLPOptions
 from fgfast.evaluate.protocols import Protocol, parse_protocols
-from fgfast.files import write_atomic
+from fgfast.files import write_atomic, write_json
 from fgfast.methods.base import METHODS, method_class
-from fgfast.train.checkpoint import write_json
-from fgfast.train.config import Range, TrainConfig, check_range, parse_values, read_toml, validate, with_values
 from fgfast.train.log import read_metrics
 
 OWN = ("data", "out", "seed", "resume")  # settings that the runner gives each run
@@ -191,7 +190,7 @@ class Comparison:
         return list(csv.DictReader(io.StringIO(file.read_text()))) if file.is_file() else []
 
     def _one(self, entry: Entry, data: Path, seed: int) -> None:
-        from fgfast.evaluate.parts import score_discovery
+        from fgfast.evaluate.part_discovery import score_discovery
         from fgfast.train.distributed import choose_device
         from fgfast.train.loop import pretrain
 
@@ -361,7 +360,7 @@ def training_summary(run: Path) -> dict[str, Any]:
     if not rows:
         return {"steps": 0, "passes": 0, "seconds": 0, "images_per_s": "", "data_wait": ""}
     steps = np.diff([0, *(r["step"] for r in rows)])
-    from fgfast.evaluate.protocols import read_run
+    from fgfast.methods.stored import read_run
 
     _, config = read_run(run)
     seconds = steps * config.batch_size / np.array([r["images_per_s"] for r in rows])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from fgfast.train.config import Range, check_range
+from fgfast.config import Range, check_range
 
 EPOCHS_PER_MINUTE = 10  # of 1,000 training pictures on 2 CPU cores
 
@@ -25,7 +25,7 @@ def demo(out: Path = Path("runs/demo"), minutes: float = 5.0, device: str = "aut
 
     from fgfast.data.layouts import open_images
     from fgfast.data.synthetic import generate
-    from fgfast.evaluate.parts import score_discovery
+    from fgfast.evaluate.part_discovery import score_discovery
     from fgfast.evaluate.protocols import evaluate
     from fgfast.methods.particle import PARTICLEConfig
     from fgfast.report.draw import draw_run

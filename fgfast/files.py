@@ -1,9 +1,11 @@
 """Files that are there whole or not at all, whatever happens while they are written."""
 
+import json
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def write_atomic(path: Path, write: Callable[[Path], object], *, durable: bool = False) -> None:
@@ -39,3 +41,8 @@ def write_atomic(path: Path, write: Callable[[Path], object], *, durable: bool =
         if isinstance(error, OSError) and error.filename in (None, str(partial)):
             error.filename = str(path)  # what the user knows; a full disk names no file at all
         raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON in place of ``path``."""
+    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))

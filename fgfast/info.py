@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-import fgfast
 from fgfast.backend import BACKENDS, missing
 
 _PACKAGES = ("torch", "torchvision", "triton", "timm", "nvidia-dali-cuda130", "scikit-learn", "safetensors")
@@ -24,10 +23,11 @@ def versions() -> dict[str, str]:
     """Versions of what this process runs on: Python, fgfast, the packages that matter, the device, the system.
 
     Example:
+        >>> import fgfast
         >>> versions()["fgfast"] == fgfast.__version__
         True
     """
-    found = {"python": platform.python_version(), "fgfast": fgfast.__version__} | {p: _version(p) for p in _PACKAGES}
+    found = {"python": platform.python_version(), "fgfast": _version("fgfast")} | {p: _version(p) for p in _PACKAGES}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     return found | {"device": device, "system": f"{platform.system()} {platform.machine()}"}
 

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 from fgfast.data.manifest import read_picture
+from fgfast.data.panels import to_pixels
 from fgfast.errors import UserError
-from fgfast.evaluate.protocols import Checkpoint, read_run
 from fgfast.files import write_atomic
 from fgfast.methods.srgan import FACTOR, SRGAN, SRGANConfig
+from fgfast.methods.stored import Checkpoint, read_run
 from fgfast.models.srgan import Generator
-from fgfast.report.pictures import to_pixels
-from fgfast.train.checkpoint import load_checkpoint
+from fgfast.run import load_checkpoint
 
 log = logging.getLogger("fgfast")
 

@@ -1,15 +1,4 @@
-"""Triton kernels of fgfast, one file an operation, imported as ``fgfast.kernels``.
+"""Triton kernels of fgfast, imported as ``fgfast.kernels``: a folder an operation, or a file where one is enough.
 
-``OPERATIONS`` names the operations that have a kernel here. Kernels register nothing: :mod:`fgfast.ops` checks the
-arguments, chooses a backend and calls them.
+Kernels register nothing: :mod:`fgfast.ops` checks the arguments, chooses a backend and calls them.
 """
-
-OPERATIONS: tuple[str, ...] = (
-    "assign_and_pool",
-    "contrast",
-    "kmeans",
-    "kmeans_step",
-    "labels_to_grid",
-    "part_pool",
-    "perturb",
-)

@@ -1,6 +1,6 @@
 """Compile every kernel without a GPU: ``python -m fgfast.kernels.aot [--arch sm_90 ...] [--default-only]``.
 
-Every :class:`~fgfast.kernels._common.AotCase` that a file of this folder offers is compiled for each architecture, and
+Every :class:`~fgfast.kernels.common.AotCase` that a file of this folder offers is compiled for each architecture, and
 a table of registers, spilled bytes and shared memory is printed. The exit status is 1 when a case that was not measured
 spills or any case needs more shared memory than the part has. Reports are kept by the hash of what they depend on, the
 version of Triton included; ``--recorded FILE`` takes those that were recorded, by the same hash, from a CSV file.
@@ -25,7 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fgfast.kernels._common import AotCase, launch_options
+from fgfast.kernels.common import AotCase, launch_options
 from fgfast.kernels.configs import SHARED
 
 HERE = Path(__file__).parent
@@ -48,7 +48,7 @@ MEASURED = Report._fields[:3]  # the numbers
 
 def modules() -> Iterator[str]:
     """Names of the kernel files that offer cases."""
-    for module in pkgutil.iter_modules([str(HERE)], "fgfast.kernels."):
+    for module in pkgutil.walk_packages([str(HERE)], "fgfast.kernels."):
         if hasattr(importlib.import_module(module.name), "aot_cases"):
             yield module.name
 
@@ -234,7 +234,7 @@ def faults(found: dict[Job, Report]) -> list[str]:
     """What is wrong with the reports, a sentence each.
 
     Example:
-        >>> faults({("fgfast.kernels.kmeans_step", "kmeans reduce", "sm_90"): Report(255, 8, 1024)})
+        >>> faults({("fgfast.kernels.kmeans.step", "kmeans reduce", "sm_90"): Report(255, 8, 1024)})
         ['kmeans reduce spills 8 bytes a thread on sm_90']
     """
     wrong = []

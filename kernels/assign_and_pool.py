@@ -7,9 +7,9 @@ the features are pooled by a second launch, from the labels.
 import torch
 from torch import Tensor
 
-from fgfast.kernels._common import on_device_of
-from fgfast.kernels.kmeans_step import kmeans_step
-from fgfast.kernels.part_pool import pool
+from fgfast.kernels.common import on_device_of
+from fgfast.kernels.kmeans.step import kmeans_step
+from fgfast.kernels.part_pool.launch import pool
 
 
 def assign_and_pool(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fgfast.kernels._common import COMPILER, MOST_REGISTERS, launch_options
+from fgfast.kernels.common import COMPILER, MOST_REGISTERS, launch_options
 from fgfast.kernels.tuned import TUNED
 
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB a program may have

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fgfast.kernels._common import AotCase, on_device_of, output_dtype
+from fgfast.kernels.common import AotCase, on_device_of, output_dtype
 from fgfast.kernels.configs import processors
 
 PROGRAMS = 8  # at most, for each multiprocessor

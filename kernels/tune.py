@@ -34,7 +34,7 @@ class TuneCase(NamedTuple):
 
 def cases() -> Iterator[TuneCase]:
     """The cases of every kernel file."""
-    for module in pkgutil.iter_modules([str(HERE)], "fgfast.kernels."):
+    for module in pkgutil.walk_packages([str(HERE)], "fgfast.kernels."):
         if module.name != __name__:
             yield from getattr(importlib.import_module(module.name), "tune_cases", lambda: ())()
 

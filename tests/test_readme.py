@@ -25,7 +25,7 @@ def test_library_example_runs() -> None:
 
 def test_commands_of_the_readme_exist() -> None:
     """Every fgfast command and flag that the README shows is one that the program has."""
-    from fgfast.cli import COMMANDS
+    from fgfast.cli.commands import COMMANDS
 
     used = set(re.findall(r"^fgfast (\w+)", README.read_text(), re.M))
     assert used

@@ -15,8 +15,8 @@ from torch import Tensor
 from benchmarks.cases.common import DTYPES, TOLERANCES, compiled, generator, need_gpu, ours, peer, precision, sizes
 from benchmarks.timing import Answer, Case, Judge, Judged, Run, Variant, distance
 from fgfast import Ids, contrastive_loss
-from fgfast.ops._tensors import exact
 from fgfast.reference import contrast as reference
+from fgfast.tensors import exact
 
 TEMPERATURE, PARTS = 0.1, 10
 LOGITS = 1 << 26  # of the reference, at a time

@@ -16,7 +16,7 @@ from benchmarks.cases.common import DTYPES, compiled, need_gpu, ours, peer, prec
 from benchmarks.cases.kmeans_step import Pixels, pixels, products, squared
 from benchmarks.timing import Answer, Case, Judge, Judged, Run, Variant
 from fgfast import kmeans
-from fgfast.ops._tensors import exact
+from fgfast.tensors import exact
 
 STEPS, JUDGED = 20, 4  # steps of Lloyd; images that are judged
 TOLERANCE, PEERS = 0.02, 25.0

@@ -25,7 +25,7 @@ from benchmarks.cases.common import (
 )
 from benchmarks.timing import Answer, Case, Judge, Judged, Run, Variant, distance
 from fgfast import kmeans_step
-from fgfast.ops._tensors import exact
+from fgfast.tensors import exact
 
 SPREAD = 0.1  # of the centres, in units of the noise of a channel: clusters overlap
 

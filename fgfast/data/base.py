@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fgfast.data.layouts import ImageSet
+from fgfast.data.imageset import ImageSet
 from fgfast.data.manifest import Records, check_images
 from fgfast.data.maps import map_sizes
 from fgfast.data.sampling import Draw, draw_crop, epoch_order, generator, whole_window

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fgfast.data.base import Loader, default_threads, make_source
-from fgfast.data.layouts import ImageSet
+from fgfast.data.imageset import ImageSet
 from fgfast.data.views import ViewSpec
 from fgfast.errors import UserError
 

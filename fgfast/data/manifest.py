@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fgfast.data.layouts import ImageSet
+from fgfast.data.imageset import ImageSet
 from fgfast.data.maps import write_atomically
 from fgfast.errors import UserError
 

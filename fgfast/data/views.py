@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fgfast.data.normalise import IMAGENET_MEAN, IMAGENET_STD
-from fgfast.ops._tensors import values_checked
+from fgfast.tensors import values_checked
 
 
 @dataclass(frozen=True)

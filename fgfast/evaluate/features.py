@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fgfast.data.layouts import ImageSet
+from fgfast.data.imageset import ImageSet
 from fgfast.data.loader import make_loader
 from fgfast.data.views import ViewSpec
 from fgfast.errors import UserError

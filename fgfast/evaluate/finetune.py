@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fgfast.data.layouts import ImageSet
+from fgfast.config import TrainConfig
+from fgfast.data.imageset import ImageSet
 from fgfast.data.loader import make_loader
 from fgfast.data.views import Crop, ViewSpec
 from fgfast.errors import UserError
 from fgfast.evaluate.features import extract
-from fgfast.evaluate.heads import ClassWeights, class_weights
+from fgfast.evaluate.mlp import ClassWeights, class_weights
 from fgfast.models.backbone import Backbone
 from fgfast.models.weights import read_checkpoint
-from fgfast.train.checkpoint import save_checkpoint
-from fgfast.train.config import TrainConfig
+from fgfast.run import save_checkpoint
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Evaluation of a run: a protocol, its scores, an interval over the test pictures."""
 
 import hashlib
-import tomllib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -10,27 +9,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fgfast.data.layouts import ImageSet
+from fgfast.config import TrainConfig, parse_values, with_values
+from fgfast.data.imageset import ImageSet
 from fgfast.data.maps import read_maps_info
+from fgfast.data.splits import scored_images, training_images
 from fgfast.errors import UserError
 from fgfast.evaluate.bootstrap import accuracy_interval
 from fgfast.evaluate.features import PartFeatures, extract
 from fgfast.evaluate.finetune import FinetuneOptions, finetune
-from fgfast.evaluate.heads import MLPOptions, mlp_probe
 from fgfast.evaluate.knn import knn_predict
 from fgfast.evaluate.linear import linear_probe
+from fgfast.evaluate.mlp import MLPOptions, mlp_probe
 from fgfast.evaluate.retrieval import retrieve
-from fgfast.methods.base import Method, method_class
+from fgfast.files import write_json
+from fgfast.methods.stored import Checkpoint, load_encoder_of
 from fgfast.models.backbone import Backbone
-from fgfast.train.checkpoint import load_checkpoint, write_json
-from fgfast.train.config import TrainConfig, parse_values, with_values
-from fgfast.train.splits import scored_images, training_images
 
 Protocol = Literal["knn", "linear", "parts", "mlp", "finetune", "retrieval"]
 Options = MLPOptions | FinetuneOptions
 OPTIONS: dict[str, type[Options]] = {"mlp": MLPOptions, "finetune": FinetuneOptions}
 """The options of the protocols that have some."""
-Checkpoint = Literal["init", "last"]
 KNN_K = 20
 MOST_FOR_ONLINE = 4000  # pictures of each split that the online score looks at
 
@@ -132,40 +130,6 @@ def parse_protocols(texts: list[str]) -> dict[str, tuple[str, Options | None]]:
     if not found:
         raise UserError("--protocols names none: give linear, knn, parts, mlp, finetune or retrieval.")
     return found
-
-
-def read_run(run: Path) -> tuple[str, TrainConfig]:
-    """The method's name and the configuration of a run folder.
-
-    Raises:
-        UserError: the folder is no run.
-    """
-    file = run / "config.toml"
-    if not file.is_file():
-        raise UserError(f"{run} is no run folder (it has no config.toml): give the --out of fgfast pretrain.")
-    try:
-        values = tomllib.loads(file.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{file} does not parse ({error}): restore it or train again.") from None
-    name = values.pop("method", "")
-    return name, with_values(method_class(name).Config(), values, str(file))
-
-
-def load_encoder_of(
-    run: Path, checkpoint: Checkpoint, device: torch.device, settings: dict[str, str] | None = None
-) -> tuple[Backbone, TrainConfig]:
-    """The encoder of a run at step 0 ("init") or at its newest checkpoint ("last"), in evaluation mode.
-
-    ``settings`` replace settings of the run, such as the blocks that srgan's encoder leaves out.
-
-    Raises:
-        UserError: the run or the checkpoint is missing or of another method, or does not fit the settings.
-    """
-    name, config = read_run(run)
-    config = with_values(config, parse_values(config, settings or {}, "--set"), "--set")
-    state = load_checkpoint(run / f"{checkpoint}.pt", name)
-    encoder = method_class(name).stored_encoder(config, state)
-    return encoder.to(device, memory_format=torch.channels_last).eval(), config  # type: ignore[call-overload]
 
 
 def _features(encoder: Backbone, images: ImageSet, config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -304,34 +268,3 @@ def online_knn(encoder: Backbone, config: TrainConfig, device: torch.device) -> 
     finally:
         encoder.train(was_training)
     return float((predicted.cpu() == truth).float().mean())
-
-
-@torch.no_grad()
-def held_out_terms(method: Method, config: TrainConfig, device: torch.device) -> dict[str, float]:
-    """Means of ``method.held_out`` over at most 4,000 held-out pictures, as "held_out_NAME"; no label is needed.
-
-    The views are those of training, the same at every call; empty where nothing is held out.
-    """
-    from fgfast.data.loader import make_loader
-
-    test = scored_images(config)
-    if not method.held_out or not len(test):
-        return {}
-    test = test.subset(np.sort(np.random.default_rng(0).permutation(len(test))[:MOST_FOR_ONLINE]))
-    loader = make_loader(
-        test, method.views(), config.batch_size, shuffle=False, seed=config.seed, device=device,
-        threads=config.threads, backend=config.loader,
-    )  # fmt: skip
-    sums, count = dict.fromkeys(method.held_out, 0.0), 0
-    was_training = method.training
-    method.eval()
-    try:
-        for batch in loader:
-            n = int(batch.valid.sum())
-            out = method(batch)
-            sums = {name: total + n * float(out[name]) for name, total in sums.items()}
-            count += n
-    finally:
-        loader.close()
-        method.train(was_training)
-    return {f"held_out_{name}": total / max(1, count) for name, total in sums.items()}

@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fgfast.config import Count, Share, TrainConfig
 from fgfast.data.lab import lab_to_rgb, lightness, rgb_to_lab, to_grey
 from fgfast.data.normalise import denormalise
 from fgfast.errors import UserError
 from fgfast.methods.ab_classes import AbClasses, class_weights
 from fgfast.methods.base import Method, build_encoder
-from fgfast.train.config import Count, Share, TrainConfig
 
 if TYPE_CHECKING:
-    from fgfast.data.layouts import ImageSet
+    from fgfast.data.imageset import ImageSet
+    from fgfast.data.panels import Panel
     from fgfast.data.views import Batch, ViewSpec
-    from fgfast.report.pictures import Panel
 
 STRIDE = 4  # pixels of a view a side for each colour that is predicted
 
@@ -80,7 +80,7 @@ class Color(Method):
 
     def prepare(self, images: "ImageSet", run: Path, round_: int) -> Path | None:
         """Measure the prior of the colours, or read it where this run has done so before."""
-        from fgfast.train.checkpoint import write_json
+        from fgfast.files import write_json
 
         chosen = np.sort(np.random.default_rng(0).permutation(len(images))[: self.config.prior_pictures])
         measured = {"root": str(images.root), "pictures": len(chosen), "of": len(images), "size": self.config.size}
@@ -149,7 +149,7 @@ class Color(Method):
     @torch.no_grad()
     def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":
         """What the encoder sees, the colours that are told (annealed mean), and the photograph."""
-        from fgfast.report.pictures import Panel, to_uint8
+        from fgfast.data.panels import Panel, to_uint8
 
         shown = batch.views[0][:8]
         was_training = self.training

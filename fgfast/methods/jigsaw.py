@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fgfast.config import Count, Natural, Range, Share, TrainConfig
 from fgfast.data.tiles import brighten, cut_tiles, draw_puzzles, join_tiles
 from fgfast.errors import UserError
 from fgfast.methods.base import Method, Progress, build_encoder
 from fgfast.methods.permutations import permutation_set
-from fgfast.train.config import Count, Natural, Range, Share, TrainConfig
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from fgfast.data.layouts import ImageSet
+    from fgfast.data.imageset import ImageSet
+    from fgfast.data.panels import Panel
     from fgfast.data.views import Batch, ViewSpec
-    from fgfast.report.pictures import Panel
 
 log = logging.getLogger("fgfast")
 
@@ -223,7 +223,7 @@ class Jigsaw(Method):
     @torch.no_grad()
     def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":
         """Photographs, their tiles as the network gets them, and how it puts them together."""
-        from fgfast.report.pictures import Panel, to_uint8
+        from fgfast.data.panels import Panel, to_uint8
 
         was_training = self.training
         self.eval()

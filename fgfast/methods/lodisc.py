@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 from torch import Tensor, nn
 
+from fgfast.config import Count, Range, Weight
 from fgfast.errors import UserError
 from fgfast.methods.base import Progress
 from fgfast.methods.mocov3 import MoCoV3, MoCoV3Config
 from fgfast.ops.mask import PivotalMask, mask_images, pivotal_mask
-from fgfast.train.config import Count, Range, Weight
 
 if TYPE_CHECKING:
+    from fgfast.data.panels import Panel
     from fgfast.data.views import Batch
-    from fgfast.report.pictures import Panel
 
 
 @dataclass
@@ -118,8 +118,8 @@ class LoDisc(MoCoV3):
 
     def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":
         """Photographs beside what each strategy keeps of them."""
+        from fgfast.data.panels import Panel, to_uint8
         from fgfast.ops.mask import STRATEGIES
-        from fgfast.report.pictures import Panel, to_uint8
 
         shown = (batch.views[0] if batch.whole is None else batch.whole)[:8]
         rows = [[Panel(to_uint8(x), "photograph")] for x in shown]

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fgfast.config import Count, Positive, Share, TrainConfig
+from fgfast.ids import Ids
 from fgfast.methods.base import Method, Progress, build_encoder
 from fgfast.models.heads import MLP, momentum_copy, rising_momentum, update_momentum
 from fgfast.ops.contrast import contrastive_loss
-from fgfast.ops.ids import Ids
-from fgfast.train.config import Count, Positive, Share, TrainConfig
 
 if TYPE_CHECKING:
     from fgfast.data.views import Batch, ViewSpec

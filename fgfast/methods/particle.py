@@ -7,20 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fgfast.config import Count, Natural, Positive, Range, Share, TrainConfig, Weight
 from fgfast.errors import UserError
 from fgfast.losses import DINOLoss, PartContrastiveLoss
 from fgfast.methods.base import Method, Progress, build_encoder
-from fgfast.methods.parts import Clustering, check_pixels, cluster_keys, cluster_pyramid, discover, grid_labels
 from fgfast.methods.simclr import nt_xent
 from fgfast.models.heads import MLP, DINOHead, momentum_copy, rising_momentum, update_momentum
-from fgfast.train.config import Count, Natural, Positive, Range, Share, TrainConfig, Weight
+from fgfast.parts.clustering import Clustering, check_pixels, cluster_keys, cluster_pyramid, grid_labels
+from fgfast.parts.discover import discover
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from fgfast.data.layouts import ImageSet
+    from fgfast.data.imageset import ImageSet
+    from fgfast.data.panels import Panel
     from fgfast.data.views import Batch, ViewSpec
-    from fgfast.report.pictures import Panel
 
 
 @dataclass
@@ -341,7 +342,7 @@ class PARTICLE(Method):
 
     def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":
         """Parts over whole photographs as the network finds them now, and its views, each beside its parts."""
-        from fgfast.report.pictures import Panel, in_rows, overlay, to_uint8
+        from fgfast.data.panels import Panel, in_rows, overlay, to_uint8
 
         def beside(image: Tensor, labels: Tensor, caption: str) -> list[Panel]:
             return [Panel(to_uint8(image), caption), Panel(overlay(image, labels), f"parts of the {caption}")]

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from fgfast.config import Count, Natural, Positive, TrainConfig
 from fgfast.errors import UserError
+from fgfast.ids import Ids
 from fgfast.methods.base import Method, build_encoder
 from fgfast.models.heads import MLP
 from fgfast.ops.contrast import contrastive_loss
-from fgfast.ops.ids import Ids
-from fgfast.train.config import Count, Natural, Positive, TrainConfig
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -11,19 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
+from fgfast.config import Count, Natural, Range, Share, TrainConfig, Weight
+from fgfast.data.fidelity import psnr, ssim
 from fgfast.data.normalise import normalise
 from fgfast.errors import UserError
-from fgfast.evaluate.fidelity import psnr, ssim
 from fgfast.methods.base import Method, Progress
 from fgfast.models.backbone import Backbone
 from fgfast.models.srgan import Discriminator, Generator, SRGANEncoder, check_fixed
 from fgfast.models.weights import load_encoder
-from fgfast.train.config import Count, Natural, Range, Share, TrainConfig, Weight
 
 if TYPE_CHECKING:
-    from fgfast.data.layouts import ImageSet
+    from fgfast.data.imageset import ImageSet
+    from fgfast.data.panels import Panel
     from fgfast.data.views import Batch, ViewSpec
-    from fgfast.report.pictures import Panel
 
 log = logging.getLogger("fgfast")
 
@@ -224,7 +224,7 @@ class SRGAN(Method):
     def scores(self, device: torch.device) -> dict[str, float]:
         """PSNR (dB, at most 60 a window) and SSIM of windows of held-out pictures, generated and bicubic, means."""
         from fgfast.data.loader import make_loader
-        from fgfast.train.splits import scored_images
+        from fgfast.data.splits import scored_images
 
         c = self.config
         held = scored_images(c)
@@ -249,7 +249,7 @@ class SRGAN(Method):
 
     def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":
         """What the generator gets, what bicubic makes of it, what it makes of it, and the truth."""
-        from fgfast.report.pictures import Panel, to_pixels
+        from fgfast.data.panels import Panel, to_pixels
 
         assert batch.patch is not None
         assert batch.reduced is not None
@@ -275,7 +275,7 @@ def perceptual_network(text: str, size: int) -> Backbone:
     Raises:
         UserError: the network or its weights cannot be had.
     """
-    from fgfast.evaluate.protocols import load_encoder_of
+    from fgfast.methods.stored import load_encoder_of
 
     name, sign, file = text.partition("=")
     if Path(text).is_dir():

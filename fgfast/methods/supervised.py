@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fgfast.config import Range, TrainConfig
 from fgfast.errors import UserError
 from fgfast.methods.base import Method, build_encoder
-from fgfast.train.config import Range, TrainConfig
 
 if TYPE_CHECKING:
     from fgfast.data.views import Batch, ViewSpec

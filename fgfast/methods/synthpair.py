@@ -8,21 +8,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from fgfast.config import Count, Natural, Positive, Range, Share, TrainConfig, Weight
 from fgfast.errors import UserError
 from fgfast.methods.base import Method, Progress, build_encoder
-from fgfast.methods.bases import BASES, mean_valid
+from fgfast.methods.objectives import BASES, mean_valid
 from fgfast.methods.simclr import alike_crops
 from fgfast.models.decoder import Decoder
 from fgfast.models.statistics import KeyQueue, RunningVariance, unrecorded
 from fgfast.ops.perturb import Perturbed, lowest, perturb
 from fgfast.reference.draws import philox
-from fgfast.train.config import Count, Natural, Positive, Range, Share, TrainConfig, Weight
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from fgfast.data.panels import Panel
     from fgfast.data.views import Batch, ViewSpec
-    from fgfast.report.pictures import Panel
 
 
 @dataclass
@@ -227,7 +227,7 @@ class SynthPair(Method):
 
     def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":
         """Views beside what their features decode to, as they are and changed."""
-        from fgfast.report.pictures import Panel, in_rows, to_uint8
+        from fgfast.data.panels import Panel, in_rows, to_uint8
 
         x = torch.cat(batch.views[: self.base.online])
         with torch.enable_grad():

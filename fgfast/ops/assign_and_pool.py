@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fgfast.backend import check_triton, preference, resolve
-from fgfast.ops._kmeans_checks import (
+from fgfast.ops.kmeans.checks import (
     METRICS,
     check_finite,
     choose,
@@ -13,10 +13,10 @@ from fgfast.ops._kmeans_checks import (
     groups,
     match_centroids,
 )
-from fgfast.ops._tensors import accumulation, check_tensor, check_weight, exact
-from fgfast.ops.kmeans_step import assigned
+from fgfast.ops.kmeans.step import assigned
 from fgfast.ops.part_pool import is_pixel_major, part_pool_backward, pool
 from fgfast.reference import assign_and_pool as reference
+from fgfast.tensors import accumulation, check_tensor, check_weight, exact
 
 
 @torch.library.custom_op("fgfast::assign_and_pool", mutates_args=())

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fgfast.backend import missing, resolve
-from fgfast.ops._tensors import (
+from fgfast.reference import mask as reference
+from fgfast.reference.draws import philox
+from fgfast.tensors import (
     FLOATS,
     accumulation,
     check_device,
@@ -21,8 +23,6 @@ from fgfast.ops._tensors import (
     seed_or_drawn,
     values_checked,
 )
-from fgfast.reference import mask as reference
-from fgfast.reference.draws import philox
 
 STRATEGIES = ("topk", "sample", "block", "random")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the compiled sampler, in the order of its numbers

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fgfast.backend import check_triton, preference, resolve
-from fgfast.ops._tensors import (
+from fgfast.reference import part_pool as reference
+from fgfast.tensors import (
     TILE,
     accumulation,
     as_size,
@@ -24,7 +25,6 @@ from fgfast.ops._tensors import (
     check_whole,
     exact,
 )
-from fgfast.reference import part_pool as reference
 
 
 class PartPool(NamedTuple):
@@ -110,7 +110,7 @@ def _part_pool(
     if weight is not None:
         check_weight(weight)
     if backend == "triton":
-        from fgfast.kernels import part_pool as kernels
+        from fgfast.kernels.part_pool import launch as kernels
 
         return kernels.pool(features, labels, n_parts, weight, mean)
     with exact(features.device):
@@ -147,7 +147,7 @@ def part_pool_backward(
 ) -> Tensor:
     out = _empty_grad(grad, labels, pixel_major)
     if backend == "triton":
-        from fgfast.kernels import part_pool as kernels
+        from fgfast.kernels.part_pool import launch as kernels
 
         return kernels.pool_backward(grad, labels, weight, area, mean, out)
     _, n_parts, channels = grad.shape
@@ -212,7 +212,7 @@ def _part_pool_map(
     if weight is not None:
         check_weight(weight)
     if backend == "triton":
-        from fgfast.kernels import part_pool as kernels
+        from fgfast.kernels.part_pool import launch as kernels
 
         return kernels.pool_map(features, labels, n_parts, weight, mean)
     grid = _majority(labels, features.shape[2], features.shape[3], n_parts, torch.int32)
@@ -352,7 +352,7 @@ def part_pool(
 @torch.library.custom_op("fgfast::labels_to_grid", mutates_args=())
 def _labels_to_grid(labels: Tensor, height: int, width: int, n_parts: int, backend: str = "torch") -> Tensor:
     if backend == "triton":
-        from fgfast.kernels import part_pool as kernels
+        from fgfast.kernels.part_pool import launch as kernels
 
         return kernels.labels_to_grid(labels, height, width, n_parts)
     return _majority(labels, height, width, n_parts, torch.int64)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fgfast.backend import check_triton, preference, resolve
-from fgfast.ops._tensors import accumulation, check_device, check_float, check_tensor, seed_or_drawn
 from fgfast.reference import perturb as reference
 from fgfast.reference.draws import normal
+from fgfast.tensors import accumulation, check_device, check_float, check_tensor, seed_or_drawn
 
 IMPORTANCE = ("absolute", "positive", "given")
 COMBINE = ("union", "intersection")

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fgfast.ops.ids import Ids
+from fgfast.ids import Ids
 
 
 def contrastive_loss(

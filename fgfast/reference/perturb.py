@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from fgfast.ops._tensors import accumulation
 from fgfast.reference.draws import normal
+from fgfast.tensors import accumulation
 
 UNITS = 30  # bits in which a row's largest energy is counted
 

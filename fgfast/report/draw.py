@@ -6,14 +6,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fgfast.data.layouts import ImageSet, open_images
+from fgfast.data.imageset import ImageSet
+from fgfast.data.layouts import open_images
 from fgfast.data.loader import make_loader
 from fgfast.data.views import ViewSpec
 from fgfast.evaluate.features import extract
-from fgfast.evaluate.protocols import Checkpoint, read_run
 from fgfast.methods.base import method_class
+from fgfast.methods.stored import Checkpoint, read_run
 from fgfast.report.pictures import grid, neighbours
-from fgfast.train.checkpoint import load_checkpoint
+from fgfast.run import load_checkpoint
 
 SHOWN = 8  # pictures in a grid
 SEARCHED = 1000  # pictures among which neighbours are looked for

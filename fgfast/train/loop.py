@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fgfast.config import TrainConfig, read_toml, to_toml, validate
+from fgfast.data.splits import pretext_images
 from fgfast.errors import UserError
 from fgfast.files import write_atomic
 from fgfast.methods.base import METHODS, Method, Progress, method_class
 from fgfast.models.backbone import Backbone
-from fgfast.train.checkpoint import load_checkpoint, save_checkpoint, save_encoder
-from fgfast.train.config import TrainConfig, read_toml, to_toml, validate
+from fgfast.run import load_checkpoint, save_checkpoint, save_encoder
 from fgfast.train.distributed import Ranks, barrier, start
 from fgfast.train.log import RunLog, peak_memory_mb
 from fgfast.train.optim import FiniteGuard, learning_rate, make_optimizer
-from fgfast.train.splits import pretext_images
 
 if TYPE_CHECKING:
-    from fgfast.data.layouts import ImageSet
+    from fgfast.data.imageset import ImageSet
     from fgfast.data.loader import Loader
 
 
@@ -113,7 +113,7 @@ def check_options(run: Path, config: TrainConfig, may_change: tuple[str, ...]) -
     Raises:
         UserError: an option differs; the message names it and both values.
     """
-    from fgfast.evaluate.protocols import read_run
+    from fgfast.methods.stored import read_run
 
     _, before = read_run(run)
     for name, value in vars(config).items():

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fgfast.config import TrainConfig
 from fgfast.errors import UserError
-from fgfast.train.config import TrainConfig
 
 LAG = 4  # steps until a verdict is read
 MOST_IN_A_ROW = 10

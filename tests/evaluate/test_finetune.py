@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from fgfast.config import TrainConfig
 from fgfast.data.layouts import open_images
 from fgfast.errors import UserError
 from fgfast.evaluate import finetune as module
 from fgfast.evaluate.finetune import FinetuneOptions, finetune, stages_of, unfreeze
 from fgfast.models.backbone import Backbone
-from fgfast.train.config import TrainConfig
 from tests.conftest import TINY
 
 CPU = torch.device("cpu")

@@ -100,7 +100,7 @@ def test_opcheck():
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="listens to the interpreter")
 def test_the_features_are_read_once():
-    from fgfast.testing import checked, fewest
+    from fgfast.kernels.sanitizer import checked, fewest
 
     x, centroids = torch.randn(1, 128, 48, 32), torch.randn(1, 9, 128)
     with checked(x) as traffic:

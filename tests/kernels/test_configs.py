@@ -15,7 +15,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from fgfast.kernels import _kmeans_device, _kmeans_once, aot, configs, kmeans_step, tune
+from fgfast.kernels import aot, configs, tune
+from fgfast.kernels.kmeans import fused as _kmeans_once
+from fgfast.kernels.kmeans import step as kmeans_step
+from fgfast.kernels.kmeans import tiles as _kmeans_device
 
 pytestmark = pytest.mark.slow
 
@@ -152,12 +155,12 @@ def test_every_case_has_its_own_name():
 
 
 def test_what_a_compilation_may_not_do_is_named(monkeypatch):
-    case = ("fgfast.kernels.part_pool", "part_pool join bf16", "sm_86")
+    case = ("fgfast.kernels.part_pool.launch", "part_pool join bf16", "sm_86")
     assert aot.faults({case: aot.Report(100, 0, 99 * 1024)}) == []
     assert "spills 4 bytes" in aot.faults({case: aot.Report(255, 4, 0)})[0]
     assert "99 KiB" in aot.faults({case: aot.Report(100, 0, 99 * 1024 + 1)})[0]
     assert "does not compile" in aot.faults({case: aot.Report(0, 0, 0, "Error: no")})[0]
-    row = ("fgfast.kernels.part_pool", "part_pool row1 forward bf16 rows", "sm_90")
+    row = ("fgfast.kernels.part_pool.launch", "part_pool row1 forward bf16 rows", "sm_90")
     assert "may have 32 KiB" in aot.faults({row: aot.Report(100, 0, 32 * 1024 + 1)})[0]
     tuned = aot.cases(case[0])[case[1]]._replace(tuned=True)
     monkeypatch.setattr(aot, "cases", lambda module: {case[1]: tuned})

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fgfast.kernels import _contrast_device as device_side
-from fgfast.kernels import contrast as kernels
-from fgfast.kernels._common import interpreted
+from fgfast.ids import Ids
+from fgfast.kernels.common import interpreted
+from fgfast.kernels.contrast import kernels as device_side
+from fgfast.kernels.contrast import launch as kernels
+from fgfast.kernels.sanitizer import checked
 from fgfast.ops.contrast import contrastive_loss
-from fgfast.ops.ids import Ids
-from fgfast.testing import checked
 from tests.examples import examples
 
 pytestmark = pytest.mark.slow

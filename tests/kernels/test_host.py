@@ -12,8 +12,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
-from fgfast.kernels import assign_and_pool, contrast, kmeans, kmeans_pyramid, kmeans_step, part_pool, perturb
-from fgfast.ops.ids import Ids
+from fgfast.ids import Ids
+from fgfast.kernels import assign_and_pool, perturb
+from fgfast.kernels.contrast import launch as contrast
+from fgfast.kernels.kmeans import launch as kmeans
+from fgfast.kernels.kmeans import pyramid as kmeans_pyramid
+from fgfast.kernels.kmeans import step as kmeans_step
+from fgfast.kernels.part_pool import launch as part_pool
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: test_device.py captures graphs on it"),

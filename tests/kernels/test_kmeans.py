@@ -13,9 +13,9 @@ from fgfast import kmeans, kmeans_step
 
 pytest.importorskip("triton")
 
-from fgfast.kernels._common import interpreted
-from fgfast.kernels.kmeans_step import Solver
-from fgfast.testing import checked, fewest
+from fgfast.kernels.common import interpreted
+from fgfast.kernels.kmeans.step import Solver
+from fgfast.kernels.sanitizer import checked, fewest
 from tests.examples import examples
 
 pytestmark = pytest.mark.slow
@@ -375,7 +375,7 @@ def test_half_precision_and_strided_input(dtype):
 
 
 def test_more_samples_than_a_program_draws_from(monkeypatch):
-    monkeypatch.setattr("fgfast.kernels.kmeans.SAMPLES", 16)
+    monkeypatch.setattr("fgfast.kernels.kmeans.launch.SAMPLES", 16)
     check_kmeans(blobs(9, 1, 30, 4), 3, seed=0, n_iter=1)
 
 

@@ -13,9 +13,9 @@ from fgfast.reference.kmeans import hypercolumns
 
 pytest.importorskip("triton")
 
-from fgfast.kernels._common import interpreted
+from fgfast.kernels.common import interpreted
 from fgfast.kernels.configs import config
-from fgfast.kernels.kmeans_pyramid import Adder, Levels, score_tile, waiting
+from fgfast.kernels.kmeans.pyramid import Adder, Levels, score_tile, waiting
 from tests.examples import examples
 from tests.kernels.test_kmeans import same
 
@@ -156,14 +156,14 @@ def test_empty_clusters(empty):
 
 @pytest.mark.parametrize(("clusters", "size"), [(20, 5), (130, 12)])  # labels of one byte and of two
 def test_many_clusters_and_more_samples_than_a_program_draws_from(monkeypatch, clusters, size):
-    monkeypatch.setattr("fgfast.kernels.kmeans_pyramid.SAMPLES", 16)
+    monkeypatch.setattr("fgfast.kernels.kmeans.pyramid.SAMPLES", 16)
     maps = pyramid(8, shapes=((6, size, size),))
     check(maps, clusters, size, 1e-4, seed=0, n_iter=1)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_wide_tiles_of_scores(monkeypatch, metric):
-    monkeypatch.setattr("fgfast.kernels.kmeans_pyramid.ON_CHIP", 0)
+    monkeypatch.setattr("fgfast.kernels.kmeans.pyramid.ON_CHIP", 0)
     maps = pyramid(3, shapes=((40, 9, 9), (7, 4, 4)))
     row, narrow = Levels(maps, (9, 9)).row, 32
     assert [score_tile(row, 16, 32, (40, *m.shape[2:]), 4)[0] for m in maps] == [128, narrow]
@@ -259,7 +259,7 @@ def test_a_step_is_two_launches_and_reads_the_levels_twice():
     m is read by each program of score and written scores are read again, 64 bytes a channel and a cell; a strip and a
     half of rows around it at most.
     """
-    from fgfast.testing import checked
+    from fgfast.kernels.sanitizer import checked
 
     maps = pyramid(1, shapes=((128, 16, 16), (256, 8, 8)))
     solver = solved(maps, (16, 16), 8, torch.ones(1, 256, device=DEVICE))
@@ -275,7 +275,7 @@ def test_a_step_is_two_launches_and_reads_the_levels_twice():
 
 def solved(maps, size, clusters, w):
     """A solver whose centroids are prepared."""
-    from fgfast.kernels.kmeans_pyramid import Solver
+    from fgfast.kernels.kmeans.pyramid import Solver
 
     levels = Levels(maps, size)
     mu = levels.wide(None)

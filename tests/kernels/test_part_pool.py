@@ -162,7 +162,7 @@ def test_labels_of_any_integer_dtype_and_ids_that_are_no_part(dtype):
 
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
 def test_pixels_split_among_programs_give_the_same_sums(monkeypatch, reduce):
-    from fgfast.kernels import part_pool as kernels
+    from fgfast.kernels.part_pool import launch as kernels
 
     g = torch.Generator().manual_seed(0)
     x, labels = torch.randn(1, 20, 50, 43, generator=g), torch.randint(-1, 5, (1, 50, 43), generator=g)
@@ -183,7 +183,7 @@ def _chunks(pixels, block, least):
 
 
 def test_offsets_of_64_bits_give_the_same_numbers(monkeypatch):
-    from fgfast.kernels import part_pool as kernels
+    from fgfast.kernels.part_pool import launch as kernels
 
     assert kernels._wide(torch.empty_strided((1, 2, 3, 3), (0, 2**31, 3, 1), device="meta"))
     x = torch.randn(2, 20, 7, 5, device=DEVICE)
@@ -306,7 +306,7 @@ def test_what_the_kernels_do_not_take_is_named(call, error, word, monkeypatch):
 )
 def test_traffic_is_near_the_fewest_bytes(shape, weighted, launches, dtype, order):
     """Features in the order they have, labels and weights again for each block of channels, outputs once."""
-    from fgfast.testing import checked, fewest
+    from fgfast.kernels.sanitizer import checked, fewest
 
     x = ordered(torch.randn(shape).to(dtype), order).requires_grad_()
     labels = torch.randint(-1, 8, (shape[0], *shape[2:]))
@@ -331,7 +331,7 @@ def test_traffic_is_near_the_fewest_bytes(shape, weighted, launches, dtype, orde
 @pytest.mark.parametrize("size", [(56, 56), (50, 45)], ids=str)
 def test_a_launch_that_votes_reads_ids_and_features_once(size, dtype, order):
     """One group of channel blocks an image: four processors and eight images."""
-    from fgfast.testing import checked, fewest
+    from fgfast.kernels.sanitizer import checked, fewest
 
     x = ordered(torch.randn(8, 256, 14, 14).to(dtype), order)
     labels = torch.randint(0, 8, (8, *size), dtype=torch.uint8)
@@ -354,7 +354,7 @@ def test_a_launch_that_votes_reads_ids_and_features_once(size, dtype, order):
     ],
 )
 def test_votes_join_the_launch_that_pools_where_they_are_few(shape, size, n_parts, launches):
-    from fgfast.testing import checked
+    from fgfast.kernels.sanitizer import checked
 
     x, labels = torch.randn(shape), torch.randint(-1, n_parts, (shape[0], *size))
     with checked(x, labels) as traffic:
@@ -367,7 +367,7 @@ def test_votes_join_the_launch_that_pools_where_they_are_few(shape, size, n_part
 
 @interpreted
 def test_grid_reads_the_id_map_once():
-    from fgfast.testing import checked, fewest
+    from fgfast.kernels.sanitizer import checked, fewest
 
     labels = torch.randint(-1, 15, (1, 128, 128))
     with checked(labels) as traffic:
@@ -380,7 +380,7 @@ def test_grid_reads_the_id_map_once():
 @examples(30)
 @given(problems() | problems(maps=True))
 def test_no_stray_access_and_no_race(problem):
-    from fgfast.testing import checked
+    from fgfast.kernels.sanitizer import checked
 
     x, labels, weight, n_parts, reduce = problem
     x = x.detach().requires_grad_()

@@ -70,7 +70,7 @@ def test_what_the_kernel_does_not_take_is_named():
 def test_features_are_read_once(strategy, reads, monkeypatch):
     """Features (swap: of two rows) and gradient in, result and mask out; what rows share is read by each program."""
     from fgfast.kernels import perturb as kernels
-    from fgfast.testing import checked, fewest
+    from fgfast.kernels.sanitizer import checked, fewest
 
     monkeypatch.setattr(kernels, "PROGRAMS", 1)  # eight rows each
     x, w, std, low = torch.randn(32, 128), torch.randn(32, 128), torch.rand(128), torch.rand(128) < 0.3

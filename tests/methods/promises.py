@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fgfast.config import TrainConfig
 from fgfast.data.views import Batch
 from fgfast.methods.base import Method
 from fgfast.train import loop
-from fgfast.train.config import TrainConfig
 from fgfast.train.log import read_metrics
 
 

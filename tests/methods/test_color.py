@@ -11,9 +11,10 @@ import torch
 from fgfast.data.layouts import open_images
 from fgfast.data.normalise import IMAGENET_MEAN, IMAGENET_STD
 from fgfast.data.views import Batch
-from fgfast.evaluate.protocols import evaluate, load_encoder_of
+from fgfast.evaluate.protocols import evaluate
 from fgfast.methods.ab_classes import class_weights
 from fgfast.methods.color import Color, ColorConfig
+from fgfast.methods.stored import load_encoder_of
 from fgfast.train.log import read_metrics
 from fgfast.train.loop import pretrain
 from tests.conftest import TINY

@@ -11,10 +11,8 @@ from fgfast.data.layouts import open_images
 from fgfast.data.maps import map_path, read_map, read_maps_info, save_maps, write_maps_info
 from fgfast.data.views import Batch
 from fgfast.errors import UserError
-from fgfast.methods import parts as parts_module
 from fgfast.methods.base import Progress
 from fgfast.methods.particle import PARTICLE, PARTICLEConfig
-from fgfast.ops.kmeans import kmeans
 from fgfast.train.loop import pretrain
 from tests.conftest import TINY
 
@@ -98,73 +96,8 @@ def test_maps_of_discover_are_trained_on(drawn: Path, tmp_path: Path) -> None:
         pretrain("particle", config_for(drawn, tmp_path / "two", maps=str(tmp_path / "maps")))
 
 
-def test_interrupted_discovery_goes_on(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is there is kept, the rest is found as without the interruption; other settings want another folder."""
-    torch.manual_seed(0)
-    encoder, images = PARTICLE(config_for(drawn, tmp_path)).encoder, open_images(drawn)
-    real, sizes = parts_module.cluster_pyramid, []
-
-    def once(encoder: object, pictures: torch.Tensor, how: object, **options: object) -> torch.Tensor:
-        if sizes == [32]:
-            sizes.append(0)
-            raise KeyboardInterrupt
-        sizes.append(len(pictures))
-        return real(encoder, pictures, how, **options)  # type: ignore[arg-type]
-
-    def found(name: str, n_parts: int = 4) -> Path:
-        return parts_module.discover(
-            encoder, images, tmp_path / name, parts_module.Clustering(n_parts), image_size=64, map_size=16,
-            run="a test", device=torch.device("cpu"), threads=1,
-        )  # fmt: skip
-
-    monkeypatch.setattr(parts_module, "cluster_pyramid", once)
-    with pytest.raises(KeyboardInterrupt):
-        found("stopped")
-    assert not (tmp_path / "stopped" / "maps.json").exists()
-    found("stopped")
-    found("stopped")
-    found("whole")
-    assert sizes == [32, 0, 4, 32, 4]
-    for rel in images.paths:
-        np.testing.assert_array_equal(read_map(tmp_path / "stopped", rel), read_map(tmp_path / "whole", rel))
-    with pytest.raises(UserError, match="already holds maps of a test"):
-        found("stopped", n_parts=3)
-
-
-def test_background_is_what_lies_along_the_border() -> None:
-    """By the formula, on random maps; absent stays absent; the order of the ids says nothing."""
-    g = torch.Generator().manual_seed(0)
-    labels = torch.randint(-1, 5, (6, 9, 11), generator=g)
-    labels[3] = 2
-    for border in (0.3, 1.0, 4.0):
-        found = parts_module.without_background(labels, 5, border)
-        for before, after in zip(labels, found, strict=True):
-            for k in range(5):
-                inside = before == k
-                along = inside.sum() - inside[1:-1, 1:-1].sum()
-                gone = bool(along > border * inside.sum().sqrt())
-                assert torch.equal(after[inside], before[inside] * 0 - 1 if gone else before[inside])
-            assert (after[before == -1] == -1).all()
-    assert (parts_module.without_background(labels, 5, 100.0) == labels).all()
-    assert (parts_module.without_background(labels, 5, 1e-9)[3] == -1).all()
-
-
-def test_coordinates_join_the_features(drawn: Path, tmp_path: Path) -> None:
-    """Their variance is the given share of each picture's own; much of them gives cells that hang together."""
-    g = torch.Generator().manual_seed(0)
-    maps = [torch.randn(3, 5, 8, 6, generator=g) * torch.tensor([1.0, 10.0, 0.1])[:, None, None, None]]
-    maps.append(torch.randn(3, 2, 4, 3, generator=g))
-    place = parts_module._coordinates(maps, 0.5)
-    assert place.shape == (3, 2, 8, 6)
-    expected = sum(m.double().flatten(2).var(2, correction=0).sum(1) for m in maps) / 2
-    torch.testing.assert_close(place.double().flatten(2).var(2, correction=0).sum(1), expected, rtol=1e-5, atol=0)
-    assert (place[:, 0].diff(dim=1) > 0).all()
-    assert (place[:, 1].diff(dim=2) > 0).all()
-    encoder, images = PARTICLE(config_for(drawn, tmp_path)).encoder.eval(), torch.randn(2, 3, 32, 32, generator=g)
-    how = parts_module.Clustering(4, position=1e6)
-    labels = parts_module.cluster_pyramid(encoder, images, how, size=16, seed=1)
-    cells = kmeans([parts_module._coordinates([torch.randn(2, 1, 8, 8)], 1.0)], 4, size=(16, 16), seed=1).labels
-    assert (labels == cells).float().mean() > 0.99  # nothing but the place counts
+def test_coordinates_want_the_euclidean_metric(drawn: Path, tmp_path: Path) -> None:
+    """They have no direction to compare."""
     with pytest.raises(UserError, match="--metric euclidean"):
         PARTICLE(config_for(drawn, tmp_path, position=1.0, metric="cosine"))
 

@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fgfast.cli import main
+from fgfast.config import validate
 from fgfast.data.layouts import open_images
+from fgfast.data.panels import to_pixels
 from fgfast.data.views import Batch
 from fgfast.errors import UserError
-from fgfast.evaluate.protocols import load_encoder_of
 from fgfast.methods.srgan import SRGAN, SRGANConfig, bicubic, perceptual_network
+from fgfast.methods.stored import load_encoder_of
 from fgfast.models.backbone import Backbone
-from fgfast.report.pictures import to_pixels
+from fgfast.run import save_encoder
 from fgfast.train import loop
-from fgfast.train.checkpoint import save_encoder
-from fgfast.train.config import validate
 from fgfast.train.log import read_metrics
 from fgfast.train.loop import pretrain
 from fgfast.train.optim import learning_rate, make_optimizer

@@ -12,7 +12,7 @@ from fgfast.data.views import Batch
 from fgfast.errors import UserError
 from fgfast.losses import InfoNCELoss, NTXentLoss
 from fgfast.methods.base import Progress
-from fgfast.methods.bases import BASES
+from fgfast.methods.objectives import BASES
 from fgfast.methods.synthpair import SynthPair, SynthPairConfig
 from fgfast.models.statistics import KeyQueue
 from fgfast.train import loop

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fgfast.ops import _contrast_tiled as tiled
-from fgfast.ops.contrast import contrastive_loss
-from fgfast.ops.ids import Ids
+from fgfast.ids import Ids
+from fgfast.ops.contrast import contrastive_loss, tiled
 from tests.examples import examples
 
 NEGATIVES = ("all", "other_images", "same_image")
@@ -304,7 +303,7 @@ def test_auto_takes_the_definition_only_where_the_logits_are_few(monkeypatch: py
     monkeypatch.setattr(tiled, "forward_tiles", lambda *args: (calls.append(1), forward(*args)))
     field.loss(backend=None)
     assert not calls
-    monkeypatch.setattr("fgfast.ops.contrast.BREAK_EVEN", 21 * 30 - 1)
+    monkeypatch.setattr("fgfast.ops.contrast.contrast.BREAK_EVEN", 21 * 30 - 1)
     field.loss(backend=None)
     assert calls
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-import fgfast.ops.kmeans  # noqa: F401  (registers the operations)
+import fgfast.ops.kmeans.kmeans  # noqa: F401  (registers the operations)
 from fgfast import assign_and_pool, kmeans, kmeans_step, part_pool
-from fgfast.ops._kmeans_pyramid import Pyramid
+from fgfast.pixels.pyramid import Pyramid
 from fgfast.reference.kmeans import hypercolumns
 from tests.examples import examples
 
@@ -295,8 +295,8 @@ def test_strides_change_nothing():
 def test_tiles_join_without_a_seam(monkeypatch):
     x = blobs(8, 1, 700, 9)
     whole = kmeans(x, 5, seed=0), kmeans_step(x, x[:, :5])
-    monkeypatch.setattr("fgfast.ops._kmeans_source.TILE", 100)
-    monkeypatch.setattr("fgfast.ops._kmeans_pyramid.CACHED", 100)
+    monkeypatch.setattr("fgfast.pixels.source.TILE", 100)
+    monkeypatch.setattr("fgfast.pixels.pyramid.CACHED", 100)
     same(whole[0], kmeans(x, 5, seed=0))
     same(whole[1], kmeans_step(x, x[:, :5]))
     maps = pyramid(8)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fgfast.report.pictures import Panel, grid, in_rows, overlay, save_png
+from fgfast.data.panels import Panel, in_rows, overlay
+from fgfast.report.pictures import grid, save_png
 
 CONFIG = """
 method = "particle"

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fgfast.data.normalise import IMAGENET_MEAN, IMAGENET_STD
-from fgfast.report.palette import _seen, label_colours
-from fgfast.report.pictures import Panel, compose, grid, in_rows, neighbours, overlay, to_pixels, to_uint8
+from fgfast.data.palette import _seen, label_colours
+from fgfast.data.panels import Panel, in_rows, overlay, to_pixels, to_uint8
+from fgfast.report.pictures import compose, grid, neighbours
 from tests.examples import examples
 
 MEAN, STD = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)

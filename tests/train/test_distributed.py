@@ -28,9 +28,9 @@ def _train(rank: int, port: int, data: str, out: str, method: str, interrupt: bo
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    from fgfast.config import TrainConfig
     from fgfast.methods.base import Method, method_class
     from fgfast.train import loop
-    from fgfast.train.config import TrainConfig
     from tests.conftest import TINY
 
     made: list[Method] = []

@@ -14,13 +14,15 @@ import pytest
 import torch
 
 import fgfast
+from fgfast.config import with_values
 from fgfast.data.layouts import open_images
 from fgfast.data.synthetic import generate
-from fgfast.evaluate.protocols import evaluate, load_encoder_of, read_run
+from fgfast.evaluate.protocols import evaluate
 from fgfast.methods.base import method_class
-from fgfast.methods.parts import Clustering, discover
+from fgfast.methods.stored import load_encoder_of, read_run
+from fgfast.parts.clustering import Clustering
+from fgfast.parts.discover import discover
 from fgfast.report.html import write_report
-from fgfast.train.config import with_values
 from fgfast.train.log import read_metrics
 from fgfast.train.loop import pretrain
 
@@ -61,7 +63,8 @@ def test_a_stopped_run_goes_on(earlier: Path, birds: Path) -> None:
     pretrain(name, replace(config, data=str(birds), out=str(run), resume=True))
     losses = [row["loss"] for row in read_metrics(run / "metrics.jsonl")[0]]
     assert losses == pytest.approx(EXPECTED["losses"], rel=1e-3)  # three steps of float32 on another processor
-    assert len(before) == 12 and before == {p: p.read_bytes() for p in run.glob("parts_*/*/*.png")}
+    assert len(before) == 12
+    assert before == {p: p.read_bytes() for p in run.glob("parts_*/*/*.png")}
 
 
 def test_a_run_is_evaluated_and_reported(earlier: Path, birds: Path) -> None:
@@ -87,7 +90,8 @@ def test_half_made_maps_go_on(earlier: Path, birds: Path) -> None:
         device=CPU, threads=config.threads,
     )  # fmt: skip
     after = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in maps.rglob("*.png")}
-    assert len(before) == 5 and len(after) == 12 and before.items() <= after.items()
+    assert (len(before), len(after)) == (5, 12)
+    assert before.items() <= after.items()
     assert not (maps / "begun.json").exists()
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from fgfast.config import read_toml
+from fgfast.data.splits import training_images
 from fgfast.errors import UserError
 from fgfast.methods.simclr import SimCLRConfig
 from fgfast.train import loop
-from fgfast.train.config import read_toml
 from fgfast.train.log import read_metrics
 from fgfast.train.loop import pretrain
-from fgfast.train.splits import training_images
 from tests.conftest import TINY
 
 

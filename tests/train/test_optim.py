@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from fgfast.config import TrainConfig
 from fgfast.errors import UserError
-from fgfast.train.config import TrainConfig
 from fgfast.train.optim import LAG, MOST_IN_A_ROW, FiniteGuard, learning_rate, make_optimizer
 
 

@@ -15,6 +15,7 @@ from fgfast.compare import Comparison
 from fgfast.data.layouts import EXTRA, open_images
 from fgfast.data.manifest import check_images
 from fgfast.data.maps import map_path
+from fgfast.data.splits import pretext_images, training_images
 from fgfast.errors import UserError
 from fgfast.evaluate.protocols import evaluate, online_knn
 from fgfast.methods.particle import PARTICLEConfig
@@ -22,7 +23,6 @@ from fgfast.methods.simclr import SimCLRConfig
 from fgfast.methods.supervised import SupervisedConfig
 from fgfast.train import loop
 from fgfast.train.loop import pretrain
-from fgfast.train.splits import pretext_images, training_images
 from tests.conftest import TINY
 from tests.data import trees
 

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fgfast.data.imageset import EXTENSIONS, EXTRA, ImageSet
 from fgfast.data.layouts.aircraft import is_aircraft, read_aircraft
 from fgfast.data.layouts.cub import read_cub, read_nabirds
-from fgfast.data.layouts.folders import EXTENSIONS, read_cassava, read_folder
-from fgfast.data.layouts.imageset import EXTRA, ImageSet
+from fgfast.data.layouts.folders import read_cassava, read_folder
 from fgfast.data.layouts.inaturalist import is_inaturalist, read_inaturalist
 from fgfast.data.layouts.matlab import read_cars, read_flowers
 from fgfast.data.layouts.pets import read_pets

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fgfast.data.layouts.imageset import ImageSet
+from fgfast.data.imageset import ImageSet
 from fgfast.data.layouts.text import by_image, named, numbers, read_rows
 from fgfast.errors import UserError
 

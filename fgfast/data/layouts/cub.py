@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fgfast.data.layouts.imageset import ImageSet
+from fgfast.data.imageset import ImageSet
 from fgfast.data.layouts.text import by_image, named, numbers, read_rows
 from fgfast.errors import UserError
 

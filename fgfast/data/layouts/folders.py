@@ -1,22 +1,12 @@
 """Folders of pictures: a class a folder, with or without splits, and cassava's with its unlabelled pictures."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 
-from fgfast.data.layouts.imageset import ImageSet
+from fgfast.data.imageset import ImageSet, entries, pictures_below
 from fgfast.data.layouts.text import by_image, named, numbers, read_rows
 from fgfast.errors import UserError
-
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2"})
-
-
-def pictures_below(folder: Path, *, skip: str = "") -> list[str]:
-    """Relative paths of all visible pictures below a folder, sorted; folders called ``skip`` are left out."""
-    folders, pictures = _entries(folder)
-    inside = (f"{name}/{rel}" for name in folders if name != skip for rel in pictures_below(folder / name, skip=skip))
-    return [*pictures, *inside]
 
 
 def read_folder(root: Path, known: str = "") -> ImageSet:
@@ -26,7 +16,7 @@ def read_folder(root: Path, known: str = "") -> ImageSet:
         root: the folder.
         known: the layouts that it could have had, for the message where it has none.
     """
-    folders, pictures = _entries(root)
+    folders, pictures = entries(root)
     masks = root / "part_masks"
     if "train" in folders:
         held_out = [name for name in ("val", "test") if name in folders]
@@ -60,7 +50,7 @@ def read_cassava(root: Path) -> ImageSet:
     Source: Mwebaze et al., "iCassava 2019 Fine-Grained Visual Categorization Challenge", 2019.
     """
     inside = "train/" if (root / "train").is_dir() else ""
-    folders, _ = _entries(root / inside)
+    folders, _ = entries(root / inside)
     found = _class_folders(root, inside, [name for name in folders if name not in ("extraimages", "test")])
     if not found:
         raise UserError(f"{root / inside} has extraimages/ beside it and no class folder: put pictures into CLASS/.")
@@ -92,16 +82,8 @@ def _listed_split(root: Path, paths: tuple[str, ...], inside: str) -> np.ndarray
     return np.array([split[ids[listed[name]]] == 1 for name in names])
 
 
-def _entries(folder: Path) -> tuple[list[str], list[str]]:
-    """Sorted names of the visible sub-folders and of everything else that looks like a picture."""
-    with os.scandir(folder) as scan:
-        found = sorted((entry.name, entry.is_dir()) for entry in scan if not entry.name.startswith("."))
-    pictures = [name for name, is_dir in found if not is_dir and Path(name).suffix.lower() in EXTENSIONS]
-    return [name for name, is_dir in found if is_dir], pictures
-
-
 def _class_folders(root: Path, prefix: str, folders: list[str] | None = None) -> dict[str, list[str]]:
-    folders = _entries(root / prefix)[0] if folders is None else folders
+    folders = entries(root / prefix)[0] if folders is None else folders
     found = {name: [f"{prefix}{name}/{rel}" for rel in pictures_below(root / prefix / name)] for name in folders}
     for name, pictures in found.items():
         if not pictures:

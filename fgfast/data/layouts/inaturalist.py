@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fgfast.data.layouts.imageset import ImageSet
+from fgfast.data.imageset import ImageSet
 from fgfast.errors import UserError
 
 YEARS = ("", "2017", "2018", "2019", "2021")

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from fgfast.data.imageset import ImageSet
 from fgfast.data.layouts.aircraft import corner_boxes
-from fgfast.data.layouts.imageset import ImageSet
 from fgfast.errors import UserError
 
 

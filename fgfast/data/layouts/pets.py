@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fgfast.data.layouts.imageset import ImageSet
+from fgfast.data.imageset import ImageSet
 from fgfast.data.layouts.text import read_rows
 from fgfast.errors import UserError
 

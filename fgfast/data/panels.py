@@ -1,0 +1,139 @@
+"""Images as people see them: pixels of a tensor, part ids over an image, a caption under it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fgfast.data.normalise import denormalise
+from fgfast.data.palette import label_colours
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of a grid.
+
+    Args:
+        image: uint8 [H, W, 3], sRGB.
+        caption: a few words under it; may be empty.
+    """
+
+    image: NDArray[np.uint8]
+    caption: str = ""
+
+
+def to_pixels(values: Tensor) -> NDArray[np.uint8]:
+    """Values as a picture: round(255 x), clipped to 0..255, NaN black.
+
+    Args:
+        values: [..., 3, H, W], in [0, 1] or about, any float dtype and device.
+
+    Returns:
+        uint8 [..., H, W, 3].
+
+    Raises:
+        ValueError: values does not end in three channels, height and width.
+
+    Example:
+        >>> import torch
+        >>> to_pixels(torch.full((3, 1, 1), 0.5)).tolist()
+        [[[128, 128, 128]]]
+    """
+    if values.ndim < 3 or values.shape[-3] != 3:
+        raise ValueError(f"values has shape {tuple(values.shape)}: pictures are [..., 3, H, W].")
+    x = values.detach().float().cpu()
+    return (x.nan_to_num(0.0) * 255).round().clamp(0, 255).byte().movedim(-3, -1).contiguous().numpy()
+
+
+def to_uint8(image: Tensor | NDArray[Any]) -> NDArray[np.uint8]:
+    """One picture as uint8 [H, W, 3], whatever form it has.
+
+    Args:
+        image: float tensor [3, H, W], normalised with ImageNet's mean and std, or uint8 [H, W, 3] or [3, H, W].
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        ValueError: it is none of these.
+
+    Example:
+        >>> import torch
+        >>> to_uint8(torch.zeros(3, 2, 4)).shape
+        (2, 4, 3)
+    """
+    if isinstance(image, Tensor) and image.is_floating_point():
+        return to_pixels(denormalise(image.detach().float()))
+    array = image.cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
+    if array.dtype == np.uint8 and array.ndim == 3:
+        if array.shape[-1] == 3:
+            return array
+        if array.shape[0] == 3:
+            return array.transpose(1, 2, 0)
+    raise ValueError(
+        f"image is {array.dtype} {array.shape}: "
+        "give a normalised float tensor [3, H, W], or uint8 [H, W, 3] or [3, H, W]."
+    )
+
+
+def overlay(
+    image: Tensor | NDArray[np.uint8],
+    labels: Tensor | NDArray[np.integer[Any]],
+    alpha: float = 0.55,
+    n_parts: int | None = None,
+) -> NDArray[np.uint8]:
+    """Paint part ids over a photograph: tinted inside, solid along borders; absent pixels as they are.
+
+    Args:
+        image: normalised float tensor [3, H, W] (ImageNet's mean and std), or uint8 [H, W, 3] or [3, H, W].
+        labels: integer [h, w], -1 = absent; another resolution is enlarged to the picture's without interpolation.
+        alpha: weight of the colour, 0 (photograph alone) to 1 (colour alone).
+        n_parts: number of ids, where the palette should not follow from the largest label; ids have the same colour
+            either way.
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        ValueError: a shape or alpha is not as above, or a label is n_parts or more.
+
+    Example:
+        >>> grey = np.full((4, 4, 3), 128, dtype=np.uint8)
+        >>> overlay(grey, np.array([[0, -1]]), alpha=1.0)[0].tolist()
+        [[230, 159, 0], [230, 159, 0], [128, 128, 128], [128, 128, 128]]
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha is {alpha}: it is a share from 0 to 1.")
+    pixels = to_uint8(image)
+    ids = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"labels is {ids.dtype} {ids.shape}: an id map is integer [h, w].")
+    n_parts = int(ids.max(initial=-1)) + 1 if n_parts is None else n_parts
+    if ids.max(initial=-1) >= n_parts:
+        raise ValueError(f"labels holds the id {ids.max()}, but n_parts is {n_parts}: ids are -1 to n_parts - 1.")
+    height, width = pixels.shape[:2]
+    if 0 in ids.shape or 0 in (height, width):
+        return pixels.copy()
+    ids = ids[np.arange(height) * ids.shape[0] // height][:, np.arange(width) * ids.shape[1] // width]
+    painted = np.zeros_like(pixels) if n_parts == 0 else label_colours(n_parts)[ids.clip(0)]
+    edge = np.zeros(ids.shape, dtype=bool)
+    # One pixel a border: the later of two parts carries it, and a part carries it towards absent pixels.
+    for rows, ahead, behind in ((edge, ids[1:], ids[:-1]), (edge.T, ids.T[1:], ids.T[:-1])):
+        rows[1:] |= (ahead != behind) & (ahead >= 0)
+        rows[:-1] |= (ahead != behind) & (ahead < 0)
+    weight = np.where(edge & (alpha > 0), max(alpha, 0.9), alpha) * (ids >= 0)
+    mixed = pixels + weight[..., None] * (painted.astype(np.float64) - pixels)
+    return np.asarray(mixed.round().astype(np.uint8))
+
+
+def in_rows(panels: Sequence[Panel], columns: int) -> list[list[Panel]]:
+    """Break a list of panels into rows of ``columns``; the last row may be shorter.
+
+    Example:
+        >>> [len(row) for row in in_rows([Panel(np.zeros((1, 1, 3), np.uint8))] * 5, 2)]
+        [2, 2, 1]
+    """
+    return [list(panels[i : i + columns]) for i in range(0, len(panels), columns)]

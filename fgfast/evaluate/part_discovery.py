@@ -1,0 +1,135 @@
+"""Part discovery of a run against the true parts of a set that has them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fgfast.data.layouts import open_images
+from fgfast.data.loader import make_loader
+from fgfast.data.views import ViewSpec
+from fgfast.errors import UserError
+from fgfast.methods.stored import Checkpoint, load_encoder_of
+from fgfast.parts.clustering import Clustering, cluster_keys, cluster_pyramid
+
+
+def score_discovery(
+    run: Path, data: Path, *, checkpoint: Checkpoint = "last", device: torch.device, n_images: int = 200
+) -> dict[str, float]:
+    """NMI and ARI of clustered pixels against true part masks, mean over pictures, true-part pixels only.
+
+    Every picture is clustered alone: a CNN's hypercolumns by the run's own settings (the defaults for methods without
+    parts; no cluster is taken for background), a ViT's keys into the run's number of parts.
+
+    Args:
+        run: run folder.
+        data: a set with part masks.
+        checkpoint: "init" or "last".
+        device: where the encoder runs.
+        n_images: test pictures that are scored, drawn with a fixed seed.
+
+    Returns:
+        {"nmi": ..., "ari": ..., ...} as :func:`nmi_ari` gives them.
+
+    Raises:
+        UserError: the set has no part masks.
+    """
+    encoder, config = load_encoder_of(run, checkpoint, device)
+    images = open_images(data)
+    if images.masks is None:
+        raise UserError(f"{data} has no true part masks to score against: use a synthetic set.")
+    test = images.test_set()
+    test = test.subset(np.sort(np.random.default_rng(0).permutation(len(test))[:n_images]))
+    size, n_parts = 2 * config.size, getattr(config, "n_parts", 15)
+    loader = make_loader(
+        test, ViewSpec(whole=size, whole_masks=True), 32, shuffle=False, maps=images.masks, device=device,
+        threads=config.threads, backend=config.loader,
+    )  # fmt: skip
+    found, true = [], []
+    try:
+        for batch in loader:
+            assert batch.whole is not None  # the specification asks for both
+            assert batch.whole_labels is not None
+            whole = batch.whole[batch.valid]
+            if encoder.is_vit:
+                labels = cluster_keys(encoder, whole, n_parts=n_parts, seed=config.seed)
+            else:
+                how = replace(getattr(config, "clustering", Clustering(n_parts)), border=0.0)
+                labels = cluster_pyramid(encoder, whole, how, size=64, seed=config.seed)
+            labels = torch.nn.functional.interpolate(labels[:, None].float(), size=(size, size)).long()[:, 0]
+            found.append(labels.cpu())
+            true.append(batch.whole_labels[batch.valid].cpu())
+    finally:
+        loader.close()
+    return nmi_ari(torch.cat(found).numpy(), torch.cat(true).numpy())
+
+
+def nmi_ari(labels: Tensor | np.ndarray, truth: Tensor | np.ndarray, ignore: int = -1) -> dict[str, float]:
+    """Agreement of two part maps; ids need not match, neither between the maps nor between pictures.
+
+    Each score is computed in each picture and averaged. Over the pixels that carry a true part: normalised mutual
+    information (arithmetic mean of the entropies), adjusted Rand index, purity (share of pixels whose cluster's
+    commonest true part is theirs) and coverage (share of pixels that carry any discovered part). Over all pixels, what
+    has no part counting as one more cluster: ``nmi_all`` and ``ari_all``.
+
+    Args:
+        labels: discovered ids, integer [H, W] or [B, H, W].
+        truth: true ids, the same shape.
+        ignore: the id that means "no part" in both.
+
+    Returns:
+        nmi, ari, purity, coverage, nmi_all, ari_all (NaN when no picture counts), and images and skipped: how many
+        pictures counted, and how many have no true part and did not.
+
+    Raises:
+        ValueError: shapes that differ or are not [H, W] or [B, H, W].
+
+    Example:
+        >>> truth = np.array([[0, 0, 1], [0, 1, -1]])
+        >>> round(nmi_ari(5 - truth, truth)["ari"], 6)
+        1.0
+
+    Source: scikit-learn's normalized_mutual_info_score and adjusted_rand_score.
+    """
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    found, true = _pixels(labels), _pixels(truth)
+    if found.shape != true.shape:
+        raise ValueError(f"labels are {list(labels.shape)}, truth {list(truth.shape)}: give the same shape.")
+    names = ("nmi", "ari", "purity", "coverage", "nmi_all", "ari_all")
+    rows = []
+    for all_found, all_true in zip(found, true, strict=True):
+        part = all_true != ignore
+        if not part.any():
+            continue
+        a, b = all_found[part], all_true[part]
+        rows.append(
+            (
+                normalized_mutual_info_score(b, a),
+                adjusted_rand_score(b, a),
+                _purity(a, b),
+                (a != ignore).mean(),
+                normalized_mutual_info_score(all_true, all_found),
+                adjusted_rand_score(all_true, all_found),
+            )
+        )
+    means = np.mean(rows, axis=0) if rows else np.full(len(names), np.nan)
+    scores = {name: float(value) for name, value in zip(names, means, strict=True)}
+    return {**scores, "images": len(rows), "skipped": len(true) - len(rows)}
+
+
+def _pixels(ids: Tensor | np.ndarray) -> np.ndarray:
+    array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+    if array.ndim not in (2, 3) or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"A part map is {array.dtype} {list(array.shape)}: give integers [H, W] or [B, H, W].")
+    return array.reshape(len(array) if array.ndim == 3 else 1, -1).astype(np.int64)
+
+
+def _purity(found: np.ndarray, true: np.ndarray) -> float:
+    _, a = np.unique(found, return_inverse=True)
+    _, b = np.unique(true, return_inverse=True)
+    table = np.zeros((a.max() + 1, b.max() + 1))
+    np.add.at(table, (a, b), 1)
+    return float(table.max(axis=1).sum() / len(a))

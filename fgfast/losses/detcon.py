@@ -1,0 +1,116 @@
+"""DetCon: contrast of regions with target regions of both views."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fgfast.ids import Ids
+from fgfast.losses.common import arange_like, check_temperature, group_of_all, ids_over_ranks
+from fgfast.ops.contrast import contrastive_loss
+from fgfast.tensors import check_integers
+
+if TYPE_CHECKING:
+    pass
+
+
+class DetConBLoss(nn.Module):
+    r"""DetCon-B: predictions of regions against target regions of both views; signature and values of lightly's.
+
+    .. math:: L = \sum_{v \in \{0, 1\}} \frac{1}{B M} \sum_{b, m} \frac{\ell_{v b m}}{|\{m' : \text{id}_{m'} =
+              \text{id}_m\}|}
+
+    with the loss of a region as in ``contrastive_loss``: positives are the regions of the same id in the other view,
+    the region itself in its own view is left out, everything else is a negative.
+
+    Args:
+        temperature: at least 1e-8.
+        gather_distributed: contrast with the targets of all ranks.
+
+    Raises:
+        ValueError: the temperature is too small.
+
+    Example:
+        >>> import torch
+        >>> from fgfast.losses import DetConBLoss
+        >>> x, ids = torch.eye(3)[None], torch.arange(3)[None]  # one image, three regions
+        >>> round(DetConBLoss(temperature=1.0)(x, x, x, x, ids, ids).item(), 4)  # 2 (log(e + 4) - 1)
+        1.8097
+
+    Source:
+        arXiv 2103.10957; values as in lightly 1.6, except that id -1 means an absent region.
+    """
+
+    def __init__(self, temperature: float = 0.1, gather_distributed: bool = True):
+        super().__init__()
+        check_temperature(temperature)
+        self.temperature, self.gather_distributed = temperature, gather_distributed
+
+    def forward(
+        self,
+        pred_view0: Tensor,
+        pred_view1: Tensor,
+        target_view0: Tensor,
+        target_view1: Tensor,
+        mask_view0: Tensor,
+        mask_view1: Tensor,
+    ) -> Tensor:
+        """Loss of predictions and targets [B, M, D] with the ids of their regions [B, M]."""
+        check_integers("mask_view0", mask_view0)
+        check_integers("mask_view1", mask_view1)
+        vectors, maps = (pred_view0, pred_view1, target_view0, target_view1), (mask_view0, mask_view1)
+        if any(v.ndim != 3 or v.shape != pred_view0.shape for v in vectors) or any(
+            m.shape != pred_view0.shape[:2] for m in maps
+        ):
+            raise ValueError(
+                f"The views are {[tuple(v.shape) for v in vectors]}, the masks {[tuple(m.shape) for m in maps]}: "
+                "give vectors [B, M, D] and ids [B, M]."
+            )
+        masks = torch.stack([mask_view0, mask_view1])  # [2, B, M]
+        view, image, _ = (
+            i.reshape(-1) for i in torch.meshgrid(*(arange_like(n, masks) for n in masks.shape), indexing="ij")
+        )
+        group = group_of_all(self.gather_distributed)
+        ids = ids_over_ranks(Ids(image, masks.reshape(-1), view), group)
+        repeats = (masks[..., :, None] == masks[..., None, :]).sum(-1)
+        query = torch.cat([pred_view0, pred_view1]).flatten(0, 1)
+        shared = pred_view0 is target_view0 and pred_view1 is target_view1
+        key = query if shared else torch.cat([target_view0, target_view1]).flatten(0, 1)
+        loss = contrastive_loss(
+            query,
+            key,
+            query_ids=ids,
+            key_ids=ids,
+            temperature=self.temperature,
+            weight=1 / repeats.reshape(-1),
+            group=group,
+        )
+        return 2 * loss  # the sum of the means of two views is twice the mean over both
+
+
+class DetConSLoss(nn.Module):
+    """DetCon-S: DetCon-B in which the regions are their own targets; signature and values of lightly's.
+
+    Args:
+        temperature: at least 1e-8.
+        gather_distributed: contrast with the regions of all ranks.
+
+    Example:
+        >>> import torch
+        >>> from fgfast.losses import DetConSLoss
+        >>> x, ids = torch.eye(3)[None], torch.arange(3)[None]
+        >>> round(DetConSLoss(temperature=1.0)(x, x, ids, ids).item(), 4)
+        1.8097
+
+    Source:
+        arXiv 2103.10957.
+    """
+
+    def __init__(self, temperature: float = 0.1, gather_distributed: bool = True):
+        super().__init__()
+        self.detconb = DetConBLoss(temperature, gather_distributed)
+
+    def forward(self, view0: Tensor, view1: Tensor, mask_view0: Tensor, mask_view1: Tensor) -> Tensor:
+        """Loss of the regions [B, M, D] of two views with their ids [B, M]."""
+        loss: Tensor = self.detconb(view0, view1, view0, view1, mask_view0, mask_view1)
+        return loss

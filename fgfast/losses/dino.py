@@ -1,0 +1,102 @@
+"""Cross entropy between teacher and student, with a centre."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    pass
+
+
+class DINOLoss(nn.Module):
+    r"""Cross entropy between teacher and student of different views; signature and values of lightly's.
+
+    .. math:: L = -\frac{1}{n} \sum_{t \ne s} \frac{1}{B} \sum_b \text{softmax}((x_t - c) / T_t) \cdot
+              \log \text{softmax}(x_s / T_s)
+
+    with n pairs of different views. Afterwards the centre c moves towards the mean of the teacher (over all ranks).
+
+    Args:
+        output_dim: channels K.
+        warmup_teacher_temp: T_t in epoch 0.
+        teacher_temp: T_t after the warm-up.
+        warmup_teacher_temp_epochs: epochs of the linear warm-up.
+        student_temp: T_s.
+        center_momentum: share of the old centre that is kept.
+        center_mode: "mean", the only one.
+
+    Raises:
+        ValueError: another mode of the centre, or fewer than two views.
+
+    Example:
+        >>> import torch
+        >>> from fgfast.losses import DINOLoss
+        >>> views = [torch.zeros(2, 4), torch.zeros(2, 4)]
+        >>> round(DINOLoss(output_dim=4)(views, views).item(), 4)  # log 4
+        1.3863
+
+    Source:
+        arXiv 2104.14294; values as in lightly 1.6.
+    """
+
+    center: Tensor
+
+    def __init__(
+        self,
+        output_dim: int = 65536,
+        warmup_teacher_temp: float = 0.04,
+        teacher_temp: float = 0.04,
+        warmup_teacher_temp_epochs: int = 30,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        center_mode: str = "mean",
+    ):
+        super().__init__()
+        if center_mode != "mean":
+            raise ValueError(f"center_mode is {center_mode!r}: 'mean' is the only one.")
+        self.warmup_teacher_temp, self.teacher_temp = warmup_teacher_temp, teacher_temp
+        self.warmup_teacher_temp_epochs = warmup_teacher_temp_epochs
+        self.student_temp, self.center_momentum = student_temp, center_momentum
+        self.register_buffer("center", torch.zeros(1, 1, output_dim))
+
+    def temperature_at(self, epoch: float | None) -> float:
+        """T_t of an epoch: linear from the first to the last epoch of the warm-up, teacher_temp afterwards."""
+        if epoch is None or epoch >= self.warmup_teacher_temp_epochs:
+            return self.teacher_temp
+        share = epoch / max(self.warmup_teacher_temp_epochs - 1, 1)
+        return self.warmup_teacher_temp + min(share, 1) * (self.teacher_temp - self.warmup_teacher_temp)
+
+    def forward(
+        self,
+        teacher_out: Sequence[Tensor],
+        student_out: Sequence[Tensor],
+        teacher_temp: float | None = None,
+        epoch: int | None = None,
+    ) -> Tensor:
+        """Loss of the outputs [B, K] a view; teacher_temp wins over the warm-up of epoch."""
+        pairs = len(teacher_out) * len(student_out) - min(len(teacher_out), len(student_out))
+        if pairs <= 0:
+            raise ValueError("A pair of different views is needed: give outputs of two views or more.")
+        temperature = self.temperature_at(epoch) if teacher_temp is None else teacher_temp
+        teacher = torch.stack(tuple(teacher_out)).detach()  # [V, B, K]
+        target = ((teacher - self.center) / temperature).softmax(-1)
+        total = self.center.new_zeros(())
+        for s, x in enumerate(student_out):
+            log_prob = (x / self.student_temp).log_softmax(-1)
+            others = [t for t in range(len(target)) if t != s]
+            if others:
+                total = total - (target[others].sum(0) * log_prob).sum()
+        self.update_center(teacher)
+        return total / (pairs * teacher.shape[1])
+
+    @torch.no_grad()
+    def update_center(self, teacher_out: Tensor) -> None:
+        """Move the centre towards the mean over views and batch of the teacher's outputs [V, B, K]."""
+        mean = teacher_out.mean((0, 1), keepdim=True).to(self.center.dtype)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        self.center.mul_(self.center_momentum).add_(mean, alpha=1 - self.center_momentum)

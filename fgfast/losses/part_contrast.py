@@ -1,0 +1,126 @@
+"""The whole part step for any training loop: pool, heads, contrast."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fgfast.ids import Ids
+from fgfast.losses.common import arange_like, check_temperature, ids_over_ranks
+from fgfast.ops.contrast import contrastive_loss
+from fgfast.ops.part_pool import part_pool
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class PartContrastiveLoss(nn.Module):
+    r"""The whole part step for any training loop: maps and id maps in, the contrast of parts out.
+
+    Id maps go to the resolution of the features by majority; features are averaged over each part; a query is
+    predictor(projector(part)), a key is target_projector(target part); every part of both views is a query and a key.
+    The loss is ``contrastive_loss`` with (image, part id, view), averaged over the queries that have a positive: the
+    same part in the other view of its image. Absent parts take part in nothing.
+
+    Args:
+        n_parts: K; ids are 0..K-1, anything else is "no part".
+        projector: module [N, D] -> [N, E].
+        predictor: module [N, E] -> [N, E] of the queries; None for none.
+        target_projector: projector of the targets; None takes ``projector``.
+        temperature: above 0.
+        negatives: "all", "other_images" or "same_image".
+        max_parts: sample that many parts an image, without replacement, among those present in either view (the same
+            parts for both views); None takes all.
+        group: contrast with the parts of all ranks.
+
+    Example:
+        >>> import torch
+        >>> from fgfast.losses import PartContrastiveLoss
+        >>> loss = PartContrastiveLoss(3, projector=torch.nn.Linear(8, 4))
+        >>> maps = [torch.randn(2, 8, 7, 7) for _ in range(2)]
+        >>> ids = [torch.randint(0, 3, (2, 56, 56)) for _ in range(2)]
+        >>> bool(loss(*maps, *ids) > 0)
+        True
+
+    Source:
+        PARTICLE (ICCVW 2023), DetCon (arXiv 2103.10957); the mean over valid queries instead of all is a choice.
+    """
+
+    def __init__(
+        self,
+        n_parts: int,
+        projector: nn.Module,
+        predictor: nn.Module | None = None,
+        target_projector: nn.Module | None = None,
+        temperature: float = 0.1,
+        negatives: str = "all",
+        max_parts: int | None = None,
+        group: "ProcessGroup | None" = None,
+    ):
+        super().__init__()
+        check_temperature(temperature)
+        if n_parts < 1 or (max_parts is not None and max_parts < 1):
+            raise ValueError(f"n_parts is {n_parts} and max_parts {max_parts}: both must be 1 or more.")
+        self.n_parts, self.max_parts = n_parts, max_parts
+        self.projector, self.predictor, self.target_projector = projector, predictor, target_projector
+        self.temperature, self.negatives, self.group = temperature, negatives, group
+
+    def forward(
+        self,
+        features1: Tensor,
+        features2: Tensor,
+        labels1: Tensor,
+        labels2: Tensor,
+        target1: Tensor | None = None,
+        target2: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of maps [B, D, h, w] with id maps [B, H, W]; targets are a momentum encoder's maps, or the features."""
+        if (target1 is None) != (target2 is None):
+            raise ValueError("target1 and target2 belong together: give both or neither.")
+        labels = (labels1, labels2)
+        if features1.shape[:2] != features2.shape[:2]:
+            raise ValueError(
+                f"features1 has shape {tuple(features1.shape)} and features2 has shape {tuple(features2.shape)}: "
+                "give the same pictures and channels."
+            )
+        pooled, areas = self._pool((features1, features2), labels)
+        chosen, part = self._sample(areas)
+        query = self._rows(pooled, chosen, self.projector)
+        key = query
+        if target1 is not None and target2 is not None:
+            with torch.no_grad():
+                key = self._rows(
+                    self._pool((target1, target2), labels)[0], chosen, self.target_projector or self.projector
+                )
+        elif self.target_projector is not None:
+            key = self._rows(pooled, chosen, self.target_projector)
+        if self.predictor is not None:
+            query = self.predictor(query)
+        view, image, _ = torch.meshgrid(*(arange_like(n, part) for n in part.shape), indexing="ij")
+        ids = ids_over_ranks(Ids(image.reshape(-1), part.reshape(-1), view.reshape(-1)), self.group)
+        return contrastive_loss(
+            query, key, query_ids=ids, key_ids=ids, temperature=self.temperature, negatives=self.negatives,
+            reduction="mean_valid", group=self.group,
+        )  # fmt: skip
+
+    def _pool(self, maps: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean features [2, B, K, D] and areas [2, B, K] of the parts of both views."""
+        views = [part_pool(features, ids, self.n_parts) for features, ids in zip(maps, labels, strict=True)]
+        return torch.stack([v.pooled for v in views]), torch.stack([v.area for v in views])
+
+    def _sample(self, areas: Tensor) -> tuple[Tensor, Tensor]:
+        """Parts taken [B, S] from areas [2, B, K], and their ids [2, B, S], -1 where absent from the view."""
+        n = self.n_parts if self.max_parts is None else min(self.max_parts, self.n_parts)
+        score = torch.arange(self.n_parts, 0, -1, device=areas.device).expand(areas.shape[1:])
+        if n < self.n_parts:
+            score = torch.rand(areas.shape[1:], device=areas.device) + (areas > 0).any(0)
+        chosen = score.topk(n, dim=1).indices.sort(1).values
+        here = areas.gather(2, chosen.expand(2, -1, -1)) > 0
+        return chosen, torch.where(here, chosen, -1)
+
+    @staticmethod
+    def _rows(pooled: Tensor, chosen: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+        """The chosen parts of both views, one a row, through a head: [2 B S, E]."""
+        index = chosen[None, :, :, None].expand(2, -1, -1, pooled.shape[-1])
+        return head(pooled.gather(2, index).flatten(0, 2))

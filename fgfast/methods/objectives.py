@@ -1,0 +1,187 @@
+"""Contrastive bases that other methods build on: SimCLR, MoCo v2, SimSiam and BYOL, from pooled features to a loss.
+
+A base holds heads and momentum copies; the encoder, its features and the queue belong to the method that uses it. So
+the same base serves photographs and pictures made from them.
+"""
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fgfast.ids import Ids
+from fgfast.methods.simclr import nt_xent
+from fgfast.models.heads import MLP, momentum_copy, rising_momentum, update_momentum
+from fgfast.ops.contrast import contrastive_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from fgfast.data.views import Batch
+    from fgfast.methods.base import Progress
+    from fgfast.models.backbone import Backbone
+    from fgfast.models.statistics import KeyQueue
+
+
+class Heads(Protocol):
+    """The options that a base reads."""
+
+    hidden: int
+    projection: int
+    temperature: float
+    momentum: float
+
+
+class Base(nn.Module):
+    """A contrast of two views of each picture.
+
+    Attributes:
+        online: how many of the two views go through the online encoder, first one first.
+        passes: encoder passes that a pair of views costs, momentum encoder included.
+        has_queue: whether it needs a queue of keys.
+        group: process group whose ranks share their columns, or None.
+    """
+
+    online = 2
+    passes = 2
+    has_queue = False
+    group: "ProcessGroup | None" = None
+
+    def forward(self, features: Tensor, batch: "Batch", queue: "KeyQueue | None" = None) -> Tensor:
+        """The loss of a batch of two views.
+
+        Args:
+            features: pooled online features [online x B, D] of its first views, in their order.
+            batch: views, picture numbers and which pictures are valid.
+            queue: negatives, of a base that has them; the new keys are pushed in training.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no loss.")
+
+    def after_step(self, encoder: "Backbone", progress: "Progress") -> None:
+        """Move the momentum copies, where there are any."""
+
+
+class SimCLRBase(Base):
+    """NT-Xent over the views of all pictures. Source: Chen et al., 2020 (arXiv 2002.05709)."""
+
+    def __init__(self, encoder: "Backbone", config: Heads) -> None:
+        super().__init__()
+        self.temperature = config.temperature
+        self.projector = MLP((encoder.dim, config.hidden, config.projection))
+
+    def forward(self, features: Tensor, batch: "Batch", queue: "KeyQueue | None" = None) -> Tensor:
+        """The mean over valid views."""
+        return nt_xent(self.projector(features), batch, self.temperature, self.group)
+
+
+class MoCoBase(Base):
+    """View 1 predicts the momentum key of view 2 against a queue of older keys (MoCo v2).
+
+    The release shuffles batches among GPUs so that BatchNorm tells a query nothing of its key; here both encoders see
+    whole batches of their own. Decay is constant. Source: Chen et al., 2020 (arXiv 2003.04297).
+    """
+
+    online = 1
+    has_queue = True
+
+    def __init__(self, encoder: "Backbone", config: Heads) -> None:
+        super().__init__()
+        self.temperature, self.momentum = config.temperature, config.momentum
+        self.projector = MLP((encoder.dim, config.hidden, config.projection))
+        self.target, self.target_projector = momentum_copy(encoder), momentum_copy(self.projector)
+
+    def forward(self, features: Tensor, batch: "Batch", queue: "KeyQueue | None" = None) -> Tensor:
+        """InfoNCE of one direction."""
+        assert queue is not None  # has_queue says so
+        query = self.projector(features).float()
+        with torch.no_grad():
+            key = self.target_projector(self.target(batch.views[1])).float()
+        part, zero = torch.where(batch.valid, 0, -1), torch.zeros_like(batch.index)
+        bank = queue.keys.clone()  # backward reads it after the push
+        loss = contrastive_loss(
+            query, key, query_ids=Ids(batch.index, part, zero), key_ids=Ids(batch.index, part, zero + 1), bank=bank,
+            negatives="same_image", temperature=self.temperature, reduction="mean_valid", group=self.group,
+        )  # fmt: skip
+        if self.training:
+            queue.push(F.normalize(key, dim=1), batch.valid, self.group)
+        return loss
+
+    def after_step(self, encoder: "Backbone", progress: "Progress") -> None:
+        """Move the momentum copies."""
+        update_momentum(self.target, encoder, self.momentum)
+        update_momentum(self.target_projector, self.projector, self.momentum)
+
+
+class SimSiamBase(Base):
+    """Each view predicts the other's projection, which gets no gradient: loss = -(cos(p1, z2) + cos(p2, z1)) / 2.
+
+    Source: Chen and He, 2021 (arXiv 2011.10566).
+    """
+
+    def __init__(self, encoder: "Backbone", config: Heads) -> None:
+        super().__init__()
+        hidden, out = config.hidden, config.projection
+        self.projector = MLP((encoder.dim, hidden, hidden, out), bias=False, last_norm=True)
+        self.predictor = MLP((out, max(1, hidden // 4), out))
+
+    def forward(self, features: Tensor, batch: "Batch", queue: "KeyQueue | None" = None) -> Tensor:
+        """The mean over valid pictures."""
+        z = self.projector(features)
+        p1, p2 = self.predictor(z).chunk(2)
+        z1, z2 = z.detach().chunk(2)
+        return -mean_valid(cosine(p1, z2) + cosine(p2, z1), batch.valid, self.group) / 2
+
+
+class BYOLBase(Base):
+    """Each view predicts the momentum projection of the other: loss = 4 - 2 cos(p1, z2') - 2 cos(p2, z1').
+
+    The decay rises from ``momentum`` to 1 as a cosine. Source: Grill et al., 2020 (arXiv 2006.07733).
+    """
+
+    passes = 4
+
+    def __init__(self, encoder: "Backbone", config: Heads) -> None:
+        super().__init__()
+        self.momentum = config.momentum
+        self.projector = MLP((encoder.dim, config.hidden, config.projection))
+        self.predictor = MLP((config.projection, config.hidden, config.projection))
+        self.target, self.target_projector = momentum_copy(encoder), momentum_copy(self.projector)
+
+    def forward(self, features: Tensor, batch: "Batch", queue: "KeyQueue | None" = None) -> Tensor:
+        """The mean over valid pictures."""
+        p1, p2 = self.predictor(self.projector(features)).chunk(2)
+        with torch.no_grad():
+            z1, z2 = self.target_projector(self.target(torch.cat(batch.views))).chunk(2)
+        return mean_valid(4 - 2 * cosine(p1, z2) - 2 * cosine(p2, z1), batch.valid, self.group)
+
+    def after_step(self, encoder: "Backbone", progress: "Progress") -> None:
+        """Move the momentum copies."""
+        decay = rising_momentum(self.momentum, progress.share)
+        update_momentum(self.target, encoder, decay)
+        update_momentum(self.target_projector, self.projector, decay)
+
+
+BASES: dict[str, type[Base]] = {"simclr": SimCLRBase, "moco": MoCoBase, "simsiam": SimSiamBase, "byol": BYOLBase}
+
+
+def cosine(x: Tensor, y: Tensor) -> Tensor:
+    """Cosines [B] of rows [B, D], in float32."""
+    return F.cosine_similarity(x.float(), y.float(), dim=1)
+
+
+def mean_valid(values: Tensor, valid: Tensor, group: "ProcessGroup | None" = None) -> Tensor:
+    """Mean of values [B] where valid [B]; what stands elsewhere, NaN included, reaches nothing.
+
+    With a group: world size x local sum / global count, whose average over ranks is the mean over all of them.
+
+    Example:
+        >>> mean_valid(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False])).item()
+        2.0
+    """
+    total, count = torch.where(valid, values, 0).sum(), valid.sum()
+    if group is not None:
+        dist.all_reduce(count, group=group)
+        total = total * dist.get_world_size(group)
+    return total / count.clamp(min=1)

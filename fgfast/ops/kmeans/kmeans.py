@@ -1,0 +1,297 @@
+"""k-means of many small problems at once: pixels of images, or feature pyramids whose hypercolumns are never built.
+
+Lloyd's iteration by scikit-learn's rules. Assignment and the sums of the new centres come from one read of the pixels,
+as two products with K rows: scores [K, D] x [D, n] and one-hot sums [K, n] x [n, D], tile by tile. On the CPU problems
+are taken a few at a time, so that each stays in the cache and stops when it has converged; on a device all run together
+and the host looks at nothing. `_kmeans_pyramid` has the derivation for lists of maps.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fgfast.backend import check_triton, preference, resolve
+from fgfast.ops.kmeans.checks import (
+    BACKENDS,
+    METRICS,
+    check_finite,
+    checked_maps,
+    choose,
+    columns,
+    flat_weight,
+    groups,
+    match_centroids,
+    seed_tensor,
+)
+from fgfast.ops.kmeans.lloyd import Outcome, lloyd
+from fgfast.pixels.init import start
+from fgfast.pixels.pyramid import Pyramid
+from fgfast.pixels.source import EPS, Dense, Source
+from fgfast.reference import kmeans as reference
+from fgfast.tensors import accumulation, check_tensor, check_weight, check_whole, exact
+
+MOST_OF_MAPS = 256  # clusters of a list of maps that the Triton kernels take
+
+
+class KMeansResult(NamedTuple):
+    """centroids [B, K, D], labels int64, counts float32 [B, K], inertia float32 [B], n_iter int32 [B]."""
+
+    centroids: Tensor
+    labels: Tensor
+    counts: Tensor
+    inertia: Tensor
+    n_iter: Tensor
+
+
+def _solved(
+    source: Source,
+    n_clusters: int,
+    n_iter: int,
+    init: str,
+    first: Tensor | None,
+    init_samples: int,
+    n_init: int,
+    tol: float,
+    weight: Tensor | None,
+    metric: str,
+    empty: str,
+    seed: Tensor,
+) -> Outcome:
+    """The best of n_init runs of each problem."""
+    source.around(metric, weight, None)
+    best: Outcome | None = None
+    for run in range(n_init):
+        c = start(source, n_clusters, init, init_samples, seed, run) if first is None else first.to(source.dtype)
+        if metric == "cosine":
+            c = torch.nn.functional.normalize(c, dim=2, eps=EPS)
+        new = lloyd(source, c, n_iter, tol, empty)
+        if best is None:
+            best = new
+        else:
+            better = new.inertia < best.inertia
+            pairs = zip(new, best, strict=True)
+            best = Outcome(*(torch.where(better.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs))
+    assert best is not None
+    return best._replace(
+        centroids=source.as_given(best.centroids), inertia=torch.where(source.lost, torch.nan, best.inertia)
+    )
+
+
+def _outputs(
+    xs: list[Tensor], n_clusters: int, size: list[int] | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x, batch = xs[0], xs[0].shape[0]
+    pixels = math.prod(x.shape[2:]) if size is None else math.prod(size)
+    return (
+        x.new_empty(batch, n_clusters, sum(m.shape[1] for m in xs), dtype=accumulation(x.dtype)),
+        x.new_empty(batch, pixels, dtype=torch.int64),
+        x.new_empty(batch, n_clusters, dtype=torch.float32),
+        x.new_empty(batch, dtype=torch.float32),
+        x.new_empty(batch, dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("fgfast::kmeans", mutates_args=())
+def _kmeans(
+    xs: list[Tensor],
+    n_clusters: int,
+    size: list[int] | None,
+    n_iter: int,
+    init: str,
+    first: Tensor | None,
+    init_samples: int,
+    n_init: int,
+    tol: float,
+    weight: Tensor | None,
+    metric: str,
+    empty: str,
+    seed: Tensor,
+    precision: str,
+    deterministic: bool = True,
+    backend: str = "torch",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if first is not None:
+        check_finite("init", first)
+    if weight is not None:
+        check_weight(weight)
+    if backend == "triton" and xs[0].numel():
+        from fgfast.kernels.kmeans import launch as kernels
+        from fgfast.kernels.kmeans import pyramid as pyramids
+
+        with exact(xs[0].device, precision):
+            if size is not None:
+                return pyramids.kmeans(
+                    xs, (size[0], size[1]), n_clusters, n_iter, init, first, init_samples, n_init, tol, weight, metric,
+                    empty, seed, precision,
+                )  # fmt: skip
+            return kernels.kmeans(
+                xs[0], n_clusters, n_iter, init, first, init_samples, n_init, tol, weight, metric, empty, seed,
+                precision, deterministic,
+            )  # fmt: skip
+    outs = _outputs(xs, n_clusters, size)
+    starts = groups(len(xs[0]), sum(m[:1].numel() for m in xs), xs[0].device)
+    with exact(xs[0].device, precision):
+        for b in starts:
+            part = slice(b, b + starts.step)
+            maps = [m[part] for m in xs]
+            source = (
+                Dense(maps[0].flatten(2)) if size is None else Pyramid(maps, (size[0], size[1]), first is None, metric)
+            )
+            w, c = (None if t is None else t[part] for t in (weight, first))
+            solved = _solved(source, n_clusters, n_iter, init, c, init_samples, n_init, tol, w, metric, empty, seed)
+            for out, value in zip(outs, solved, strict=True):
+                out[part] = value
+    return outs
+
+
+# fmt: off
+@_kmeans.register_fake
+def _(  # type: ignore[no-untyped-def]
+    xs, n_clusters, size, n_iter, init, first, init_samples, n_init, tol, weight, metric, empty, seed, precision,
+    deterministic=True, backend="torch",
+):
+    return _outputs(xs, n_clusters, size)
+# fmt: on
+
+
+def kmeans(
+    x: Tensor | list[Tensor] | tuple[Tensor, ...],
+    n_clusters: int,
+    *,
+    size: int | tuple[int, int] | None = None,
+    n_iter: int = 20,
+    init: str | Tensor = "k-means++",
+    init_samples: int | None = None,
+    n_init: int = 1,
+    tol: float = 1e-4,
+    weight: Tensor | None = None,
+    metric: str = "euclidean",
+    empty: str = "farthest",
+    seed: int | Tensor | None = None,
+    precision: str = "ieee",
+    deterministic: bool = True,
+    backend: str | None = None,
+) -> KMeansResult:
+    r"""Cluster the pixels of each image on its own, or of a feature pyramid without building its hypercolumns.
+
+    .. math:: \min_{c, labels} \sum_n w_n |x_n - c_{labels_n}|^2
+
+    Lloyd's iteration by scikit-learn's rules: it stops when the labels repeat or when the squared movement of the
+    centroids is at most tol x the mean variance of the features (over the pixels that count); an empty cluster takes
+    the pixel farthest from its centroid, out of that one's sum; a last assignment makes labels, counts and inertia
+    belong to the centroids returned. With metric "cosine" pixels are unit vectors, the distance is 1 - cosine and
+    centroids are renormalised. Every problem of a batch draws the same random numbers, so its result does not depend on
+    its neighbours. Not differentiable: every output is a constant.
+
+    Products and sums are float32 (float64 for float64), taken around the mean of the pixels; the relative error of the
+    inertia is about 1e-6 x (mean squared distance from the mean) / (mean squared distance from the centroids).
+
+    Args:
+        x: float [N, D] (one problem), [B, N, D] or [B, D, H, W], any strides; or a list of maps [B, D_l, h_l, w_l],
+            whose pixels are the maps resized to size (bilinear, align_corners=False, no antialias), channels in order.
+        n_clusters: K, 1 to the number of pixels.
+        size: (H, W) or one number for a square; for a list of maps, and only there.
+        n_iter: largest number of iterations, 0 or more.
+        init: "k-means++" (greedy, as scikit-learn's), "random" (distinct pixels, in proportion to their weight) or
+            centroids [B, K, D] or [K, D].
+        init_samples: how many pixels k-means++ draws from; None means max(16 K, 1024).
+        n_init: runs, the one of least inertia is returned; of no use with a tensor init.
+        tol: see above, 0 or more.
+        weight: float, the spatial shape of x (size for maps), not negative; 0 leaves a pixel out.
+        metric: "euclidean" or "cosine".
+        empty: "farthest", or "keep" to leave an empty cluster where it was.
+        seed: int or 0-d int64 tensor on the device of x; the same seed gives the same result. None draws one.
+        precision: "ieee" or "tf32": how float32 products are made on a GPU.
+        deterministic: False lets the Triton kernel add sums with atomics; everything else has a fixed order anyway.
+        backend: "torch", "reference" or "triton" (of a list of maps up to 256 clusters); strict. None follows
+            `use_backend`.
+
+    Returns:
+        KMeansResult: centroids [B, K, D] float32 (float64 for float64), labels int64 in the spatial shape of x (-1
+        where weight is 0 or the pixel is not finite; ties go to the lowest index), counts float32 [B, K] sums of
+        weight, inertia float32 [B] (NaN where a pixel of positive weight is not finite, which reaches nothing else),
+        n_iter int32 [B]. One problem [N, D] has no B.
+
+    Raises:
+        ValueError: shapes, devices, numbers or names do not fit, K > N, or (seen on the CPU) negative weights.
+        TypeError: something is not float.
+
+    Example:
+        >>> import torch
+        >>> from fgfast import kmeans
+        >>> x = torch.tensor([[0.0], [1.0], [8.0], [9.0]])
+        >>> result = kmeans(x, 2, seed=0)
+        >>> sorted(result.centroids.flatten().tolist()), result.inertia.item()
+        ([0.5, 8.5], 1.0)
+        >>> maps = [torch.rand(2, 8, 16, 16), torch.rand(2, 32, 4, 4)]
+        >>> kmeans(maps, 5, size=(16, 16)).labels.shape
+        torch.Size([2, 16, 16])
+
+    Source: Lloyd 1982; Arthur and Vassilvitskii, "k-means++", SODA 2007; scikit-learn's KMeans; per-image clustering of
+    hypercolumns as in PARTICLE (Saha and Maji).
+    """
+    choose("metric", metric, METRICS)
+    choose("empty", empty, ("farthest", "keep"))
+    choose("precision", precision, ("ieee", "tf32"))
+    if isinstance(x, Tensor):
+        if size is not None:
+            raise ValueError("size is given but x is one tensor: size belongs to a list of maps.")
+        pixel_columns, shape = columns(x.detach())
+        xs, full = [pixel_columns], None
+    else:
+        if not isinstance(x, list | tuple):
+            check_tensor("x", x)
+        xs, full = checked_maps(x, size)
+        shape = (xs[0].shape[0], *full)
+    batch, channels, device = xs[0].shape[0], sum(m.shape[1] for m in xs), xs[0].device
+    pixels = math.prod(xs[0].shape[2:]) if full is None else math.prod(full)
+    if pixels == 0:
+        raise ValueError(f"x has {pixels} pixels: give at least one.")
+    check_whole("n_clusters", n_clusters)
+    if not 1 <= n_clusters <= pixels:
+        raise ValueError(f"n_clusters is {n_clusters} for {pixels} pixels: give 1 to {pixels}.")
+    for name, number in (("n_iter", n_iter), ("n_init", n_init)):
+        check_whole(name, number)
+    for name, value, least in (("n_iter", n_iter, 0), ("n_init", n_init, 1), ("tol", tol, 0)):
+        if not value >= least:
+            raise ValueError(f"{name} is {value}: give at least {least}.")
+    samples = max(16 * n_clusters, 1024) if init_samples is None else init_samples
+    if samples < n_clusters:
+        raise ValueError(f"init_samples is {samples}: give at least n_clusters, {n_clusters}.")
+    first = None
+    if isinstance(init, Tensor):
+        first = match_centroids("init", init, batch, channels, device)
+        if first.shape[1] != n_clusters:
+            raise ValueError(f"init holds {first.shape[1]} centroids but n_clusters is {n_clusters}: make them agree.")
+        n_init = 1
+    else:
+        choose("init", init, ("k-means++", "random"))
+    w = flat_weight(weight, shape, batch, device)
+    chosen = seed_tensor(seed, device)
+    name = init if isinstance(init, str) else "given"
+    op, backends = "kmeans", preference("kmeans", xs[0])
+    if full is not None and n_clusters > MOST_OF_MAPS:
+        op, backends = f"kmeans of a list of maps in {n_clusters} clusters", BACKENDS
+    which = resolve(op, backend, backends)
+    if which == "reference":
+        if w is not None:
+            check_weight(w)
+        if first is not None:
+            check_finite("init", first)
+        built = xs if full is not None else xs[0].flatten(2).transpose(1, 2)
+        begin = name if first is None else first
+        outs = reference.kmeans(built, n_clusters, full, n_iter, begin, samples, n_init, tol, w, metric, empty, chosen)
+    else:
+        if which == "triton":
+            check_triton("x", xs[0])
+        outs = _kmeans(
+            xs, n_clusters, None if full is None else list(full), n_iter, name, first, samples, n_init, float(tol), w,
+            metric, empty, chosen, precision, deterministic, which,
+        )  # fmt: skip
+    if isinstance(x, Tensor) and x.dim() == 2:
+        centroids, _, counts, inertia, steps = (out[0] for out in outs)
+    else:
+        centroids, _, counts, inertia, steps = outs
+    return KMeansResult(centroids, outs[1].reshape(shape), counts, inertia, steps)

@@ -1,0 +1,71 @@
+"""Lloyd's iteration by scikit-learn's rules, for a batch of problems, without a look at the device from the host."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fgfast.pixels.source import EPS, Source
+
+
+class Outcome(NamedTuple):
+    """Centroids [B, K, D], labels [B, N], counts [B, K], inertia [B] (of the finite pixels) and n_iter int32 [B]."""
+
+    centroids: Tensor
+    labels: Tensor
+    counts: Tensor
+    inertia: Tensor
+    n_iter: Tensor
+
+
+def _relocated(source: Source, labels: Tensor, near: Tensor, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The i-th empty cluster becomes the i-th farthest pixel, which leaves the sum of its donor."""
+    n_clusters = counts.shape[1]
+    empty = counts == 0
+    far_near, far = torch.where(source.w > 0, near, -1).topk(n_clusters, dim=1)  # [B, K]
+    rank = (empty.cumsum(1) - 1).clamp_min_(0)  # [B, K]: which of the farthest an empty cluster takes
+    pixel = far.gather(1, rank)
+    w = source.w.gather(1, pixel)
+    w = torch.where(empty & (w > 0) & (far_near[:, :1] > 0), w, 0)  # [B, K]
+    moved = source.points(pixel) * w[..., None]  # [B, K, D], row k goes to cluster k
+    donors = F.one_hot(labels.gather(1, pixel).clamp_min(0), n_clusters).to(w.dtype)  # [B, K (to), K (from)]
+    sums = sums + moved - torch.bmm(donors.transpose(1, 2), moved)
+    return sums, counts + w - torch.bmm(donors.transpose(1, 2), w[..., None])[..., 0]
+
+
+def _means(source: Source, sums: Tensor, counts: Tensor, before: Tensor) -> Tensor:
+    full = (counts > 0)[..., None]
+    means = sums / torch.where(full, counts[..., None], 1)
+    return torch.where(full, F.normalize(means, dim=2, eps=EPS) if source.cosine else means, before)
+
+
+def lloyd(source: Source, centroids: Tensor, n_iter: int, tol: float, empty: str) -> Outcome:
+    """Iterate until labels repeat or centroids move less than tol x the mean variance, then assign once more.
+
+    A problem that has converged keeps its state; the loop ends early where the host may look for free (the CPU).
+    """
+    host = source.device.type == "cpu"
+    limit = tol * source.variance()
+    done = torch.zeros(source.batch, dtype=torch.bool, device=source.device)
+    steps = torch.zeros(source.batch, dtype=torch.int32, device=source.device)
+    labels_before, fresh = None, False
+    for _ in range(n_iter):
+        labels, near, sums, counts = source.step(centroids)
+        if empty == "farthest" and not (host and bool((counts > 0).all())):
+            moved = _means(source, *_relocated(source, labels, near, sums, counts), centroids)
+        else:
+            moved = _means(source, sums, counts, centroids)
+        shift = (moved - centroids).square().sum((1, 2))
+        steps += ~done
+        before, centroids = centroids, torch.where(done[:, None, None], centroids, moved)
+        done = done | (shift <= limit)
+        if labels_before is not None:
+            done = done | (labels == labels_before).all(1)
+        labels_before = labels
+        if host and bool(done.all()):
+            fresh = torch.equal(before, centroids)  # then this assignment already belongs to them
+            break
+    if not fresh:
+        labels, near, _, counts = source.step(centroids)
+    return Outcome(centroids, labels, counts, (source.w * near).sum(1), steps)

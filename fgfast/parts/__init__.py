@@ -1,0 +1,1 @@
+"""Where parts come from: clustered pixels of an encoder, stored as id maps."""

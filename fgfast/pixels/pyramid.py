@@ -1,0 +1,210 @@
+"""Hypercolumns as a source of pixels that are never built.
+
+Bilinear resizing is a linear map of each channel, up(f) = Wy f Wx^T with two weights a row, the same for all channels.
+So it commutes with everything that k-means does to channels:
+    <up(f), c> = up(<f, c>)                        K score maps are resized instead of D channels,
+    sum_n h_n up(f)_n = <f, Wy^T h Wx>             sums are the adjoint: the one-hot maps come down to the level.
+|up(f)|^2 is not linear, but each pixel mixes a 2 x 2 block of cells, so five maps of inner products of neighbouring
+cells, made at the level's own resolution, give it exactly:
+    |up(f)|^2 = A0 G00 B0^T + 2 A0 G01 B1^T + 2 A1 G10 B0^T + 2 A1 (G11 + G-11) B1^T,
+A0 = Wy * Wy, A1[i, y] = Wy[i, y] Wy[i, y + 1] (B from Wx likewise), Gab(y, x) = <f(y, x), f(y + a, x + b)>.
+A level of D channels and n < D cells lies in a space of n dimensions: its QR decomposition f = Q r turns it into a
+level r of n channels with the same inner products, norms and distances, and a centroid c of r is Q c of f. That pays
+where n is far less than D, as in the deepest stages of a CNN. Centroids from outside need not lie in that space.
+Squared distances do not change either when the mean cell is taken away first, which keeps digits; means of pixels then
+get it back, as the weights of a pixel sum to one.
+The resizing is that of torch.nn.functional.interpolate(mode="bilinear", align_corners=False), without antialiasing.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fgfast.pixels.source import Source, one_hot
+from fgfast.tensors import TILE, accumulation
+
+CACHED = 1 << 16  # elements of a tile on the CPU: its five products stay in a core's cache
+
+
+def interpolation(length: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[size, length] matrix of bilinear resizing along one axis, align_corners=False.
+
+    Example:
+        >>> interpolation(2, 4, torch.float32, torch.device("cpu")).tolist()
+        [[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]
+    """
+    position = ((torch.arange(size, device=device, dtype=dtype) + 0.5) * (length / size) - 0.5).clamp_min(0)
+    low = position.floor().clamp_max(length - 1)
+    share = torch.where(low < length - 1, position - low, 0)[:, None]
+    cell = torch.arange(length, device=device, dtype=dtype)
+    return (cell == low[:, None]) * (1 - share) + (cell == low[:, None] + 1) * share
+
+
+FEW = 4  # a level with that many times fewer cells than channels is turned into one of as many channels as cells
+
+
+class Level:
+    """One map [B, D, h, w] with its resizing; cells that are not finite are set to zero and remembered.
+
+    Args:
+        f: the map.
+        size: pixels of the whole.
+        turn: take coordinates within the space of the cells for the channels where they are far fewer.
+        centre: only squared distances are asked about: take the mean cell of a turned level away.
+    """
+
+    def __init__(self, f: Tensor, size: tuple[int, int], turn: bool = False, centre: bool = False) -> None:
+        self.f = f.to(accumulation(f.dtype))
+        self.channels, self.height, self.width = f.shape[1:]
+        self.same = tuple(f.shape[2:]) == size
+        self.wy = interpolation(self.height, size[0], self.f.dtype, f.device)
+        self.wx = interpolation(self.width, size[1], self.f.dtype, f.device)
+        bad = ~self._products(None, False)[0].isfinite()  # [B, h, w]
+        self.bad: Tensor | None = None
+        if f.device.type != "cpu" or bool(bad.any()):
+            self.bad = self.up(bad.to(self.f.dtype)) > 0
+            self.f = torch.where(bad[:, None], 0, self.f)
+        self.flat = self.f.flatten(2)  # [B, D, h w]
+        self.reflectors: tuple[Tensor, Tensor] | None = None
+        n = self.flat.shape[2]
+        if turn and FEW * n <= self.channels:
+            self.mean = self.flat.mean(2, keepdim=True) if centre else self.flat.new_zeros(1)  # [B, D, 1]
+            self.reflectors = torch.geqrf(self.flat - self.mean)
+            self.channels, self.flat = n, self.reflectors[0][:, :n].triu()
+            self.f = self.flat.unflatten(2, f.shape[2:])
+
+    def as_given(self, c: Tensor) -> Tensor:
+        """Vectors [B, K, channels] as [B, K, D]: turned back."""
+        if self.reflectors is None:
+            return c
+        missing = self.reflectors[0].shape[1] - self.channels
+        back = torch.ormqr(*self.reflectors, F.pad(c, (0, missing)).transpose(1, 2))
+        return (back + self.mean).transpose(1, 2)
+
+    def up(self, maps: Tensor) -> Tensor:
+        """[..., h, w] to [..., H, W]."""
+        return maps if self.same else self.wy @ (maps @ self.wx.T)
+
+    def _products(self, mu: Tensor | None, neighbours: bool) -> list[Tensor]:
+        """G00 of f - mu, and with ``neighbours`` G01, G10 and G11 + G-11, in tiles of channels."""
+        found: list[Tensor] = []
+        step = max(1, (CACHED if self.f.device.type == "cpu" else TILE) // max(1, self.f[:, :1].numel()))
+        for d in range(0, self.channels, step):
+            t = self.f[:, d : d + step]
+            t = t if mu is None else t - mu[:, d : d + step, None, None]
+            parts = [t.square().sum(1)]
+            if neighbours:
+                up, down, left, right = t[:, :, :-1], t[:, :, 1:], t[..., :-1], t[..., 1:]
+                across = up[..., :-1] * down[..., 1:] + up[..., 1:] * down[..., :-1]
+                parts += [(left * right).sum(1), (up * down).sum(1), across.sum(1)]
+            found = [a + b for a, b in zip(found, parts, strict=True)] if found else parts
+        return found
+
+    def squares(self, mu: Tensor | None) -> Tensor:
+        """|up(f) - mu|^2 [B, H, W]: up(f) - mu = up(f - mu), as the weights of a pixel sum to one."""
+        if self.same:
+            return self._products(mu, False)[0]
+        g00, g01, g10, g11 = self._products(mu, True)
+        a0, b0 = self.wy.square(), self.wx.square()
+        a1, b1 = 2 * self.wy[:, :-1] * self.wy[:, 1:], 2 * self.wx[:, :-1] * self.wx[:, 1:]
+        out = a0 @ (g00 @ b0.T + g01 @ b1.T) + a1 @ (g10 @ b0.T + g11 @ (b1 / 2).T)
+        return out.clamp_min_(0)
+
+    def cells(self, index: Tensor, width: int) -> Tensor:
+        """up(f) [B, D, m] at pixels index [B, m] of rows of ``width``."""
+        wy, y = self.wy[index // width].topk(min(2, self.height), dim=2)  # [B, m, 2]: the rows of cells it mixes
+        wx, x = self.wx[index % width].topk(min(2, self.width), dim=2)
+        weight, cell = (
+            (wy[..., None] * wx[:, :, None]).flatten(2),
+            (y[..., None] * self.width + x[:, :, None]).flatten(2),
+        )
+        near = self.flat.gather(2, cell.flatten(1)[:, None].expand(-1, self.channels, -1))
+        return (near.unflatten(2, cell.shape[1:]) * weight[:, None]).sum(3)
+
+
+class Pyramid(Source):
+    """Levels [B, D_l, h_l, w_l] seen at size (H, W), channels in list order.
+
+    Args:
+        maps: the levels.
+        size: (H, W).
+        closed: no vectors but pixels of these maps, and means of them, are asked about.
+        metric: what is asked about them.
+    """
+
+    def __init__(
+        self, maps: list[Tensor], size: tuple[int, int], closed: bool = False, metric: str = "euclidean"
+    ) -> None:
+        self.size = size
+        turn = closed and maps[0].device.type == "cpu"
+        self.levels = [Level(f, size, turn, centre=metric == "euclidean") for f in maps]
+        self.split = [level.channels for level in self.levels]
+        self.batch, self.pixels, self.channels = maps[0].shape[0], size[0] * size[1], sum(self.split)
+        self.features = sum(f.shape[1] for f in maps)
+        self.dtype, self.device = self.levels[0].f.dtype, maps[0].device
+        self.resized = [level for level in self.levels if not level.same]
+        if self.resized:
+            self.down = torch.cat([level.wy for level in self.resized], 1)  # [H, sum of h_l]
+
+    def as_given(self, c: Tensor) -> Tensor:
+        """Centroids [B, K, channels] as [B, K, features]."""
+        parts = zip(self.levels, c.split(self.split, 2), strict=True)
+        return torch.cat([level.as_given(part) for level, part in parts], 2)
+
+    def finite(self) -> Tensor:
+        """Which pixels mix finite cells alone, bool [B, N]."""
+        out = torch.ones(self.batch, *self.size, dtype=torch.bool, device=self.device)
+        for level in self.levels:
+            if level.bad is not None:
+                out &= ~level.bad
+        return out.flatten(1)
+
+    def squares(self, mu: Tensor | None) -> Tensor:
+        """|x_n - mu|^2 [B, N]."""
+        parts = [None] * len(self.levels) if mu is None else mu.split(self.split, 1)
+        out = torch.zeros(self.batch, *self.size, dtype=self.dtype, device=self.device)
+        for level, part in zip(self.levels, parts, strict=True):
+            out += level.squares(part)
+            if level.bad is not None:
+                out.masked_fill_(level.bad, torch.inf)
+        return out.flatten(1)
+
+    def inner(self, m: Tensor) -> Tensor:
+        """<x_n, m_k> [B, K, N]: scores at each level, resized along x each, along y together."""
+        batch, k = m.shape[:2]
+        own, rows = None, []
+        for level, part in zip(self.levels, m.split(self.split, 2), strict=True):
+            scores = torch.bmm(part, level.flat)  # [B, K, h w]
+            if level.same:
+                own = scores if own is None else own + scores
+            else:
+                rows.append((scores.view(-1, level.width) @ level.wx.T).view(batch, k, level.height, -1))
+        if rows:
+            up = (self.down @ torch.cat(rows, 2)).flatten(2)
+            own = up if own is None else own + up
+        assert own is not None
+        return own
+
+    def _gathered(self, maps: Tensor) -> Tensor:
+        """Sum of maps [B, K, N] times pixels: the adjoint of ``inner`` [B, K, D]."""
+        maps = maps.unflatten(2, self.size)
+        rows = iter((self.down.T @ maps).split([level.height for level in self.resized], 2) if self.resized else ())
+        sums = []
+        for level in self.levels:
+            small = maps if level.same else next(rows) @ level.wx  # [B, K, h, w]
+            sums.append(torch.bmm(small.flatten(2), level.flat.transpose(1, 2)))
+        return torch.cat(sums, 2)
+
+    def assign(self, m: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Two reads of the levels: scores, then sums."""
+        best, labels = self.inner(m).add_(bias[..., None]).min(1)
+        hot = one_hot(labels, scale, m.shape[1])
+        return labels, best, self._gathered(hot), hot.sum(2)
+
+    def total(self, scale: Tensor) -> Tensor:
+        """Sum of scale_n x_n [B, D]."""
+        return self._gathered(scale[:, None])[:, 0]
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Pixels [B, m, D]."""
+        return torch.cat([level.cells(index, self.size[1]) for level in self.levels], 1).transpose(1, 2)

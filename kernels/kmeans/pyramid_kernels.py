@@ -1,0 +1,554 @@
+"""The kernels of :mod:`fgfast.kernels.kmeans.pyramid` as they run on the device.
+
+Shapes: level l is x_l [B, D_l, h_l, w_l] with any strides; the pixels are those of (H, W), N = H W. Cells of all levels
+follow each other in what belongs to cells, scores [B, cells, KP] and grams [B, 4, cells]; channels of all levels follow
+each other, each level padded to whole blocks, in m [B, DP, KP] and mu [B, DP]. Tuples hold an entry a level.
+"""
+
+import triton
+import triton.language as tl
+
+from fgfast.kernels.common import widened
+from fgfast.kernels.kmeans.tiles import EPS, centred, farthest, finished, finite, least, nearest, weighed
+
+
+@triton.jit
+def _taps(at, length, size):
+    """The lower of the two cells that positions ``at`` of ``size`` mix, and the share of the upper one (0 at the edge).
+
+    Whole numbers until the last division, so that every kernel and the host agree.
+    """
+    twice = tl.maximum((2 * at + 1) * length - size, 0)
+    low = twice // (2 * size)
+    share = (twice - low * 2 * size).to(tl.float32) / (2 * size)
+    return low, tl.where(low < length - 1, share, 0.0)
+
+
+@triton.jit
+def _share(cell, low, share):
+    """The weight of a cell in the positions whose taps are given."""
+    return tl.where(cell == low, 1 - share, tl.where(cell == low + 1, share, 0.0))
+
+
+@triton.jit
+def _rows_of(first, last, length, size):
+    """First and last row of pixels that mix rows of cells first to last; perhaps one more at each end."""
+    low = tl.maximum(2 * first - 1, 0) * size // (2 * length) - 1
+    high = (2 * last + 3) * size // (2 * length) + 1
+    return tl.maximum(low, 0), tl.minimum(high, size - 1)
+
+
+@triton.jit
+def _places(y, x, width, strides, FLAT: tl.constexpr, WIDE: tl.constexpr):
+    """Offsets of cells (y, x) within an image; FLAT: the rows of cells follow each other in memory."""
+    cell = y * width + x
+    if FLAT:
+        return (cell.to(tl.int64) if WIDE else cell) * strides[3]
+    if WIDE:
+        return y.to(tl.int64) * strides[2] + x.to(tl.int64) * strides[3]
+    return y * strides[2] + x * strides[3]
+
+
+@triton.jit
+def _across(d, strides, WIDE: tl.constexpr):
+    """Offsets of channels d within an image."""
+    return (d.to(tl.int64) if WIDE else d) * strides[1]
+
+
+@triton.jit
+def _tapped(
+    ptr, y, x, dy, dx, height, width, k, K, inside, KP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Score maps [cells, KP] of one level at pixels [BLOCK_N, BLOCK_K]; a cell of no weight reaches nothing."""
+    out = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for i in tl.static_range(2):
+        for j in tl.static_range(2):
+            weight = (dy if i == 1 else 1 - dy) * (dx if j == 1 else 1 - dx)
+            mixed = (inside & (weight > 0))[:, None] & (k < K)[None, :]
+            at = ((y + i) * width + x + j)[:, None] * KP + k[None, :]
+            out += tl.load(ptr + at, mixed, other=0.0) * weight[:, None]
+    return out
+
+
+# ---------------------------------------------------------------- labels
+
+
+@triton.jit
+def _score_tile(
+    x_ptr, strides, size, m_ptr, out_ptr, start,
+    FLAT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """<f, m_k> of one tile of cells."""
+    channels, height, width = size
+    c = start + tl.arange(0, BLOCK_C)
+    k = tl.arange(0, KP)
+    d = tl.arange(0, BLOCK_D)
+    inside = c < height * width
+    places = _places(c // width, c % width, width, strides, FLAT, WIDE)
+    dots = tl.zeros([BLOCK_C, KP], tl.float32)
+    for first in range(0, channels, BLOCK_D):
+        there = inside[:, None] & (first + d < channels)[None, :]
+        offsets = places[:, None] + _across(first + d, strides, WIDE)[None, :]
+        x = widened(tl.load(x_ptr + offsets, there, other=0.0), UPCAST)
+        m = tl.load(m_ptr + (first + d)[:, None] * KP + k[None, :])
+        dots = tl.dot(x, m, dots, input_precision=PRECISION)
+    tl.store(out_ptr + c[:, None] * KP + k[None, :], dots, inside[:, None])
+
+
+@triton.jit
+def _label_strip(
+    sizes, scores_ptr, bias_ptr, sq_ptr, weight_ptr, labels_ptr, near_ptr, counts_ptr, inertia_ptr, changed_ptr,
+    strip, height, width, rows, blocks, K,
+    LEVELS: tl.constexpr, COSINE: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_N: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """Labels and distances of a strip of rows, and what it adds to counts, inertia and changed labels."""
+    k = tl.arange(0, KP)
+    bias = tl.zeros([KP], tl.float32)
+    for block in range(blocks):
+        bias += tl.load(bias_ptr + block * KP + k)
+    counts = tl.zeros([KP], tl.float32)
+    inertia = tl.zeros([BLOCK_N], tl.float32)
+    changed = tl.zeros([BLOCK_N], tl.int32)
+    last = tl.minimum((strip + 1) * rows, height) * width
+    for start in range(strip * rows * width, last, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        inside = n < last
+        dots = tl.zeros([BLOCK_N, KP], tl.float32)
+        base = scores_ptr
+        for level in tl.static_range(LEVELS):
+            h, w = sizes[level][1], sizes[level][2]
+            y, dy = _taps(n // width, h, height)
+            x, dx = _taps(n % width, w, width)
+            dots += _tapped(base, y, x, dy, dx, h, w, k, K, inside, KP, BLOCK_N, KP)
+            base += h * w * KP
+        best, index = least(dots, bias, k, K, COSINE)
+        weight = tl.where(inside, 1.0, 0.0)
+        if WEIGHTED:
+            weight = tl.load(weight_ptr + n, inside, other=0.0)
+        squares = tl.load(sq_ptr + n, inside, other=0.0)
+        near, kept, _, lost = nearest(best, squares, weight, COSINE)
+        label = tl.where(kept, index, -1)
+        counts += tl.sum(tl.where(label[:, None] == k[None, :], weight[:, None], 0.0), 0)
+        inertia += tl.where(lost, float("nan"), tl.where(kept, weight * near, 0.0))
+        changed += (inside & (tl.load(labels_ptr + n, inside, other=-1) != label)).to(tl.int32)
+        tl.store(near_ptr + n, tl.where(kept, near, -1.0), inside)
+        tl.store(labels_ptr + n, label.to(labels_ptr.dtype.element_ty), inside)
+    tl.store(counts_ptr + strip * KP + k, counts)
+    tl.store(inertia_ptr + strip, tl.sum(inertia, 0))
+    tl.store(changed_ptr + strip, tl.sum(changed, 0))
+
+
+@triton.jit
+def score(
+    xs, strides, sizes, m_ptr, scores_ptr, bias_ptr, sq_ptr, weight_ptr, done_ptr, needed_ptr, arrived_ptr,
+    labels_ptr, near_ptr, counts_ptr, inertia_ptr, changed_ptr,
+    height, width, rows, strips, spans, programs, cells, blocks, DP, K,
+    FLATS: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr, COSINE: tl.constexpr, WEIGHTED: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    TILES: tl.constexpr, PAD: tl.constexpr, BLOCK_N: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """Scores of spans[l] cells of a level; the last program that a strip of pixels waits for labels the strip.
+
+    TILES: cells and channels of a tile of each level. Which program that is varies; what it computes does not.
+    """
+    b = (tl.program_id(0) // programs).to(tl.int64)
+    program = tl.program_id(0) % programs
+    if finished(done_ptr, b, True):
+        return
+    scores_ptr += b * cells * KP
+    m_ptr += b * DP * KP
+    base = scores_ptr
+    first = 0
+    last = -1
+    for level in tl.static_range(LEVELS):
+        h, w = sizes[level][1], sizes[level][2]
+        count = tl.cdiv(h * w, spans[level])
+        if (program >= 0) & (program < count):
+            begin = program * spans[level]
+            end = tl.minimum(begin + spans[level], h * w)
+            for start in range(begin, end, TILES[level][0]):
+                _score_tile(
+                    xs[level] + b * strides[level][0], strides[level], sizes[level], m_ptr, base, start,
+                    FLATS[level], WIDE, PRECISION, UPCAST, TILES[level][0], TILES[level][1], KP,
+                )  # fmt: skip
+            low, high = _rows_of(begin // w, (end - 1) // w, h, height)
+            first = low // rows
+            last = high // rows
+        program -= count
+        base += h * w * KP
+        m_ptr += tl.cdiv(sizes[level][0], PAD) * PAD * KP
+    tl.debug_barrier()  # every thread's scores are stored before one of them says so
+    arrived_ptr += b * strips
+    n = b * height * width
+    for strip in range(first, last + 1):
+        others = tl.atomic_add(arrived_ptr + strip, 1, sem="acq_rel")
+        if others == tl.load(needed_ptr + strip) - 1:
+            _label_strip(
+                sizes, scores_ptr, bias_ptr + b * blocks * KP, sq_ptr + n, weight_ptr + n, labels_ptr + n, near_ptr + n,
+                counts_ptr + b * strips * KP, inertia_ptr + b * strips, changed_ptr + b * strips,
+                strip, height, width, rows, blocks, K, LEVELS, COSINE, WEIGHTED, BLOCK_N, KP,
+            )  # fmt: skip
+            tl.store(arrived_ptr + strip, 0)  # for the next step
+
+
+# ---------------------------------------------------------------- sums
+
+
+@triton.jit
+def _sum_unit(
+    x_ptr, strides, size, labels_ptr, scale_ptr, out_ptr, first_d, first_row, last_row, height, width, K,
+    FLAT: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_X: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """Sums [K, D_l] over rows of cells, of CHUNKS blocks of channels.
+
+    A row of cells at a time: first the rows of pixels that mix it, one weight a row; then along the row, a product with
+    the weights of its cells; that is what each cell stands for in each cluster, and the factor of its features.
+    """
+    channels, h, w = size
+    k = tl.arange(0, KP)
+    d = first_d + tl.arange(0, BLOCK_S)
+    acc = ()
+    for _ in tl.static_range(CHUNKS):
+        acc += (tl.zeros([BLOCK_S, KP], tl.float32),)  # type: ignore[assignment]
+    for y in range(first_row, last_row):
+        low, high = _rows_of(y, y, h, height)
+        for start in range(0, w, BLOCK_C):
+            cell = start + tl.arange(0, BLOCK_C)
+            inside = cell < w
+            share = tl.zeros([BLOCK_C, KP], tl.float32)
+            for first in range(0, width, BLOCK_X):
+                x = first + tl.arange(0, BLOCK_X)
+                column = tl.zeros([BLOCK_X, KP], tl.float32)
+                for row in range(low, high + 1):
+                    top, dy = _taps(row, h, height)
+                    weight = tl.zeros([BLOCK_X], tl.float32) + _share(y, top, dy)
+                    label = tl.load(labels_ptr + row * width + x, x < width, other=-1)
+                    if not UNIT:
+                        weight *= tl.load(scale_ptr + row * width + x, x < width, other=0.0)
+                    column += tl.where(label[:, None] == k[None, :], weight[:, None], 0.0)
+                left, dx = _taps(x, w, width)
+                along = _share(cell[:, None], left[None, :], dx[None, :])
+                share = tl.dot(along, column, share, input_precision="ieee")
+            places = _places(y + tl.zeros_like(cell), cell, w, strides, FLAT, WIDE)
+            updated = ()
+            for i in tl.static_range(CHUNKS):
+                at = i * BLOCK_S + d
+                there = inside[None, :] & (at < channels)[:, None]
+                f = tl.load(x_ptr + _across(at, strides, WIDE)[:, None] + places[None, :], there, other=0.0)
+                f = widened(tl.where(finite(f.to(tl.float32)), f, 0.0), UPCAST)
+                updated += (weighed(acc[i], f, share, PRECISION),)  # type: ignore[assignment]
+            acc = updated
+    for i in tl.static_range(CHUNKS):
+        at = i * BLOCK_S + d
+        target = out_ptr + k[None, :] * channels + at[:, None]
+        tl.store(target, acc[i], (k < K)[None, :] & (at < channels)[:, None])
+
+
+@triton.jit
+def sums(
+    xs, strides, sizes, parts, splits, labels_ptr, scale_ptr, done_ptr, height, width, units, K,
+    FLATS: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr, UNIT: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCKS_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_X: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """Partial sums parts[l] [B, splits_l, K, D_l]: a program takes some channels of a level and a share of its rows."""
+    b = (tl.program_id(0) // units).to(tl.int64)
+    unit = tl.program_id(0) % units
+    if finished(done_ptr, b, True):
+        return
+    labels_ptr += b * height * width
+    scale_ptr += b * height * width
+    for level in tl.static_range(LEVELS):
+        channels, h = sizes[level][0], sizes[level][1]
+        count = splits[level] * tl.cdiv(channels, CHUNKS[level] * BLOCK_S)
+        if (unit >= 0) & (unit < count):
+            split = unit % splits[level]
+            first_d = unit // splits[level] * (CHUNKS[level] * BLOCK_S)
+            _sum_unit(
+                xs[level] + b * strides[level][0], strides[level], sizes[level], labels_ptr, scale_ptr,
+                parts[level] + (b * splits[level] + split) * K * channels, first_d,
+                split * h // splits[level], (split + 1) * h // splits[level], height, width, K,
+                FLATS[level], WIDE, UNIT, PRECISION, UPCAST, CHUNKS[level], BLOCKS_C[level], BLOCK_S, BLOCK_X, KP,
+            )  # fmt: skip
+        unit -= count
+
+
+# ---------------------------------------------------------------- centroids
+
+
+@triton.jit
+def _pixel(x_ptr, strides, size, at, d, height, width, WIDE: tl.constexpr):
+    """Channels d of pixels ``at`` [n], [n, BLOCK_D] in float32."""
+    channels, h, w = size
+    y, dy = _taps(at // width, h, height)
+    x, dx = _taps(at % width, w, width)
+    out = 0.0
+    for i in tl.static_range(2):
+        for j in tl.static_range(2):
+            weight = (dy if i == 1 else 1 - dy) * (dx if j == 1 else 1 - dx)
+            there = (weight > 0)[:, None] & (d < channels)[None, :]
+            places = _places(y + i, x + j, w, strides, False, WIDE)
+            f = tl.load(x_ptr + places[:, None] + _across(d, strides, WIDE)[None, :], there, other=0.0).to(tl.float32)
+            out += f * weight[:, None]
+    return out
+
+
+@triton.jit
+def _repaired(
+    tile, count, x_ptr, strides, size, weight_ptr, scale_ptr, labels_ptr, near_ptr, k, d, height, width, K,
+    WIDE: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums [BLOCK_D, KP] of one level and counts [KP] where the i-th empty cluster has the i-th farthest pixel.
+
+    Every program of a problem makes the same choices. Ties go to the lowest pixel, so the next at this distance lies
+    above.
+    """
+    pixels = height * width
+    far = float("inf")
+    taken = pixels
+    searching = True
+    before = count
+    for empty in range(K):
+        if (tl.sum(tl.where(k == empty, before, 0.0), 0) == 0) & searching:
+            best, pixel = farthest(near_ptr, pixels, far, taken, BLOCK)
+            searching = (best >= 0) & ((far < float("inf")) | (best > 0))
+            if searching:
+                far = best
+                taken = pixel
+                w = tl.load(weight_ptr + pixel) if WEIGHTED else 1.0
+                donor = tl.load(labels_ptr + pixel)
+                at = pixel + tl.zeros([1], tl.int32)
+                moved = tl.sum(_pixel(x_ptr, strides, size, at, d, height, width, WIDE), 0)
+                moved *= tl.load(scale_ptr + pixel)
+                gone = tl.where(k == donor, 1.0, 0.0)
+                tile = tl.where((k == empty)[None, :], moved[:, None], tile - moved[:, None] * gone[None, :])
+                count = tl.where(k == empty, w, count - w * gone)
+    return tile, count
+
+
+@triton.jit
+def _moved(
+    x_ptr, strides, size, part_ptr, splits, weight_ptr, scale_ptr, labels_ptr, near_ptr, counts_ptr, lengths_ptr,
+    c_ptr, m_ptr, mu_ptr, first, height, width, strips, blocks, channels, K,
+    START: tl.constexpr, LENGTHS: tl.constexpr, COSINE: tl.constexpr, WEIGHTED: tl.constexpr, FARTHEST: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """Move the centroids in BLOCK_D channels of one level: what they add to bias (or squares) [KP] and shift [KP]."""
+    k = tl.arange(0, KP)
+    d = first + tl.arange(0, BLOCK_D)
+    mask = (k < K)[None, :] & (d < size[0])[:, None]
+    place = k[None, :].to(tl.int64) * channels + d[:, None]
+    before = tl.load(c_ptr + place, mask, other=0.0)
+    c = before
+    shift = tl.zeros([KP], tl.float32)
+    if not START:
+        tile = tl.zeros([BLOCK_D, KP], tl.float32)
+        for split in range(splits):
+            at = split * K * size[0] + k[None, :] * size[0] + d[:, None]
+            tile += tl.load(part_ptr + at, mask, other=0.0)
+        count = tl.zeros([KP], tl.float32)
+        for strip in range(strips):
+            count += tl.load(counts_ptr + strip * KP + k)
+        if FARTHEST:  # noqa: SIM102  (the one a constant, the other a value)
+            if tl.sum(((count == 0) & (k < K)).to(tl.int32), 0) > 0:
+                tile, count = _repaired(
+                    tile, count, x_ptr, strides, size, weight_ptr, scale_ptr, labels_ptr, near_ptr, k, d,
+                    height, width, K, WIDE, WEIGHTED, BLOCK,
+                )  # fmt: skip
+        if LENGTHS:
+            c = tile
+        else:
+            divisor = tl.where(count > 0, count, 1.0)
+            if COSINE:
+                square = tl.zeros([KP], tl.float32)
+                for block in range(blocks):
+                    square += tl.load(lengths_ptr + block * KP + k)
+                divisor = tl.maximum(tl.sqrt(square), EPS)
+            c = tl.where((count > 0)[None, :], tile / divisor[None, :], before)
+            shift = tl.sum((c - before) * (c - before), 0)
+            tl.store(c_ptr + place, c, mask)
+    if LENGTHS:  # noqa: SIM108
+        found = tl.sum(c * c, 0)
+    else:
+        found = centred(m_ptr, c, tl.load(mu_ptr + d), k, d, K, size[0], KP)
+    return found, shift
+
+
+@triton.jit
+def move(
+    xs, strides, sizes, parts, splits, weight_ptr, scale_ptr, labels_ptr, near_ptr, counts_ptr, changed_ptr,
+    lengths_ptr, shift_ptr, bias_ptr, c_ptr, m_ptr, mu_ptr, limit_ptr, done_ptr, steps_ptr, arrived_ptr,
+    height, width, strips, blocks, DP, channels, K,
+    START: tl.constexpr, LENGTHS: tl.constexpr, COSINE: tl.constexpr, WEIGHTED: tl.constexpr, FARTHEST: tl.constexpr,
+    WIDE: tl.constexpr, LEVELS: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    KP: tl.constexpr,
+):  # fmt: skip
+    """Centroids c [B, K, D] from the sums, empty clusters repaired; m, and bias in parts [B, blocks, KP].
+
+    The last program of a problem decides whether it has converged. START: m and bias of the c given. LENGTHS: squares
+    of the sums in parts [B, blocks, KP] alone, which a cosine needs before the centroids.
+    """
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    if finished(done_ptr, b, True):
+        return
+    k = tl.arange(0, KP)
+    n = b * height * width
+    row = b * blocks + block
+    c_ptr += b * K * channels
+    m_ptr += b * DP * KP
+    mu_ptr += b * DP
+    rest = block
+    for level in tl.static_range(LEVELS):
+        count = tl.cdiv(sizes[level][0], PAD) * (PAD // BLOCK_D)
+        if (rest >= 0) & (rest < count):
+            found, shift = _moved(
+                xs[level] + b * strides[level][0], strides[level], sizes[level],
+                parts[level] + b * splits[level] * K * sizes[level][0], splits[level], weight_ptr + n, scale_ptr + n,
+                labels_ptr + n, near_ptr + n, counts_ptr + b * strips * KP, lengths_ptr + b * blocks * KP,
+                c_ptr, m_ptr, mu_ptr, rest * BLOCK_D, height, width, strips, blocks, channels, K,
+                START, LENGTHS, COSINE, WEIGHTED, FARTHEST, WIDE, BLOCK, BLOCK_D, KP,
+            )  # fmt: skip
+            if LENGTHS:
+                tl.store(lengths_ptr + row * KP + k, found)
+            else:
+                tl.store(bias_ptr + row * KP + k, found)
+            if not (START or LENGTHS):
+                tl.store(shift_ptr + row, tl.sum(shift, 0))
+        rest -= count
+        c_ptr += sizes[level][0]
+        m_ptr += count * BLOCK_D * KP
+        mu_ptr += count * BLOCK_D
+    if not (START or LENGTHS):
+        tl.debug_barrier()
+        if tl.atomic_add(arrived_ptr + b, 1, sem="acq_rel") == blocks - 1:
+            moved = 0.0
+            for i in range(blocks):
+                moved += tl.load(shift_ptr + b * blocks + i)
+            changed = 0
+            for i in range(strips):
+                changed += tl.load(changed_ptr + b * strips + i)
+            same = (moved <= tl.load(limit_ptr + b)) | (changed == 0)
+            tl.store(done_ptr + b, same.to(tl.int32))
+            tl.store(steps_ptr + b, tl.load(steps_ptr + b) + 1)
+            tl.store(arrived_ptr + b, 0)
+
+
+# ---------------------------------------------------------------- once a problem
+
+
+@triton.jit
+def _gram_tile(
+    x_ptr, strides, size, mu_ptr, out_ptr, cells, tile,
+    FLAT: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    channels, h, w = size
+    c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    d = tl.arange(0, BLOCK_D)
+    y, x = c // w, c % w
+    inside = c < h * w
+    right, below = inside & (x < w - 1), inside & (y < h - 1)
+    here = _places(y, x, w, strides, FLAT, WIDE)
+    own = tl.zeros([BLOCK_C], tl.float32)
+    across, down, diagonal = own, own, own
+    for first in range(0, channels, BLOCK_D):
+        mu = tl.load(mu_ptr + first + d)
+        at = x_ptr + here[:, None] + _across(first + d, strides, WIDE)[None, :]
+        there = (first + d < channels)[None, :]
+        f = tl.load(at, inside[:, None] & there, other=0.0).to(tl.float32) - mu[None, :]
+        f_x = tl.load(at + strides[3], right[:, None] & there, other=0.0).to(tl.float32) - mu[None, :]
+        f_y = tl.load(at + strides[2], below[:, None] & there, other=0.0).to(tl.float32) - mu[None, :]
+        both = (right & below)[:, None] & there
+        f_xy = tl.load(at + (strides[2] + strides[3]), both, other=0.0).to(tl.float32) - mu[None, :]
+        own += tl.sum(tl.where(there, f * f, 0.0), 1)
+        across += tl.sum(tl.where(there, f * f_x, 0.0), 1)
+        down += tl.sum(tl.where(there, f * f_y, 0.0), 1)
+        diagonal += tl.sum(tl.where(there, f * f_xy + f_x * f_y, 0.0), 1)
+    tl.store(out_ptr + c, own, inside)
+    tl.store(out_ptr + cells + c, across, inside)
+    tl.store(out_ptr + 2 * cells + c, down, inside)
+    tl.store(out_ptr + 3 * cells + c, diagonal, inside)
+
+
+@triton.jit
+def grams(
+    xs, strides, sizes, mu_ptr, out_ptr, tiles, cells, DP,
+    FLATS: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr,
+    PAD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Inner products of each cell, around mu, with itself, its right, lower and (both diagonals) far neighbour."""
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    out_ptr += b * 4 * cells
+    mu_ptr += b * DP
+    for level in tl.static_range(LEVELS):
+        here = sizes[level][1] * sizes[level][2]
+        count = tl.cdiv(here, BLOCK_C)
+        if (tile >= 0) & (tile < count):
+            _gram_tile(
+                xs[level] + b * strides[level][0], strides[level], sizes[level], mu_ptr, out_ptr, cells, tile,
+                FLATS[level], WIDE, BLOCK_C, BLOCK_D,
+            )  # fmt: skip
+        tile -= count
+        out_ptr += here
+        mu_ptr += tl.cdiv(sizes[level][0], PAD) * PAD
+
+
+@triton.jit
+def squares(sizes, gram_ptr, out_ptr, height, width, tiles, cells, LEVELS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """|x_n - mu|^2 [B, N] from the inner products of the cells that a pixel mixes."""
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < height * width
+    gram_ptr += b * 4 * cells
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for level in tl.static_range(LEVELS):
+        h, w = sizes[level][1], sizes[level][2]
+        y, dy = _taps(n // width, h, height)
+        x, dx = _taps(n % width, w, width)
+        at = gram_ptr + y * w + x
+        for i in tl.static_range(2):
+            for j in tl.static_range(2):
+                weight = (dy if i == 1 else 1 - dy) * (dx if j == 1 else 1 - dx)
+                total += weight * weight * tl.load(at + i * w + j, inside & (weight > 0), other=0.0)
+            side = (dy if i == 1 else 1 - dy) * (dy if i == 1 else 1 - dy) * 2 * dx * (1 - dx)
+            total += side * tl.load(at + cells + i * w, inside & (side > 0), other=0.0)
+            side = (dx if i == 1 else 1 - dx) * (dx if i == 1 else 1 - dx) * 2 * dy * (1 - dy)
+            total += side * tl.load(at + 2 * cells + i, inside & (side > 0), other=0.0)
+        side = 2 * dy * (1 - dy) * dx * (1 - dx)
+        total += side * tl.load(at + 3 * cells, inside & (side > 0), other=0.0)
+        gram_ptr += h * w
+    total = tl.where(total < 0, 0.0, total)  # NaN stays
+    tl.store(out_ptr + b * height * width + n, total, inside)
+
+
+@triton.jit
+def rows(
+    xs, strides, sizes, index_ptr, mu_ptr, out_ptr, height, width, count, blocks, DP, channels,
+    WIDE: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Pixels index [B, count] less mu, [B, count, D]; zeros in place of what is not finite."""
+    tiles = tl.cdiv(count, BLOCK)
+    b = (tl.program_id(0) // (tiles * blocks)).to(tl.int64)
+    tile = tl.program_id(0) // blocks % tiles
+    block = tl.program_id(0) % blocks
+    i = tile * BLOCK + tl.arange(0, BLOCK)
+    at = tl.load(index_ptr + b * count + i, i < count, other=0).to(tl.int32)
+    out_ptr += b * count * channels
+    mu_ptr += b * DP
+    for level in tl.static_range(LEVELS):
+        here = tl.cdiv(sizes[level][0], BLOCK_D)
+        if (block >= 0) & (block < here):
+            d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+            x = (
+                _pixel(xs[level] + b * strides[level][0], strides[level], sizes[level], at, d, height, width, WIDE)
+                - tl.load(mu_ptr + d)[None, :]
+            )
+            x = tl.where(finite(x), x, 0.0)
+            mask = (i < count)[:, None] & (d < sizes[level][0])[None, :]
+            tl.store(out_ptr + i.to(tl.int64)[:, None] * channels + d[None, :], x, mask)
+        block -= here
+        out_ptr += sizes[level][0]
+        mu_ptr += here * BLOCK_D

@@ -1,0 +1,1 @@
+"""Part pooling: :mod:`launch` is the host side, :mod:`kernels` the device side."""

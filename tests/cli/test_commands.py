@@ -1,0 +1,285 @@
+"""The command line as a user meets it: what it prints, writes, and how it ends."""
+
+import errno
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fgfast.backend import missing
+from fgfast.cli import main
+from fgfast.cli import parse as arguments
+from fgfast.cli.commands import COMMANDS
+from tests.conftest import TINY
+
+pytestmark = pytest.mark.slow
+
+COMMON = ["--model", TINY, "--model-args", "output_stride=8", "--size", "32", "--batch-size", "6", "--device", "cpu"]
+COMMON += ["--threads", "1", "--amp", "off", "--hidden", "16", "--projection", "8", "--log-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def run(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs, made through the command line."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    words = ["pretrain", "particle", "--data", str(drawn), "--out", str(out), "--epochs", "2", "--n-parts", "4"]
+    assert main([*words, *COMMON]) == 0
+    return out
+
+
+@pytest.mark.quick
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """Help exits with 0 and names the flags; the list of commands is complete."""
+    assert main([]) == 0
+    listed = capsys.readouterr().out
+    assert all(c in listed for c in COMMANDS)
+    for command in COMMANDS:
+        words = [command, "simclr", "--help"] if command == "pretrain" else [command, "--help"]
+        assert main(words) == 0
+        assert "--help" in capsys.readouterr().out
+
+
+def test_run_is_reported(run: Path) -> None:
+    """Pretrain leaves a self-contained report."""
+    text = (run / "report.html").read_text()
+    assert "particle" in text
+    assert "data:image/png;base64" in text
+
+
+@pytest.mark.parametrize("protocol", ["knn", "linear"])
+def test_eval_prints_json_and_keeps_it(
+    run: Path, drawn: Path, protocol: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The score of both checkpoints is printed and noted once in eval.json, whatever the number of calls."""
+    for checkpoint in ("init", "last", "last"):
+        assert (
+            main(
+                [
+                    "eval",
+                    protocol,
+                    str(run),
+                    "--data",
+                    str(drawn),
+                    "--checkpoint",
+                    checkpoint,
+                    "--json",
+                    "--device",
+                    "cpu",
+                ]
+            )
+            == 0
+        )
+        row = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert row["checkpoint"] == checkpoint
+        assert 0 <= row["low"] <= row["top1"] <= row["high"] <= 1
+        assert (row["n"], row["n_train"]) == (18, 18)
+    noted = [r for r in json.loads((run / "eval.json").read_text()) if r["protocol"] == protocol]
+    assert [r["checkpoint"] for r in noted] == ["init", "last"]
+
+
+def test_discover_and_pictures(run: Path, drawn: Path, tmp_path: Path) -> None:
+    """Discover writes a map for every picture; pictures draws parts, views and neighbours."""
+    from PIL import Image
+
+    assert main(["discover", str(run), "--data", str(drawn), "--out", str(tmp_path / "maps"), "--n-parts", "3"]) == 0
+    maps = list((tmp_path / "maps").rglob("*.png"))
+    assert len(maps) == 36
+    assert set(np.unique(np.asarray(Image.open(maps[0])))) <= {0, 1, 2}
+    before = sorted(drawn.rglob("*"))
+    assert main(["discover", str(run), "--data", str(drawn), "--out", str(drawn / "images")]) == 2
+    assert sorted(drawn.rglob("*")) == before
+    assert main(["pictures", str(run), "--data", str(drawn), "--device", "cpu"]) == 0
+    assert (run / "parts.png").is_file()
+    assert {p.name for p in (run / "pictures").glob("*.png")} == {"views.png", "neighbours.png"}
+
+
+def test_info_says_why_a_backend_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every backend is ready or has a reason."""
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["backends"]["torch"] == "ready"
+    for name in ("native", "triton"):
+        state, reason = found["backends"][name], missing(name)
+        assert state.startswith("ready") if reason is None else state == reason
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nosuch"], "no command 'nosuch'"),
+        (["pretrain", "nosuch"], "no method 'nosuch'"),
+        (["pretrain", "simclr", "--nosuch", "1"], "does not know '--nosuch'"),
+        (["pretrain", "simclr", "--amp", "fp8"], "invalid choice 'fp8' for argument '--amp'"),
+        (["pretrain", "simclr", "--epochs", "x"], "Error parsing --epochs"),
+        (["eval", "knn", "RUN"], "--data"),
+        (["pretrain", "simclr", "--out", "o"], "give --data"),
+        (["pretrain", "simclr", "--data", "/no/such", "--out", "OUT"], "/no/such"),
+        (["pretrain", "simclr", "--data", "DATA", "--out", "OUT", "--model", "nosuch"], "no model 'nosuch'"),
+        (["pretrain", "simclr", "--data", "DATA", "--out", "OUT", "--init", "/no/such"], "/no/such"),
+        (["pretrain", "simclr", "--data", "DATA", "--out", "OUT", "--device", "cuda:77"], "--device"),
+        (["pretrain", "simclr", "--data", "DATA", "--out", "OUT", "--temperature", "-1"], "temperature"),
+        (["pretrain", "particle", "--data", "DATA", "--out", "OUT", "--n-parts", "0"], "--n-parts"),
+        (["eval", "knn", "/no/run", "--data", "DATA"], "/no/run is no run folder"),
+        (["discover", "/no/run", "--data", "DATA", "--out", "OUT"], "/no/run"),
+        (["discover", "RUN", "--data", "DATA", "--out", "OUT", "--n-parts", "300"], "--n-parts is 300"),
+        (["discover", "RUN", "--data", "DATA", "--out", "OUT", "--image-size", "-3"], "--image-size is -3"),
+        (["discover", "RUN", "--data", "DATA", "--out", "OUT", "--n-parts", "5", "--map-size", "2"], "2 x 2 pixels"),
+        (
+            ["discover", "RUN", "--data", "DATA", "--out", "OUT", "--metric", "cosine", "--position", "1"],
+            "--position with --metric euclidean",
+        ),
+        (["generate", "OUT", "--classes", "1"], "classes"),
+        (["compare", "--out", "OUT", "--data", "DATA", "--methods", "nosuch"], "no method 'nosuch'"),
+        (["compare", "--out", "OUT", "--data", "DATA", "--methods", "simclr:lr"], "name:setting=value"),
+        (["compare", "--out", "OUT", "--data", "DATA", "--methods", "simclr", "--set", "nosuch=1"], "nosuch"),
+        (["report", "/no/run"], "/no/run"),
+        (["demo", "--minutes", "0"], "--minutes"),
+        (["demo", "--minutes", "nan"], "--minutes"),
+        (["pretrain", "simclr", "--data", "DATA", "--out", "OUT", "--lr", "inf"], "--lr is inf"),
+        (["pretrain", "simclr", "--data", "DATA", "--out", "OUT", "--passes", "3"], "--passes 3"),
+        (["pretrain", "particle", "--data", "DATA", "--out", "OUT", "--maps", "m", "--parts", "grid"], "--maps"),
+        (
+            [
+                "pretrain",
+                "particle",
+                "--data",
+                "DATA",
+                "--out",
+                "OUT",
+                "--parts",
+                "online",
+                "--map-size",
+                "8",
+                "--n-parts",
+                "5",
+            ],
+            "more than the 2 x 2 pixels",
+        ),
+        (
+            ["pretrain", "particle", "--data", "DATA", "--out", "OUT", "--parts", "truth", "--unlabelled", "EXTRA"],
+            "no masks of pictures without a label",
+        ),
+    ],
+)
+def test_mistakes_are_one_sentence_and_two(
+    words: list[str], message: str, drawn: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit status 2, one line on standard error that names the thing, no traceback."""
+    extra = tmp_path / "extra"
+    extra.mkdir()
+    Image.new("RGB", (64, 64)).save(extra / "a.png")
+    names = {"DATA": str(drawn), "EXTRA": str(extra), "RUN": str(run), "OUT": str(tmp_path / "out")}
+    words = [names.get(w, w) for w in words]
+    capsys.readouterr()  # what the run said
+    assert main(words) == 2
+    assert not (tmp_path / "out").exists()
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "Traceback" not in error
+    assert len(error.splitlines()) == 1
+
+
+def test_checkpoint_of_another_method(run: Path, drawn: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Resuming a run with another method is refused and leaves it alone."""
+    before = (run / "last.pt").read_bytes()
+    file = run.parent / "options.toml"
+    file.write_text("threads = 1")
+    for words, said in (
+        (["--resume"], "is a run of particle, not of simclr"),
+        (["--resume", "--data", str(drawn), *COMMON], "is a run of particle, not of simclr"),
+        (["--resume", "--config", str(file), "--data", str(drawn), *COMMON], "of the method 'particle', not 'simclr'"),
+    ):
+        assert main(["pretrain", "simclr", "--out", str(run), *words]) == 2
+        assert said in capsys.readouterr().err
+    assert (run / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "last.pt"), 2, "last.pt"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ZeroDivisionError("ours"), 1, "mistake in fgfast"),
+    ],
+)
+def test_exit_status_by_cause(
+    error: BaseException, status: int, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """2 for a full disk, 130 for an interrupt, 1 with a traceback for a mistake of ours."""
+
+    def fails(_words: list[str]) -> None:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "info", fails)
+    assert main(["info"]) == status
+    said = capsys.readouterr().err
+    assert text in said
+    assert ("Traceback" in said) == (status == 1)
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    """--debug adds the traceback to a user's mistake."""
+    assert main(["--debug", "nosuch"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_termination_leaves_no_draft(tmp_path: Path, workers: str) -> None:
+    """A killed generate takes its half-written set with it."""
+    words = ["generate", str(tmp_path / "set"), "--images", "20000", "--workers", workers]
+    process = subprocess.Popen([sys.executable, "-m", "fgfast", *words], stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not any(tmp_path.rglob("*.jpg")) and time.monotonic() < deadline:
+            time.sleep(0.1)  # nothing but the file says how far it is
+        assert any(tmp_path.rglob("*.jpg"))
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, "interrupted" in said) == (130, True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_closed_pipe_is_no_mistake() -> None:
+    """`fgfast --help | true` says nothing on standard error and ends with 0."""
+    import subprocess
+    import sys
+
+    code = "import sys; from fgfast.cli import main; sys.stdin.read(); sys.exit(main(['pretrain', 'simclr', '-h']))"
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        process.stdout = None
+        _, said = process.communicate(b"")
+    assert (process.returncode, said) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "╭─ Value error ─╮\n│ no number     │\n│ ───────────── │\n│ more          │\n╰───────────────╯\n",
+        " Value error \n ----------- \n  no number  \n  -----------\n  more  \n",
+        "no number",
+    ],
+)
+def test_page_of_the_parser_is_cut_to_its_sentence(page: str) -> None:
+    """With and without box characters the words before the rule are told."""
+    assert arguments._first_words(page) == "no number"
+
+
+def test_the_module_runs_as_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "fgfast", "nosuch"], capture_output=True, text=True, check=False)
+    assert (done.returncode, "no command 'nosuch'" in done.stderr) == (2, True)
+
+
+def test_a_run_without_a_checkpoint_says_that_it_begins_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "simclr", "--data", "/no/such", "--out", "/no/run", "--resume"]) == 2
+    assert "/no/run holds no checkpoint to go on from" in capsys.readouterr().err

@@ -1,0 +1,48 @@
+"""Id maps of a set: what is there is kept, other settings are refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fgfast.data.layouts import open_images
+from fgfast.data.maps import read_map
+from fgfast.errors import UserError
+from fgfast.models.backbone import Backbone
+from fgfast.parts import discover
+from fgfast.parts.clustering import Clustering
+from tests.conftest import TINY
+
+
+def test_interrupted_discovery_goes_on(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there is kept, the rest is found as without the interruption; other settings want another folder."""
+    torch.manual_seed(0)
+    encoder, images = Backbone(TINY, size=32, args={"output_stride": 8}), open_images(drawn)
+    real, sizes = discover.cluster_pyramid, []
+
+    def once(encoder: object, pictures: torch.Tensor, how: object, **options: object) -> torch.Tensor:
+        if sizes == [32]:
+            sizes.append(0)
+            raise KeyboardInterrupt
+        sizes.append(len(pictures))
+        return real(encoder, pictures, how, **options)  # type: ignore[arg-type]
+
+    def found(name: str, n_parts: int = 4) -> Path:
+        return discover.discover(
+            encoder, images, tmp_path / name, Clustering(n_parts), image_size=64, map_size=16,
+            run="a test", device=torch.device("cpu"), threads=1,
+        )  # fmt: skip
+
+    monkeypatch.setattr(discover, "cluster_pyramid", once)
+    with pytest.raises(KeyboardInterrupt):
+        found("stopped")
+    assert not (tmp_path / "stopped" / "maps.json").exists()
+    found("stopped")
+    found("stopped")
+    found("whole")
+    assert sizes == [32, 0, 4, 32, 4]
+    for rel in images.paths:
+        np.testing.assert_array_equal(read_map(tmp_path / "stopped", rel), read_map(tmp_path / "whole", rel))
+    with pytest.raises(UserError, match="already holds maps of a test"):
+        found("stopped", n_parts=3)

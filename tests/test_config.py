@@ -1,0 +1,120 @@
+"""Options: files, flags, presets, and what is refused."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fgfast.cli.parse import parse_method
+from fgfast.config import TrainConfig, parse_values, to_toml, validate, with_values
+from fgfast.errors import UserError
+from fgfast.methods.lodisc import LoDiscConfig
+from fgfast.methods.particle import PARTICLEConfig
+from fgfast.methods.simclr import SimCLRConfig
+from fgfast.methods.srgan import SRGANConfig
+
+
+def test_flags_win_over_file_and_file_over_defaults(tmp_path: Path) -> None:
+    """The order of precedence is flags, file, defaults."""
+    file = tmp_path / "f.toml"
+    file.write_text('lr = 0.5\nepochs = 7\nparts = "grid"\n')
+    words = ["particle", "--config", str(file), "--epochs", "9", "--data", "d", "--out", "o"]
+    name, config = parse_method(words)
+    assert name == "particle"
+    assert (config.lr, config.epochs, config.parts, config.batch_size) == (0.5, 9, "grid", TrainConfig.batch_size)
+
+
+def test_preset_stands_under_file_and_flags(tmp_path: Path) -> None:
+    """--preset paper changes the defaults; a file and a flag still win."""
+    file = tmp_path / "f.toml"
+    file.write_text("epochs = 7\n")
+    _, config = parse_method(["particle", "--preset", "paper", "--config", str(file), "--lr", "0.25"])
+    assert (config.model, config.size, config.batch_size, config.epochs, config.lr) == ("resnet50", 224, 320, 7, 0.25)
+    _, vit = parse_method(["particle", "--preset=paper", "--model", "vit_small_patch8_224"])
+    assert (config.discover_size, config.amp, vit.amp) == (224, "off", "off")  # whole pictures at 224, no autocast
+    assert (vit.n_parts, vit.optimizer, vit.clip) == (5, "adamw", 3.0)
+
+
+def test_resumed_run_knows_its_own_options(tmp_path: Path) -> None:
+    """--out RUN --resume takes RUN/config.toml, and flags still win; without --resume nothing is taken."""
+    (tmp_path / "config.toml").write_text(
+        to_toml(PARTICLEConfig(data="d", out=str(tmp_path), lr=0.5, epochs=7), "particle")
+    )
+    words = ["particle", "--out", str(tmp_path), "--epochs", "9"]
+    _, resumed = parse_method([*words, "--resume"])
+    assert (resumed.lr, resumed.epochs, resumed.data, resumed.resume) == (0.5, 9, "d", True)
+    assert parse_method(words)[1].lr == TrainConfig.lr
+
+
+def test_configuration_survives_its_file() -> None:
+    """config.toml reads back as the same configuration, odd text included."""
+    config = PARTICLEConfig(data='a "quoted" \\ path', lr=3e-4, resume=True, parts="online")
+    values = tomllib.loads(to_toml(config, "particle"))
+    assert values.pop("method") == "particle"
+    assert values["environment"]["fgfast"]
+    assert with_values(PARTICLEConfig(), values, "file") == config
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nomethod"], "no method 'nomethod'"),
+        ([], "needs a method"),
+        (["simclr", "--parts", "grid"], "does not know '--parts'"),
+        (["simclr", "--config", "missing.toml"], "does not exist"),
+        (["simclr", "--config"], "needs a value"),
+        (["color", "--preset", "paper"], "no --preset paper"),
+    ],
+)
+def test_wrong_words_are_one_sentence(words: list[str], message: str) -> None:
+    """An unknown method, flag or file is named."""
+    with pytest.raises(UserError, match=message):
+        parse_method(words)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nosuch = 1", "'nosuch'"),
+        ('lr = "fast"', "type float"),
+        ("epochs = true", "type int"),
+        ('amp = "fp8"', "choose one of bf16, off"),
+        ("lr = ", "no TOML"),
+        ('method = "particle"', "another method"),
+    ],
+)
+def test_bad_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    """A config file with an unknown name, a wrong type or no TOML is refused."""
+    file = tmp_path / "f.toml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        parse_method(["simclr", "--config", str(file)])
+    with pytest.raises(UserError, match="cannot be read"):
+        parse_method(["simclr", "--config", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"data": ""}, {"out": ""}, {"epochs": 0}, {"batch_size": 1}, {"lr": -1.0}, {"lr": float("nan")}, {"holdout": 1.0}],
+)
+def test_unusable_values_are_refused(bad: dict[str, object]) -> None:
+    """Each value that no run can use raises."""
+    with pytest.raises(UserError):
+        validate(with_values(TrainConfig(data="d", out="o"), bad, "test"))
+
+
+def test_text_values_take_the_type_of_their_field() -> None:
+    """name=value lists give numbers, switches and text."""
+    values = parse_values(TrainConfig(), {"lr": "1e-3", "epochs": "5", "resume": "true", "model": "x"}, "test")
+    assert values == {"lr": 1e-3, "epochs": 5, "resume": True, "model": "x"}
+    with pytest.raises(UserError, match="type int"):
+        parse_values(TrainConfig(), {"epochs": "many"}, "test")
+
+
+def test_ranges_belong_to_the_method() -> None:
+    """An option is held to the range of its own method, whatever another one calls by its name."""
+    with pytest.raises(UserError, match="--blocks is 0: give at least 1"):
+        validate(SRGANConfig(data="d", out="o", blocks=0))
+    validate(SimCLRConfig(data="d", out="o", blocks=0))
+    with pytest.raises(UserError, match=r"--keep is 0\.0: give more than 0 and at most 1"):
+        validate(LoDiscConfig(data="d", out="o", keep=0.0))
