@@ -100,7 +100,7 @@ def plain_parts(query: Tensor, key: Tensor, own: Tensor, positive: Tensor, allow
 
 @pytest.mark.parametrize("negatives", ["all", "other_images", "same_image"])
 def test_negatives(race: Race, negatives: str) -> None:
-    """PARTICLE's own size: 320 pictures of 10 parts, each part of one view against those of both."""
+    """PARTICLE's own size: 320 images of 10 parts, each part of one view against those of both."""
     images, parts, d = 320, 10, 256
     query, key = vectors(images * parts, d, n=1)[0], vectors(2 * images * parts, d, n=1)[0]
     n = torch.arange(2 * len(query), device=query.device)

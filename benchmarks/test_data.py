@@ -1,8 +1,8 @@
-"""Two views of each picture, in pictures a second: DALI against torchvision v2 on the same cores.
+"""Two views of each image, in images a second: DALI against torchvision v2 on the same cores.
 
 CUB-200-2011 photographs (short side 192) where FGFAST_TEST_DATA names a folder that holds CUB_200_2011_first50, drawn
 128-pixel JPEGs otherwise. Both loaders apply the same draws; before a speed counts, their views are compared. "kept"
-has its decoded pictures in memory (decoding them happens before the clock starts), "files" reads and decodes them anew.
+has its decoded images in memory (decoding them happens before the clock starts), "files" reads and decodes them anew.
 """
 
 import os
@@ -21,12 +21,12 @@ from fgfast.data.loader import make_loader
 from fgfast.data.views import Crop, ViewSpec
 
 PICTURES, BATCH = 512, 32
-SIZES = {64: 512, 224: 128}  # pixels: pictures
+SIZES = {64: 512, 224: 128}  # pixels: images
 VARIANTS = {"dali_kept": ("dali", 4096), "dali_files": ("dali", 0), "torchvision": ("torchvision", 0)}
 
 
 def views(size: int) -> ViewSpec:
-    """SimCLR's colours and half of its pictures blurred."""
+    """SimCLR's colours and half of its images blurred."""
     crop = Crop(size=size, grayscale=0.2, blur=0.5)
     return ViewSpec(crops=(crop, crop))
 
@@ -48,7 +48,7 @@ def drawn(root: Path) -> ImageSet:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
-    """The pictures, with a manifest cache of their own."""
+    """The images, with a manifest cache of their own."""
     folder = tmp_path_factory.mktemp("data")
     os.environ["FGFAST_CACHE"] = str(folder / "cache")
     photographs = Path(os.environ.get("FGFAST_TEST_DATA", "/nowhere")) / "CUB_200_2011_first50"
@@ -74,7 +74,7 @@ def check(images: ImageSet, size: int, variant: str) -> None:
         one.close()
     assert torch.equal(found[0].index, found[1].index)
     assert torch.equal(found[0].boxes, found[1].boxes)
-    assert (found[0].views[0] - found[1].views[0]).abs().mean() < 0.06  # 2.5% of the range of a normalised picture
+    assert (found[0].views[0] - found[1].views[0]).abs().mean() < 0.06  # 2.5% of the range of a normalised image
 
 
 @pytest.mark.benchmark(group="data: two views")
@@ -85,7 +85,7 @@ def test_two_views(benchmark: BenchmarkFixture, images: ImageSet, size: int, var
     check(images, size, variant)
     images = images.subset(range(SIZES[size]))
     one = loader(images, size, variant)
-    for _ in one:  # processes, threads and kept pictures are there before the clock starts
+    for _ in one:  # processes, threads and kept images are there before the clock starts
         pass
 
     rounds, start = 3, os.times()
@@ -101,8 +101,8 @@ def test_two_views(benchmark: BenchmarkFixture, images: ImageSet, size: int, var
     own, workers = end[0] + end[1] - start[0] - start[1], end[2] + end[3] - start[2] - start[3]
     benchmark.extra_info.update(
         {
-            "pictures_per_s": round(count / benchmark.stats.stats.median),
-            "cpu_us_a_picture": round(1e6 * (own / rounds + workers / (rounds + 1)) / count),
+            "images_per_s": round(count / benchmark.stats.stats.median),
+            "cpu_us_a_image": round(1e6 * (own / rounds + workers / (rounds + 1)) / count),
             "threads": default_threads(None),
             "pictures": f"{len(images)} of {images.root}",
         }

@@ -1,6 +1,6 @@
 """Puzzles of a batch, in seconds: one gather for all tiles against a loop over them and against torchvision.
 
-A batch of normalised pictures is cut into 3 x 3 tiles, each cropped at its own place, permuted, and changed in
+A batch of normalised images is cut into 3 x 3 tiles, each cropped at its own place, permuted, and changed in
 brightness. The loop is the definition that the tests use; "torchvision" crops and brightens tile by tile, as the
 release does in its loader. All three apply the same draws, and an answer that differs stops the benchmark.
 """
@@ -27,17 +27,17 @@ def test_tiles(race: Race, device: torch.device, batch: int, size: int, side: in
     tile = size // GRID
     border = (size - GRID * tile) // 2
     values = torch.rand(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
-    pictures = F.normalize(values, list(IMAGENET_MEAN), list(IMAGENET_STD))
+    images = F.normalize(values, list(IMAGENET_MEAN), list(IMAGENET_STD))
     found = draw_puzzles(100, GRID**2, batch, tile - side, (0.5, 1.5), np.random.default_rng(0))
     label, corner, factor = (torch.from_numpy(x).to(device) for x in found)
     source = torch.from_numpy(permutation_set(100, GRID**2)).to(device)[label]
 
     def ours() -> list[Tensor]:
-        tiles = cut_tiles(pictures, GRID, side, source, corner)
+        tiles = cut_tiles(images, GRID, side, source, corner)
         return [brighten(tiles, factor.flatten(), IMAGENET_MEAN, IMAGENET_STD)]
 
     def loop() -> list[Tensor]:
-        tiles = plain(pictures, GRID, side, source, corner)
+        tiles = plain(images, GRID, side, source, corner)
         return [brighten(tiles, factor.flatten(), IMAGENET_MEAN, IMAGENET_STD)]
 
     def torchvision() -> list[Tensor]:

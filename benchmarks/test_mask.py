@@ -22,7 +22,7 @@ def attention() -> Tensor:
 
 
 def loop(x: Tensor) -> list[Tensor]:
-    """Picture by picture and patch by patch, as the method was released: a product over layers, sort, compare."""
+    """Image by image and patch by patch, as the method was released: a product over layers, sort, compare."""
     masks = []
     for b in range(x.shape[1]):
         product = torch.ones(x.shape[3], device=x.device)

@@ -21,7 +21,7 @@ from fgfast.methods.particle import PARTICLE, PARTICLEConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ITERATIONS = 10
-SHAPE = {"cpu": ("resnet18", 96, 8, 48), "cuda": ("resnet50", 224, 64, 56)}[DEVICE]  # model, side, pictures, map
+SHAPE = {"cpu": ("resnet18", 96, 8, 48), "cuda": ("resnet50", 224, 64, 56)}[DEVICE]  # model, side, images, map
 
 
 def start(maps: list[Tensor], k: int) -> Tensor:
@@ -100,22 +100,22 @@ class Plain(Fused):
 
 def step(name: str, exact: bool = False) -> Any:
     """One step of a contender: a function that returns the loss, and in float32 a gradient of the heads with it."""
-    model, side, pictures, map_size = SHAPE
+    model, side, images, map_size = SHAPE
     torch.manual_seed(0)
     config = PARTICLEConfig(parts="online", model=model, size=side, map_size=4 * map_size, max_parts=0)
     method = {"fgfast": Fused, "plain": Plain}[name](config).to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
     g = torch.Generator().manual_seed(1)
-    whole = torch.randn(pictures, 3, 16, 16, generator=g)
+    whole = torch.randn(images, 3, 16, 16, generator=g)
     whole = F.interpolate(whole, (2 * side, 2 * side), mode="bicubic").to(DEVICE, memory_format=torch.channels_last)
-    boxes = torch.tensor([[0.0, 0.0, 0.7, 0.7, 0], [0.2, 0.2, 0.8, 0.8, 1]], device=DEVICE).expand(pictures, 2, 5)
+    boxes = torch.tensor([[0.0, 0.0, 0.7, 0.7, 0], [0.2, 0.2, 0.8, 0.8, 1]], device=DEVICE).expand(images, 2, 5)
     windows = (
         whole[:, :, : int(1.4 * side), : int(1.4 * side)],
         whole[:, :, int(0.4 * side) :, int(0.4 * side) :].flip(3),
     )
     batch = Batch(
         views=[F.interpolate(w, (side, side), mode="bilinear").to(memory_format=torch.channels_last) for w in windows],
-        boxes=boxes, whole=whole, index=torch.arange(pictures, device=DEVICE),
-        target=torch.zeros(pictures, dtype=torch.int64), valid=torch.ones(pictures, dtype=torch.bool, device=DEVICE),
+        boxes=boxes, whole=whole, index=torch.arange(images, device=DEVICE),
+        target=torch.zeros(images, dtype=torch.int64), valid=torch.ones(images, dtype=torch.bool, device=DEVICE),
     )  # fmt: skip
 
     def run() -> list[Tensor]:

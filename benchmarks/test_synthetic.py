@@ -1,4 +1,4 @@
-"""Pictures a second that one core draws and writes, at 128 px."""
+"""Images a second that one core draws and writes, at 128 px."""
 
 import shutil
 from pathlib import Path

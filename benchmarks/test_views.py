@@ -1,6 +1,6 @@
-"""Pixels that change places or go in a batch of views: one index for all pictures, against loops over the pictures.
+"""Pixels that change places or go in a batch of views: one index for all images, against loops over the images.
 
-Contenders: a loop of torchvision's functions or slices over the pictures, plain torch over the batch where there is a
+Contenders: a loop of torchvision's functions or slices over the images, plain torch over the batch where there is a
 plain way, and DALI's own operators ``fn.erase`` and ``fn.multi_paste``, each in a pipeline of its own, whose cost is in
 the time. Every answer is compared with that of the loop before it is timed.
 """
@@ -38,13 +38,13 @@ def dali(pixels: Tensor, operator: Callable[[Any, Any], Any], inputs: dict[str, 
     pipe = module.pipeline.Pipeline(BATCH, 1, None, prefetch_queue_depth=1)
     with pipe:
         names = {name: module.fn.external_source(name=name, no_copy=True) for name in inputs}
-        picture = module.fn.external_source(name="picture", layout="HWC", no_copy=True)
-        pipe.set_outputs(operator(module.fn, {"picture": picture} | names))
+        image = module.fn.external_source(name="image", layout="HWC", no_copy=True)
+        pipe.set_outputs(operator(module.fn, {"image": image} | names))
     pipe.build()
-    pictures = list(pixels.numpy())
+    images = list(pixels.numpy())
 
     def run() -> list[Tensor]:
-        pipe.feed_input("picture", pictures)
+        pipe.feed_input("image", images)
         for name, values in inputs.items():
             pipe.feed_input(name, values)
         pipe.schedule_run()
@@ -60,13 +60,13 @@ def test_holes(race: Race, size: int) -> None:
     tv = pytest.importorskip("torchvision.transforms.v2.functional")
     pixels, draw = views(size, holes=(5, 20))
     assert draw.holes is not None
-    holes = [[hole for hole in picture if hole[2]] for picture in draw.holes.tolist()]
+    holes = [[hole for hole in image if hole[2]] for image in draw.holes.tolist()]
 
     def erased() -> list[Tensor]:
         out = pixels.permute(0, 3, 1, 2).clone()
-        for picture, some in zip(out, holes, strict=True):
+        for image, some in zip(out, holes, strict=True):
             for y, x, side in some:
-                tv.erase(picture, y, x, side, side, torch.zeros((), dtype=torch.uint8), inplace=True)
+                tv.erase(image, y, x, side, side, torch.zeros((), dtype=torch.uint8), inplace=True)
         return [out.permute(0, 2, 3, 1)]
 
     def masked() -> list[Tensor]:
@@ -87,7 +87,7 @@ def test_holes(race: Race, size: int) -> None:
             "one mask of all holes": masked,
             "DALI erase": dali(
                 pixels,
-                lambda fn, x: fn.erase(x["picture"], anchor=x["anchor"], shape=x["shape"], axis_names="HW"),
+                lambda fn, x: fn.erase(x["image"], anchor=x["anchor"], shape=x["shape"], axis_names="HW"),
                 feeds,
             ),
         },
@@ -133,11 +133,11 @@ def test_jigsaw(race: Race, size: int, change: dict[str, int]) -> None:
 
     def sliced() -> list[Tensor]:
         out = torch.empty_like(pixels)
-        for view, picture, order in zip(out, pixels, orders, strict=True):
+        for view, image, order in zip(out, pixels, orders, strict=True):
             for place, block in enumerate(order):
                 (i, j), (k, m) = divmod(place, n), divmod(block, n)
                 to = view[edges[i] : edges[i + 1], edges[j] : edges[j + 1]]
-                cut = picture[edges[k] : edges[k + 1], edges[m] : edges[m + 1]][: len(to), : to.shape[1]]
+                cut = image[edges[k] : edges[k + 1], edges[m] : edges[m + 1]][: len(to), : to.shape[1]]
                 to[: len(cut), : cut.shape[1]] = cut
                 to[len(cut) :] = to[len(cut) - 1]  # a block that is a pixel too short
                 to[:, cut.shape[1] :] = to[:, cut.shape[1] - 1 : cut.shape[1]]
@@ -155,7 +155,7 @@ def test_jigsaw(race: Race, size: int, change: dict[str, int]) -> None:
         contenders["DALI multi_paste"] = dali(
             pixels,
             lambda fn, x: fn.multi_paste(
-                x["picture"], in_ids=x["ids"], in_anchors=x["cut"], shapes=x["shapes"], out_anchors=x["to"],
+                x["image"], in_ids=x["ids"], in_anchors=x["cut"], shapes=x["shapes"], out_anchors=x["to"],
                 output_size=[size, size],
             ),
             feeds,

@@ -276,7 +276,7 @@ class Comparison:
         return np.stack([np.load(r / "correct.npz")[protocol] for r in runs])
 
     def table(self) -> str:
-        """The results as Markdown: means over seeds, 95% intervals over seeds and pictures; compare.md, compare.png."""
+        """The results as Markdown: means over seeds, 95% intervals over seeds and images; compare.md, compare.png."""
         lines = []
         asked = {self._key(*job) for job in product(self.entries, self.data, self.seeds)}
         rows = [r for key, r in self._begun().items() if key in asked]

@@ -52,14 +52,14 @@ class TrainConfig:
     """Options of every method; each method's own class adds to them."""
 
     takes_unlabelled: ClassVar[bool] = True
-    """Whether the method can train on pictures that have no label."""
+    """Whether the method can train on images that have no label."""
     grey_input: ClassVar[bool] = False
     """Whether the encoder sees lightness alone, in training and in evaluation."""
 
     data: str = ""
-    """Folder of the pictures: an image folder, or a data set in its official layout."""
+    """Folder of the images: an image folder, or a data set in its official layout."""
     unlabelled: str = ""
-    """Folder of further pictures without labels, which are trained on and never scored."""
+    """Folder of further images without labels, which are trained on and never scored."""
     out: str = ""
     """Run folder that is written."""
     model: str = "resnet18"
@@ -73,9 +73,9 @@ class TrainConfig:
     epochs: Count = 100
     """Epochs in all; with --rounds they are split evenly over the rounds."""
     passes: Natural = 0
-    """Encoder passes over pictures in all; over 0 it replaces --epochs (equal passes, equal compute)."""
+    """Encoder passes over images in all; over 0 it replaces --epochs (equal passes, equal compute)."""
     batch_size: Annotated[int, Range(2)] = 128
-    """Pictures a step and process."""
+    """Images a step and process."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimiser, fused."""
     lr: Weight = 1e-3
@@ -89,7 +89,7 @@ class TrainConfig:
     amp: Literal["bf16", "off"] = "bf16"
     """Autocast of the networks; losses accumulate in float32."""
     crop_scale: Annotated[float, Range(0, 1, open=True)] = 0.2
-    """Smallest share of a picture's area that a crop takes."""
+    """Smallest share of an image's area that a crop takes."""
     seed: Natural = 0
     """Seed of weights, views and order."""
     holdout: Annotated[float, Range(0, 0.9)] = 0.0
@@ -194,7 +194,7 @@ def validate(config: TrainConfig) -> None:
     if not config.out:
         raise UserError("No run folder is named: give --out RUN.")
     if config.unlabelled and not config.takes_unlabelled:
-        raise UserError("--unlabelled adds pictures that supervised training has no use for: leave it out.")
+        raise UserError("--unlabelled adds images that supervised training has no use for: leave it out.")
     check_ranges(config)
     config.check()
 

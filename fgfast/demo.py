@@ -6,7 +6,7 @@ import torch
 
 from fgfast.config import Range, check_range
 
-EPOCHS_PER_MINUTE = 10  # of 1,000 training pictures on 2 CPU cores
+EPOCHS_PER_MINUTE = 10  # of 1,000 training images on 2 CPU cores
 
 
 def demo(out: Path = Path("runs/demo"), minutes: float = 5.0, device: str = "auto") -> None:
@@ -37,7 +37,7 @@ def demo(out: Path = Path("runs/demo"), minutes: float = 5.0, device: str = "aut
     console = Console()
     chosen = choose_device(device)
     data = generate(out / "data", difficulty=0.2, nuisance=0.5)
-    console.print(f"synthetic set: {len(open_images(data))} pictures of 20 classes in {data}", soft_wrap=True)
+    console.print(f"synthetic set: {len(open_images(data))} images of 20 classes in {data}", soft_wrap=True)
     run = out / "particle"
     config = PARTICLEConfig(
         data=str(data), out=str(run), model="resnet18",
@@ -56,10 +56,10 @@ def demo(out: Path = Path("runs/demo"), minutes: float = 5.0, device: str = "aut
     for key in ("nmi", "ari"):
         found = [score_discovery(run, data, checkpoint=c, device=chosen)[key] for c in ("init", "last")]
         table.add_row(f"parts against the true ones, {key.upper()}", *(f"{v:.3f}" for v in found))
-    pictures = draw_run(run, data, device=chosen)
+    images = draw_run(run, data, device=chosen)
     report = write_report(run)
     console.print(table)
-    console.print(f"parts found: {next(p for p in pictures if p.name == 'parts.png')}", soft_wrap=True)
+    console.print(f"parts found: {next(p for p in images if p.name == 'parts.png')}", soft_wrap=True)
     console.print(f"report:      {report}", soft_wrap=True)
     if not torch.cuda.is_available():
         console.print("(ran on the CPU; a GPU is used when there is one)")

@@ -1,4 +1,4 @@
-"""Pictures four times as large, made by a trained generator: ``fgfast upscale``."""
+"""Images four times as large, made by a trained generator: ``fgfast upscale``."""
 
 import logging
 from dataclasses import replace
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fgfast.data.manifest import read_picture
+from fgfast.data.manifest import read_image
 from fgfast.data.panels import to_pixels
 from fgfast.errors import UserError
 from fgfast.files import write_atomic
@@ -19,18 +19,18 @@ from fgfast.run import load_checkpoint
 
 log = logging.getLogger("fgfast")
 
-TILE = 128  # side of the piece of a picture that is enlarged at a time, without its surroundings
+TILE = 128  # side of the piece of an image that is enlarged at a time, without its surroundings
 
 
 def upscale(
     run: Path, images: list[Path], out: Path, *, checkpoint: Checkpoint = "last", device: torch.device
 ) -> list[Path]:
-    """Write OUT/NAME.png, four times as large, for every picture that can be read; the others are named in the log.
+    """Write OUT/NAME.png, four times as large, for every image that can be read; the others are named in the log.
 
     Args:
         run: run folder of srgan.
-        images: pictures of any size and kind (grey, CMYK, 16 bits, turned by EXIF).
-        out: folder that is written; each picture at once or not at all.
+        images: images of any size and kind (grey, CMYK, 16 bits, turned by EXIF).
+        out: folder that is written; each image at once or not at all.
         checkpoint: "init" or "last".
         device: where the generator runs.
 
@@ -38,15 +38,15 @@ def upscale(
         The files written.
 
     Raises:
-        UserError: the run is of another method, two pictures have the same name, one would be replaced, or none can be
+        UserError: the run is of another method, two images have the same name, one would be replaced, or none can be
             read.
     """
     name, config = read_run(run)
     if not isinstance(config, SRGANConfig):
-        raise UserError(f"{run} is a run of {name}, which makes no pictures: give one of srgan.")
+        raise UserError(f"{run} is a run of {name}, which makes no images: give one of srgan.")
     twice = [p for i, p in enumerate(images) if p.stem in {q.stem for q in images[:i]}]
     if twice:
-        raise UserError(f"Two pictures would become {twice[0].stem}.png, {twice[0]} one of them: enlarge them apart.")
+        raise UserError(f"Two images would become {twice[0].stem}.png, {twice[0]} one of them: enlarge them apart.")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: give another --out.")
     own = [p for p in images if (out / f"{p.stem}.png").resolve() == p.resolve()]
@@ -58,21 +58,21 @@ def upscale(
     written = []
     for path in images:
         try:
-            pixels = read_picture(str(path))
+            pixels = read_image(str(path))
         except OSError as error:
-            log.warning("skipped %s, which is no picture that can be read: %s", path, error)
+            log.warning("skipped %s, which is no image that can be read: %s", path, error)
             continue
         large, target = Image.fromarray(enlarge(generator, pixels)), out / f"{path.stem}.png"
         write_atomic(target, lambda p, large=large: large.save(p, format="PNG"))  # type: ignore[misc]
         written.append(target)
     if not written:
-        raise UserError(f"None of the {len(images)} pictures could be read: check their paths.")
+        raise UserError(f"None of the {len(images)} images could be read: check their paths.")
     return written
 
 
 @torch.no_grad()
 def enlarge(generator: Generator, pixels: np.ndarray, tile: int = TILE) -> np.ndarray:
-    """A picture four times as large, made piece by piece, so that memory does not grow with it.
+    """An image four times as large, made piece by piece, so that memory does not grow with it.
 
     A piece is enlarged together with all the pixels around it that its own depend on, so pieces leave no seams.
 

@@ -81,7 +81,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A synthetic set of 3 classes and 36 pictures of 48 px."""
+    """A synthetic set of 3 classes and 36 images of 48 px."""
     from fgfast.data.synthetic import generate
 
     return Path(generate(tmp_path_factory.mktemp("drawn") / "set", classes=3, images=36, size=48, seed=0, workers=1))

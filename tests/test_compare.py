@@ -72,7 +72,7 @@ def test_rows_of_other_settings_are_not_mixed_in(drawn: Path, tmp_path: Path) ->
         comparison(drawn, tmp_path, methods=["simclr"], seeds=[0], shared=SHARED | {"passes": 72}).run()
 
 
-def test_rates_are_tuned_on_held_out_training_pictures(drawn: Path, tmp_path: Path) -> None:
+def test_rates_are_tuned_on_held_out_training_images(drawn: Path, tmp_path: Path) -> None:
     """Each rate is scored once, on a part of the training split, and the best one is used for the rows."""
     c = comparison(drawn, tmp_path, methods=["simclr"], seeds=[0], lrs=[1e-4, 1e-2], tune_share=0.5)
     c.run()

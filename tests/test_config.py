@@ -31,7 +31,7 @@ def test_preset_stands_under_file_and_flags(tmp_path: Path) -> None:
     _, config = parse_method(["particle", "--preset", "paper", "--config", str(file), "--lr", "0.25"])
     assert (config.model, config.size, config.batch_size, config.epochs, config.lr) == ("resnet50", 224, 320, 7, 0.25)
     _, vit = parse_method(["particle", "--preset=paper", "--model", "vit_small_patch8_224"])
-    assert (config.discover_size, config.amp, vit.amp) == (224, "off", "off")  # whole pictures at 224, no autocast
+    assert (config.discover_size, config.amp, vit.amp) == (224, "off", "off")  # whole images at 224, no autocast
     assert (vit.n_parts, vit.optimizer, vit.clip) == (5, "adamw", 3.0)
 
 

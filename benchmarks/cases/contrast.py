@@ -38,7 +38,7 @@ class Field(NamedTuple):
 
 
 def field(kind: str, m: int, d: int, dtype: torch.dtype, device: torch.device, seed: int) -> Field:
-    """Rows of pictures of ten parts; the columns that belong to a row are near it."""
+    """Rows of images of ten parts; the columns that belong to a row are near it."""
     g = generator(device, seed)
     made = torch.randn(m, d, device=device, generator=g)
     rows = torch.arange(m, device=device)

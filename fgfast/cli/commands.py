@@ -27,9 +27,9 @@ def _generate(words: list[str]) -> None:
         classes: int = 20
         """Number of classes."""
         images: int = 2000
-        """Number of pictures, half of each class for training."""
+        """Number of images, half of each class for training."""
         size: int = 128
-        """Side of the pictures, pixels."""
+        """Side of the images, pixels."""
         seed: int = 0
         """Seed; the same bytes for a seed."""
         difficulty: float = 0.5
@@ -48,7 +48,7 @@ def _generate(words: list[str]) -> None:
 
 
 def _pretrain(words: list[str]) -> None:
-    """Train a method on pictures without labels and write a run folder."""
+    """Train a method on images without labels and write a run folder."""
     name, config = parse_method(words)
     from fgfast.report.draw import draw_run
     from fgfast.report.html import write_report
@@ -66,7 +66,7 @@ def _pretrain(words: list[str]) -> None:
 
 
 def _discover(words: list[str]) -> None:
-    """Cluster the pixels of every picture with a run's encoder and write id maps."""
+    """Cluster the pixels of every image with a run's encoder and write id maps."""
     import tyro
 
     @dataclass
@@ -74,13 +74,13 @@ def _discover(words: list[str]) -> None:
         run: Annotated[Path, tyro.conf.Positional]
         """Run folder."""
         data: Path
-        """Folder of the pictures."""
+        """Folder of the images."""
         out: Path
         """Folder of maps that is written."""
         checkpoint: Literal["init", "last"] = "last"
         """Which weights."""
         n_parts: int | None = None
-        """Clusters a picture; by default the run's setting, or 15."""
+        """Clusters an image; by default the run's setting, or 15."""
         levels: int | None = None
         """Last maps that the hypercolumns take; by default the run's setting, or 4."""
         metric: Literal["euclidean", "cosine"] | None = None
@@ -90,7 +90,7 @@ def _discover(words: list[str]) -> None:
         position: float | None = None
         """Variance of the coordinates that join the features (CNN), in their units; by default as the run, or 0."""
         image_size: int = 0
-        """Side to which the whole picture is squashed; 0 is twice the training size."""
+        """Side to which the whole image is squashed; 0 is twice the training size."""
         map_size: int = 64
         """Side of the id maps."""
         device: str = "auto"
@@ -160,7 +160,7 @@ def _eval(words: list[str]) -> None:
         weight_decay: float | None = None
         """mlp (0), finetune (0.0005): weight decay of Adam."""
         batch_size: int | None = None
-        """mlp (16), finetune (32): pictures a step."""
+        """mlp (16), finetune (32): images a step."""
         class_weights: ClassWeights | None = None
         """mlp, finetune: weight classes inverse to their frequency, or proportional to it (default none)."""
         seed: int | None = None
@@ -190,7 +190,7 @@ def _eval(words: list[str]) -> None:
         )
         print(
             f"{args.protocol} {'rank 1' if more else 'top-1'} of {args.run} ({args.checkpoint}): {score.top1:.2%} "
-            f"(95% interval {score.low:.2%} to {score.high:.2%}, {len(score.correct)} pictures){more}, "
+            f"(95% interval {score.low:.2%} to {score.high:.2%}, {len(score.correct)} images){more}, "
             f"macro-F1 {score.macro_f1:.2%}, weighted-F1 {score.weighted_f1:.2%}"
         )
 
@@ -204,7 +204,7 @@ def _pictures(words: list[str]) -> None:
         run: Annotated[Path, tyro.conf.Positional]
         """Run folder."""
         data: Path
-        """Folder of the pictures."""
+        """Folder of the images."""
         checkpoint: Literal["init", "last"] = "last"
         """Which weights."""
         device: str = "auto"
@@ -221,7 +221,7 @@ def _pictures(words: list[str]) -> None:
 
 
 def _upscale(words: list[str]) -> None:
-    """Enlarge pictures by four with the generator of an srgan run."""
+    """Enlarge images by four with the generator of an srgan run."""
     import tyro
 
     @dataclass
@@ -229,9 +229,9 @@ def _upscale(words: list[str]) -> None:
         run: Annotated[Path, tyro.conf.Positional]
         """Run folder."""
         images: Annotated[list[Path], tyro.conf.Positional]
-        """Pictures of any size."""
+        """Images of any size."""
         out: Path
-        """Folder that is written, NAME.png for each picture."""
+        """Folder that is written, NAME.png for each image."""
         checkpoint: Literal["init", "last"] = "last"
         """Which weights."""
         device: str = "auto"
@@ -242,7 +242,7 @@ def _upscale(words: list[str]) -> None:
     from fgfast.upscale import upscale
 
     if not args.images:
-        raise UserError("fgfast upscale needs pictures: name them after the run.")
+        raise UserError("fgfast upscale needs images: name them after the run.")
     for path in upscale(args.run, args.images, args.out, checkpoint=args.checkpoint, device=choose_device(args.device)):
         print(path)
 

@@ -1,4 +1,4 @@
-"""The picture of one bird: the scene around it, light over it, a camera before it; its part map and key points.
+"""The image of one bird: the scene around it, light over it, a camera before it; its part map and key points.
 
 Everything is drawn once into an 8-bit image of ink numbers at twice the size; colours and part ids are look-ups in it,
 which makes the part map exact and costs no second drawing.
@@ -33,7 +33,7 @@ def _scene_colour(plumage: list[RGB], rng: np.random.Generator) -> RGB:
 
 
 def _clutter(s: Sketch, own: list[RGB], foot: complex, nuisance: float, rng: np.random.Generator) -> Sketch:
-    """What lies behind the bird, in picture units (0..1): a perch, leaves, stems, stray beak-like wedges."""
+    """What lies behind the bird, in image units (0..1): a perch, leaves, stems, stray beak-like wedges."""
     behind = Sketch(colours=s.colours, parts=s.parts)
     for _ in range(int(rng.poisson(9 * nuisance))):
         centre = complex(*rng.uniform(-0.05, 1.05, 2))
@@ -137,12 +137,12 @@ def _light(labels: np.ndarray, centre: complex, nuisance: float, rng: np.random.
     return light * grain
 
 
-def _camera(picture: np.ndarray, nuisance: float, rng: np.random.Generator) -> Image.Image:
+def _camera(pixels: np.ndarray, nuisance: float, rng: np.random.Generator) -> Image.Image:
     """Sensor noise, exposure, gamma and colour cast, blur."""
-    size = len(picture)
+    size = len(pixels)
     noise = rng.integers(0, 256, (size, size, 1), dtype=np.uint8).astype(np.float32) - 127.5
-    picture += noise * np.float32(0.05 * nuisance * rng.uniform())
-    image = Image.fromarray(np.clip(picture, 0, 255, out=picture).astype(np.uint8))
+    pixels += noise * np.float32(0.05 * nuisance * rng.uniform())
+    image = Image.fromarray(np.clip(pixels, 0, 255, out=pixels).astype(np.uint8))
     gain = np.exp(nuisance * (0.18 * rng.uniform(-1, 1) + 0.09 * rng.uniform(-1, 1, 3)))
     gamma = math.exp(0.22 * nuisance * rng.uniform(-1, 1))
     ramp = (np.arange(256) / 255) ** gamma
@@ -154,32 +154,32 @@ def _camera(picture: np.ndarray, nuisance: float, rng: np.random.Generator) -> I
 def draw(
     traits: Traits, size: int, nuisance: float, rng: np.random.Generator
 ) -> tuple[Image.Image, np.ndarray, np.ndarray]:
-    """One picture with its truth.
+    """One image with its truth.
 
     Args:
         traits: the bird's part attributes.
-        size: side of the picture in pixels.
+        size: side of the image in pixels.
         nuisance: 0 = one pose, plain light; 1 = wide variation; more is allowed.
         rng: the only source of chance.
 
     Returns:
-        The RGB picture; part ids uint8 [S, S] (255 = no part); key points float64 [P, 3] (x, y, visible) in pixels
+        The RGB image; part ids uint8 [S, S] (255 = no part); key points float64 [P, 3] (x, y, visible) in pixels
         from the upper left corner, in the order of KEYPOINTS, zeros where not visible.
     """
     bird, foot = sketch_bird(traits, nuisance, rng)
     zoom, shift, flip = _place(bird, nuisance, rng)
 
-    def to_picture(points: np.ndarray) -> np.ndarray:
+    def to_image(points: np.ndarray) -> np.ndarray:
         rolled = points * (zoom / abs(zoom))
         return abs(zoom) * (-rolled.conj() if flip else rolled) + shift
 
     own = list(bird.colours)
-    behind = _clutter(bird, own, complex(to_picture(np.array(foot))), nuisance, rng)
+    behind = _clutter(bird, own, complex(to_image(np.array(foot))), nuisance, rng)
     front = _occluders(bird, own, nuisance, rng)
     canvas = Image.new("L", (2 * size, 2 * size))
     pen = ImageDraw.Draw(canvas)
     _paint(pen, behind.shapes, lambda points: 2 * size * points, 2 * size)
-    _paint(pen, bird.shapes, lambda points: 2 * size * to_picture(points), 2 * size * abs(zoom))
+    _paint(pen, bird.shapes, lambda points: 2 * size * to_image(points), 2 * size * abs(zoom))
     _paint(pen, front.shapes, lambda points: 2 * size * points, 2 * size)
 
     parts = np.full(256, ABSENT, np.uint8)
@@ -188,15 +188,15 @@ def draw(
     clear = canvas.point([255] + [0] * 255).reduce(2)
     canvas.putpalette(np.clip(np.array(bird.colours), 0, 255).astype(np.uint8).tobytes())
     backdrop = ImageChops.multiply(_backdrop(size, own, nuisance, rng), Image.merge("RGB", (clear, clear, clear)))
-    picture = np.asarray(ImageChops.add(canvas.convert("RGB").reduce(2), backdrop), np.float32)
-    centre = complex(to_picture(np.array(0j)))
-    image = _camera(picture * _light(labels, centre, nuisance, rng)[..., None], nuisance, rng)
+    pixels = np.asarray(ImageChops.add(canvas.convert("RGB").reduce(2), backdrop), np.float32)
+    centre = complex(to_image(np.array(0j)))
+    image = _camera(pixels * _light(labels, centre, nuisance, rng)[..., None], nuisance, rng)
 
     points = np.zeros((len(KEYPOINTS), 3))
     for row, (name, part) in enumerate(KEYPOINTS.items()):
         if name not in bird.points:
             continue
-        at = complex(to_picture(np.array(bird.points[name]))) * size
+        at = complex(to_image(np.array(bird.points[name]))) * size
         inside = 0 <= at.real < size and 0 <= at.imag < size
         if inside and labels[int(at.imag), int(at.real)] == part:
             points[row] = at.real, at.imag, 1

@@ -26,7 +26,7 @@ class Source:
     """Where a loader's pixels come from and how they are dealt out; plain data, so that a worker process can have it.
 
     Args:
-        records: the usable pictures.
+        records: the usable images.
         spec: the views.
         batch_size: B.
         shuffle: a new order each epoch.
@@ -69,10 +69,10 @@ class Source:
         return [draw_crop(crop, self.records.sizes[rows], rng) for crop in self.spec.crops]
 
     def corners(self, epoch: int, batch: int, rows: np.ndarray) -> np.ndarray:
-        """Upper left corner (y, x) of the patch of each picture of one batch, int64 [B, 2].
+        """Upper left corner (y, x) of the patch of each image of one batch, int64 [B, 2].
 
         Raises:
-            UserError: a picture is smaller than the patch.
+            UserError: an image is smaller than the patch.
         """
         assert self.spec.patch is not None
         check_patch(self.records, self.spec.patch, rows)
@@ -89,7 +89,7 @@ class Source:
 
 
 def check_patch(records: Records, patch: Patch, rows: np.ndarray | None = None) -> None:
-    """Refuse pictures that are smaller than a patch.
+    """Refuse images that are smaller than a patch.
 
     Raises:
         UserError: the first of them, its size and the remedy.
@@ -101,8 +101,8 @@ def check_patch(records: Records, patch: Patch, rows: np.ndarray | None = None) 
         largest = int(records.sizes[small].min()) // patch.reduce * patch.reduce
         raise UserError(
             f"{records.images.paths[records.index[small[0]]]} is {width} x {height} pixels, smaller than a patch of "
-            f"{patch.size} x {patch.size} (as are {len(small)} of {len(rows)} pictures): give --size {largest} or "
-            "less, or remove small pictures."
+            f"{patch.size} x {patch.size} (as are {len(small)} of {len(rows)} images): give --size {largest} or "
+            "less, or remove small images."
         )
 
 
@@ -124,7 +124,7 @@ def make_source(
 
     Raises:
         ValueError: sizes or ranks that cannot be.
-        UserError: pictures or maps are missing or broken, or no batch is full under ``drop_last``.
+        UserError: images or maps are missing or broken, or no batch is full under ``drop_last``.
     """
     if batch_size < 1 or not 0 <= rank < world:
         raise ValueError(
@@ -143,7 +143,7 @@ def make_source(
     )
     if not len(source):
         raise UserError(
-            f"{len(records)} pictures do not fill one batch of {batch_size} on each of {world} processes: "
+            f"{len(records)} images do not fill one batch of {batch_size} on each of {world} processes: "
             "choose a smaller batch."
         )
     return source
@@ -159,7 +159,7 @@ class Loader(ABC):
     Attributes:
         backend: "dali" or "torchvision".
         epoch: number of the epoch that is running or comes next.
-        skipped: (path, reason) of every picture that is left out.
+        skipped: (path, reason) of every image that is left out.
     """
 
     backend: str
@@ -194,11 +194,11 @@ class Loader(ABC):
         """Go to where ``state`` was taken; the next iteration continues there.
 
         Raises:
-            UserError: the state belongs to other pictures, another batch size or other ranks.
+            UserError: the state belongs to other images, another batch size or other ranks.
         """
         if state["fingerprint"] != self._fingerprint():
             raise UserError(
-                f"The checkpoint was taken with (pictures, batch, seed, rank, world) = {state['fingerprint']}, this "
+                f"The checkpoint was taken with (images, batch, seed, rank, world) = {state['fingerprint']}, this "
                 f"run has {self._fingerprint()}: resume with the same data and settings."
             )
         self.epoch, self._resume, self._failed = int(state["epoch"]), int(state["batch"]), set(state["failed"])
@@ -217,13 +217,13 @@ class Loader(ABC):
         return [len(source.records), source.batch_size, source.seed, source.rank, source.world]
 
     def _fail(self, row: int, reason: str) -> None:
-        """Leave a picture out from now on: its place is padding (another picture, valid False)."""
+        """Leave an image out from now on: its place is padding (another image, valid False)."""
         if row not in self._failed:
             self._failed.add(row)
             self.skipped.append((self.source.rel(row), reason))
             log.warning("skipped %s, which no longer decodes: %s", self.source.rel(row), reason)
         if len(self._failed) == len(self.source.records):
-            raise UserError(f"No picture of {self.source.records.images.root} decodes any longer: restore the files.")
+            raise UserError(f"No image of {self.source.records.images.root} decodes any longer: restore the files.")
 
 
 def replace_failed(rows: np.ndarray, valid: np.ndarray, failed: set[int], n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,10 +2,10 @@
 
 One pipeline serves both devices. A window is fn.resize with a region of interest, so that cropping, flipping (the
 region's ends exchanged) and resizing are one pass; an id map goes through the same region with nearest neighbour.
-Where all decoded pictures fit into ``memory_mb``, they are decoded once and stay in memory with halved copies
+Where all decoded images fit into ``memory_mb``, they are decoded once and stay in memory with halved copies
 (mip levels): a view is then cut from the smallest level that is still no smaller than the view, so that the resize
-reads at most four pixels for each one it writes. A patch is cut from the picture itself; its reduced copy is made in
-torch (``photometric.with_reduced``). DALI's own random operators are not used: what happens to a picture is drawn on
+reads at most four pixels for each one it writes. A patch is cut from the image itself; its reduced copy is made in
+torch (``photometric.with_reduced``). DALI's own random operators are not used: what happens to an image is drawn on
 the host, which is what makes resuming exact.
 """
 
@@ -26,7 +26,7 @@ from torch.utils.dlpack import from_dlpack
 
 from fgfast.data.background import Producer
 from fgfast.data.base import Loader, Source, replace_failed
-from fgfast.data.manifest import convert, read_picture, shown_size
+from fgfast.data.manifest import convert, read_image, shown_size
 from fgfast.data.maps import ABSENT, map_path, read_map
 from fgfast.data.photometric import photometric, with_reduced
 from fgfast.data.rearrange import rearrange
@@ -55,7 +55,7 @@ class _Job:
 
 
 class DaliLoader(Loader):
-    """See ``make_loader``; ``memory_mb`` bounds the decoded pictures kept in memory, 0 keeps none."""
+    """See ``make_loader``; ``memory_mb`` bounds the decoded images kept in memory, 0 keeps none."""
 
     backend = "dali"
 
@@ -73,7 +73,7 @@ class DaliLoader(Loader):
         self._sides = [crop.size for crop in source.spec.crops]
         self._whole = source.spec.whole
         pixels = int(np.prod(source.records.sizes, axis=1, dtype=np.int64).sum()) * 4  # RGB and a third for the levels
-        # A pass in file order reads each picture once: there is nothing to keep.
+        # A pass in file order reads each image once: there is nothing to keep.
         self._keep = source.shuffle and pixels <= memory_mb * 2**20
         self._stamps = list(source.records.stamps)
         self._levels: list[list[np.ndarray]] = []
@@ -109,7 +109,7 @@ class DaliLoader(Loader):
         super().load_state_dict(state)
 
     def close(self) -> None:
-        """Stop the thread and free pipeline and pictures."""
+        """Stop the thread and free pipeline and images."""
         self._stop()
         self._pipe, self._levels, self._maps = None, [], []
         self._jobs.clear()
@@ -222,7 +222,7 @@ class DaliLoader(Loader):
         return job
 
     def _pick(self, rows: np.ndarray, window: np.ndarray, side: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The smallest kept copy of each picture whose window is no smaller than the view."""
+        """The smallest kept copy of each image whose window is no smaller than the view."""
         level = np.log2(np.maximum(window[:, 2:].min(1) / side, 1)).astype(np.int64)
         level = np.minimum(level, [len(self._levels[row]) - 1 for row in rows])
         shrink = (2.0**level)[:, None].astype(np.float32)
@@ -308,15 +308,15 @@ class DaliLoader(Loader):
         spec = self.source.spec
         views = len(self._sides) + (self._whole is not None)
         pair = [] if spec.patch is None else with_reduced(tensors.pop().permute(0, 3, 1, 2), spec.patch.reduce)
-        pictures, labels = tensors[:views], [x.squeeze(-1).to(torch.int64) for x in tensors[views:]]
+        images, labels = tensors[:views], [x.squeeze(-1).to(torch.int64) for x in tensors[views:]]
         labels = [x.masked_fill_(x == ABSENT, -1) for x in labels]
         for v, draw in enumerate(job.draws):
-            pictures[v], moved = rearrange(pictures[v], draw, labels[v] if spec.masks else None)
+            images[v], moved = rearrange(images[v], draw, labels[v] if spec.masks else None)
             if moved is not None:
                 labels[v] = moved
         draws = [*job.draws, None][:views]
-        pictures = [photometric(x, draw, spec.mean, spec.std) for x, draw in zip(pictures, draws, strict=True)]
-        return [*pictures, *labels, *pair]
+        images = [photometric(x, draw, spec.mean, spec.std) for x, draw in zip(images, draws, strict=True)]
+        return [*images, *labels, *pair]
 
     def _deliver(self, job: _Job, tensors: list[Tensor]) -> Batch:
         source = self.source
@@ -340,18 +340,18 @@ class DaliLoader(Loader):
         )
         return batch if self.device.type == "cpu" else batch.to(self.device)
 
-    # ---- pictures kept in memory, and files that break -------------------------------------------------------------
+    # ---- images kept in memory, and files that break -------------------------------------------------------------
 
     def _decode_all(self) -> None:
-        """Decode every picture once; PIL's JPEG pixels equal DALI's, and a broken file is an ordinary error there."""
+        """Decode every image once; PIL's JPEG pixels equal DALI's, and a broken file is an ordinary error there."""
         from PIL import Image
 
         sides = [*self._sides, *([self._whole] if self._whole is not None else [])]
-        smallest = min(sides, default=2**31)  # a patch alone is cut from the picture itself
+        smallest = min(sides, default=2**31)  # a patch alone is cut from the image itself
 
         def load(row: int) -> list[np.ndarray] | OSError:
             try:
-                levels = [np.ascontiguousarray(read_picture(self._files[row]))]
+                levels = [np.ascontiguousarray(read_image(self._files[row]))]
             except OSError as error:
                 return error
             image = Image.fromarray(levels[0])
@@ -382,7 +382,7 @@ class DaliLoader(Loader):
             try:
                 stat = os.stat(self._files[row])
                 if self._stamps[row] != (stat.st_size, stat.st_mtime_ns):
-                    height, width = read_picture(self._files[row]).shape[:2]
+                    height, width = read_image(self._files[row]).shape[:2]
                     self._resized(row, height, width)
                     self._stamps[row] = (stat.st_size, stat.st_mtime_ns)
             except OSError as error:
@@ -408,7 +408,7 @@ class DaliLoader(Loader):
         found = False
         for row in rows:
             try:
-                read_picture(self._files[row])
+                read_image(self._files[row])
                 if self.source.maps is not None:
                     read_map(self.source.maps, self.source.rel(row))
             except OSError as reason:

@@ -1,4 +1,4 @@
-"""How close a picture is to the true one: PSNR and SSIM of batches."""
+"""How close an image is to the true one: PSNR and SSIM of batches."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ _RADIUS, _SIGMA = 5, 1.5
 
 
 def psnr(x: Tensor, truth: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture, 10 log10(1 / mean square error), in dB; equal pictures give infinity.
+    """Peak signal-to-noise ratio of each image, 10 log10(1 / mean square error), in dB; equal images give infinity.
 
     Args:
         x: [B, C, H, W], values in [0, 1].
@@ -25,11 +25,11 @@ def psnr(x: Tensor, truth: Tensor) -> Tensor:
 
 
 def ssim(x: Tensor, truth: Tensor) -> Tensor:
-    """Structural similarity of each picture, the mean over channels and pixels of
+    """Structural similarity of each image, the mean over channels and pixels of
 
         (2 mx my + c1) (2 cov + c2) / ((mx^2 + my^2 + c1) (vx + vy + c2)),   c1 = 0.01^2, c2 = 0.03^2,
 
-    moments under a Gaussian window of standard deviation 1.5 and 11 x 11 pixels that lies inside the picture.
+    moments under a Gaussian window of standard deviation 1.5 and 11 x 11 pixels that lies inside the image.
 
     Args:
         x: [B, C, H, W], values in [0, 1], H and W at least 11.
@@ -39,7 +39,7 @@ def ssim(x: Tensor, truth: Tensor) -> Tensor:
         float32 [B].
 
     Raises:
-        ValueError: the pictures are smaller than the window.
+        ValueError: the images are smaller than the window.
 
     Source: Wang, Bovik, Sheikh, Simoncelli, "Image quality assessment", IEEE TIP 2004.
 
@@ -48,7 +48,7 @@ def ssim(x: Tensor, truth: Tensor) -> Tensor:
         [1.0]
     """
     if min(x.shape[-2:]) < 2 * _RADIUS + 1:
-        raise ValueError(f"SSIM got pictures of {tuple(x.shape[-2:])}: give at least 11 x 11 pixels.")
+        raise ValueError(f"SSIM got images of {tuple(x.shape[-2:])}: give at least 11 x 11 pixels.")
     x, truth = x.double(), truth.double()
     mean_x, mean_y = _smooth(x), _smooth(truth)
     var_x, var_y = _smooth(x * x) - mean_x**2, _smooth(truth * truth) - mean_y**2

@@ -14,40 +14,40 @@ from fgfast.errors import UserError
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2"})
 
 EXTRA = "@unlabelled"
-"""First part of the paths of pictures that :meth:`ImageSet.with_folder` adds."""
+"""First part of the paths of images that :meth:`ImageSet.with_folder` adds."""
 
 
 def entries(folder: Path) -> tuple[list[str], list[str]]:
-    """Sorted names of the visible sub-folders and of everything else that looks like a picture."""
+    """Sorted names of the visible sub-folders and of everything else that looks like an image."""
     with os.scandir(folder) as scan:
         found = sorted((entry.name, entry.is_dir()) for entry in scan if not entry.name.startswith("."))
-    pictures = [name for name, is_dir in found if not is_dir and Path(name).suffix.lower() in EXTENSIONS]
-    return [name for name, is_dir in found if is_dir], pictures
+    images = [name for name, is_dir in found if not is_dir and Path(name).suffix.lower() in EXTENSIONS]
+    return [name for name, is_dir in found if is_dir], images
 
 
-def pictures_below(folder: Path, *, skip: str = "") -> list[str]:
-    """Relative paths of all visible pictures below a folder, sorted; folders called ``skip`` are left out."""
-    folders, pictures = entries(folder)
-    inside = (f"{name}/{rel}" for name in folders if name != skip for rel in pictures_below(folder / name, skip=skip))
-    return [*pictures, *inside]
+def images_below(folder: Path, *, skip: str = "") -> list[str]:
+    """Relative paths of all visible images below a folder, sorted; folders called ``skip`` are left out."""
+    folders, images = entries(folder)
+    inside = (f"{name}/{rel}" for name in folders if name != skip for rel in images_below(folder / name, skip=skip))
+    return [*images, *inside]
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The records of a data set: N pictures with class, split and whatever else the set knows.
+    """The records of a data set: N images with class, split and whatever else the set knows.
 
     Args:
         root: folder that ``paths`` are relative to.
         paths: N relative paths with forward slashes; those that begin with the name of a mount lie there instead.
-        targets: class numbers, int64 [N]; -1 where a picture has no label (it is for pretext training alone).
+        targets: class numbers, int64 [N]; -1 where an image has no label (it is for pretext training alone).
         classes: class names.
-        train: bool [N], True for the training split and for pictures without a label.
-        boxes: (x, y, w, h) of the object in pixels, float32 [N, 4], NaN where a picture has none; or None.
+        train: bool [N], True for the training split and for images without a label.
+        boxes: (x, y, w, h) of the object in pixels, float32 [N, 4], NaN where an image has none; or None.
         keypoints: (x, y, visible) of P parts in pixels, float32 [N, P, 3], or None.
         part_names: P names.
         masks: folder of true part id maps in the form of ``fgfast.data.maps``, or None.
         groups: the coarser class of each class (a genus, a manufacturer), or nothing.
-        banner: rows at the bottom of every picture that are no part of the photograph; no view shows them.
+        banner: rows at the bottom of every image that are no part of the photograph; no view shows them.
         mounts: (name, folder) of paths that lie outside ``root``.
     """
 
@@ -92,7 +92,7 @@ class ImageSet:
         )
 
     def train_set(self) -> ImageSet:
-        """The training split; pictures without a label are not in it."""
+        """The training split; images without a label are not in it."""
         return self.subset(self.train & (self.targets >= 0))
 
     def test_set(self) -> ImageSet:
@@ -100,7 +100,7 @@ class ImageSet:
         return self.subset(~self.train & (self.targets >= 0))
 
     def with_unlabelled(self, paths: Sequence[str]) -> ImageSet:
-        """The same set with further pictures without labels at its end."""
+        """The same set with further images without labels at its end."""
         n = len(paths)
 
         def padded(values: np.ndarray | None, fill: float) -> np.ndarray | None:
@@ -118,17 +118,17 @@ class ImageSet:
         )
 
     def with_folder(self, folder: Path) -> ImageSet:
-        """The same set with every picture below another folder, without labels, at its end.
+        """The same set with every image below another folder, without labels, at its end.
 
         Raises:
-            UserError: the folder is missing, holds no picture, or one of this set (test pictures would be trained on).
+            UserError: the folder is missing, holds no image, or one of this set (test images would be trained on).
         """
         if not folder.is_dir():
             raise UserError(f"The folder {folder} of --unlabelled does not exist: check the path.")
         folder = folder.resolve()
-        found = pictures_below(folder, skip="part_masks")
+        found = images_below(folder, skip="part_masks")
         if not found:
-            raise UserError(f"The folder {folder} of --unlabelled holds no picture: check the path.")
+            raise UserError(f"The folder {folder} of --unlabelled holds no image: check the path.")
         both = set(self.files()) & {f"{folder}/{rel}" for rel in found}
         if both:
             raise UserError(f"{min(both)} is in --data and in --unlabelled: give a folder that holds none of the set.")

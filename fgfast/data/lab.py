@@ -83,11 +83,11 @@ def lightness(rgb: Tensor) -> Tensor:
     return (116 * _root(r * red + g * green + b * blue) - 16).unsqueeze(-3)
 
 
-def to_grey(pictures: Tensor) -> Tensor:
-    """Normalised pictures without their colour: L / 100 in all three channels, normalised again.
+def to_grey(images: Tensor) -> Tensor:
+    """Normalised images without their colour: L / 100 in all three channels, normalised again.
 
     Args:
-        pictures: float [..., 3, H, W], normalised with ImageNet's statistics.
+        images: float [..., 3, H, W], normalised with ImageNet's statistics.
 
     Returns:
         the same shape.
@@ -96,4 +96,4 @@ def to_grey(pictures: Tensor) -> Tensor:
         >>> bool((denormalise(to_grey(torch.rand(1, 3, 2, 2))).std(1) < 1e-6).all())
         True
     """
-    return normalise(lightness(denormalise(pictures).clamp(0, 1)) / 100)
+    return normalise(lightness(denormalise(images).clamp(0, 1)) / 100)

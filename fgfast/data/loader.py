@@ -35,7 +35,7 @@ def make_loader(
     check: bool = True,
     memory_mb: int = 1024,
 ) -> Loader:
-    """A loader that deals out the views of ``spec`` for the pictures of ``images``.
+    """A loader that deals out the views of ``spec`` for the images of ``images``.
 
     Args:
         images: the records; ``Batch.index`` counts in it.
@@ -48,15 +48,15 @@ def make_loader(
         device: where the batches lie; a CUDA device decodes and resizes there too (DALI).
         threads: decoding threads or worker processes; None = one a usable core, at most eight.
         rank: number of this process.
-        world: number of processes; rank r takes every world-th picture of the common order.
+        world: number of processes; rank r takes every world-th image of the common order.
         backend: "dali", "torchvision" or "auto" (DALI where it is installed).
         prefetch: batches made ahead, >= 1.
         check: decode every new or changed file in full first, so that broken ones are skipped.
-        memory_mb: DALI keeps the decoded pictures of a shuffled loader in memory where they fit into this many MiB;
+        memory_mb: DALI keeps the decoded images of a shuffled loader in memory where they fit into this many MiB;
             0 decodes again each epoch.
 
     Raises:
-        UserError: a picture or a map is missing, too many are broken, a library is not installed, or no batch is full.
+        UserError: an image or a map is missing, too many are broken, a library is not installed, or no batch is full.
         ValueError: an unknown backend, or numbers that cannot be.
 
     Example:

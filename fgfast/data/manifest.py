@@ -1,7 +1,7 @@
 """Which files of a data set can be used: every file is decoded once, in full, and the verdict is kept.
 
-One broken picture stops a whole DALI pipeline, and a JPEG cut at 98% has a perfect header, so only a full decode
-finds it. Verdicts stand in a cache file beside size and time of the picture; an unchanged file costs one stat.
+One broken image stops a whole DALI pipeline, and a JPEG cut at 98% has a perfect header, so only a full decode
+finds it. Verdicts stand in a cache file beside size and time of the image; an unchanged file costs one stat.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 
 from fgfast.data.imageset import ImageSet
 from fgfast.data.maps import write_atomically
+from fgfast.deprecated import moved
 from fgfast.errors import UserError
 
 log = logging.getLogger("fgfast")
@@ -44,8 +45,8 @@ class Verdict:
         size: bytes of the file.
         mtime_ns: time of its last change.
         full: it was decoded in full; False = only the header was read.
-        height: rows of the upright picture, 0 where it is broken.
-        width: columns of the upright picture.
+        height: rows of the upright image, 0 where it is broken.
+        width: columns of the upright image.
         source: the file to read instead (a converted copy), "" for the file itself.
         reason: why it is broken, "" when it is not.
     """
@@ -61,14 +62,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Records:
-    """The usable pictures of an image set.
+    """The usable images of an image set.
 
     Args:
-        images: the image set, broken pictures included.
+        images: the image set, broken images included.
         index: record numbers of the usable ones, int64 [N].
         files: the files to read, N absolute paths.
         stamps: (bytes, time of change) of each file when it was decoded in full; None = it never was.
-        sizes: (H, W) of the upright pictures without the banner, int32 [N, 2].
+        sizes: (H, W) of the upright images without the banner, int32 [N, 2].
         skipped: (relative path, reason) of the others.
     """
 
@@ -85,7 +86,7 @@ class Records:
 
 
 def upright_rgb(image: object) -> np.ndarray:
-    """An opened PIL picture as uint8 [H, W, 3], upright; 16-bit and float values are scaled, never clipped."""
+    """An opened PIL image as uint8 [H, W, 3], upright; 16-bit and float values are scaled, never clipped."""
     from PIL import Image, ImageOps
 
     assert isinstance(image, Image.Image)
@@ -102,7 +103,7 @@ def upright_rgb(image: object) -> np.ndarray:
     return np.asarray(upright.convert("RGB"))
 
 
-def read_picture(path: str) -> np.ndarray:
+def read_image(path: str) -> np.ndarray:
     """Decode a file with PIL to uint8 [H, W, 3], upright.
 
     Raises:
@@ -118,7 +119,7 @@ def read_picture(path: str) -> np.ndarray:
 
 
 def convert(path: str) -> str:
-    """Write the picture as an 8-bit RGB PNG into the cache and return that file's path.
+    """Write the image as an 8-bit RGB PNG into the cache and return that file's path.
 
     Raises:
         OSError: it does not decode.
@@ -130,7 +131,7 @@ def convert(path: str) -> str:
         from PIL import Image
 
         stream = BytesIO()
-        Image.fromarray(read_picture(path)).save(stream, "PNG", compress_level=1)
+        Image.fromarray(read_image(path)).save(stream, "PNG", compress_level=1)
         write_atomically(target, stream.getvalue())
     return str(target)
 
@@ -154,7 +155,7 @@ def _inspect(path: str, size: int, mtime_ns: int, full: bool) -> Verdict:
     except UserError:
         raise
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error)
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
         return Verdict(size, mtime_ns, full, reason=reason or type(error).__name__)
 
 
@@ -168,7 +169,7 @@ def _ends_well(path: str) -> bool:
 
 
 def check_images(images: ImageSet, *, full: bool = True, threads: int | None = None, quiet: bool = False) -> Records:
-    """Find the pictures that can be used, decoding only files that are new or changed since the last time.
+    """Find the images that can be used, decoding only files that are new or changed since the last time.
 
     Args:
         images: the set.
@@ -190,12 +191,12 @@ def check_images(images: ImageSet, *, full: bool = True, threads: int | None = N
     verdicts: list[Verdict | None] = []
     unknown: list[tuple[int, str, int, int]] = []
     files = images.files()
-    keys = [file.removeprefix(f"{root}/") for file in files]  # of a mounted picture the whole path
+    keys = [file.removeprefix(f"{root}/") for file in files]  # of a mounted image the whole path
     for i, (path, rel) in enumerate(zip(files, keys, strict=True)):
         try:
             stat = os.stat(path)
         except FileNotFoundError as error:
-            raise UserError(f"The picture {path} is listed but missing: restore it or take it off the list.") from error
+            raise UserError(f"The image {path} is listed but missing: restore it or take it off the list.") from error
         verdict = known.get(rel)
         fresh = verdict is not None and (verdict.size, verdict.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
         if verdict is not None and fresh and verdict.source:
@@ -225,11 +226,11 @@ def _records(images: ImageSet, paths: list[str], verdicts: list[Verdict], quiet:
         more = f" and {len(skipped) - 10} more" if len(skipped) > 10 else ""
         if len(skipped) == len(images) or len(skipped) > MAX_BROKEN * len(images):
             raise UserError(
-                f"{len(skipped)} of {len(images)} pictures of {images.root} do not decode, such as {skipped[0][0]} "
+                f"{len(skipped)} of {len(images)} images of {images.root} do not decode, such as {skipped[0][0]} "
                 f"({skipped[0][1]}): restore or remove them."
             )
         if not quiet:
-            log.warning("skipped %d of %d pictures that do not decode: %s%s", len(skipped), len(images), named, more)
+            log.warning("skipped %d of %d images that do not decode: %s%s", len(skipped), len(images), named, more)
     index = np.array([i for i, v in enumerate(verdicts) if not v.reason], np.int64)
     files = tuple(verdicts[i].source or paths[i] for i in index)
     return Records(
@@ -243,7 +244,7 @@ def _records(images: ImageSet, paths: list[str], verdicts: list[Verdict], quiet:
 
 
 def shown_size(images: ImageSet, height: int, width: int) -> tuple[int, int]:
-    """Size of the part of an upright picture that views are cut from: without the banner at the bottom."""
+    """Size of the part of an upright image that views are cut from: without the banner at the bottom."""
     return max(1, height - images.banner), width
 
 
@@ -263,5 +264,8 @@ def _load(cache: Path) -> dict[str, Verdict]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("the manifest %s cannot be read (%s): every picture is checked again", cache, error)
+        log.warning("the manifest %s cannot be read (%s): every image is checked again", cache, error)
         return {}
+
+
+__getattr__ = moved(__name__, __name__, {"read_picture": "read_image"})

@@ -1,4 +1,4 @@
-"""Id maps on disk: one 8-bit grey PNG for each picture, 255 = absent, and a maps.json that says what the ids mean."""
+"""Id maps on disk: one 8-bit grey PNG for each image, 255 = absent, and a maps.json that says what the ids mean."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WRITER = "`fgfast discover` (masks that came with a set: restore them)"
 
 
 def map_path(maps: Path, rel: str) -> Path:
-    """Where the id map of the picture ``rel`` (relative path, extension included) lies.
+    """Where the id map of the image ``rel`` (relative path, extension included) lies.
 
     Example:
         >>> map_path(Path("MAPS"), "birds/one.jpg").as_posix()
@@ -75,11 +75,11 @@ def read_maps_info(maps: Path) -> dict:
 
 
 def save_maps(maps: Path, rels: Sequence[str], labels: np.ndarray, *, threads: int = 4) -> None:
-    """Write one id map for each picture, in threads, each file at once or not at all.
+    """Write one id map for each image, in threads, each file at once or not at all.
 
     Args:
         maps: the folder; made where it is missing.
-        rels: B relative picture paths.
+        rels: B relative image paths.
         labels: uint8 [B, H, W] (an array or a CPU tensor); 255 = absent.
         threads: how many write at a time.
 
@@ -92,7 +92,7 @@ def save_maps(maps: Path, rels: Sequence[str], labels: np.ndarray, *, threads: i
 
     grids = np.asarray(labels)
     if grids.dtype != np.uint8 or grids.ndim != 3 or len(grids) != len(rels):
-        raise ValueError(f"save_maps got {grids.dtype} {grids.shape} for {len(rels)} pictures: give uint8 [B, H, W].")
+        raise ValueError(f"save_maps got {grids.dtype} {grids.shape} for {len(rels)} images: give uint8 [B, H, W].")
 
     def save(rel: str, grid: np.ndarray) -> None:
         stream = BytesIO()
@@ -104,10 +104,10 @@ def save_maps(maps: Path, rels: Sequence[str], labels: np.ndarray, *, threads: i
 
 
 def map_sizes(maps: Path, rels: Sequence[str]) -> np.ndarray:
-    """Height and width of the map of every picture, read from the headers: int32 [N, 2].
+    """Height and width of the map of every image, read from the headers: int32 [N, 2].
 
     Raises:
-        UserError: a picture has no map, or its map is no 8-bit grey PNG.
+        UserError: an image has no map, or its map is no 8-bit grey PNG.
     """
     if not Path(maps).is_dir():
         raise UserError(f"The map folder {maps} does not exist: write it with {WRITER}.")
@@ -129,7 +129,7 @@ def map_sizes(maps: Path, rels: Sequence[str]) -> np.ndarray:
 
 
 def read_map(maps: Path, rel: str) -> np.ndarray:
-    """The id map of one picture, uint8 [H, W].
+    """The id map of one image, uint8 [H, W].
 
     Raises:
         UserError: it is missing or does not decode.

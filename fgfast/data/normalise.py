@@ -1,4 +1,4 @@
-"""Pictures as networks are fed them, and as values in [0, 1]."""
+"""Images as networks are fed them, and as values in [0, 1]."""
 
 from torch import Tensor
 
@@ -18,16 +18,16 @@ def normalise(values: Tensor) -> Tensor:
     return (values - centre) / scale
 
 
-def denormalise(pictures: Tensor) -> Tensor:
-    """What :func:`normalise` was given: pictures std + mean, [..., 3, H, W]; changed pictures may leave [0, 1].
+def denormalise(images: Tensor) -> Tensor:
+    """What :func:`normalise` was given: images std + mean, [..., 3, H, W]; changed images may leave [0, 1].
 
     Example:
         >>> import torch
         >>> bool(torch.allclose(denormalise(normalise(torch.ones(3, 1, 1))), torch.ones(1)))
         True
     """
-    centre, scale = _statistics(pictures)
-    return pictures * scale + centre
+    centre, scale = _statistics(images)
+    return images * scale + centre
 
 
 def _statistics(like: Tensor) -> list[Tensor]:

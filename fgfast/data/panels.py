@@ -14,7 +14,7 @@ from fgfast.data.palette import label_colours
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of a grid.
+    """One image of a grid.
 
     Args:
         image: uint8 [H, W, 3], sRGB.
@@ -26,7 +26,7 @@ class Panel:
 
 
 def to_pixels(values: Tensor) -> NDArray[np.uint8]:
-    """Values as a picture: round(255 x), clipped to 0..255, NaN black.
+    """Values as an image: round(255 x), clipped to 0..255, NaN black.
 
     Args:
         values: [..., 3, H, W], in [0, 1] or about, any float dtype and device.
@@ -43,13 +43,13 @@ def to_pixels(values: Tensor) -> NDArray[np.uint8]:
         [[[128, 128, 128]]]
     """
     if values.ndim < 3 or values.shape[-3] != 3:
-        raise ValueError(f"values has shape {tuple(values.shape)}: pictures are [..., 3, H, W].")
+        raise ValueError(f"values has shape {tuple(values.shape)}: images are [..., 3, H, W].")
     x = values.detach().float().cpu()
     return (x.nan_to_num(0.0) * 255).round().clamp(0, 255).byte().movedim(-3, -1).contiguous().numpy()
 
 
 def to_uint8(image: Tensor | NDArray[Any]) -> NDArray[np.uint8]:
-    """One picture as uint8 [H, W, 3], whatever form it has.
+    """One image as uint8 [H, W, 3], whatever form it has.
 
     Args:
         image: float tensor [3, H, W], normalised with ImageNet's mean and std, or uint8 [H, W, 3] or [3, H, W].
@@ -89,7 +89,7 @@ def overlay(
 
     Args:
         image: normalised float tensor [3, H, W] (ImageNet's mean and std), or uint8 [H, W, 3] or [3, H, W].
-        labels: integer [h, w], -1 = absent; another resolution is enlarged to the picture's without interpolation.
+        labels: integer [h, w], -1 = absent; another resolution is enlarged to the image's without interpolation.
         alpha: weight of the colour, 0 (photograph alone) to 1 (colour alone).
         n_parts: number of ids, where the palette should not follow from the largest label; ids have the same colour
             either way.

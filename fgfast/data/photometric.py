@@ -28,7 +28,7 @@ _YIQ_TO_RGB = np.linalg.inv(_RGB_TO_YIQ)
 def colour_matrix(colour: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The linear map of brightness b, contrast c, saturation s and hue t, in this order.
 
-    Contrast mixes with the mean grey m of the brightened picture, b m, so the result is M x + k m.
+    Contrast mixes with the mean grey m of the brightened image, b m, so the result is M x + k m.
 
     Args:
         colour: (b, c, s, t) with t a share of the circle, float [B, 4].
@@ -53,7 +53,7 @@ def colour_matrix(colour: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def blur(x: Tensor, sigma: np.ndarray) -> Tensor:
-    """Gaussian blur of each picture with its own standard deviation; the border reflects.
+    """Gaussian blur of each image with its own standard deviation; the border reflects.
 
     Two passes of shifted sums over 2 ceil(3 max sigma) + 1 taps: a tenth of the time of a grouped convolution.
 
@@ -68,7 +68,7 @@ def blur(x: Tensor, sigma: np.ndarray) -> Tensor:
     size = x.shape[-1]
     radius = min(math.ceil(3 * float(sigma.max())), size - 1)
     taps = np.exp(-(np.arange(radius + 1) ** 2) / (2.0 * sigma[:, None].astype(np.float64) ** 2))  # [B, R + 1]
-    taps *= np.arange(radius + 1) <= np.ceil(3 * sigma[:, None])  # each picture has its own width, as alone
+    taps *= np.arange(radius + 1) <= np.ceil(3 * sigma[:, None])  # each image has its own width, as alone
     taps /= taps[:, :1] + 2 * taps[:, 1:].sum(1, keepdims=True)
     weight = upload(taps.astype(np.float32), x.device)[:, :, None, None, None]
     for axis, border in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
@@ -107,7 +107,7 @@ def photometric(pixels: Tensor, draw: Draw | None, mean: Triple, std: Triple) ->
 
     Args:
         pixels: uint8 [B, S, S, 3].
-        draw: what happens to each picture; None only normalises.
+        draw: what happens to each image; None only normalises.
         mean: of each channel, for values in [0, 1].
         std: of each channel, for values in [0, 1].
 
@@ -121,7 +121,7 @@ def photometric(pixels: Tensor, draw: Draw | None, mean: Triple, std: Triple) ->
 
 
 def chunks(pixels: Tensor, values: int = _CHUNK_VALUES) -> list[slice]:
-    """On the CPU a few pictures at a time, so that the steps in between stay in the cache; all at once on a GPU."""
+    """On the CPU a few images at a time, so that the steps in between stay in the cache; all at once on a GPU."""
     few = values // max(1, pixels.shape[1:].numel()) if pixels.device.type == "cpu" else len(pixels)
     return [slice(start, start + max(1, few)) for start in range(0, len(pixels), max(1, few))]
 

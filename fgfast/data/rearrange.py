@@ -2,8 +2,8 @@
 
 Every change is an index into the pixels of the whole batch, made on the device from the few numbers that were drawn on
 the host, so that id maps go through the very same index and both loaders share the code. DALI has operators for two of
-them, ``fn.erase`` (holes) and ``fn.multi_paste`` (blocks of equal size): fed with rectangles for each picture they take
-three to five times the CPU time of an index for all pictures on views of 64 pixels, and about the same on 224.
+them, ``fn.erase`` (holes) and ``fn.multi_paste`` (blocks of equal size): fed with rectangles for each image they take
+three to five times the CPU time of an index for all images on views of 64 pixels, and about the same on 224.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def rearrange(pixels: Tensor, draw: Draw, labels: Tensor | None = None) -> tuple
 
     Args:
         pixels: uint8 [B, S, S, 3], left as it is.
-        draw: what happens to each picture.
+        draw: what happens to each image.
         labels: id maps, a signed integer type [B, S, S], left as they are; holes and what is around a pasted region
             become -1.
 
@@ -71,21 +71,21 @@ def _rearrange(pixels: Tensor, draw: Draw, labels: Tensor | None) -> list[Tensor
     return [layers[0].view(pixels.shape), *(x.view(batch, size, size) for x in layers[1:])]
 
 
-def _cells(picture: Tensor, corner: Tensor, extent: Tensor, most: int, size: int) -> Tensor:
+def _cells(image: Tensor, corner: Tensor, extent: Tensor, most: int, size: int) -> Tensor:
     """Numbers of the pixels of rectangles among those of a batch, [R, most^2]; the last row and column repeat.
 
-    ``picture`` [R], ``corner`` and ``extent`` (y, x) [R, 2]; ``most`` is the longest side, known to the host.
+    ``image`` [R], ``corner`` and ``extent`` (y, x) [R, 2]; ``most`` is the longest side, known to the host.
     """
     step = torch.arange(most, device=corner.device)
     inside = corner[:, :, None] + torch.minimum(step, extent[:, :, None] - 1)  # [R, 2, most]
-    rows = picture[:, None] * size + inside[:, 0]
+    rows = image[:, None] * size + inside[:, 0]
     return (rows[:, :, None] * size + inside[:, 1, None, :]).flatten(1)
 
 
 def _squares(squares: np.ndarray, size: int, device: torch.device) -> Tensor:
     """The pixels of every square (y, x, side) [B, N, 3] with a side."""
-    picture, which = np.nonzero(squares[..., 2])
-    found = np.concatenate([picture[:, None], squares[picture, which]], 1)
+    image, which = np.nonzero(squares[..., 2])
+    found = np.concatenate([image[:, None], squares[image, which]], 1)
     y_x_side = upload(found, device)
     return _cells(y_x_side[:, 0], y_x_side[:, 1:3], y_x_side[:, 3:], int(found[:, 3].max(initial=1)), size)
 
@@ -120,10 +120,10 @@ def _pasted(layers: list[Tensor], paste: np.ndarray, size: int) -> list[Tensor]:
     """A region around the centre of the edges, alone at the centre of a white view."""
     device = layers[0].device
     extent, most = upload(paste, device), int(paste.max())
-    picture = torch.arange(len(paste), device=device)
+    image = torch.arange(len(paste), device=device)
     corner = (_centre(layers[0].view(len(paste), size, size, -1)) - extent // 2).clamp_(min=0)
-    cut = _cells(picture, torch.minimum(corner, size - extent), extent, most, size).flatten()
-    to = _cells(picture, (size - extent) // 2, extent, most, size).flatten()
+    cut = _cells(image, torch.minimum(corner, size - extent), extent, most, size).flatten()
+    to = _cells(image, (size - extent) // 2, extent, most, size).flatten()
     pasted = []
     for x, fill in zip(layers, (WHITE, ABSENT), strict=False):
         pasted.append(torch.full_like(x, fill))

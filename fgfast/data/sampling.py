@@ -17,10 +17,10 @@ _ATTEMPTS = 10
 
 @dataclass(frozen=True)
 class Draw:
-    """What happens to one crop of B pictures.
+    """What happens to one crop of B images.
 
     Args:
-        window: (y, x, h, w) in pixels of the upright picture, int32 [B, 4].
+        window: (y, x, h, w) in pixels of the upright image, int32 [B, 4].
         flip: bool [B].
         colour: factors of brightness, contrast and saturation, and the turn of hue (share of a circle), float32
             [B, 4]; (1, 1, 1, 0) changes nothing, saturation 0 is grey.
@@ -45,11 +45,11 @@ class Draw:
     paste: np.ndarray | None = None
 
     def rows(self, which: slice) -> Draw:
-        """The same for some of the pictures."""
+        """The same for some of the images."""
         return replace(self, **{name: value[which] for name, value in vars(self).items() if value is not None})
 
     def boxes(self, sizes: np.ndarray) -> np.ndarray:
-        """(y0, x0, h, w, flip) in [0, 1], float32 [B, 5], for picture sizes (H, W) [B, 2]."""
+        """(y0, x0, h, w, flip) in [0, 1], float32 [B, 5], for image sizes (H, W) [B, 2]."""
         window = self.window / np.concatenate([sizes, sizes], 1)
         return np.concatenate([window, self.flip[:, None]], 1).astype(np.float32)
 
@@ -68,11 +68,11 @@ def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
 
 
 def draw_crop(crop: Crop, sizes: np.ndarray, rng: np.random.Generator) -> Draw:
-    """Draw one crop of each of B pictures.
+    """Draw one crop of each of B images.
 
     Args:
         crop: the ranges and probabilities.
-        sizes: (H, W) of the upright pictures, [B, 2].
+        sizes: (H, W) of the upright images, [B, 2].
         rng: where the numbers come from.
     """
     batch = len(sizes)

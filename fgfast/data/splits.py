@@ -1,4 +1,4 @@
-"""Which pictures a run trains on, and which it keeps back for tuning."""
+"""Which images a run trains on, and which it keeps back for tuning."""
 
 from pathlib import Path
 
@@ -10,19 +10,19 @@ from fgfast.data.layouts import open_images
 
 
 def training_images(config: TrainConfig) -> tuple[ImageSet, ImageSet]:
-    """The labelled pictures to train on and those that ``config.holdout`` keeps (every class loses the same share)."""
+    """The labelled images to train on and those that ``config.holdout`` keeps (every class loses the same share)."""
     images = open_images(Path(config.data))
     held = _held_out(images, config.holdout)
     return images.subset(images.train & (images.targets >= 0) & ~held), images.subset(held)
 
 
 def scored_images(config: TrainConfig) -> ImageSet:
-    """The pictures that scores are taken on: the held-out ones under ``config.holdout``, else the test split."""
+    """The images that scores are taken on: the held-out ones under ``config.holdout``, else the test split."""
     return training_images(config)[1] if config.holdout else open_images(Path(config.data)).test_set()
 
 
 def pretext_images(config: TrainConfig) -> ImageSet:
-    """The pictures that a run sees: the labelled ones, the unlabelled ones of the set and of ``config.unlabelled``.
+    """The images that a run sees: the labelled ones, the unlabelled ones of the set and of ``config.unlabelled``.
 
     A method that learns from labels sees the labelled ones alone.
     """
@@ -35,7 +35,7 @@ def pretext_images(config: TrainConfig) -> ImageSet:
 
 
 def _held_out(images: ImageSet, share: float) -> np.ndarray:
-    """The labelled training pictures that are kept back, bool [N]."""
+    """The labelled training images that are kept back, bool [N]."""
     rows = np.flatnonzero(images.train & (images.targets >= 0))
     targets = images.targets[rows]
     rank_in_class = np.ones(len(rows))

@@ -29,7 +29,7 @@ from fgfast.data._drawing import draw
 from fgfast.data.maps import ABSENT
 from fgfast.errors import UserError
 
-VERSION = 2  # goes up when the same settings give other pictures
+VERSION = 2  # goes up when the same settings give other images
 # The drawing's own amount of variation at nuisance 1: a linear probe on a ResNet-18 of random weights then stands at
 # about twice chance, one on mean colours near chance. At 1.0 random weights are at chance.
 _USUAL_NUISANCE = 0.6
@@ -94,19 +94,19 @@ def generate(
 ) -> Path:
     """Draw a set of birds into a new folder in CUB-200-2011's layout.
 
-    Every class has the same number of pictures (the first ones one more where it does not divide), every second one for
+    Every class has the same number of images (the first ones one more where it does not divide), every second one for
     training. The same settings give the same bytes on one set of library versions, whatever the number of workers. The
     folder appears when everything is written; the same set already there is returned at once.
 
     Args:
         out: the folder to make.
         classes: 2 to 1000.
-        images: pictures in all, at least two a class.
-        size: side of the square pictures in pixels, 32 to 4096.
+        images: images in all, at least two a class.
+        size: side of the square images in pixels, 32 to 4096.
         seed: 0 or more.
         difficulty: 0 to 1: fewer attributes tell classes apart, and their levels lie closer.
         nuisance: 0 to 3, usually 1: how much pose, plumage, light, background and clutter vary.
-        workers: processes; None = a process a core up to 8 for more than 2,000 pictures of 128 px (or as much to draw),
+        workers: processes; None = a process a core up to 8 for more than 2,000 images of 128 px (or as much to draw),
             else this process alone. More than one needs the usual ``if __name__ == "__main__":`` in a script.
         force: replace an older synthetic set at ``out``. Any other folder with something in it is never touched.
 
@@ -274,7 +274,7 @@ def _draw_all(
 def _draw_some(
     root: Path, settings: Settings, levels: list[np.ndarray], items: list[tuple[int, int]], files: list[str]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Draw and write some pictures; every one has its own stream of chance, so who draws it does not matter."""
+    """Draw and write some images; every one has its own stream of chance, so who draws it does not matter."""
     boxes, points = [], []
     for row, item, file in zip(levels, items, files, strict=True):
         rng = np.random.default_rng(np.random.SeedSequence(settings.seed, spawn_key=(1, *item)))

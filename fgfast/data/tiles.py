@@ -1,54 +1,54 @@
-"""Pictures cut into the tiles of a puzzle, and puzzles put together again."""
+"""Images cut into the tiles of a puzzle, and puzzles put together again."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-def cut_tiles(pictures: Tensor, grid: int, side: int, source: Tensor, corner: Tensor) -> Tensor:
-    """Cut pictures into grid x grid tiles, permute them, and crop inside each: one gather for the whole batch.
+def cut_tiles(images: Tensor, grid: int, side: int, source: Tensor, corner: Tensor) -> Tensor:
+    """Cut images into grid x grid tiles, permute them, and crop inside each: one gather for the whole batch.
 
     A tile has S // grid pixels a side; what is left over is a border that no tile sees. Tile number t = row x grid +
     column. Out of the tile ``source[b, p]``, which begins at (y, x), the window at ``corner[b, p]`` goes to place p:
 
-        out[b, p, :, i, j] = pictures[b, :, y + corner[b, p, 0] + i, x + corner[b, p, 1] + j],   0 <= i, j < side.
+        out[b, p, :, i, j] = images[b, :, y + corner[b, p, 0] + i, x + corner[b, p, 1] + j],   0 <= i, j < side.
 
     Args:
-        pictures: [B, C, S, S], any dtype; read fastest where channels_last.
+        images: [B, C, S, S], any dtype; read fastest where channels_last.
         grid: tiles a side.
         side: side of the crops, 1 to S // grid.
         source: int64 [B, T], the tile that place p gets, T = grid^2 or fewer.
         corner: int64 [B, T, 2], (row, column) inside the tile, 0 to S // grid - side; not checked.
 
     Returns:
-        [B * T, C, side, side] in channels_last, the places of a picture after each other.
+        [B * T, C, side, side] in channels_last, the places of an image after each other.
 
     Raises:
         ValueError: shapes that do not belong together, or tiles smaller than the crops.
 
     Example:
-        >>> picture = torch.arange(16.0).reshape(1, 1, 4, 4)
-        >>> swapped = cut_tiles(picture, 2, 2, torch.tensor([[1, 0, 2, 3]]), torch.zeros(1, 4, 2, dtype=torch.int64))
+        >>> image = torch.arange(16.0).reshape(1, 1, 4, 4)
+        >>> swapped = cut_tiles(image, 2, 2, torch.tensor([[1, 0, 2, 3]]), torch.zeros(1, 4, 2, dtype=torch.int64))
         >>> swapped[0, 0].tolist()
         [[2.0, 3.0], [6.0, 7.0]]
     """
-    if pictures.ndim != 4 or pictures.shape[2] != pictures.shape[3]:
-        raise ValueError(f"pictures has shape {tuple(pictures.shape)}: give squares [B, C, S, S].")
-    batch, channels, size, _ = pictures.shape
+    if images.ndim != 4 or images.shape[2] != images.shape[3]:
+        raise ValueError(f"images has shape {tuple(images.shape)}: give squares [B, C, S, S].")
+    batch, channels, size, _ = images.shape
     if source.ndim != 2 or len(source) != batch or corner.shape != (*source.shape, 2):
         raise ValueError(
-            f"source {tuple(source.shape)} and corner {tuple(corner.shape)} do not fit {batch} pictures: "
+            f"source {tuple(source.shape)} and corner {tuple(corner.shape)} do not fit {batch} images: "
             "give [B, T] and [B, T, 2]."
         )
     tile = size // grid
     if not 1 <= side <= tile:
         raise ValueError(f"side is {side}: a tile of {size} pixels cut {grid} times has crops of 1 to {tile}.")
     border = (size - grid * tile) // 2
-    image = torch.arange(batch, device=pictures.device)[:, None, None]
-    rows = border + (source // grid * tile + corner[..., 0])[..., None] + torch.arange(side, device=pictures.device)
+    image = torch.arange(batch, device=images.device)[:, None, None]
+    rows = border + (source // grid * tile + corner[..., 0])[..., None] + torch.arange(side, device=images.device)
     columns = border + source % grid * tile + corner[..., 1]  # [B, T], where each row of a crop begins
     start = ((image * size + rows) * size + columns[..., None]).flatten() * channels
-    pixels = pictures.permute(0, 2, 3, 1).reshape(-1)  # a view where channels_last
+    pixels = images.permute(0, 2, 3, 1).reshape(-1)  # a view where channels_last
     # Every run of side x C values is a row of one overlapping view, so a crop's row is copied in one piece.
     runs = pixels.unfold(0, side * channels, 1).index_select(0, start)
     return runs.view(-1, side, side, channels).permute(0, 3, 1, 2)
@@ -75,13 +75,13 @@ def join_tiles(tiles: Tensor, grid: int, order: Tensor) -> Tensor:
     return placed.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, grid * side, grid * side)
 
 
-def brighten(pictures: Tensor, factor: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Multiply the values in [0, 1] of normalised pictures by a factor each, clamp, and normalise again.
+def brighten(images: Tensor, factor: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Multiply the values in [0, 1] of normalised images by a factor each, clamp, and normalise again.
 
     Args:
-        pictures: float [N, C, h, w]; overwritten where channels_last.
+        images: float [N, C, h, w]; overwritten where channels_last.
         factor: [N], > 0.
-        mean, std: what the pictures are normalised with, one number a channel.
+        mean, std: what the images are normalised with, one number a channel.
 
     Returns:
         the same shape.
@@ -90,11 +90,11 @@ def brighten(pictures: Tensor, factor: Tensor, mean: tuple[float, ...], std: tup
         >>> brighten(torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1, 1), torch.full((3,), 1.5), (0.5,), (0.5,)).flatten()
         tensor([-1.0000,  0.5000,  1.0000])
     """
-    channels, width = pictures.shape[1], pictures.shape[3]
-    centre, scale = (torch.tensor(v * width, dtype=pictures.dtype).to(pictures.device) for v in (mean, std))
+    channels, width = images.shape[1], images.shape[3]
+    centre, scale = (torch.tensor(v * width, dtype=images.dtype).to(images.device) for v in (mean, std))
     black, white = -centre / scale, (1 - centre) / scale  # [w C]: a row's values, so that the inner loop is long
-    gain = factor.to(pictures.dtype).view(-1, 1, 1)
-    rows = pictures.permute(0, 2, 3, 1).flatten(2)  # [N, h, w C], a view where channels_last
+    gain = factor.to(images.dtype).view(-1, 1, 1)
+    rows = images.permute(0, 2, 3, 1).flatten(2)  # [N, h, w C], a view where channels_last
     rows = rows.mul_(gain).add_((1 - gain) * black).clamp_(black, white)
     return rows.unflatten(2, (width, channels)).permute(0, 3, 1, 2)
 
@@ -113,7 +113,7 @@ def draw_puzzles(
         rng: where the numbers come from.
 
     Returns:
-        the number of each picture's permutation, int64 [B], the corners of the crops, int64 [B, T, 2], and the
+        the number of each image's permutation, int64 [B], the corners of the crops, int64 [B, T, 2], and the
         factors, float32 [B, T].
     """
     label = rng.integers(count, size=batch)

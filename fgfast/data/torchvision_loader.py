@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from fgfast.data.base import Loader, Source, replace_failed
-from fgfast.data.manifest import read_picture
+from fgfast.data.manifest import read_image
 from fgfast.data.maps import ABSENT, read_map
 from fgfast.data.photometric import with_reduced
 from fgfast.data.rearrange import rearrange
@@ -95,23 +95,21 @@ class _Batches(Dataset):
         while True:
             rows, valid = replace_failed(rows, valid, failed, len(self.source.records))
             try:
-                pictures = []
+                images = []
                 for row in rows:
-                    pictures.append(torch.from_numpy(np.array(read_picture(self.source.records.files[row]))))
+                    images.append(torch.from_numpy(np.array(read_image(self.source.records.files[row]))))
                 break
             except OSError as error:
                 failed.add(int(row))
                 broken.append((int(row), str(error)))
                 if len(failed) == len(self.source.records):
-                    return UserError(
-                        f"No picture of {self.source.records.images.root} decodes any longer: restore them."
-                    )
+                    return UserError(f"No image of {self.source.records.images.root} decodes any longer: restore them.")
         try:
-            return self._batch(epoch, number, rows, valid, [p.permute(2, 0, 1) for p in pictures]), broken
+            return self._batch(epoch, number, rows, valid, [p.permute(2, 0, 1) for p in images]), broken
         except UserError as error:  # raised here it would reach the user with a traceback of the worker
             return error
 
-    def _batch(self, epoch: int, number: int, rows: np.ndarray, valid: np.ndarray, pictures: list[Tensor]) -> Batch:
+    def _batch(self, epoch: int, number: int, rows: np.ndarray, valid: np.ndarray, images: list[Tensor]) -> Batch:
         source, spec = self.source, self.source.spec
         draws = source.draws(epoch, number, rows)
         sizes = source.records.sizes[rows]
@@ -126,7 +124,7 @@ class _Batches(Dataset):
         views, labels = [], []
         for v, (crop, draw) in enumerate(zip(spec.crops, draws, strict=True)):
             warped = [warp_labels(m, boxes[i : i + 1, v], crop.size) for i, m in enumerate(maps)] if spec.masks else []
-            cut = torch.stack([_cut(x, draw, i, crop.size) for i, x in enumerate(pictures)])
+            cut = torch.stack([_cut(x, draw, i, crop.size) for i, x in enumerate(images)])
             moved, found = rearrange(cut.permute(0, 2, 3, 1), draw, torch.cat(warped) if warped else None)
             views.append(self._stack([_colour(x, draw, i) for i, x in enumerate(moved.permute(0, 3, 1, 2))]))
             labels += [] if found is None else [found]
@@ -134,7 +132,7 @@ class _Batches(Dataset):
         whole, whole_labels = None, None
         if spec.whole is not None:
             windows = source.whole(rows)
-            whole = self._stack([_resized(x, window, spec.whole) for x, window in zip(pictures, windows, strict=True)])
+            whole = self._stack([_resized(x, window, spec.whole) for x, window in zip(images, windows, strict=True)])
             if spec.whole_masks:
                 full = np.concatenate([windows / np.concatenate([sizes, sizes], 1), np.zeros((len(rows), 1))], 1)
                 box = torch.from_numpy(full.astype(np.float32))
@@ -142,7 +140,7 @@ class _Batches(Dataset):
         patch, reduced = None, None
         if spec.patch is not None:
             corners, side = source.corners(epoch, number, rows), spec.patch.size
-            cuts = [x[:, i : i + side, j : j + side] for x, (i, j) in zip(pictures, corners, strict=True)]
+            cuts = [x[:, i : i + side, j : j + side] for x, (i, j) in zip(images, corners, strict=True)]
             patch, reduced = with_reduced(torch.stack(cuts), spec.patch.reduce)
         index = source.records.index[rows]
         return Batch(
@@ -158,21 +156,21 @@ class _Batches(Dataset):
             reduced=reduced,
         )
 
-    def _stack(self, pictures: list[Tensor]) -> Tensor:
+    def _stack(self, images: list[Tensor]) -> Tensor:
         """Normalised float32 [B, 3, S, S], channels_last."""
-        batch = F.to_dtype(torch.stack(pictures), torch.float32, scale=True)
+        batch = F.to_dtype(torch.stack(images), torch.float32, scale=True)
         mean, std = list(self.source.spec.mean), list(self.source.spec.std)
         return F.normalize(batch, mean, std).contiguous(memory_format=torch.channels_last)
 
 
-def _resized(picture: Tensor, window: np.ndarray, size: int) -> Tensor:
+def _resized(image: Tensor, window: np.ndarray, size: int) -> Tensor:
     y, x, h, w = (round(float(value)) for value in window)
-    return F.resized_crop(picture, y, x, max(1, h), max(1, w), [size, size], InterpolationMode.BILINEAR, antialias=True)
+    return F.resized_crop(image, y, x, max(1, h), max(1, w), [size, size], InterpolationMode.BILINEAR, antialias=True)
 
 
-def _cut(picture: Tensor, draw: Draw, i: int, size: int) -> Tensor:
+def _cut(image: Tensor, draw: Draw, i: int, size: int) -> Tensor:
     """The window of one view, uint8 [3, size, size]."""
-    view = _resized(picture, draw.window[i], size)
+    view = _resized(image, draw.window[i], size)
     return F.horizontal_flip(view) if draw.flip[i] else view
 
 

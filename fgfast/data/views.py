@@ -1,4 +1,4 @@
-"""What a data pipeline must deliver: the crops of one picture, a batch of them, and id maps that follow their crop."""
+"""What a data pipeline must deliver: the crops of one image, a batch of them, and id maps that follow their crop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fgfast.tensors import values_checked
 
 @dataclass(frozen=True)
 class Crop:
-    """One random view of a picture: a window, a flip, pixels that move or go, and changes of colour.
+    """One random view of an image: a window, a flip, pixels that move or go, and changes of colour.
 
     The order is fixed: window, border and flip, swap, blocks, holes, paste, gamma, brightness, contrast, saturation,
     hue, grey, blur, solarise, normalise. The resize is bilinear with antialiasing (torchvision v2's default; the
@@ -23,8 +23,8 @@ class Crop:
 
     Args:
         size: side of the square view in pixels, >= 1.
-        scale: range of the share of the picture's area that the window covers, in (0, 1]; None takes the whole
-            picture, squashed to the square.
+        scale: range of the share of the image's area that the window covers, in (0, 1]; None takes the whole
+            image, squashed to the square.
         ratio: range of the window's width / height, drawn uniformly in the logarithm.
         flip: probability of a left-right flip.
         jitter: strengths (brightness, contrast, saturation, hue); the first three draw a factor from
@@ -46,7 +46,7 @@ class Crop:
             each column are sorted by i + u, u uniform in +-(reach + 1) / 2 (DCL, whose k is half of reach + 1).
             0: every order of all blocks is as likely as any other.
         paste: range of the sides, as shares in (0, 1], of a region that is pasted at the centre of a white view: its
-            height and width are uniform over whole pixels, its own centre is that of the picture's edges (the mean
+            height and width are uniform over whole pixels, its own centre is that of the image's edges (the mean
             place of the steps between neighbouring pixels, weighted by their heights). None leaves it out.
 
     Raises:
@@ -121,9 +121,9 @@ class Crop:
 
 @dataclass(frozen=True)
 class Patch:
-    """A square window of a picture's own pixels, never resized, with a reduced copy of it.
+    """A square window of an image's own pixels, never resized, with a reduced copy of it.
 
-    The window lies anywhere in the picture with equal chance. The copy is made of the window alone: bicubic (a = -1/2)
+    The window lies anywhere in the image with equal chance. The copy is made of the window alone: bicubic (a = -1/2)
     with antialiasing, rounded to 8 bits.
 
     Args:
@@ -154,12 +154,12 @@ class ViewSpec:
     Args:
         crops: the random views, each drawn independently.
         masks: id maps of a maps folder travel with each crop (same window, flip and moves, nearest).
-        whole: side of an unaugmented view of the whole picture, squashed to a square; None for none.
-        whole_masks: the id map of the whole picture too, at that side.
+        whole: side of an unaugmented view of the whole image, squashed to a square; None for none.
+        whole_masks: the id map of the whole image too, at that side.
         center: the whole view is a centred square of this share of the short side instead; None squashes.
         mean: mean of each channel for values in [0, 1].
         std: standard deviation of each channel for values in [0, 1].
-        patch: a window of the picture's own pixels and its reduced copy; None for none.
+        patch: a window of the image's own pixels and its reduced copy; None for none.
 
     Raises:
         ValueError: nothing to deliver, or ``whole_masks`` or ``center`` without ``whole``.
@@ -204,19 +204,19 @@ class ViewSpec:
 
 @dataclass
 class Batch:
-    """One batch of B pictures in V views.
+    """One batch of B images in V views.
 
     Args:
         views: V tensors [B, 3, S, S], float32, normalised, channels_last in memory.
-        boxes: float32 [B, V, 5]: window (y0, x0, h, w) in [0, 1] of the upright picture, then 1 where flipped; NaN
+        boxes: float32 [B, V, 5]: window (y0, x0, h, w) in [0, 1] of the upright image, then 1 where flipped; NaN
             for a view whose pixels change places (``Crop.moves``).
         labels: V id maps int64 [B, S, S], -1 = absent; empty without maps.
-        whole: the unaugmented picture, float32 [B, 3, W, W], or None.
+        whole: the unaugmented image, float32 [B, 3, W, W], or None.
         whole_labels: its id map, int64 [B, W, W], or None.
         target: class, int64 [B].
         index: record number in the image set, int64 [B].
         valid: bool [B]; False marks padding, which no loss and no score may count.
-        patch: windows of the pictures' own pixels, float32 [B, 3, P, P] in [0, 1], not normalised, or None.
+        patch: windows of the images' own pixels, float32 [B, 3, P, P] in [0, 1], not normalised, or None.
         reduced: their reduced copies, float32 [B, 3, P / reduce, P / reduce] in [0, 1], or None.
 
     Example:
@@ -252,14 +252,14 @@ class Batch:
 
 
 def warp_labels(labels: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cut the window of a view out of the id map of the whole picture, by nearest neighbour.
+    """Cut the window of a view out of the id map of the whole image, by nearest neighbour.
 
     Output cell (i, j) takes the map at row floor((y0 + (i + 0.5) / size * h) * H) and column
     floor((x0 + (j' + 0.5) / size * w) * W), j' = size - 1 - j where the view is flipped. Nothing is interpolated, and
     nothing waits for the device.
 
     Args:
-        labels: id map of the whole picture, [B, H, W], any integer type; the result has the same.
+        labels: id map of the whole image, [B, H, W], any integer type; the result has the same.
         boxes: windows, float [B, 5] as in ``Batch.boxes[:, v]``.
         size: side of the view, >= 1.
 

@@ -1,4 +1,4 @@
-"""Intervals of accuracies and of their differences, over test pictures and seeds."""
+"""Intervals of accuracies and of their differences, over test images and seeds."""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -7,11 +7,11 @@ from numpy.typing import ArrayLike
 def accuracy_interval(correct: ArrayLike, *, n: int = 2000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean accuracy.
 
-    Test pictures are drawn with replacement, the same draw for all seeds (they share the test set); with several seeds
+    Test images are drawn with replacement, the same draw for all seeds (they share the test set); with several seeds
     these are drawn with replacement too.
 
     Args:
-        correct: bool or 0/1, [N] pictures or [S, N] seeds by pictures.
+        correct: bool or 0/1, [N] images or [S, N] seeds by images.
         n: bootstrap samples.
         seed: of the draws; the same input gives the same interval.
         level: share that the interval should cover.
@@ -20,7 +20,7 @@ def accuracy_interval(correct: ArrayLike, *, n: int = 2000, seed: int = 0, level
         (low, high), each in [0, 1].
 
     Raises:
-        ValueError: no picture, or a shape that is neither [N] nor [S, N].
+        ValueError: no image, or a shape that is neither [N] nor [S, N].
 
     Example:
         >>> low, high = accuracy_interval([1, 1, 0, 1] * 50)
@@ -35,16 +35,16 @@ def paired_interval(
 ) -> tuple[float, float, float]:
     """Mean accuracy of a less that of b, with a hierarchical paired bootstrap interval.
 
-    Each picture (and seed) is drawn for both at once, so what makes a picture hard for both cancels; seeds and pictures
+    Each image (and seed) is drawn for both at once, so what makes an image hard for both cancels; seeds and images
     are crossed, as all seeds share the test set. Drawing both counts chance that is independent in every cell (one run,
-    one picture) up to three times, so the interval is up to sqrt(3) too wide where nothing else varies. With few seeds
+    one image) up to three times, so the interval is up to sqrt(3) too wide where nothing else varies. With few seeds
     it is too narrow where training runs differ much: S values show (S - 1) / S of their variance. In simulations with
-    1,000 pictures and 3 seeds, 95% intervals covered 99% where runs differed by 1 point (standard deviation) and 89%
+    1,000 images and 3 seeds, 95% intervals covered 99% where runs differed by 1 point (standard deviation) and 89%
     where by 3 points.
 
     Args:
-        correct_a: bool or 0/1, [S, N] seeds by test pictures (or [N]).
-        correct_b: the same shape; row s has the same seed, column i the same picture.
+        correct_a: bool or 0/1, [S, N] seeds by test images (or [N]).
+        correct_b: the same shape; row s has the same seed, column i the same image.
         n: bootstrap samples.
         seed: of the draws.
         level: share that the interval should cover.
@@ -53,7 +53,7 @@ def paired_interval(
         (mean difference, low, high), each in [-1, 1].
 
     Raises:
-        ValueError: shapes that differ, or no picture.
+        ValueError: shapes that differ, or no image.
 
     Example:
         >>> paired_interval([[1, 0, 1, 1]], [[1, 0, 1, 1]])
@@ -64,7 +64,7 @@ def paired_interval(
     """
     a, b = _table(correct_a), _table(correct_b)
     if a.shape != b.shape:
-        raise ValueError(f"correct_a is {list(a.shape)}, correct_b {list(b.shape)}: give the same seeds and pictures.")
+        raise ValueError(f"correct_a is {list(a.shape)}, correct_b {list(b.shape)}: give the same seeds and images.")
     return _interval(a - b, n, seed, level)
 
 
@@ -72,20 +72,20 @@ def _table(correct: ArrayLike) -> np.ndarray:
     values = np.asarray(correct, np.float64)
     table = values[None] if values.ndim == 1 else values
     if table.ndim != 2 or not table.size:
-        raise ValueError(f"correct is {list(values.shape)}: give [N] pictures or [S, N] seeds by pictures, N >= 1.")
+        raise ValueError(f"correct is {list(values.shape)}: give [N] images or [S, N] seeds by images, N >= 1.")
     return table
 
 
 def _interval(table: np.ndarray, n: int, seed: int, level: float) -> tuple[float, float, float]:
     rng = np.random.default_rng(seed)
-    seeds, pictures = table.shape
+    seeds, images = table.shape
     means = np.empty(n)
-    step = max(1, 4_000_000 // pictures)  # bounds the memory of one block of draws
+    step = max(1, 4_000_000 // images)  # bounds the memory of one block of draws
     for start in range(0, n, step):
         rows = min(step, n - start)
-        # How often each picture was drawn says all that a draw with replacement says.
-        counts = rng.multinomial(pictures, np.full(pictures, 1 / pictures), size=rows)
-        by_seed = counts @ table.T / pictures  # [rows, S]
+        # How often each image was drawn says all that a draw with replacement says.
+        counts = rng.multinomial(images, np.full(images, 1 / images), size=rows)
+        by_seed = counts @ table.T / images  # [rows, S]
         drawn = rng.integers(seeds, size=(rows, seeds))
         means[start : start + rows] = np.take_along_axis(by_seed, drawn, axis=1).mean(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])

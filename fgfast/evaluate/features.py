@@ -1,4 +1,4 @@
-"""Frozen features of a set of pictures: one row a picture, from the whole picture without augmentation or its parts."""
+"""Frozen features of a set of images: one row an image, from the whole image without augmentation or its parts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,26 +27,26 @@ def extract(
     loader: str = "auto",
     maps: Path | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Features and classes of every picture that decodes, in the order of the set.
+    """Features and classes of every image that decodes, in the order of the set.
 
-    A module is put into evaluation mode and back. Broken pictures have no row.
+    A module is put into evaluation mode and back. Broken images have no row.
 
     Args:
-        encoder: maps pictures [B, 3, S, S] (normalised, on ``device``) to features [B, D].
-        images: the pictures.
+        encoder: maps images [B, 3, S, S] (normalised, on ``device``) to features [B, D].
+        images: the images.
         size: side S in pixels.
-        batch_size: pictures at a time.
+        batch_size: images at a time.
         device: where the encoder is.
-        center: share of the short side that a centre crop keeps before resizing; None squashes the whole picture.
+        center: share of the short side that a centre crop keeps before resizing; None squashes the whole image.
         threads: decoding threads; None = the loader's choice.
         loader: backend of the loader: "auto", "dali" or "torchvision".
-        maps: folder of id maps; ``encoder`` then takes (pictures, id maps int64 [B, S, S], -1 = absent).
+        maps: folder of id maps; ``encoder`` then takes (images, id maps int64 [B, S, S], -1 = absent).
 
     Returns:
         Features float32 [N, D] and classes int64 [N], both on the CPU.
 
     Raises:
-        UserError: no picture is left, or a feature is not finite.
+        UserError: no image is left, or a feature is not finite.
     """
     spec = ViewSpec(whole=size, center=center, whole_masks=maps is not None)
     batches = make_loader(
@@ -70,7 +70,7 @@ def extract(
         if training:
             encoder.train()  # type: ignore[attr-defined]
     if not rows or not sum(map(len, rows)):
-        raise UserError(f"No picture under {images.root} could be read: check the data folder.")
+        raise UserError(f"No image under {images.root} could be read: check the data folder.")
     features, place = torch.cat(rows), torch.cat(order).argsort()
     if not features.isfinite().all():
         raise UserError("The features are not finite: the network's weights have diverged, take an earlier checkpoint.")
@@ -95,7 +95,7 @@ class PartFeatures(nn.Module):
         self.encoder, self.n_parts = encoder, n_parts
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Features [B, K D] of pictures [B, 3, S, S] with id maps [B, S, S]."""
+        """Features [B, K D] of images [B, 3, S, S] with id maps [B, S, S]."""
         size = (images.shape[-2], images.shape[-1])
         features = self.encoder.to_map(self.encoder.features(images), size)
         return part_pool(features, labels, self.n_parts).pooled.flatten(1)

@@ -34,7 +34,7 @@ class FinetuneOptions:
     weight_decay: float = 5e-4
     """Weight decay of Adam."""
     batch_size: int = 32
-    """Pictures a step."""
+    """Images a step."""
     class_weights: ClassWeights = "none"
     """Weights of the classes: none, inverse to frequency, or the release's proportional to frequency."""
     seed: int = 0
@@ -106,13 +106,13 @@ def finetune(
 ) -> tuple[Tensor, Tensor]:
     """Train the last stages and a new linear classifier on ``fit``, then classify ``test``.
 
-    Views are those of supervised training: a crop, a flip, mild colour jitter; tests are whole pictures. Adam with a
+    Views are those of supervised training: a crop, a flip, mild colour jitter; tests are whole images. Adam with a
     constant rate. Frozen stages run in evaluation mode.
 
     Args:
         encoder: where training starts; it is changed.
-        fit: labelled pictures.
-        test: pictures to classify.
+        fit: labelled images.
+        test: images to classify.
         config: of the run: size of the views, crops, precision, data threads.
         options: see ``FinetuneOptions``.
         device: where the encoder is.
@@ -121,10 +121,10 @@ def finetune(
         start: names the weights of ``encoder``; a kept state of other weights is not taken up.
 
     Returns:
-        Predicted and true classes of the test pictures that decode, int64 [M].
+        Predicted and true classes of the test images that decode, int64 [M].
 
     Raises:
-        UserError: no such number of stages, a class without a training picture, or a loss that is not finite.
+        UserError: no such number of stages, a class without a training image, or a loss that is not finite.
 
     Source: the downstream training of Al Breiki, Ridzuan and Grandhe, "Self-Supervised Learning for Fine-Grained Image
     Classification", 2021. Not as there: the views (the release repeats the set under six transforms), and the new

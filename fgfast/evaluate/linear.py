@@ -56,7 +56,7 @@ def linear_probe(
     if len(grid) > 1:
         held = _held_out(y)
         if not held.any():
-            raise UserError("No class has five training pictures: give one C, there is nothing to choose it on.")
+            raise UserError("No class has five training images: give one C, there is nothing to choose it on.")
         scores = [np.mean(_fit_predict(x[~held], y[~held], x[held], c, max_iter) == y[held]) for c in grid]
         best = grid[int(np.argmax(scores))]
     predictions = _fit_predict(x, y, test_x.detach().cpu().double().numpy(), best, max_iter)

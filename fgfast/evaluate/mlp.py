@@ -16,12 +16,12 @@ ClassWeights = Literal["none", "inverse", "frequency"]
 def class_weights(targets: np.ndarray, classes: tuple[str, ...], kind: ClassWeights) -> Tensor | None:
     """Weights of the classes in a cross-entropy, from how often each one stands in the training set.
 
-    With n_c of N pictures in class c of C: "inverse" is N / (C n_c), so that every class counts alike; "frequency" is
+    With n_c of N images in class c of C: "inverse" is N / (C n_c), so that every class counts alike; "frequency" is
     n_c / N, which the release of Al Breiki et al. has and which favours common classes, against its purpose; "none" is
     no weights.
 
     Args:
-        targets: classes of the training pictures, int64 [N], 0..C-1.
+        targets: classes of the training images, int64 [N], 0..C-1.
         classes: C names.
         kind: see above.
 
@@ -29,7 +29,7 @@ def class_weights(targets: np.ndarray, classes: tuple[str, ...], kind: ClassWeig
         float32 [C], or None.
 
     Raises:
-        UserError: a class has no picture to learn from.
+        UserError: a class has no image to learn from.
 
     Example:
         >>> class_weights(np.array([0, 0, 0, 1]), ("a", "b"), "inverse").tolist()
@@ -38,7 +38,7 @@ def class_weights(targets: np.ndarray, classes: tuple[str, ...], kind: ClassWeig
     counts = np.bincount(targets, minlength=len(classes))
     if (counts == 0).any():
         name = classes[int((counts == 0).argmax())]
-        raise UserError(f"Class {name} has no training picture: add pictures, or drop the class from the set.")
+        raise UserError(f"Class {name} has no training image: add images, or drop the class from the set.")
     if kind == "none":
         return None
     share = counts / counts.sum()

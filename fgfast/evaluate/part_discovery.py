@@ -18,9 +18,9 @@ from fgfast.parts.clustering import Clustering, cluster_keys, cluster_pyramid
 def score_discovery(
     run: Path, data: Path, *, checkpoint: Checkpoint = "last", device: torch.device, n_images: int = 200
 ) -> dict[str, float]:
-    """NMI and ARI of clustered pixels against true part masks, mean over pictures, true-part pixels only.
+    """NMI and ARI of clustered pixels against true part masks, mean over images, true-part pixels only.
 
-    Every picture is clustered alone: a CNN's hypercolumns by the run's own settings (the defaults for methods without
+    Every image is clustered alone: a CNN's hypercolumns by the run's own settings (the defaults for methods without
     parts; no cluster is taken for background), a ViT's keys into the run's number of parts.
 
     Args:
@@ -28,7 +28,7 @@ def score_discovery(
         data: a set with part masks.
         checkpoint: "init" or "last".
         device: where the encoder runs.
-        n_images: test pictures that are scored, drawn with a fixed seed.
+        n_images: test images that are scored, drawn with a fixed seed.
 
     Returns:
         {"nmi": ..., "ari": ..., ...} as :func:`nmi_ari` gives them.
@@ -67,9 +67,9 @@ def score_discovery(
 
 
 def nmi_ari(labels: Tensor | np.ndarray, truth: Tensor | np.ndarray, ignore: int = -1) -> dict[str, float]:
-    """Agreement of two part maps; ids need not match, neither between the maps nor between pictures.
+    """Agreement of two part maps; ids need not match, neither between the maps nor between images.
 
-    Each score is computed in each picture and averaged. Over the pixels that carry a true part: normalised mutual
+    Each score is computed in each image and averaged. Over the pixels that carry a true part: normalised mutual
     information (arithmetic mean of the entropies), adjusted Rand index, purity (share of pixels whose cluster's
     commonest true part is theirs) and coverage (share of pixels that carry any discovered part). Over all pixels, what
     has no part counting as one more cluster: ``nmi_all`` and ``ari_all``.
@@ -80,8 +80,8 @@ def nmi_ari(labels: Tensor | np.ndarray, truth: Tensor | np.ndarray, ignore: int
         ignore: the id that means "no part" in both.
 
     Returns:
-        nmi, ari, purity, coverage, nmi_all, ari_all (NaN when no picture counts), and images and skipped: how many
-        pictures counted, and how many have no true part and did not.
+        nmi, ari, purity, coverage, nmi_all, ari_all (NaN when no image counts), and images and skipped: how many
+        images counted, and how many have no true part and did not.
 
     Raises:
         ValueError: shapes that differ or are not [H, W] or [B, H, W].

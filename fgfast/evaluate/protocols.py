@@ -1,4 +1,4 @@
-"""Evaluation of a run: a protocol, its scores, an interval over the test pictures."""
+"""Evaluation of a run: a protocol, its scores, an interval over the test images."""
 
 import hashlib
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -30,27 +30,27 @@ Options = MLPOptions | FinetuneOptions
 OPTIONS: dict[str, type[Options]] = {"mlp": MLPOptions, "finetune": FinetuneOptions}
 """The options of the protocols that have some."""
 KNN_K = 20
-MOST_FOR_ONLINE = 4000  # pictures of each split that the online score looks at
+MOST_FOR_ONLINE = 4000  # images of each split that the online score looks at
 
 
 @dataclass(frozen=True)
 class Score:
-    """Scores of one checkpoint under one protocol; of retrieval, the nearest other picture is the prediction."""
+    """Scores of one checkpoint under one protocol; of retrieval, the nearest other image is the prediction."""
 
     protocol: Protocol
     checkpoint: Checkpoint
-    correct: np.ndarray  # bool [test pictures]
-    low: float  # 95% bootstrap interval of top-1 over the test pictures
+    correct: np.ndarray  # bool [test images]
+    low: float  # 95% bootstrap interval of top-1 over the test images
     high: float
     n_train: int
     macro_f1: float = float("nan")  # mean of the classes' F1, classes that occur or are predicted
-    weighted_f1: float = float("nan")  # the same weighted by how many pictures a class has
+    weighted_f1: float = float("nan")  # the same weighted by how many images a class has
     options: str = ""  # those that are not the protocol's defaults, "name=value,name=value"
     more: dict[str, Any] = field(default_factory=dict)  # what only this protocol has: rank5 and map; all options
 
     @property
     def top1(self) -> float:
-        """Share of the test pictures that are right, 0 to 1."""
+        """Share of the test images that are right, 0 to 1."""
         return float(self.correct.mean())
 
     def row(self) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _classify(
     protocol: Protocol, encoder: Backbone, config: TrainConfig, fit: ImageSet, test: ImageSet, device: torch.device,
     options: Options | None,
 ) -> tuple[Tensor, Tensor, int]:  # fmt: skip
-    """Predicted and true classes of the test pictures from frozen features, and the training count."""
+    """Predicted and true classes of the test images from frozen features, and the training count."""
     take = _part_features if protocol == "parts" else _features
     x, y = take(encoder, fit, config, device)
     tx, ty = take(encoder, test, config, device)
@@ -164,12 +164,12 @@ def _classify(
 
 
 def _splits(config: TrainConfig, data: Path) -> tuple[ImageSet, ImageSet]:
-    """The pictures that features are fitted on, and those that are scored."""
+    """The images that features are fitted on, and those that are scored."""
     config = replace(config, data=str(data))
     fit, test = training_images(config)[0], scored_images(config)
     if len(test) == 0:
         raise UserError(
-            f"{data} has no test pictures to score on: give a set with a test split, or train with --holdout."
+            f"{data} has no test images to score on: give a set with a test split, or train with --holdout."
         )
     if len(fit.classes) < 2:
         raise UserError(f"{data} has {len(fit.classes)} class: scores need labels of two classes or more.")
@@ -187,7 +187,7 @@ def evaluate(
         protocol: "knn": cosine, k = 20, votes weighted by exp(similarity / 0.07). "linear": logistic regression.
             "parts": the same on features averaged over each true part, side by side; for sets with part masks.
             "mlp": one hidden layer, on features too. "finetune": the last stages of the encoder and a new classifier.
-            "retrieval": every test picture queries the other ones by their features.
+            "retrieval": every test image queries the other ones by their features.
         data: a labelled set.
         checkpoint: "init" (before training) or "last".
         device: where the networks run.
@@ -206,11 +206,11 @@ def evaluate(
     more: dict[str, Any] = {} if options is None else {"settings": asdict(options)}
     if protocol == "retrieval":
         if len(test) < 2:
-            raise UserError(f"{data} has one test picture: retrieval needs two or more.")
+            raise UserError(f"{data} has one test image: retrieval needs two or more.")
         x, y = _features(encoder, test, config, device)
         found = retrieve(x, y)
         if not found.counted.any():
-            raise UserError(f"No class of {data} has two test pictures: there is nothing to retrieve.")
+            raise UserError(f"No class of {data} has two test images: there is nothing to retrieve.")
         predicted, truth, n_train = found.nearest[found.counted], y[found.counted], 0
         rank5, precision = (float(v[found.counted].double().mean()) for v in (found.rank5, found.precision))
         more = {"rank5": rank5, "map": precision}
@@ -254,7 +254,7 @@ def note_score(run: Path, row: dict[str, Any]) -> None:
 
 
 def online_knn(encoder: Backbone, config: TrainConfig, device: torch.device) -> float | None:
-    """Top-1 of kNN in training, on at most 4,000 pictures a split; None where the set has no labels to score."""
+    """Top-1 of kNN in training, on at most 4,000 images a split; None where the set has no labels to score."""
     try:
         fit, test = _splits(config, Path(config.data))
     except UserError:

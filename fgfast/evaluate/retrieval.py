@@ -1,4 +1,4 @@
-"""Retrieval: every picture of a set queries all the others."""
+"""Retrieval: every image of a set queries all the others."""
 
 from typing import NamedTuple
 
@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 
 class Retrieval(NamedTuple):
-    """Results of the N queries; a query whose class has no other picture has nothing to find and is not ``counted``."""
+    """Results of the N queries; a query whose class has no other image has nothing to find and is not ``counted``."""
 
-    nearest: Tensor  # int64 [N]: class of the most similar other picture
+    nearest: Tensor  # int64 [N]: class of the most similar other image
     rank5: Tensor  # bool [N]: one of the five most similar has the query's class
     precision: Tensor  # float64 [N]: average precision over the whole ranking
     counted: Tensor  # bool [N]
@@ -20,7 +20,7 @@ class Retrieval(NamedTuple):
 def retrieve(x: Tensor, y: Tensor, *, chunk: int = 256) -> Retrieval:
     """Leave-one-out retrieval by cosine similarity.
 
-    With R other pictures of the query's class at ranks k_1 < ... < k_R (from 1) of the N - 1 others, the average
+    With R other images of the query's class at ranks k_1 < ... < k_R (from 1) of the N - 1 others, the average
     precision is (1 / R) sum_r r / k_r. Equal similarities keep the order of the set.
 
     Args:

@@ -82,7 +82,7 @@ class PartContrastiveLoss(nn.Module):
         if features1.shape[:2] != features2.shape[:2]:
             raise ValueError(
                 f"features1 has shape {tuple(features1.shape)} and features2 has shape {tuple(features2.shape)}: "
-                "give the same pictures and channels."
+                "give the same images and channels."
             )
         pooled, areas = self._pool((features1, features2), labels)
         chosen, part = self._sample(areas)

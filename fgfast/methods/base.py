@@ -1,4 +1,4 @@
-"""What a method is: views in, losses out, an encoder that is evaluated, and pictures of what it sees."""
+"""What a method is: views in, losses out, an encoder that is evaluated, and images of what it sees."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +46,10 @@ class Method(nn.Module):
         name: what the command line calls it.
         Config: its options, a subclass of TrainConfig with flat fields.
         encoder: the network that is evaluated and exported.
-        passes_per_image: encoder passes that a picture costs in a step, the unit in which runs are made equal: one is a
-            forward pass over a view, with or without gradient; a larger picture counts by its area.
-        passes_to_prepare: encoder passes that a picture costs before each round.
-        held_out: terms of ``forward`` that are also taken on held-out pictures, beside the online kNN.
+        passes_per_image: encoder passes that an image costs in a step, the unit in which runs are made equal: one is a
+            forward pass over a view, with or without gradient; a larger image counts by its area.
+        passes_to_prepare: encoder passes that an image costs before each round.
+        held_out: terms of ``forward`` that are also taken on held-out images, beside the online kNN.
         idle_parameters: some parameters get no gradient in some steps (ranks must then look for them).
         group: process group whose ranks share their columns, or None.
     """
@@ -130,7 +130,7 @@ class Method(nn.Module):
         return {"views": rows}
 
     def check_images(self, images: "ImageSet") -> None:
-        """Raise a UserError for pictures that the method cannot train on, before anything is written."""
+        """Raise a UserError for images that the method cannot train on, before anything is written."""
 
     def prepare(self, images: "ImageSet", run: Path, round_: int) -> Path | None:
         """Work before the round ``round_`` of training, such as part discovery; returns a folder of id maps or None."""

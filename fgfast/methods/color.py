@@ -1,4 +1,4 @@
-"""Colourisation: which colour has each place of a grey picture?"""
+"""Colourisation: which colour has each place of a grey image?"""
 
 import json
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class ColorConfig(TrainConfig):
     uniform: Share = 0.5
     """Share of the uniform distribution in the prior that rare colours are weighted by; 1 weights all alike."""
     prior_pictures: Count = 10_000
-    """Training pictures, at most, on which that prior is measured."""
+    """Training images, at most, on which that prior is measured."""
 
 
 class Color(Method):
@@ -45,13 +45,13 @@ class Color(Method):
     loss = mean over places of  w(z) x ( - sum_q z_q log p_q ),   z the soft label of the place's colour over its five
     nearest bins, p = softmax(decoder(encoder(grey))), and w the weight of the nearest bin,
 
-    w = 1 / ((1 - uniform) prior + uniform / Q), with expectation 1 under the prior, that of the training pictures
+    w = 1 / ((1 - uniform) prior + uniform / Q), with expectation 1 under the prior, that of the training images
     smoothed by a Gaussian of 5 units. It is measured before training and kept in RUN/colours.json. In evaluation the
-    encoder sees grey pictures too. "accuracy" is the share of places whose nearest bin is told.
+    encoder sees grey images too. "accuracy" is the share of places whose nearest bin is told.
 
     What is ours: the network (any of timm's with a decoder of two layers, instead of a dilated VGG), the bins (309 that
     surround the colours of sRGB, where the release has 313), colours averaged over 4 x 4 pixels before they become
-    classes, a prior of the training pictures and not of ImageNet, random crops, the optimiser. A ViT's CLS, which is
+    classes, a prior of the training images and not of ImageNet, random crops, the optimiser. A ViT's CLS, which is
     what is evaluated, is added to its patches, or it would learn nothing.
 
     Source: Zhang, Isola, Efros, "Colorful Image Colorization", ECCV 2016.
@@ -95,7 +95,7 @@ class Color(Method):
 
     @torch.no_grad()
     def measure(self, images: "ImageSet") -> Tensor:
-        """Smoothed prior over the bins of whole pictures at the size of the predictions, float64 [Q] on the CPU."""
+        """Smoothed prior over the bins of whole images at the size of the predictions, float64 [Q] on the CPU."""
         from fgfast.data.loader import make_loader
         from fgfast.data.views import ViewSpec
 
@@ -112,19 +112,19 @@ class Color(Method):
         finally:
             loader.close()
         if not counts.sum() > 0:
-            raise UserError(f"No picture of {images.root} could be read for the prior of its colours: check the data.")
+            raise UserError(f"No image of {images.root} could be read for the prior of its colours: check the data.")
         return self.classes.smoothed(counts).cpu()
 
-    def colours(self, pictures: Tensor) -> Tensor:
-        """Mean colour of every 4 x 4 pixels of normalised pictures [B, 3, S, S], ab [B * (S / 4)^2, 2]."""
-        side = pictures.shape[-1] // STRIDE
-        small = F.adaptive_avg_pool2d(denormalise(pictures).clamp(0, 1), side)
+    def colours(self, images: Tensor) -> Tensor:
+        """Mean colour of every 4 x 4 pixels of normalised images [B, 3, S, S], ab [B * (S / 4)^2, 2]."""
+        side = images.shape[-1] // STRIDE
+        small = F.adaptive_avg_pool2d(denormalise(images).clamp(0, 1), side)
         return rgb_to_lab(small)[:, 1:].permute(0, 2, 3, 1).reshape(-1, 2)
 
-    def logits(self, pictures: Tensor) -> Tensor:
-        """Logits [B, S / 4, S / 4, Q] of normalised pictures [B, 3, S, S]."""
-        features = self.encoder.features(pictures)
-        size = (pictures.shape[-2], pictures.shape[-1])
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits [B, S / 4, S / 4, Q] of normalised images [B, 3, S, S]."""
+        features = self.encoder.features(images)
+        size = (images.shape[-2], images.shape[-1])
         found = self.encoder.to_map(features, size)
         if self.encoder.is_vit:
             found = found + self.encoder.pool(features)[:, :, None, None]
@@ -132,11 +132,11 @@ class Color(Method):
         return self.classifier(self.norm(found).relu()).permute(0, 2, 3, 1)
 
     def forward(self, batch: "Batch") -> dict[str, Tensor]:
-        """Weighted cross-entropy with soft labels and accuracy over the places of the valid pictures."""
-        pictures = batch.views[0]
-        logits = self.logits(pictures).flatten(0, 2).float()  # [N, Q]
+        """Weighted cross-entropy with soft labels and accuracy over the places of the valid images."""
+        images = batch.views[0]
+        logits = self.logits(images).flatten(0, 2).float()  # [N, Q]
         with torch.no_grad():
-            index, soft = self.classes.encode(self.colours(pictures))  # [N, 5]
+            index, soft = self.classes.encode(self.colours(images))  # [N, 5]
             places = len(logits) // len(batch)
             counted = batch.valid.repeat_interleave(places, output_size=len(logits))
             count = counted.sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""Jigsaw puzzles: which permutation put the tiles of a picture where they are?"""
+"""Jigsaw puzzles: which permutation put the tiles of an image where they are?"""
 
 import logging
 from dataclasses import dataclass
@@ -52,22 +52,22 @@ class JigsawConfig(TrainConfig):
 
 
 class Jigsaw(Method):
-    """The tiles of a picture in a permuted order; a siamese encoder sees each alone, a classifier tells the order.
+    """The tiles of an image in a permuted order; a siamese encoder sees each alone, a classifier tells the order.
 
     loss = CE( W dropout([f(t_1), ..., f(t_T)]), number of the permutation ),   t_p = the tile on place p,
 
     T = grid^2, f = the encoder, shared by all tiles. Every tile is cropped at a random place and changed in brightness
     by itself, so that neither edges that go on in the neighbour nor a common light tell where it belongs. A step costs
-    T (tile / size)^2 passes a picture: tiles count by their area. In evaluation the encoder sees whole pictures of
+    T (tile / size)^2 passes an image: tiles count by their area. In evaluation the encoder sees whole images of
     ``size``; a ViT is built for those, and its position embeddings are resized to the patches of a tile in training.
-    Puzzles are drawn from (seed, step, rank), on held-out pictures from the seed and the picture's number. "accuracy"
+    Puzzles are drawn from (seed, step, rank), on held-out images from the seed and the image's number. "accuracy"
     is the share of permutations told right: of the step, and as held_out_accuracy (no dropout) beside the online kNN.
 
-    Defaults that are ours: random crops and flips of the picture instead of its centre; normalised values instead of
+    Defaults that are ours: random crops and flips of the image instead of its centre; normalised values instead of
     [0, 1]; uniform draws among all permutations, where the release goes through ten at a time in ten passes that it
     calls an epoch (hence 150 epochs in ``--preset paper``, not 15); the permutations of the set are far from each
     other, the release asks this of drawn pairs alone (``--permutation-rule pairs``). Quirks of the release that are
-    not reproduced: its dropout stays active in evaluation, a mistake; pictures are squashed before the centre is
+    not reproduced: its dropout stays active in evaluation, a mistake; images are squashed before the centre is
     taken (the preset takes a square of the same share of the short side); the rate falls on plateaus (half a cosine).
 
     Source: Noroozi and Favaro, "Unsupervised Learning of Visual Representations by Solving Jigsaw Puzzles", ECCV 2016;
@@ -84,7 +84,7 @@ class Jigsaw(Method):
         super().__init__()
         self.config = config
         if config.size < config.grid:
-            raise UserError(f"Pictures of {config.size} pixels have no {config.grid} tiles a side: lower --grid.")
+            raise UserError(f"Images of {config.size} pixels have no {config.grid} tiles a side: lower --grid.")
         places = config.grid**2
         rule = config.permutation_rule
         found = permutation_set(config.n_permutations, places, rule=rule, seed=config.seed)
@@ -186,7 +186,7 @@ class Jigsaw(Method):
         return ViewSpec(crops=(Crop(size=c.size, scale=(c.crop_scale, 1.0), jitter_p=0.0),))
 
     def photographs(self, batch: "Batch") -> Tensor:
-        """The uncut pictures [B, 3, S, S]."""
+        """The uncut images [B, 3, S, S]."""
         if batch.views:
             return batch.views[0]
         assert batch.whole is not None  # views() asks for one of the two
@@ -194,7 +194,7 @@ class Jigsaw(Method):
 
     @torch.no_grad()
     def puzzles(self, batch: "Batch") -> tuple[Tensor, Tensor]:
-        """Permuted tiles [B * T, 3, side, side] and the number of each picture's permutation [B]."""
+        """Permuted tiles [B * T, 3, side, side] and the number of each image's permutation [B]."""
         from fgfast.data.normalise import IMAGENET_MEAN, IMAGENET_STD
 
         c, device = self.config, self.permutations.device
@@ -212,7 +212,7 @@ class Jigsaw(Method):
         return self.head(self.tile_features(tiles).unflatten(0, (-1, self.config.grid**2)).flatten(1)).float()
 
     def forward(self, batch: "Batch") -> dict[str, Tensor]:
-        """Cross-entropy and accuracy over the valid pictures."""
+        """Cross-entropy and accuracy over the valid images."""
         tiles, label = self.puzzles(batch)
         logits = self.logits(tiles)
         losses = nn.functional.cross_entropy(logits, label, reduction="none")

@@ -86,7 +86,7 @@ class LoDisc(MoCoV3):
 
     @torch.no_grad()
     def pivots(self, views: Tensor, *, strategy: str | None = None) -> tuple[Tensor, PivotalMask]:
-        """Pooled momentum features [N, D] of whole views, and the pivotal mask of each, its pictures masked."""
+        """Pooled momentum features [N, D] of whole views, and the pivotal mask of each, its images masked."""
         features, attention = self.target.attend(views)
         strategy = strategy or self.config.strategy
         images = None if self.config.drop_tokens else views

@@ -1,4 +1,4 @@
-"""MoCo v3: each view predicts the momentum encoder's view of the same picture among those of all others."""
+"""MoCo v3: each view predicts the momentum encoder's view of the same image among those of all others."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ class MoCoV3(Method):
     C(q, k) = 2 T x mean_i [ log sum_j exp(<q_i, k_j> / T) - <q_i, k_i> / T ],   loss = C(q1, k2) + C(q2, k1),
 
     q = predictor(projector(encoder(view))), k = projector'(encoder'(view)), both normalised, primed = momentum copies,
-    which stay in training mode. Defaults that are ours: heads of 512 and 128, crops of at least 0.2 of the picture,
+    which stay in training mode. Defaults that are ours: heads of 512 and 128, crops of at least 0.2 of the image,
     blur scaled by the size of the views.
 
     Source: Chen, Xie, He, "An Empirical Study of Training Self-Supervised Vision Transformers", ICCV 2021.
@@ -80,7 +80,7 @@ class MoCoV3(Method):
         return self.predictor(self.projector(self.encoder(torch.cat(batch.views)))).chunk(2)
 
     def contrast(self, query: Tensor, key: Tensor, batch: "Batch") -> Tensor:
-        """C(query, key) over the valid pictures of all ranks."""
+        """C(query, key) over the valid images of all ranks."""
         part = torch.where(batch.valid, 0, -1)
         zero = torch.zeros_like(batch.index)
         loss = contrastive_loss(

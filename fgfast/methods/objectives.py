@@ -1,7 +1,7 @@
 """Contrastive bases that other methods build on: SimCLR, MoCo v2, SimSiam and BYOL, from pooled features to a loss.
 
 A base holds heads and momentum copies; the encoder, its features and the queue belong to the method that uses it. So
-the same base serves photographs and pictures made from them.
+the same base serves photographs and images made from them.
 """
 
 from typing import TYPE_CHECKING, Protocol
@@ -35,7 +35,7 @@ class Heads(Protocol):
 
 
 class Base(nn.Module):
-    """A contrast of two views of each picture.
+    """A contrast of two views of each image.
 
     Attributes:
         online: how many of the two views go through the online encoder, first one first.
@@ -54,7 +54,7 @@ class Base(nn.Module):
 
         Args:
             features: pooled online features [online x B, D] of its first views, in their order.
-            batch: views, picture numbers and which pictures are valid.
+            batch: views, image numbers and which images are valid.
             queue: negatives, of a base that has them; the new keys are pushed in training.
         """
         raise NotImplementedError(f"{type(self).__name__} has no loss.")
@@ -64,7 +64,7 @@ class Base(nn.Module):
 
 
 class SimCLRBase(Base):
-    """NT-Xent over the views of all pictures. Source: Chen et al., 2020 (arXiv 2002.05709)."""
+    """NT-Xent over the views of all images. Source: Chen et al., 2020 (arXiv 2002.05709)."""
 
     def __init__(self, encoder: "Backbone", config: Heads) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class SimSiamBase(Base):
         self.predictor = MLP((out, max(1, hidden // 4), out))
 
     def forward(self, features: Tensor, batch: "Batch", queue: "KeyQueue | None" = None) -> Tensor:
-        """The mean over valid pictures."""
+        """The mean over valid images."""
         z = self.projector(features)
         p1, p2 = self.predictor(z).chunk(2)
         z1, z2 = z.detach().chunk(2)
@@ -150,7 +150,7 @@ class BYOLBase(Base):
         self.target, self.target_projector = momentum_copy(encoder), momentum_copy(self.projector)
 
     def forward(self, features: Tensor, batch: "Batch", queue: "KeyQueue | None" = None) -> Tensor:
-        """The mean over valid pictures."""
+        """The mean over valid images."""
         p1, p2 = self.predictor(self.projector(features)).chunk(2)
         with torch.no_grad():
             z1, z2 = self.target_projector(self.target(torch.cat(batch.views))).chunk(2)

@@ -35,9 +35,9 @@ class PARTICLEConfig(TrainConfig):
     rounds: Count = 1
     """Outer rounds: before each, parts are discovered anew with the network as it is."""
     n_parts: Annotated[int, Range(2, 254)] = 15
-    """Clusters a picture (ViT: foreground parts; 5 in the paper)."""
+    """Clusters an image (ViT: foreground parts; 5 in the paper)."""
     max_parts: Natural = 10
-    """Parts sampled a picture and view; 0 takes all that are there."""
+    """Parts sampled an image and view; 0 takes all that are there."""
     negatives: Literal["all", "same_image", "other_images"] = "all"
     """Which parts a part is contrasted with."""
     levels: Count = 4
@@ -49,7 +49,7 @@ class PARTICLEConfig(TrainConfig):
     position: Weight = 0.0
     """Variance of the pixels' coordinates, in units of the features', which join them in the clustering of a CNN."""
     discover_size: Natural = 0
-    """Side to which the whole picture is squashed for discovery; 0 is twice the training size."""
+    """Side to which the whole image is squashed for discovery; 0 is twice the training size."""
     map_size: Annotated[int, Range(2)] = 64
     """Side of the id maps."""
     grid: Annotated[int, Range(1, 15)] = 4
@@ -108,7 +108,7 @@ ONLINE = 4  # id maps made inside a step are this much smaller than stored ones:
 class PARTICLE(Method):
     """Part discovery and part contrast (DetCon-B loss); for a ViT together with DINO.
 
-    Before each round the pixels of every picture are clustered; in training the id map of a picture is warped with
+    Before each round the pixels of every image are clustered; in training the id map of an image is warped with
     each view, the maps of the encoder are averaged over each part, and
 
         loss = PartContrast(predictor(projector(part)), projector'(part')) over both directions,
@@ -121,7 +121,7 @@ class PARTICLE(Method):
     are absent from a view masked and the mean taken over the rows with a positive.
     ``--preset paper`` gives the released settings. Quirks of the release that are not reproduced, because they are
     mistakes there: ids drawn for absent parts become positives of each other (masked here); solarise at 0.5 of a
-    0..255 picture (128 here); a warm-up that is computed and never applied; momentum capped in early steps. Left out
+    0..255 image (128 here); a warm-up that is computed and never applied; momentum capped in early steps. Left out
     besides: the dense CRF of the ViT recipe, as its package no longer builds, and its drop path of 0.1 (give it by
     ``--model-args drop_path_rate=0.1``); the CNN's flat momentum, which rises to 1 here. The weights that the authors
     start from are given by ``--init PATH``.
@@ -144,7 +144,7 @@ class PARTICLE(Method):
         with_copy = config.target == "momentum"
         if self.encoder.is_vit and not with_copy:
             raise UserError("A ViT learns by DINO too, which needs its momentum copy: leave --target self out.")
-        whole = (self.discover_size / config.size) ** 2  # a pass over the whole picture, in passes over a view
+        whole = (self.discover_size / config.size) ** 2  # a pass over the whole image, in passes over a view
         self.passes_per_image = (4 if with_copy else 2) + (whole if config.parts == "online" else 0)
         self.passes_to_prepare = whole if config.parts == "discovered" and not config.maps else 0
         dim, head = self.encoder.dim, config.projection
@@ -212,7 +212,7 @@ class PARTICLE(Method):
         self.part_loss.group = group
 
     def views(self) -> "ViewSpec":
-        """The BYOL pair without grey: blur 1.0 and 0.1, solarise 0 and 0.2; id maps or the whole picture as needed."""
+        """The BYOL pair without grey: blur 1.0 and 0.1, solarise 0 and 0.2; id maps or the whole image as needed."""
         from fgfast.data.views import Crop, ViewSpec
 
         c = self.config
@@ -231,13 +231,13 @@ class PARTICLE(Method):
 
     @property
     def discover_size(self) -> int:
-        """Side of the whole picture in discovery, pixels."""
+        """Side of the whole image in discovery, pixels."""
         return self.config.discover_size or 2 * self.config.size
 
     def check_images(self, images: "ImageSet") -> None:
-        """The set's own masks are needed for every picture."""
+        """The set's own masks are needed for every image."""
         if self.config.parts == "truth" and (images.targets < 0).any():
-            raise UserError("--parts truth has no masks of pictures without a label: choose other --parts.")
+            raise UserError("--parts truth has no masks of images without a label: choose other --parts.")
 
     def prepare(self, images: "ImageSet", run: Path, round_: int) -> Path | None:
         """Discover the parts of a round, or point to the set's own masks."""
@@ -276,7 +276,7 @@ class PARTICLE(Method):
 
     @torch.no_grad()
     def cluster(self, images: Tensor | None, size: int) -> Tensor:
-        """Parts of whole pictures by the momentum encoder, if there is one, int64 [B, size, size] (ViT: its grid)."""
+        """Parts of whole images by the momentum encoder, if there is one, int64 [B, size, size] (ViT: its grid)."""
         assert images is not None  # views() asks for them
         c = self.config
         network = self.encoder if self.target is None else self.target

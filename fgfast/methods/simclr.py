@@ -1,4 +1,4 @@
-"""SimCLR: two views of a picture agree, all other pictures of the batch disagree."""
+"""SimCLR: two views of an image agree, all other images of the batch disagree."""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,9 +32,9 @@ class SimCLRConfig(TrainConfig):
     views: Literal[
         "original", "gamma", "coarse-dropout", "patch-swap", "random-jigsaw", "dcl-jigsaw", "cropped-region"
     ] = "original"
-    """What a picture is compared with: another crop of it, or a transform of it."""
+    """What an image is compared with: another crop of it, or a transform of it."""
     pair: Literal["asymmetric", "symmetric"] = "asymmetric"
-    """Whether one view is the picture and the other its transform, or both are transformed."""
+    """Whether one view is the image and the other its transform, or both are transformed."""
     blocks: Natural = 0
     """Blocks a side of the jigsaws (no other view looks at it); 0 takes 4 (random-jigsaw) or 7 (dcl-jigsaw)."""
     preset: Literal["small", "paper"] = "small"
@@ -42,7 +42,7 @@ class SimCLRConfig(TrainConfig):
 
 
 def transform(views: str, blocks: int = 0) -> dict[str, Any]:
-    """The fields of ``Crop`` that turn a picture into its transform, by the name that --views has for it.
+    """The fields of ``Crop`` that turn an image into its transform, by the name that --views has for it.
 
     Lengths were given for views of 512 pixels and are shares of the side here.
 
@@ -78,15 +78,15 @@ class SimCLR(Method):
 
     loss = mean over views i of  log sum_{k != i} exp(<z_i, z_k>/T) - <z_i, z_j>/T,   z normalised, j the other view.
 
-    Defaults are for sets of thousands of pictures on small inputs (temperature, head and crops are ours); the
+    Defaults are for sets of thousands of images on small inputs (temperature, head and crops are ours); the
     ImageNet recipe has temperature 0.1, a 2048-wide head, LARS and batches of 4,096. ``--preset paper`` has those of
     the study of views below: ResNet-18 from scratch at 512 pixels, head 512-512, temperature 0.5, Adam, batches of 64,
     500 epochs; its rate was constant, because its cosine was never stepped, and is half a cosine here.
 
-    ``--views`` other than original compare a picture with a transform of it (``transform``), made anew each epoch:
+    ``--views`` other than original compare an image with a transform of it (``transform``), made anew each epoch:
     gamma on crops of both, otherwise both squashed whole; then each flipped 0.5, jitter (0.8, 0.8, 0.8, 0.2) 0.3, grey
     0.2, no blur. Lengths are shares of the view, given for 512 pixels. Differences from the release of these views: a
-    transform was made once for each picture and stored; its files were paired by their order in two folders; the
+    transform was made once for each image and stored; its files were paired by their order in two folders; the
     DCL blocks were shuffled two by two along a row, so that one could drift to its end, and rows as wholes (here by
     the rule of DCL's paper, one place at most); random jigsaw moved every block (here all orders are alike); the
     lower patch lay within 50 pixels of the middle (here anywhere in the lower half); a region was cropped around the
@@ -124,7 +124,7 @@ class SimCLR(Method):
         )  # fmt: skip
 
     def views(self) -> "ViewSpec":
-        """Two alike crops: flip, colour jitter, grey 0.2, blur 0.5; or a picture and its transform."""
+        """Two alike crops: flip, colour jitter, grey 0.2, blur 0.5; or an image and its transform."""
         from fgfast.data.views import Crop, ViewSpec
 
         c = self.config
@@ -136,13 +136,13 @@ class SimCLR(Method):
         return alike_crops(c)
 
     def forward(self, batch: "Batch") -> dict[str, Tensor]:
-        """The NT-Xent loss of the valid pictures."""
+        """The NT-Xent loss of the valid images."""
         z = self.projector(self.encoder(torch.cat(batch.views)))  # [2B, projection]
         return {"loss": nt_xent(z, batch, self.config.temperature, self.group)}
 
 
 def nt_xent(z: Tensor, batch: "Batch", temperature: float, group: "ProcessGroup | None" = None) -> Tensor:
-    """NT-Xent of stacked views [V * B, D], padded pictures absent, ranks joined."""
+    """NT-Xent of stacked views [V * B, D], padded images absent, ranks joined."""
     n_views = len(batch.views)
     image = batch.index.repeat(n_views)
     part = torch.where(batch.valid, 0, -1).repeat(n_views)

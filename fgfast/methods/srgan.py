@@ -1,4 +1,4 @@
-"""SRGAN: pictures four times as large from small ones; the generator or the discriminator is the encoder."""
+"""SRGAN: images four times as large from small ones; the generator or the discriminator is the encoder."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fgfast")
 
 FACTOR = 4
-SCORED = 256  # held-out pictures on which PSNR and SSIM are taken
+SCORED = 256  # held-out images on which PSNR and SSIM are taken
 MOST_DB = 60.0  # a flat window is met exactly, and its infinite PSNR would be the mean's
 
 
@@ -41,7 +41,7 @@ class SRGANConfig(TrainConfig):
     size: Annotated[int, Range(16)] = 96
     """Side of the true windows, pixels, a multiple of 4; the networks see a quarter of it."""
     batch_size: Annotated[int, Range(2)] = 16
-    """Pictures a step and process."""
+    """Images a step and process."""
     weight_decay: Weight = 0.0
     """Weight decay; norms and biases get none."""
     clip: Weight = 0.0
@@ -67,7 +67,7 @@ class SRGANConfig(TrainConfig):
     drop: Natural = 0
     """How many of its last blocks the encoder leaves out."""
     fixed_flatten: bool = False
-    """The discriminator refuses pictures whose last map is not 6 x 6 (81 to 96 pixels), as the paper's does."""
+    """The discriminator refuses images whose last map is not 6 x 6 (81 to 96 pixels), as the paper's does."""
     preset: Literal["small", "paper"] = "small"
     """paper takes the released settings of the authors."""
 
@@ -92,13 +92,13 @@ class SRGAN(Method):
         generator      |x - t|^2 + 0.006 |V(x) - V(t)|^2 - 0.001 log D(x)
         discriminator  - log D(t) - log(1 - D(x))
 
-    V is the last map of ``--perceptual`` (of a VGG the one before its last pooling) for pictures normalised with
+    V is the last map of ``--perceptual`` (of a VGG the one before its last pooling) for images normalised with
     ImageNet's statistics; without a network the term is left out, and the log says so. One optimiser holds both
     networks: Adam's step of a parameter depends on its own gradient alone, the discriminator's loss sees x detached and
     the generator's sees the discriminator's weights detached, so the sum of the losses trains each network by its own.
 
     The encoder is the blocks of the generator or the discriminator but for the last ``drop``, averaged over their map;
-    it takes pictures of any size. ``fgfast eval ... --set features=discriminator --set drop=3`` reads a run otherwise.
+    it takes images of any size. ``fgfast eval ... --set features=discriminator --set drop=3`` reads a run otherwise.
 
     Quirks of the release and of the code that it builds on which differ here: both networks step at once instead of
     the discriminator first, because there is one optimiser step; the discriminator averages its last map into 6 x 6
@@ -163,13 +163,13 @@ class SRGAN(Method):
         return method.encoder
 
     def views(self) -> "ViewSpec":
-        """A window of the picture's own pixels and its copy of a quarter."""
+        """A window of the image's own pixels and its copy of a quarter."""
         from fgfast.data.views import Patch, ViewSpec
 
         return ViewSpec(patch=Patch(self.config.size, FACTOR))
 
     def prepare(self, images: "ImageSet", run: Path, round_: int) -> None:
-        """Refuse what would end the run later: pictures of either split that are too small, a missing network."""
+        """Refuse what would end the run later: images of either split that are too small, a missing network."""
         from fgfast.data.base import check_patch
         from fgfast.data.layouts import open_images
         from fgfast.data.manifest import check_images
@@ -196,7 +196,7 @@ class SRGAN(Method):
         self.adversarial = progress.step >= self.config.first_adversarial(progress.total)
 
     def forward(self, batch: "Batch") -> dict[str, Tensor]:
-        """Losses of the stage, means over the valid pictures."""
+        """Losses of the stage, means over the valid images."""
         truth, valid = batch.patch, batch.valid
         assert truth is not None
         assert batch.reduced is not None
@@ -222,7 +222,7 @@ class SRGAN(Method):
 
     @torch.no_grad()
     def scores(self, device: torch.device) -> dict[str, float]:
-        """PSNR (dB, at most 60 a window) and SSIM of windows of held-out pictures, generated and bicubic, means."""
+        """PSNR (dB, at most 60 a window) and SSIM of windows of held-out images, generated and bicubic, means."""
         from fgfast.data.loader import make_loader
         from fgfast.data.splits import scored_images
 
@@ -265,7 +265,7 @@ class SRGAN(Method):
 
 
 def bicubic(small: Tensor) -> Tensor:
-    """Pictures [B, 3, H, W] enlarged to [B, 3, 4 H, 4 W], with PIL's kernel (a = -1/2) and border."""
+    """Images [B, 3, H, W] enlarged to [B, 3, 4 H, 4 W], with PIL's kernel (a = -1/2) and border."""
     return F.interpolate(small, scale_factor=FACTOR, mode="bicubic", antialias=True)
 
 
@@ -289,10 +289,10 @@ def perceptual_network(text: str, size: int) -> Backbone:
 
 
 def _last_map(network: Backbone, x: Tensor) -> Tensor:
-    """The last map [B, D, h, w] of pictures in [0, 1]; of a VGG the one before its last pooling."""
+    """The last map [B, D, h, w] of images in [0, 1]; of a VGG the one before its last pooling."""
     return network.pyramid(normalise(x), 2)[1 if network.name.startswith("vgg") else 0]
 
 
 def _mean(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean of ``values`` [B] over the valid pictures."""
+    """Mean of ``values`` [B] over the valid images."""
     return torch.where(valid, values, 0).sum() / valid.sum().clamp(min=1)

@@ -56,7 +56,7 @@ class Supervised(Method):
         )
 
     def forward(self, batch: "Batch") -> dict[str, Tensor]:
-        """Cross-entropy over the valid pictures."""
+        """Cross-entropy over the valid images."""
         logits = self.classifier(self.encoder(batch.views[0])).float()
         losses = nn.functional.cross_entropy(
             logits, batch.target, label_smoothing=self.config.smoothing, reduction="none"

@@ -1,4 +1,4 @@
-"""Contrast on synthesised pairs: what a picture decodes to should not change with the features that do not matter."""
+"""Contrast on synthesised pairs: what an image decodes to should not change with the features that do not matter."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -50,11 +50,11 @@ class SynthPairConfig(TrainConfig):
     p_v: Share = 0.3
     """Share of the dimensions that the variance calls unimportant."""
     p_g: Share = 0.3
-    """Share of the dimensions of a picture that Grad-CAM (or chance) calls unimportant."""
+    """Share of the dimensions of an image that Grad-CAM (or chance) calls unimportant."""
     decay: Annotated[float, Range(0, 0.9999)] = 0.99
     """Decay of the running variance."""
     strategy: Literal["noise", "swap", "zero"] = "noise"
-    """How a dimension is changed: noise of its own spread, the value of another picture, or none."""
+    """How a dimension is changed: noise of its own spread, the value of another image, or none."""
     strength: Weight = 1.0
     """Size of the change, lambda; 0 changes nothing."""
     alpha: Weight = 0.05
@@ -66,7 +66,7 @@ class SynthPairConfig(TrainConfig):
     synth_share: Annotated[float, Range(0, 1, open=True)] = 1.0
     """Share of the batch that pairs are synthesised from."""
     synth_size: Natural = 0
-    """Side to which decoded pictures are resized before they are encoded; 0 leaves them at --size."""
+    """Side to which decoded images are resized before they are encoded; 0 leaves them at --size."""
     both_views: bool = False
     """Reconstruct the second view too (bases that encode both): twice the decoder's time."""
     stop_gradient: bool = False
@@ -83,13 +83,13 @@ GUARD = 0.5  # share of the energy of a feature vector that may change
 
 
 class SynthPair(Method):
-    r"""A contrastive base, a decoder, and the same contrast on pairs of pictures that the decoder makes.
+    r"""A contrastive base, a decoder, and the same contrast on pairs of images that the decoder makes.
 
     .. math:: L = L_C + \alpha L_R + \nu L_{Cp}, \quad L_R = \|D(r) - x\|^2, \quad
               L_{Cp} = \text{contrast of } D(r) \text{ with } D(r'), \quad r' = r + M \lambda \|r\| \sigma \epsilon,
 
     r the pooled features of the view x. The mask M holds the dimensions of low variance over the data (running, of
-    r / ||r||) and, in each picture, those of least Grad-CAM importance |w r|, w the mean over positions of
+    r / ||r||) and, in each image, those of least Grad-CAM importance |w r|, w the mean over positions of
     the gradient of L_C; together at most half of the energy of r. The pair gets no gradient itself: it trains the
     encoder to tell no difference. nu is 0 until the decoder has learned to reconstruct (``synth_warmup``).
 
@@ -97,10 +97,10 @@ class SynthPair(Method):
     losses and that it builds on bases such as MoCo v2 and SimSiam. Ours are: all numbers, the running variance, the
     first-order gradient as Grad-CAM weight, its absolute value (of a loss, either sign matters), the guard, noise of
     the dimension's own spread (of the mean spread where that is low, or it would not show), the decoder's group norms
-    (two equal vectors give one picture), and that pairs are made from the first view, only flipped at random, have a
+    (two equal vectors give one image), and that pairs are made from the first view, only flipped at random, have a
     queue of their own and leave no trace in the encoder's running statistics.
 
-    ``passes_per_image`` counts the encoder passes over decoded pictures by their area and share, after the warm-up; the
+    ``passes_per_image`` counts the encoder passes over decoded images by their area and share, after the warm-up; the
     decoder is not counted.
 
     Source: after Wang, Liu, Weston, Tian, Li, "On Learning Discriminative Features from Synthesized Data for
@@ -136,7 +136,7 @@ class SynthPair(Method):
         self.progress = Progress(state["step"], state["total"])
 
     def set_group(self, group: "ProcessGroup | None") -> None:
-        """Contrast with, and take statistics over, the pictures of all ranks."""
+        """Contrast with, and take statistics over, the images of all ranks."""
         super().set_group(group)
         self.base.group = group
 
@@ -193,7 +193,7 @@ class SynthPair(Method):
         )  # fmt: skip
 
     def contrast_pair(self, decoded: Tensor, other: Tensor, batch: "Batch") -> Tensor:
-        """L_Cp of pictures decoded from features as they are and as they were changed, of the first rows of a batch."""
+        """L_Cp of images decoded from features as they are and as they were changed, of the first rows of a batch."""
         from fgfast.data.views import Batch
 
         n, side = len(decoded), self.config.synth_size
@@ -210,7 +210,7 @@ class SynthPair(Method):
             return self.base(r, pairs, self._queue(1))
 
     def _queue(self, number: int) -> KeyQueue | None:
-        """The queue of photographs (0) or of decoded pictures (1), of a base that has them."""
+        """The queue of photographs (0) or of decoded images (1), of a base that has them."""
         queue = self.queues[number] if self.base.has_queue else None
         assert queue is None or isinstance(queue, KeyQueue)
         return queue

@@ -43,10 +43,10 @@ class Backbone(nn.Module):
 
     Args:
         name: a timm model name, such as "resnet18" or "vit_small_patch16_224".
-        size: side of the pictures in training, pixels; ViTs are built for it and accept other sizes too.
+        size: side of the images in training, pixels; ViTs are built for it and accept other sizes too.
         args: further arguments of timm.create_model, such as {"output_stride": 16}.
         pretrained: take timm's weights (needs a network).
-        grey: show the network the lightness of the pictures alone.
+        grey: show the network the lightness of the images alone.
 
     Raises:
         UserError: timm has no such model, refuses the arguments, or cannot fetch the weights.
@@ -89,7 +89,7 @@ class Backbone(nn.Module):
             raise UserError(f"--size is {size}: {name} takes multiples of its patches of {self.patch} pixels.")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pooled features [B, D] of pictures [B, 3, S, S]."""
+        """Pooled features [B, D] of images [B, 3, S, S]."""
         return self.pool(self.features(x))
 
     def features(self, x: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class Backbone(nn.Module):
         return self.net.forward_head(features, pre_logits=True)
 
     def to_map(self, features: Tensor, size: tuple[int, int]) -> Tensor:
-        """The map [B, D, h, w] from :meth:`features` of pictures of ``size``; tokens lose their prefix."""
+        """The map [B, D, h, w] from :meth:`features` of images of ``size``; tokens lose their prefix."""
         if not self.is_vit:
             return features
         grid = self.net.patch_embed.dynamic_feat_size(size)
@@ -116,7 +116,7 @@ class Backbone(nn.Module):
         return patches.transpose(1, 2).unflatten(2, grid)
 
     def map_side(self, side: int) -> int:
-        """Side of the map of pictures of ``side`` x ``side`` pixels.
+        """Side of the map of images of ``side`` x ``side`` pixels.
 
         Raises:
             UserError: the network's features are no map [B, D, h, w] with as many channels as pooled features.
@@ -143,7 +143,7 @@ class Backbone(nn.Module):
         """Keys and CLS attention of the last block of a ViT.
 
         Args:
-            x: pictures [B, 3, H, W].
+            x: images [B, 3, H, W].
             stride: stride of the patch embedding in pixels; None leaves it at the patch size. Half of it gives
                 overlapping patches and a grid of twice the side.
 

@@ -1,4 +1,4 @@
-"""A decoder from pooled features back to pictures: the mirror of a residual encoder."""
+"""A decoder from pooled features back to images: the mirror of a residual encoder."""
 
 import torch
 import torch.nn.functional as F
@@ -34,22 +34,22 @@ class Residual(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Pictures from pooled features: linear to a code, its map at the encoder's grid, residual stages, 3x3 to RGB.
+    """Images from pooled features: linear to a code, its map at the encoder's grid, residual stages, 3x3 to RGB.
 
     Each stage halves the width and then doubles the side by nearest neighbours, the last one to ``size`` itself, so any
-    grid from 1 to ``size`` fits. Norms are over groups of channels of one picture: what is decoded depends on its own
-    features alone, and two equal vectors give equal pictures.
+    grid from 1 to ``size`` fits. Norms are over groups of channels of one image: what is decoded depends on its own
+    features alone, and two equal vectors give equal images.
 
     Args:
         dim: width of the features.
-        size: side of the pictures, pixels.
+        size: side of the images, pixels.
         grid: side of the encoder's last map.
         latent: width of the code.
         width: channels at the grid; 0 takes ``dim``, at most 512.
         depth: residual blocks a stage.
 
     Raises:
-        UserError: the grid is finer than the pictures.
+        UserError: the grid is finer than the images.
 
     Example:
         >>> Decoder(32, size=24, grid=3)(torch.zeros(2, 32)).shape
@@ -74,7 +74,7 @@ class Decoder(nn.Module):
         self.to_rgb = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Pictures [B, 3, size, size], normalised as the encoder's inputs are, of features [B, dim]."""
+        """Images [B, 3, size, size], normalised as the encoder's inputs are, of features [B, dim]."""
         x = self.spread(self.code(features)).unflatten(1, (-1, SEED, SEED))
         x = x.contiguous(memory_format=torch.channels_last)
         x = F.interpolate(x, size=(self.grid, self.grid), mode="bilinear", align_corners=False)

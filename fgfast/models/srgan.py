@@ -1,4 +1,4 @@
-"""SRGAN's generator and discriminator, and either of them as an encoder of pictures."""
+"""SRGAN's generator and discriminator, and either of them as an encoder of images."""
 
 from typing import Literal
 
@@ -30,7 +30,7 @@ def _conv(inside: int, outside: int, stride: int = 1, bias: bool = False) -> nn.
 
 
 class Generator(nn.Module):
-    """Pictures four times as large: 9 x 9, residual blocks, a skip around them, two pixel shuffles, 9 x 9.
+    """Images four times as large: 9 x 9, residual blocks, a skip around them, two pixel shuffles, 9 x 9.
 
     Args:
         width: channels, 64 in the paper.
@@ -54,24 +54,24 @@ class Generator(nn.Module):
 
     @property
     def reach(self) -> int:
-        """Pixels of the small picture, to each side, that a pixel of the large one depends on (or more)."""
+        """Pixels of the small image, to each side, that a pixel of the large one depends on (or more)."""
         return 4 + 2 * len(self.blocks) + 1 + 1 + 1 + 1  # 9 x 9; blocks; neck; two shuffles; 9 x 9 at four times
 
     def forward(self, x: Tensor) -> Tensor:
-        """Small pictures [B, 3, H, W] to large ones [B, 3, 4 H, 4 W]; values of about [0, 1] on both sides."""
+        """Small images [B, 3, H, W] to large ones [B, 3, 4 H, 4 W]; values of about [0, 1] on both sides."""
         x = self.head(x)
         return self.tail(self.up(x + self.neck(self.blocks(x))))
 
 
 class Discriminator(nn.Module):
-    """Logit that a picture is real: eight 3 x 3 convolutions, every second one halving, then two linear layers.
+    """Logit that an image is real: eight 3 x 3 convolutions, every second one halving, then two linear layers.
 
     The last map is averaged into 6 x 6 cells, which for sides of 81 to 96 pixels is the map itself: there the network
     is the paper's, and other sizes have the same weights.
 
     Args:
         width: channels of the first block, 64 in the paper; the last has eight times as many.
-        fixed: refuse pictures whose last map is not 6 x 6, as the paper's flatten does.
+        fixed: refuse images whose last map is not 6 x 6, as the paper's flatten does.
 
     Example:
         >>> import torch
@@ -94,7 +94,7 @@ class Discriminator(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W], values of about [0, 1], to logits [B, 1].
+        """Images [B, 3, H, W], values of about [0, 1], to logits [B, 1].
 
         Raises:
             UserError: ``fixed``, and a side outside 81 to 96.
@@ -108,7 +108,7 @@ def check_fixed(*sides: int) -> None:
     """Refuse sides that the fixed flatten does not take."""
     if not all(FIXED[0] <= side <= FIXED[1] for side in sides):
         raise UserError(
-            f"The fixed flatten takes pictures of {FIXED[0]} to {FIXED[1]} pixels, not {' x '.join(map(str, sides))}: "
+            f"The fixed flatten takes images of {FIXED[0]} to {FIXED[1]} pixels, not {' x '.join(map(str, sides))}: "
             "give --size 96, or --no-fixed-flatten."
         )
 
@@ -116,7 +116,7 @@ def check_fixed(*sides: int) -> None:
 class Trunk(nn.Module):
     """The first blocks of a generator or discriminator, with the methods of timm's networks that an encoder needs.
 
-    It shares the modules of the network that it is made from, and takes pictures normalised as the loaders do.
+    It shares the modules of the network that it is made from, and takes images normalised as the loaders do.
 
     Args:
         network: a generator or a discriminator.
@@ -158,7 +158,7 @@ class Trunk(nn.Module):
 
 
 class SRGANEncoder(Backbone):
-    """A trunk as the encoder that evaluation, discovery and pictures take.
+    """A trunk as the encoder that evaluation, discovery and images take.
 
     Args:
         network: a generator or a discriminator, whose modules it shares.

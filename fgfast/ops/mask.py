@@ -1,4 +1,4 @@
-"""``pivotal_mask`` and ``mask_images``: which patches attention calls pivotal, and pictures of those alone.
+"""``pivotal_mask`` and ``mask_images``: which patches attention calls pivotal, and images of those alone.
 
 The compiled sampler (csrc/, "native") and the path in PyTorch here give the same bits on every device: the arithmetic
 of a score is spelled out as single float32 roundings in a fixed order, log2 included.
@@ -107,7 +107,7 @@ def _mask_torch(attention: Tensor, kept: int, strategy: str, seed: int) -> tuple
 
 
 def _layout(images: Tensor, out: Tensor, grid: tuple[int, int]) -> tuple[Any, ...]:
-    """The picture as [B, outer, rows, inner] for the compiled code; channels that lie together join the inner run."""
+    """The image as [B, outer, rows, inner] for the compiled code; channels that lie together join the inner run."""
     _, channels, height, width = images.shape
     joined = all(x.stride(1) == 1 and x.stride(3) == channels for x in (images, out)) and channels > 1
     shape = (1, height, width * channels) if joined else (channels, height, width)
@@ -279,7 +279,7 @@ def pivotal_mask(
     images: Tensor | None = None,
     backend: str | None = None,
 ) -> PivotalMask:
-    r"""Choose the patches of each picture that attention calls pivotal.
+    r"""Choose the patches of each image that attention calls pivotal.
 
     .. math:: score_{bp} = \sum_l \log_2 \tfrac{1}{H} \sum_h a_{lbhp}, \qquad k = \lfloor keep \cdot P \rfloor
 
@@ -291,7 +291,7 @@ def pivotal_mask(
             negative, any strides: of the CLS token over the P patches, without CLS and registers, in L layers.
         keep: share of the patches that is kept, above 0, at most 1; k = floor(keep x P + 1e-9) must be 1 or more.
         strategy: "topk" takes the largest scores; "sample" draws without replacement in proportion to 2^score (Gumbel
-            top-k, noise by Philox 4x32-10 of seed, picture and patch); "block" takes the nearly square window of k
+            top-k, noise by Philox 4x32-10 of seed, image and patch); "block" takes the nearly square window of k
             cells with the largest sum of scores, fewest zeros first (P a square); "random" draws uniformly.
         seed: of "sample" and "random", 0 and up; None draws one from torch's generator.
         images: [B, C, H, W] over a square grid of patches: returned with zeros in the patches that are not kept.
@@ -343,7 +343,7 @@ def pivotal_mask(
 def mask_images(
     images: Tensor, mask: Tensor, grid: tuple[int, int] | None = None, *, backend: str | None = None
 ) -> Tensor:
-    """Zero the patches of pictures that a mask does not keep, in one pass.
+    """Zero the patches of images that a mask does not keep, in one pass.
 
     Args:
         images: float [B, C, H, W], any strides. Gets a gradient.
@@ -352,7 +352,7 @@ def mask_images(
         backend: "native", "torch" or "reference"; strict. None follows `use_backend`.
 
     Returns:
-        The pictures [B, C, H, W], in the memory format of images; what is dropped is 0, whatever stood there.
+        The images [B, C, H, W], in the memory format of images; what is dropped is 0, whatever stood there.
 
     Raises:
         ValueError: shapes, grid or devices that do not fit.

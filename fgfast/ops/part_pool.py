@@ -242,7 +242,7 @@ def _canonical(features: Tensor, labels: Tensor, weight: Tensor | None) -> tuple
     if weight is not None:
         check_float("weight", weight)
     if features.dim() == 4:
-        spatial, other = (features.shape[0], *features.shape[2:]), "give an id map [B, H, W] of each picture"
+        spatial, other = (features.shape[0], *features.shape[2:]), "give an id map [B, H, W] of each image"
         is_map = labels.dim() == 3 and labels.shape[0] == features.shape[0]
     elif features.dim() == 3:
         spatial, other, is_map = tuple(features.shape[:2]), "give features [B, D, h, w] to pool by id maps", False

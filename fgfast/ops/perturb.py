@@ -150,7 +150,7 @@ def _check(
     """Types, shapes and devices."""
     check_float("features", features)
     if features.dim() != 2 or features.shape[1] < 1:
-        raise ValueError(f"features has shape {tuple(features.shape)}: give one row a picture, [B, D].")
+        raise ValueError(f"features has shape {tuple(features.shape)}: give one row an image, [B, D].")
     rows, row = tuple(features.shape), tuple(features.shape[1:])
     for name, x, shape in (
         ("gradient", gradient, rows), ("low_variance", low_variance, row), ("std", std, row), ("noise", noise, rows),

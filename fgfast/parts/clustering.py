@@ -10,23 +10,23 @@ from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone
 from fgfast.ops.kmeans import kmeans
 
-SALIENCY = 0.065  # mean saliency over which a cluster is foreground in a picture
-VOTES = 0.75  # share of the pictures of a group that must call a cluster foreground
+SALIENCY = 0.065  # mean saliency over which a cluster is foreground in an image
+VOTES = 0.75  # share of the images of a group that must call a cluster foreground
 ELBOW = 0.975  # stop when one more cluster keeps more than this share of the inertia
 STAGE1 = 14  # most clusters of stage one
 
 
 @dataclass(frozen=True)
 class Clustering:
-    """How the pixels of a picture are clustered.
+    """How the pixels of an image are clustered.
 
     Args:
-        n_parts: clusters a picture (ViT: foreground parts).
+        n_parts: clusters an image (ViT: foreground parts).
         levels: last maps of a CNN that the hypercolumn takes; 1 is the last map alone.
         metric: "euclidean", as released, or "cosine", which weighs pixels alike and hides differences of contrast.
         border: boundary connectivity over which a cluster of a CNN is background and becomes -1; 0 keeps all.
         position: variance of the two coordinates of a pixel that join the hypercolumn of a CNN, in units of the
-            variance of its features in the picture; parts then hang together. Euclidean only.
+            variance of its features in the image; parts then hang together. Euclidean only.
     """
 
     n_parts: int = 15
@@ -60,18 +60,18 @@ def check_pixels(n_parts: int, side: int) -> None:
 def cluster_pyramid(
     encoder: Backbone, images: Tensor, how: Clustering, *, size: int, n_iter: int = 20, seed: int = 0
 ) -> Tensor:
-    """Parts of each picture by k-means of its hypercolumns, which are never built.
+    """Parts of each image by k-means of its hypercolumns, which are never built.
 
     Args:
         encoder: the CNN (or ViT, whose blocks are then the levels).
-        images: pictures [B, 3, H, W], normalised.
+        images: images [B, 3, H, W], normalised.
         how: number of parts, levels, metric, border.
         size: side of the id maps.
         n_iter: most Lloyd steps.
         seed: seed of the k-means++ starts.
 
     Returns:
-        Labels int64 [B, size, size] in [0, n_parts), -1 for background; they mean nothing across pictures.
+        Labels int64 [B, size, size] in [0, n_parts), -1 for background; they mean nothing across images.
 
     Source: Saha and Maji, "PARTICLE: Part Discovery and Contrastive Learning for Fine-grained Recognition", 2023.
     """
@@ -83,7 +83,7 @@ def cluster_pyramid(
 
 
 def _coordinates(maps: list[Tensor], share: float) -> Tensor:
-    """Coordinates of the pixels [B, 2, h, w], with ``share`` of the variance that the features of a picture have."""
+    """Coordinates of the pixels [B, 2, h, w], with ``share`` of the variance that the features of an image have."""
     variance = torch.stack([m.flatten(2).var(2, correction=0).sum(1) for m in maps]).sum(0)  # [B]
     height, width = max((m.shape[-2], m.shape[-1]) for m in maps)
     axes = [
@@ -95,10 +95,10 @@ def _coordinates(maps: list[Tensor], share: float) -> Tensor:
 
 
 def without_background(labels: Tensor, n_parts: int, border: float) -> Tensor:
-    """Take out the clusters that lie along the border of the picture, as backgrounds do and objects seldom.
+    """Take out the clusters that lie along the border of the image, as backgrounds do and objects seldom.
 
     A cluster's boundary connectivity is (its pixels on the border) / sqrt(its pixels): 4 for the whole of a square
-    picture, about 1 for a quarter disc in a corner, less for what touches the border with a small part of its outline.
+    image, about 1 for a quarter disc in a corner, less for what touches the border with a small part of its outline.
 
     Args:
         labels: int64 [B, H, W] in [0, n_parts), -1 for none.
@@ -126,7 +126,7 @@ def without_background(labels: Tensor, n_parts: int, border: float) -> Tensor:
 
 @torch.no_grad()
 def cluster_keys(encoder: Backbone, images: Tensor, *, n_parts: int, seed: int = 0) -> Tensor:
-    """Parts of each picture by cosine k-means of its last keys: the ViT's parts inside a training step.
+    """Parts of each image by cosine k-means of its last keys: the ViT's parts inside a training step.
 
     Returns:
         Labels int64 [B, h, w] on the patch grid.
@@ -136,11 +136,11 @@ def cluster_keys(encoder: Backbone, images: Tensor, *, n_parts: int, seed: int =
 
 @torch.no_grad()
 def discover_group(encoder: Backbone, images: Tensor, *, n_parts: int, stride: int | None, seed: int = 0) -> Tensor:
-    """Parts that a group of pictures shares, by two stages of k-means on the keys of a ViT.
+    """Parts that a group of images shares, by two stages of k-means on the keys of a ViT.
 
     Stage one clusters the normalised keys of the whole group with the smallest number of clusters at the elbow of
     the inertia. A cluster is foreground when its mean saliency (attention of CLS, averaged over heads, scaled to
-    [0, 1] in each picture) is over 0.065 in at least 75% of the pictures that hold it. Stage two clusters the
+    [0, 1] in each image) is over 0.065 in at least 75% of the images that hold it. Stage two clusters the
     foreground keys into ``n_parts`` parts. The dense CRF of the authors' release is left out, as its package no longer
     builds; its saliency takes heads 0, 2, 4 and 5, chosen for one network, where all heads are averaged here.
 
@@ -193,5 +193,5 @@ def _elbow(x: Tensor, seed: int) -> Tensor:
 
 
 def grid_labels(batch: int, cells: int, device: torch.device) -> Tensor:
-    """Fixed cells of the whole picture as an id map int64 [batch, cells, cells]: the control without any content."""
+    """Fixed cells of the whole image as an id map int64 [batch, cells, cells]: the control without any content."""
     return torch.arange(cells * cells, device=device).view(1, cells, cells).expand(batch, -1, -1)

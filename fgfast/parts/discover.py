@@ -14,7 +14,7 @@ from fgfast.files import write_atomic
 from fgfast.models.backbone import Backbone
 from fgfast.parts.clustering import Clustering, check_pixels, cluster_pyramid, discover_group
 
-GROUP = 30  # pictures whose ids agree in the ViT recipe
+GROUP = 30  # images whose ids agree in the ViT recipe
 
 
 def discover(
@@ -31,15 +31,15 @@ def discover(
     seed: int = 0,
     loader: str = "auto",
 ) -> Path:
-    """Write the id map of every picture of a set; CNNs by :func:`cluster_pyramid`, ViTs by :func:`discover_group`.
+    """Write the id map of every image of a set; CNNs by :func:`cluster_pyramid`, ViTs by :func:`discover_group`.
 
     Args:
         encoder: the network whose features are clustered; it runs in evaluation mode.
-        images: the pictures.
+        images: the images.
         out: folder of maps that is written. A call that was interrupted goes on where it stopped (CNN; a ViT's groups
             begin again); one that is complete is left as it is.
         how: number of parts (a ViT's maps have one id more, for the background), levels, metric, border.
-        image_size: side to which the whole picture is squashed.
+        image_size: side to which the whole image is squashed.
         map_size: side of the id maps of a CNN (a ViT's have its key grid).
         run: what made the maps, for maps.json.
         device: where to run.

@@ -1,4 +1,4 @@
-"""What a view is once its pixels have changed places or gone: one picture at a time, one rectangle after the other."""
+"""What a view is once its pixels have changed places or gone: one image at a time, one rectangle after the other."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ def rearrange(
     """Swap two patches, permute blocks, make holes and paste a region at the centre, in this order.
 
     Args:
-        layers: what moves together, each [S, S, ...]; the first is the picture [S, S, C], whose edges place the region.
+        layers: what moves together, each [S, S, ...]; the first is the image [S, S, C], whose edges place the region.
         fills: the values of a hole and around the pasted region, for each layer.
         patches: (y, x, side) of two.
         blocks: number of the block, row by row, that comes to each place of an n x n grid, [n, n].
@@ -31,8 +31,8 @@ def rearrange(
         New layers.
 
     Example:
-        >>> picture = torch.arange(4).reshape(2, 2, 1)
-        >>> rearrange([picture], [(0, 255)], blocks=torch.tensor([[3, 0], [1, 2]]))[0][:, :, 0].tolist()
+        >>> image = torch.arange(4).reshape(2, 2, 1)
+        >>> rearrange([image], [(0, 255)], blocks=torch.tensor([[3, 0], [1, 2]]))[0][:, :, 0].tolist()
         [[3, 0], [1, 2]]
     """
     size = len(layers[0])
@@ -72,23 +72,23 @@ def _permuted(layer: Tensor, blocks: Tensor, edges: list[int]) -> Tensor:
     return out
 
 
-def edge_centre(picture: Tensor) -> tuple[int, int]:
+def edge_centre(image: Tensor) -> tuple[int, int]:
     """Mean place (y, x) of the steps |x[i] - x[i - 1]| of the summed channels in both directions, weighted by them.
 
-    Rounded down; the middle of a picture without steps.
+    Rounded down; the middle of an image without steps.
 
     Example:
-        >>> picture = torch.zeros(8, 8, 3, dtype=torch.uint8)
-        >>> picture[5, 2] = 9
-        >>> edge_centre(picture)  # the steps stand at (5, 2) twice, (6, 2) and (5, 3)
+        >>> image = torch.zeros(8, 8, 3, dtype=torch.uint8)
+        >>> image[5, 2] = 9
+        >>> edge_centre(image)  # the steps stand at (5, 2) twice, (6, 2) and (5, 3)
         (5, 2)
     """
-    light = picture.long().sum(2)
+    light = image.long().sum(2)
     steps = torch.zeros_like(light)
     steps[1:] += (light[1:] - light[:-1]).abs()
     steps[:, 1:] += (light[:, 1:] - light[:, :-1]).abs()
     if not steps.any():
-        return len(picture) // 2, len(picture) // 2
-    place = torch.arange(len(picture))
+        return len(image) // 2, len(image) // 2
+    place = torch.arange(len(image))
     y, x = (int((steps.sum(axis) * place).sum() // steps.sum()) for axis in (1, 0))
     return y, x

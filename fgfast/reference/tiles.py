@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 
-def cut_tiles(pictures: Tensor, grid: int, side: int, source: Tensor, corner: Tensor) -> Tensor:
-    """Crops [B * T, C, side, side] of the tiles ``source`` [B, T] of pictures [B, C, S, S], at ``corner`` [B, T, 2]."""
-    size = pictures.shape[-1]
+def cut_tiles(images: Tensor, grid: int, side: int, source: Tensor, corner: Tensor) -> Tensor:
+    """Crops [B * T, C, side, side] of the tiles ``source`` [B, T] of images [B, C, S, S], at ``corner`` [B, T, 2]."""
+    size = images.shape[-1]
     tile = size // grid
     border = (size - grid * tile) // 2
     crops = []
-    for picture, tiles, corners in zip(pictures, source.tolist(), corner.tolist(), strict=True):
+    for image, tiles, corners in zip(images, source.tolist(), corner.tolist(), strict=True):
         for t, (down, across) in zip(tiles, corners, strict=True):
             y, x = border + t // grid * tile + down, border + t % grid * tile + across
-            crops.append(picture[:, y : y + side, x : x + side])
+            crops.append(image[:, y : y + side, x : x + side])
     return torch.stack(crops)

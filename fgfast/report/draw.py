@@ -1,4 +1,4 @@
-"""Pictures of a run: what its method sees, drawn by the method, and nearest neighbours of its features."""
+"""Images of a run: what its method sees, drawn by the method, and nearest neighbours of its features."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +16,8 @@ from fgfast.methods.stored import Checkpoint, read_run
 from fgfast.report.pictures import grid, neighbours
 from fgfast.run import load_checkpoint
 
-SHOWN = 8  # pictures in a grid
-SEARCHED = 1000  # pictures among which neighbours are looked for
+SHOWN = 8  # images in a grid
+SEARCHED = 1000  # images among which neighbours are looked for
 
 
 def draw_run(run: Path, data: Path, *, checkpoint: Checkpoint = "last", device: torch.device) -> list[Path]:
@@ -25,7 +25,7 @@ def draw_run(run: Path, data: Path, *, checkpoint: Checkpoint = "last", device: 
 
     Args:
         run: run folder.
-        data: pictures to draw on; the test split where there is one.
+        data: images to draw on; the test split where there is one.
         checkpoint: "init" or "last".
         device: where the networks run.
 
@@ -45,7 +45,7 @@ def draw_run(run: Path, data: Path, *, checkpoint: Checkpoint = "last", device: 
     shown = images.test_set() if len(images.test_set()) else images.train_set()
     some = shown.subset(np.sort(np.random.default_rng(0).permutation(len(shown))[:SHOWN]))
     spec = method.views()
-    if spec.masks:  # stored maps are those of the training pictures: draw on them
+    if spec.masks:  # stored maps are those of the training images: draw on them
         some = images.train_set()
         some = some.subset(np.arange(min(SHOWN, len(some))))
     maps = method.prepare(images.train_set(), run, max(0, getattr(config, "rounds", 1) - 1)) if spec.masks else None
@@ -78,16 +78,16 @@ def _neighbours(
     features, targets = extract(encoder, searched, size, device=device, threads=threads)
     loader = make_loader(searched, ViewSpec(whole=96), 64, shuffle=False, device="cpu", threads=threads)
     try:
-        pictures = torch.cat([b.whole[b.valid] for b in loader if b.whole is not None])
+        whole = torch.cat([b.whole[b.valid] for b in loader if b.whole is not None])
     finally:
         loader.close()
     queries = list(range(0, len(searched), max(1, len(searched) // 6)))[:6]
     rows = neighbours(
-        pictures,
+        whole,
         torch.as_tensor(features),
         min(5, len(features) - 1),
         queries=queries,
         targets=targets,
         classes=searched.classes,
     )
-    return grid(rows, path, description="Each row: a picture and its five nearest by cosine similarity of the features")
+    return grid(rows, path, description="Each row: an image and its five nearest by cosine similarity of the features")

@@ -28,7 +28,7 @@ ALT = {"parts": "Photographs with the discovered parts painted over them, one co
 
 
 @dataclass(frozen=True)
-class Picture:
+class Figure:
     """An image of the page: where its bytes come from has no part in it."""
 
     title: str
@@ -47,8 +47,8 @@ class Page:
     checkpoints: list[str] = field(default_factory=list)
     results: list[dict[str, Any]] = field(default_factory=list)
     gains: bool = False
-    curves: Picture | None = None
-    pictures: list[Picture] = field(default_factory=list)
+    curves: Figure | None = None
+    figures: list[Figure] = field(default_factory=list)
     versions: list[tuple[str, str]] = field(default_factory=list)
     versions_from_run: bool = False
     notes: list[str] = field(default_factory=list)
@@ -155,9 +155,9 @@ def _pictures(page: Page, run: Path) -> None:
             page.notes.append(f"{path.relative_to(run)} is not a readable PNG and was left out ({error}).")
             continue
         name = path.stem.replace("_", " ").replace("-", " ")
-        alt = description or ALT.get(path.stem, f"Picture called {name}")
+        alt = description or ALT.get(path.stem, f"Image called {name}")
         title = description or name
-        page.pictures.append(Picture(title[:1].upper() + title[1:], alt, _data_uri(path.read_bytes())))
+        page.figures.append(Figure(title[:1].upper() + title[1:], alt, _data_uri(path.read_bytes())))
 
 
 def _parse_error(path: Path, error: Exception) -> UserError:
@@ -199,7 +199,7 @@ def write_report(run: Path) -> Path:
 
     Read are config.toml, metrics.jsonl, eval.json (a list of {"protocol", "checkpoint", "top1", "low", "high", "n"},
     accuracies 0 to 1), parts.png and pictures/*.png; what is missing is left out. The page needs nothing outside
-    itself: pictures are inside it, there is no script and no link. It is written atomically.
+    itself: images are inside it, there is no script and no link. It is written atomically.
 
     Args:
         run: the run folder.
@@ -234,7 +234,7 @@ def write_report(run: Path) -> Path:
         _tiles(page, rows)
         if (figure := plots.curves(rows)) is not None:
             titles = ", ".join(axes.get_title(loc="left").lower() for axes in figure.axes)
-            page.curves = Picture("Curves", f"Curves over training steps: {titles}", _data_uri(plots.png_bytes(figure)))
+            page.curves = Figure("Curves", f"Curves over training steps: {titles}", _data_uri(plots.png_bytes(figure)))
     _pictures(page, run)
     page.versions = page.versions or list(versions().items())
 

@@ -1,4 +1,4 @@
-"""Pictures for people: part ids over photographs, captioned grids, nearest neighbours."""
+"""Images for people: part ids over photographs, captioned grids, nearest neighbours."""
 
 import re
 import textwrap
@@ -38,7 +38,7 @@ def _caption_lines(caption: str, font: ImageFont.FreeTypeFont, width: int) -> li
 
 
 def compose(rows: Sequence[Sequence[Panel]], cell: int = 160) -> NDArray[np.uint8]:
-    """Lay panels out on white: pictures enlarged or reduced to fit a square cell, captions under them.
+    """Lay panels out on white: images enlarged or reduced to fit a square cell, captions under them.
 
     Args:
         rows: panels row by row; rows may differ in length.
@@ -65,12 +65,12 @@ def compose(rows: Sequence[Sequence[Panel]], cell: int = 160) -> NDArray[np.uint
     for row, captions, height in zip(rows, text, heights, strict=True):
         for column, (panel, lines) in enumerate(zip(row, captions, strict=True)):
             x = gap + column * (cell + gap)
-            picture = Image.fromarray(to_uint8(panel.image))
-            scale = cell / max(picture.size)
-            size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-            # Small pictures keep their pixels, so that one sees what the network saw.
+            image = Image.fromarray(to_uint8(panel.image))
+            scale = cell / max(image.size)
+            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+            # Small images keep their pixels, so that one sees what the network saw.
             how = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
-            canvas.paste(picture.resize(size, how), (x + (cell - size[0]) // 2, y + (cell - size[1]) // 2))
+            canvas.paste(image.resize(size, how), (x + (cell - size[0]) // 2, y + (cell - size[1]) // 2))
             for i, line in enumerate(lines):
                 draw.text((x + cell // 2, y + cell + gap // 2 + i * line_height), line, _INK, font, anchor="ma")
         y += height + gap
@@ -82,8 +82,8 @@ def save_png(image: NDArray[np.uint8], path: Path, description: str = "") -> Pat
     info = PngInfo()
     if description:
         info.add_itxt("Description", description)
-    picture = Image.fromarray(image)
-    write_atomic(path, lambda p: picture.save(p, format="PNG", pnginfo=info, optimize=True))
+    drawing = Image.fromarray(image)
+    write_atomic(path, lambda p: drawing.save(p, format="PNG", pnginfo=info, optimize=True))
     return path
 
 
@@ -118,10 +118,10 @@ def neighbours(
     targets: Sequence[int] | Tensor | NDArray[np.integer[Any]] | None = None,
     classes: Sequence[str] | None = None,
 ) -> list[list[Panel]]:
-    """Rows of a query and its k nearest pictures by cosine similarity of the features; the query itself left out.
+    """Rows of a query and its k nearest images by cosine similarity of the features; the query itself left out.
 
     Args:
-        images: normalised float tensor [N, 3, H, W], or N uint8 pictures [H, W, 3].
+        images: normalised float tensor [N, 3, H, W], or N uint8 images [H, W, 3].
         features: float [N, D], any device.
         k: neighbours of a row, 1 to N - 1.
         queries: rows to draw; the first eight unless given.
@@ -144,9 +144,9 @@ def neighbours(
     n = len(features)
     if len(images) != n or (targets is not None and len(targets) != n):
         counts = f"{len(images)} images, {n} features" + ("" if targets is None else f", {len(targets)} targets")
-        raise ValueError(f"neighbours got {counts}: give one of each for every picture.")
+        raise ValueError(f"neighbours got {counts}: give one of each for every image.")
     if not 1 <= k < n:
-        raise ValueError(f"k is {k}: among {n} pictures there are 1 to {n - 1} neighbours.")
+        raise ValueError(f"k is {k}: among {n} images there are 1 to {n - 1} neighbours.")
     chosen = list(range(min(8, n))) if queries is None else [int(q) for q in queries]
     unit = torch.nn.functional.normalize(features.detach().float(), dim=1)
     similarity = unit[chosen] @ unit.T
@@ -156,7 +156,7 @@ def neighbours(
 
     def name(i: int) -> str:
         if ids is None:
-            return f"picture {i}"
+            return f"image {i}"
         if classes is None:
             return f"class {ids[i]}"
         return re.sub(r"^\d+\.", "", classes[ids[i]]).replace("_", " ")  # CUB's "001.Black_footed_Albatross"

@@ -4,13 +4,13 @@ Keys of metrics.jsonl, one JSON object a line:
     step, epoch            steps done; epochs done as a fraction
     loss, NAME             the loss and every other term that the method returns, of this step
     lr, grad_norm          learning rate; gradient norm before clipping
-    images_per_s           pictures (not views) a second since the line before, evaluation left out
+    images_per_s           images (not views) a second since the line before, evaluation left out
     passes_per_s           encoder passes a second, likewise
     data_wait              share of that time spent waiting for data, 0 to 1
     memory_mb              peak memory of the device (CUDA), else of the process
     skipped                steps skipped so far because the loss was not finite
     knn                    only on lines of an evaluation: online kNN top-1, 0 to 1
-    held_out_NAME          likewise: a term of the method on held-out pictures, in evaluation mode
+    held_out_NAME          likewise: a term of the method on held-out images, in evaluation mode
     psnr, ssim             srgan, on such lines: of generated held-out windows (dB; -1 to 1)
     psnr_bicubic, ...      the same of bicubic enlargement
 """

@@ -355,7 +355,7 @@ class _Trainer:
 
 
 class _Clock:
-    """Pictures, seconds and seconds of waiting since it was read last."""
+    """Images, seconds and seconds of waiting since it was read last."""
 
     def __init__(self) -> None:
         self.began, self.wait, self.images = time.perf_counter(), 0.0, 0

@@ -84,7 +84,7 @@ class FiniteGuard:
         self.pending.append(_Verdict(step, verdict, index, ready))
 
     def verdicts(self, *, all_of_them: bool = False) -> list[tuple[int, list[int]]]:
-        """The skipped steps whose verdicts have come in, each with the numbers of its pictures.
+        """The skipped steps whose verdicts have come in, each with the numbers of its images.
 
         Raises:
             UserError: ten steps in a row were skipped.

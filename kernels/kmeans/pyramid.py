@@ -387,11 +387,11 @@ LAYOUTS = {  # the stride that is 1 (or none), whether rows follow each other, p
 
 
 def tune_cases(
-    device: str = "cuda", pictures: int = 32, side: int = 64, channels: tuple[int, int] = (1024, 2048)
+    device: str = "cuda", images: int = 32, side: int = 64, channels: tuple[int, int] = (1024, 2048)
 ) -> Iterator[TuneCase]:
     """Four iterations for 15 clusters of the last two maps of a ResNet-50."""
     for dtype in (torch.bfloat16, torch.float32):
-        shapes = [(pictures, d, side // s, side // s) for d, s in zip(channels, (2, 4), strict=True)]
+        shapes = [(images, d, side // s, side // s) for d, s in zip(channels, (2, 4), strict=True)]
         maps = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
         sizes = product((16, 32, 64), (32, 64), (32, 64), (64, 128, 256), (4, 8), (1, 2, 3), (0, MOST_REGISTERS))
         rows = [

@@ -267,10 +267,10 @@ def kmeans_step(
     return solver.labels, totals.sums, totals.counts, totals.inertia
 
 
-def tune_cases(device: str = "cuda", pictures: int = 32, side: int = 64) -> Iterator[TuneCase]:
+def tune_cases(device: str = "cuda", images: int = 32, side: int = 64) -> Iterator[TuneCase]:
     """A step with 768 channels and 25 clusters."""
     for dtype in (torch.bfloat16, torch.float32):
-        x = torch.randn(pictures, 768, side, side, device=device, dtype=dtype)
+        x = torch.randn(images, 768, side, side, device=device, dtype=dtype)
         centroids = x[:, :, 0, :25].mT.contiguous()
         sizes = product((16, 32, 64), (16, 32, 64), (64, 128), (16 << 10, 24 << 10, 32 << 10), (4, 8), (2, 3, 4))
         rows = [

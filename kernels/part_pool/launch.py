@@ -242,11 +242,11 @@ def _grid_blocks(parts: int, widest: int, cells: int, warps: int = 4) -> dict[st
     return {"BLOCK_J": block_j, "BLOCK_X": block_x, "BLOCK_V": block_v}
 
 
-def tune_cases(device: str = "cuda", pictures: int = 32, side: int = 64) -> Iterator[TuneCase]:
+def tune_cases(device: str = "cuda", images: int = 32, side: int = 64) -> Iterator[TuneCase]:
     """Forward and backward with 1,024 channels and 15 parts."""
     for dtype in (torch.bfloat16, torch.float32):
-        x = torch.randn(pictures, 1024, side, side, device=device, dtype=dtype)
-        labels = torch.randint(-1, 15, (pictures, side, side), device=device)
+        x = torch.randn(images, 1024, side, side, device=device, dtype=dtype)
+        labels = torch.randint(-1, 15, (images, side, side), device=device)
 
         def run(x: Tensor = x, labels: Tensor = labels) -> None:
             pooled, area = pool(x, labels, 15, None, True)

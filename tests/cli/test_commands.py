@@ -82,8 +82,8 @@ def test_eval_prints_json_and_keeps_it(
     assert [r["checkpoint"] for r in noted] == ["init", "last"]
 
 
-def test_discover_and_pictures(run: Path, drawn: Path, tmp_path: Path) -> None:
-    """Discover writes a map for every picture; pictures draws parts, views and neighbours."""
+def test_discover_and_images(run: Path, drawn: Path, tmp_path: Path) -> None:
+    """Discover writes a map for every image; images draws parts, views and neighbours."""
     from PIL import Image
 
     assert main(["discover", str(run), "--data", str(drawn), "--out", str(tmp_path / "maps"), "--n-parts", "3"]) == 0
@@ -162,7 +162,7 @@ def test_info_says_why_a_backend_is_missing(capsys: pytest.CaptureFixture[str]) 
         ),
         (
             ["pretrain", "particle", "--data", "DATA", "--out", "OUT", "--parts", "truth", "--unlabelled", "EXTRA"],
-            "no masks of pictures without a label",
+            "no masks of images without a label",
         ),
     ],
 )

@@ -17,13 +17,13 @@ def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 
 
 def coded(height: int, width: int) -> np.ndarray:
-    """A picture whose red is the column and whose green is the row."""
+    """An image whose red is the column and whose green is the row."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([columns, rows, np.full_like(rows, 77)], 2).astype(np.uint8)
 
 
 def smooth(seed: int, height: int = 96, width: int = 120) -> Image.Image:
-    """A coloured picture without hard edges, so that JPEG and resizing keep its statistics."""
+    """A coloured image without hard edges, so that JPEG and resizing keep its statistics."""
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(
         (width, height), Image.Resampling.BICUBIC
@@ -32,7 +32,7 @@ def smooth(seed: int, height: int = 96, width: int = 120) -> Image.Image:
 
 @pytest.fixture
 def coded_set(tmp_path: Path) -> ImageSet:
-    """Twelve coordinate pictures of different shapes, lossless, with id maps of 4 x 5 blocks in tmp_path/maps."""
+    """Twelve coordinate images of different shapes, lossless, with id maps of 4 x 5 blocks in tmp_path/maps."""
     root = tmp_path / "coded"
     (root / "a").mkdir(parents=True)
     rels = []

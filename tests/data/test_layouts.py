@@ -11,17 +11,17 @@ from fgfast.data.layouts import ImageSet, open_images
 from fgfast.errors import UserError
 
 
-def picture(path: Path) -> None:
+def write_image(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 6), (10, 20, 30)).save(path)
 
 
 @pytest.fixture
 def cub(tmp_path: Path) -> Path:
-    """Four pictures of two classes in CUB-200-2011's layout."""
+    """Four images of two classes in CUB-200-2011's layout."""
     names = ["001.A/x 1.jpg", "001.A/x2.jpg", "002.B/y1.jpg", "002.B/y2.jpg"]
     for name in names:
-        picture(tmp_path / "images" / name)
+        write_image(tmp_path / "images" / name)
     lists = {
         "images.txt": [f"{i} {name}" for i, name in enumerate(names, 1)],
         "image_class_labels.txt": ["1 1", "2 1", "3 2", "4 2"],
@@ -87,13 +87,13 @@ def drop(name: str) -> Callable[[Path], None]:
         (write("bounding_boxes.txt", "1 1 2 3 4\n\n2 1 2 3\n"), r"bounding_boxes\.txt:3: "),
         (write("bounding_boxes.txt", "1 1 2 3 nan\n"), r"bounding_boxes\.txt:1: "),
         (write("images.txt", "1\n"), r"images\.txt:1: "),
-        (write("images.txt", ""), "names no picture"),
-        (write("images.txt", "1 a.jpg\n1 b.jpg\n"), "one number to two pictures"),
-        (write("image_class_labels.txt", "1 1\n2 1\n3 2\n"), "no line for picture 4"),
-        (write("image_class_labels.txt", "1 1\n2 1\n3 2\n4 2\n5 2\n"), "names picture 5"),
+        (write("images.txt", ""), "names no image"),
+        (write("images.txt", "1 a.jpg\n1 b.jpg\n"), "one number to two images"),
+        (write("image_class_labels.txt", "1 1\n2 1\n3 2\n"), "no line for image 4"),
+        (write("image_class_labels.txt", "1 1\n2 1\n3 2\n4 2\n5 2\n"), "names image 5"),
         (write("image_class_labels.txt", "1 1\n2 1\n3 2\n4 7\n"), "class 7, which .* does not name"),
         (write("image_class_labels.txt", "1 1\n2 1.5\n3 2\n4 2\n"), "class 1.5, which"),
-        (write("classes.txt", "1 001.A\n2 002.B\n3 003.C\n"), r"Class 003\.C .* has no picture"),
+        (write("classes.txt", "1 001.A\n2 002.B\n3 003.C\n"), r"Class 003\.C .* has no image"),
         (write("train_test_split.txt", "1 1\n2 2\n3 1\n4 0\n"), "must hold 0"),
         (write("parts/part_locs.txt", "1 9 1 1 1\n"), "part 9"),
     ],
@@ -113,7 +113,7 @@ def test_a_folder_with_splits(tmp_path: Path, held_out: str) -> None:
         "train/a/notes.txt",
         "train/a/.hidden.jpg",
     ):
-        picture(tmp_path / rel) if rel[-3:] != "txt" else (tmp_path / rel).write_text("")
+        write_image(tmp_path / rel) if rel[-3:] != "txt" else (tmp_path / rel).write_text("")
     images = open_images(tmp_path)
     assert images.paths == ("train/a/deep/2.PNG", "train/b/1.jpg", f"{held_out}/a/3.jpg")
     assert images.targets.tolist() == [0, 1, 0]
@@ -121,9 +121,9 @@ def test_a_folder_with_splits(tmp_path: Path, held_out: str) -> None:
 
 
 def test_flat_forms(tmp_path: Path) -> None:
-    picture(tmp_path / "classes" / "x" / "1.jpg")
-    picture(tmp_path / "classes" / "y" / "2.jpg")
-    picture(tmp_path / "flat" / "1.jpg")
+    write_image(tmp_path / "classes" / "x" / "1.jpg")
+    write_image(tmp_path / "classes" / "y" / "2.jpg")
+    write_image(tmp_path / "flat" / "1.jpg")
     images: ImageSet = open_images(tmp_path / "classes")
     assert images.classes == ("x", "y")
     assert images.train.all()
@@ -133,13 +133,13 @@ def test_flat_forms(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ((), "holds no picture"),
+        ((), "holds no image"),
         (("train/a/1.jpg",), "neither val/ nor test/"),
-        (("a/1.jpg", "b/readme.txt"), "Class folder .*b has no picture"),
-        (("train/a/1.jpg", "train/b/x.txt", "val/a/1.jpg"), "Class folder .*b has no picture"),
+        (("a/1.jpg", "b/readme.txt"), "Class folder .*b has no image"),
+        (("train/a/1.jpg", "train/b/x.txt", "val/a/1.jpg"), "Class folder .*b has no image"),
         (("train/a/1.jpg", "val/z/1.jpg"), "Class z .* not in train"),
         (("train/x.jpg", "val/a/1.jpg"), "has no class folder"),
-        (("1.jpg", "a/1.jpg"), "mixes pictures and folders"),
+        (("1.jpg", "a/1.jpg"), "mixes images and folders"),
     ],
 )
 def test_a_bad_folder_is_named(tmp_path: Path, files: tuple[str, ...], message: str) -> None:
@@ -148,7 +148,7 @@ def test_a_bad_folder_is_named(tmp_path: Path, files: tuple[str, ...], message: 
             (tmp_path / rel).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / rel).write_text("")
         else:
-            picture(tmp_path / rel)
+            write_image(tmp_path / rel)
     with pytest.raises(UserError, match=message):
         open_images(tmp_path)
 

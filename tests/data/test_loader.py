@@ -94,7 +94,7 @@ MOVING = {"scale": None, "holes": (1, 6), "hole_size": (0.1, 0.3), "swap": 0.3, 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_id_maps_move_with_the_pixels(coded_set: ImageSet, tmp_path: Path, variant: str) -> None:
-    """The picture says where each pixel was: there lies its id; holes and the white around are absent."""
+    """The image says where each pixel was: there lies its id; holes and the white around are absent."""
     spec = ViewSpec(crops=(Crop(size=32, **PLAIN), Crop(size=40, **MOVING, **PLAIN)), masks=True, whole=8, **RAW)
     with loading(coded_set, spec, 8, variant, maps=tmp_path / "maps") as loader:
         batches = list(loader)
@@ -360,7 +360,7 @@ def test_passes_in_file_order_repeat(smooth_set: ImageSet) -> None:
     assert first.index.tolist() == list(range(50))
 
 
-def test_one_broken_picture_of_many_is_skipped(smooth_set: ImageSet) -> None:
+def test_one_broken_image_of_many_is_skipped(smooth_set: ImageSet) -> None:
     (smooth_set.root / smooth_set.paths[5]).write_bytes(b"")
     with loading(smooth_set, ViewSpec(whole=8), 16, shuffle=False) as loader:
         index = torch.cat([b.index[b.valid] for b in loader])

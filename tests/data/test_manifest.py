@@ -1,4 +1,4 @@
-"""The manifest: odd pictures are converted and used, broken ones found by a full decode, verdicts kept."""
+"""The manifest: odd images are converted and used, broken ones found by a full decode, verdicts kept."""
 
 import struct
 import time
@@ -34,7 +34,7 @@ def png16(pixels: np.ndarray) -> bytes:
 
 @pytest.fixture
 def odd_set(tmp_path: Path) -> ImageSet:
-    """One picture saved in every way that a decoder may stumble over."""
+    """One image saved in every way that a decoder may stumble over."""
     root = tmp_path / "odd"
     root.mkdir()
     image, grey = smooth(3), smooth(3).convert("L")
@@ -58,7 +58,7 @@ def odd_set(tmp_path: Path) -> ImageSet:
 
 
 @pytest.mark.parametrize("backend", ["dali", "torchvision"])
-def test_every_kind_of_picture_shows_the_same(odd_set: ImageSet, backend: str) -> None:
+def test_every_kind_of_image_shows_the_same(odd_set: ImageSet, backend: str) -> None:
     pytest.importorskip("nvidia.dali" if backend == "dali" else "torchvision")
     loader = make_loader(odd_set, RAW, len(odd_set), shuffle=False, threads=1, backend=backend)
     batch = next(iter(loader))
@@ -73,11 +73,11 @@ def test_every_kind_of_picture_shows_the_same(odd_set: ImageSet, backend: str) -
         assert (pixels - truth).abs().mean() < off, name
 
 
-def test_sizes_are_those_of_the_upright_picture(odd_set: ImageSet) -> None:
+def test_sizes_are_those_of_the_upright_image(odd_set: ImageSet) -> None:
     assert (check_images(odd_set).sizes == (96, 120)).all()
 
 
-def test_broken_pictures_are_skipped_and_named(smooth_set: ImageSet, caplog: pytest.LogCaptureFixture) -> None:
+def test_broken_images_are_skipped_and_named(smooth_set: ImageSet, caplog: pytest.LogCaptureFixture) -> None:
     path = smooth_set.root / smooth_set.paths[7]
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.98)])
     (smooth_set.root / smooth_set.paths[9]).write_bytes(b"")
@@ -98,14 +98,14 @@ def test_a_header_check_misses_what_a_full_decode_finds(smooth_set: ImageSet) ->
     assert len(check_images(smooth_set).skipped) == 1  # the header's verdict is not taken for a full one
 
 
-def test_too_many_broken_pictures_stop(smooth_set: ImageSet) -> None:
+def test_too_many_broken_images_stop(smooth_set: ImageSet) -> None:
     for rel in smooth_set.paths[:3]:
-        (smooth_set.root / rel).write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"3 of 50 .* do not decode, such as .*not a picture"):
+        (smooth_set.root / rel).write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"3 of 50 .* do not decode, such as .*not an image"):
         check_images(smooth_set)
 
 
-def test_a_listed_picture_that_is_missing_is_named(smooth_set: ImageSet) -> None:
+def test_a_listed_image_that_is_missing_is_named(smooth_set: ImageSet) -> None:
     (smooth_set.root / smooth_set.paths[4]).unlink()
     with pytest.raises(UserError, match=f"{smooth_set.paths[4]} is listed but missing"):
         check_images(smooth_set)
@@ -164,4 +164,4 @@ def test_a_kept_manifest_is_read_fast(tmp_path: Path) -> None:
     check_images(images)
     start = time.perf_counter()
     check_images(images)
-    assert time.perf_counter() - start < 0.5  # 2,000 pictures a second
+    assert time.perf_counter() - start < 0.5  # 2,000 images a second

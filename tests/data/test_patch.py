@@ -1,4 +1,4 @@
-"""Patches: a window of the picture's own pixels, and its bicubic reduction, from every loader."""
+"""Patches: a window of the image's own pixels, and its bicubic reduction, from every loader."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def batches(images: ImageSet, spec: ViewSpec, n: int, variant: str, start: dict 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_patch_holds_the_pixels_of_a_window(coded_set: ImageSet, variant: str) -> None:
-    """Red counts columns and green rows, one by one, inside the picture; windows differ between pictures."""
+    """Red counts columns and green rows, one by one, inside the image; windows differ between images."""
     corners = set()
     for batch in batches(coded_set, ViewSpec(patch=Patch(32, 4)), 6, variant):
         assert batch.patch is not None
@@ -107,8 +107,8 @@ def test_padding_and_moving(coded_set: ImageSet) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_pictures_smaller_than_the_patch_are_named(coded_set: ImageSet, variant: str) -> None:
-    """One sentence with the picture, its size, how many there are and the size that would do."""
+def test_images_smaller_than_the_patch_are_named(coded_set: ImageSet, variant: str) -> None:
+    """One sentence with the image, its size, how many there are and the size that would do."""
     with pytest.raises(UserError, match=r"a/03\.png is 80 x 64 pixels.*96 x 96 \(as are 3 of 12.*--size 64"):
         batches(coded_set, ViewSpec(patch=Patch(96, 4)), 4, variant)
 

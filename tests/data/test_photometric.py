@@ -94,8 +94,8 @@ def test_gamma_is_that_of_torchvision_and_comes_before_the_colours() -> None:
     assert torch.allclose(dark, expected * 127.5, atol=1e-3)
 
 
-def test_each_picture_gets_its_own_changes() -> None:
-    x = pixels(100)  # more than one chunk of the loop over pictures
+def test_each_image_gets_its_own_changes() -> None:
+    x = pixels(100)  # more than one chunk of the loop over images
     crop = Crop(size=17, blur=0.5, solarize=0.3, grayscale=0.3, gamma=(0.5, 2.5))
     many = draw_crop(crop, np.full((100, 2), 50), generator(0, 0, 0, 0))
     together = photometric(x, many, *RAW)
@@ -144,6 +144,6 @@ def test_windows_have_the_area_and_ratio_asked_for() -> None:
     assert ratio.max() < 1.4
 
 
-def test_a_picture_too_narrow_for_any_window_gives_its_centre() -> None:
+def test_an_image_too_narrow_for_any_window_gives_its_centre() -> None:
     window = draw_crop(Crop(scale=(1.0, 1.0)), np.array([[10, 100], [100, 10], [1, 1]]), generator(0, 0, 0, 0)).window
     assert window.tolist() == [[0, 43, 10, 13], [43, 0, 13, 10], [0, 0, 1, 1]]

@@ -23,7 +23,7 @@ def named(images: ImageSet) -> list[tuple[str, str]]:
     return [(rel, images.classes[t] if t >= 0 else "-") for rel, t in zip(images.paths, images.targets, strict=True)]
 
 
-def test_cassava_has_unlabelled_pictures_that_belong_to_no_scored_split(tmp_path: Path) -> None:
+def test_cassava_has_unlabelled_images_that_belong_to_no_scored_split(tmp_path: Path) -> None:
     images = open_images(trees.cassava(tmp_path))
     assert images.classes == ("cbb", "healthy")
     assert images.paths[-3:] == tuple(f"extraimages/extra-image-{i}.jpg" for i in range(3))
@@ -86,9 +86,9 @@ def test_no_view_shows_the_banner_of_an_aircraft(tmp_path: Path, backend: str, c
     """Photographs are black, the 20 rows at the bottom white: every pixel of every view is black."""
     trees.aircraft(tmp_path)
     for path in (tmp_path / "data" / "images").iterdir():
-        picture = np.zeros((60, 64, 3), np.uint8)
-        picture[40:] = 255
-        Image.fromarray(picture).save(path.with_suffix(".png"))
+        image = np.zeros((60, 64, 3), np.uint8)
+        image[40:] = 255
+        Image.fromarray(image).save(path.with_suffix(".png"))
         path.with_suffix(".png").rename(path)
     spec = ViewSpec(whole=16, center=center, mean=(0, 0, 0), std=(1, 1, 1))
     loader = make_loader(open_images(tmp_path), spec, 6, shuffle=False, threads=1, backend=backend)
@@ -220,8 +220,8 @@ def both(*spoils: Callable[[Path], None]) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("tree", "spoil", "message"),
     [
-        (trees.cassava, empty("extraimages"), "extraimages holds no picture"),
-        (trees.cassava, empty("train/cbb"), "Class folder .*cbb has no picture"),
+        (trees.cassava, empty("extraimages"), "extraimages holds no image"),
+        (trees.cassava, empty("train/cbb"), "Class folder .*cbb has no image"),
         (trees.cassava, put("train_test_split.txt", "1 1\n"), r"images\.txt is missing"),
         (trees.cassava, both(put("images.txt", "1 a.jpg\n"), put("train_test_split.txt", "1 1\n")), "not name cbb/"),
         (trees.cassava, both(put("images.txt", "1 cbb/a.jpg\n"), put("train_test_split.txt", "1 2\n")), "must hold 0"),
@@ -236,7 +236,7 @@ def both(*spoils: Callable[[Path], None]) -> Callable[[Path], None]:
         (trees.aircraft, put("data/images_variant_test.txt", "0000005 737\n"), "class '737', which variants.txt lacks"),
         (trees.aircraft, put("data/images_variant_test.txt", "0000001 F/A-18\n"), "0000001.jpg twice"),
         (trees.aircraft, put("data/images_box.txt", "0000001 1 2 3\n"), r"images_box\.txt:1"),
-        (trees.aircraft, put("data/images_box.txt", "0000001 1 2 3 4\n"), "no line for picture 0000002"),
+        (trees.aircraft, put("data/images_box.txt", "0000001 1 2 3 4\n"), "no line for image 0000002"),
         (trees.cars, drop("cars_test_annos_withlabels.mat"), "cars_test_annos_withlabels.mat is missing"),
         (trees.cars, drop("devkit/cars_meta.mat"), "cars_meta.mat is missing"),
         (trees.cars, put("devkit/cars_train_annos.mat", "none"), "cars_train_annos.mat is no readable MATLAB file"),
@@ -272,8 +272,8 @@ def both(*spoils: Callable[[Path], None]) -> Callable[[Path], None]:
         (trees.nabirds, put("hierarchy.txt", "1 0\n817 1\n"), "no parent for class 860"),
         (trees.nabirds, put("hierarchy.txt", "1 0\n817\n"), r"hierarchy\.txt:2: '817'"),
         (trees.nabirds, drop("train_test_split.txt"), r"train_test_split\.txt is missing"),
-        (trees.nabirds, put("train_test_split.txt", f"{trees.HASHES[0]} 1\n"), f"line for picture {trees.HASHES[1]}"),
-        (trees.nabirds, put("bounding_boxes.txt", "00019306 1 2 3 4\n"), "names picture 00019306"),
+        (trees.nabirds, put("train_test_split.txt", f"{trees.HASHES[0]} 1\n"), f"line for image {trees.HASHES[1]}"),
+        (trees.nabirds, put("bounding_boxes.txt", "00019306 1 2 3 4\n"), "names image 00019306"),
     ],
 )  # fmt: skip
 def test_a_bad_tree_is_named(
@@ -290,6 +290,6 @@ def test_a_bad_tree_is_named(
 def test_a_folder_of_no_layout_names_them_all(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "notes.txt").write_text("")
-    with pytest.raises(UserError, match="no picture and no list of a known layout") as caught:
+    with pytest.raises(UserError, match="no image and no list of a known layout") as caught:
         open_images(tmp_path)
     assert all(layout.name in str(caught.value) and layout.sign in str(caught.value) for layout in LAYOUTS)

@@ -1,4 +1,4 @@
-"""Pixels that change places: the batch equals the loop over pictures, and what is drawn has the promised law."""
+"""Pixels that change places: the batch equals the loop over images, and what is drawn has the promised law."""
 
 import numpy as np
 import pytest
@@ -51,10 +51,8 @@ def by_loop(x: torch.Tensor, draw: Draw, labels: torch.Tensor) -> tuple[torch.Te
 
 @pytest.mark.parametrize("size", [16, 21, 64])  # divided by 4 and 16; by 7; by 4 and 16, with larger blocks
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_batch_is_moved_as_the_loop_moves_each_picture(
-    change: str, size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fgfast.data.rearrange._CHUNK_BYTES", 2 * 3 * size**2)  # two chunks of the three pictures
+def test_a_batch_is_moved_as_the_loop_moves_each_image(change: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fgfast.data.rearrange._CHUNK_BYTES", 2 * 3 * size**2)  # two chunks of the three images
     n = 3
     draw, x = drawn(Crop(size=size, **CHANGES[change]), n), pixels(n, size)
     labels = torch.randint(-1, 9, (n, size, size), generator=torch.Generator().manual_seed(0))
@@ -70,7 +68,7 @@ def test_a_batch_is_moved_as_the_loop_moves_each_picture(
     assert torch.equal(rearrange(x.permute(0, 2, 1, 3), draw)[0], by_loop(x.permute(0, 2, 1, 3), draw, labels)[0])
 
 
-def test_without_a_change_and_without_pictures_nothing_happens() -> None:
+def test_without_a_change_and_without_images_nothing_happens() -> None:
     x = pixels(3, 16)
     assert rearrange(x, drawn(Crop(size=16), 3))[0] is x
     everything = Crop(size=16, **CHANGES["all"])
@@ -88,7 +86,7 @@ def test_a_draw_depends_on_the_seed_alone_and_other_views_on_nothing_new() -> No
     assert all(np.array_equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
     for name in ("gamma", "patches", "blocks", "holes", "paste"):
         assert not np.array_equal(getattr(a, name), getattr(c, name))
-    plain = drawn(Crop(size=64), 5)  # what is drawn for a picture does not change with what is done to it besides
+    plain = drawn(Crop(size=64), 5)  # what is drawn for an image does not change with what is done to it besides
     assert np.array_equal(plain.window, a.window)
     assert np.array_equal(plain.colour, a.colour)
 

@@ -1,4 +1,4 @@
-"""The synthetic set: the same bytes for a seed, truth that fits the pictures, nothing half or lost on disk."""
+"""The synthetic set: the same bytes for a seed, truth that fits the images, nothing half or lost on disk."""
 
 import errno
 import hashlib
@@ -21,7 +21,7 @@ from fgfast.data.synthetic import generate
 from fgfast.errors import UserError
 from tests.examples import examples
 
-SMALL = {"classes": 3, "images": 20, "size": 48, "seed": 5}  # 7, 7 and 6 pictures: the remainder is spread
+SMALL = {"classes": 3, "images": 20, "size": 48, "seed": 5}  # 7, 7 and 6 images: the remainder is spread
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(birds, tmp_path):
     assert digests(generate(tmp_path / "again", **SMALL, workers=2)) == digests(birds)
 
 
-def test_another_seed_gives_other_pictures(birds, tmp_path):
+def test_another_seed_gives_other_images(birds, tmp_path):
     other = digests(generate(tmp_path / "other", **{**SMALL, "seed": 6}))
     assert not set(other.values()) & {v for k, v in digests(birds).items() if k.startswith("images/")}
 

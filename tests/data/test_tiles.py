@@ -18,7 +18,7 @@ from tests.examples import examples
     grid=st.integers(1, 4),
     side=st.integers(1, 5),
     spare=st.integers(0, 3),
-    left=st.integers(0, 3),  # pixels of the picture that fill no tile
+    left=st.integers(0, 3),  # pixels of the image that fill no tile
     channels=st.sampled_from([1, 3]),
     last=st.booleans(),
     seed=st.integers(0, 99),
@@ -28,22 +28,22 @@ def test_one_gather_is_the_loop(
 ) -> None:
     g = torch.Generator().manual_seed(seed)
     size = grid * (side + spare) + min(left, grid - 1)
-    pictures = torch.randn(batch, channels, size, size, generator=g)
-    pictures = pictures.to(memory_format=torch.channels_last) if last else pictures
+    images = torch.randn(batch, channels, size, size, generator=g)
+    images = images.to(memory_format=torch.channels_last) if last else images
     source = torch.randint(grid**2, (batch, grid**2), generator=g)
     corner = torch.randint(spare + 1, (batch, grid**2, 2), generator=g)
-    found = cut_tiles(pictures, grid, side, source, corner)
-    assert torch.equal(found, plain(pictures, grid, side, source, corner))
+    found = cut_tiles(images, grid, side, source, corner)
+    assert torch.equal(found, plain(images, grid, side, source, corner))
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("grid", [1, 2, 3, 5])
-def test_the_inverse_permutation_restores_the_picture(grid: int) -> None:
+def test_the_inverse_permutation_restores_the_image(grid: int) -> None:
     g = torch.Generator().manual_seed(0)
-    pictures = torch.randn(4, 3, 4 * grid, 4 * grid, generator=g)
+    images = torch.randn(4, 3, 4 * grid, 4 * grid, generator=g)
     permutation = torch.rand(4, grid**2, generator=g).argsort(1)
-    tiles = cut_tiles(pictures, grid, 4, permutation, torch.zeros(4, grid**2, 2, dtype=torch.int64))
-    assert torch.equal(join_tiles(tiles, grid, permutation.argsort(1)), pictures)
+    tiles = cut_tiles(images, grid, 4, permutation, torch.zeros(4, grid**2, 2, dtype=torch.int64))
+    assert torch.equal(join_tiles(tiles, grid, permutation.argsort(1)), images)
 
 
 def test_brightness_is_torchvisions() -> None:

@@ -15,7 +15,7 @@ HASHES = (
 )
 
 
-def pictures(root: Path, rels: Iterable[str], size: tuple[int, int] = (32, 24)) -> None:
+def write_images(root: Path, rels: Iterable[str], size: tuple[int, int] = (32, 24)) -> None:
     for i, rel in enumerate(rels):
         (root / rel).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", size, (40 * i % 256, 90, 200)).save(root / rel)
@@ -29,13 +29,13 @@ def lists(root: Path, **texts: str) -> None:
 
 
 def cassava(root: Path) -> Path:
-    pictures(root, [f"train/{c}/train-{c}-{i}.jpg" for c in ("cbb", "healthy") for i in range(5)])
-    pictures(root, [f"extraimages/extra-image-{i}.jpg" for i in range(3)] + ["test/0/test-img-0.jpg"])
+    write_images(root, [f"train/{c}/train-{c}-{i}.jpg" for c in ("cbb", "healthy") for i in range(5)])
+    write_images(root, [f"extraimages/extra-image-{i}.jpg" for i in range(3)] + ["test/0/test-img-0.jpg"])
     return root
 
 
 def aircraft(root: Path) -> Path:
-    pictures(root, [f"data/images/{i:07d}.jpg" for i in range(1, 7)], (64, 60))
+    write_images(root, [f"data/images/{i:07d}.jpg" for i in range(1, 7)], (64, 60))
     variants = {1: "707-320", 2: "F/A-18", 3: "707-320", 4: "F/A-18", 5: "707-320", 6: "F/A-18"}
     families = {i: "Boeing 707" if name == "707-320" else "F/A-18" for i, name in variants.items()}
     for level, table in (("variant", variants), ("family", families)):
@@ -52,7 +52,7 @@ def cars(root: Path, labels_in_devkit: bool = False) -> Path:
     kind = [(name, object) for name in fields]
     train = np.array([(1, 2, 10, 12, 2, "00001.jpg"), (3, 4, 30, 20, 1, "00002.jpg")], kind)
     test = np.array([(5, 6, 15, 16, 1, "00001.jpg")], kind)
-    pictures(root, ["cars_train/00001.jpg", "cars_train/00002.jpg", "cars_test/00001.jpg"])
+    write_images(root, ["cars_train/00001.jpg", "cars_train/00002.jpg", "cars_test/00001.jpg"])
     unlabelled = np.array([(5, 6, 15, 16, "00001.jpg")], [f for f in kind if f[0] != "class"])
     kit = root / "devkit"
     kit.mkdir()
@@ -66,7 +66,7 @@ def cars(root: Path, labels_in_devkit: bool = False) -> Path:
 
 
 def flowers(root: Path) -> Path:
-    pictures(root, [f"jpg/image_{i:05d}.jpg" for i in range(1, 7)])
+    write_images(root, [f"jpg/image_{i:05d}.jpg" for i in range(1, 7)])
     savemat(root / "imagelabels.mat", {"labels": np.array([[2, 1, 3, 1, 2, 3]], np.uint8)})
     ids = {"trnid": [[6, 2]], "valid": [[1]], "tstid": [[3, 4, 5]]}
     savemat(root / "setid.mat", {name: np.array(values, np.uint16) for name, values in ids.items()})
@@ -74,7 +74,7 @@ def flowers(root: Path) -> Path:
 
 
 def pets(root: Path) -> Path:
-    """Two breeds; the trimap of every picture has a pet on the left, a border, background on the right."""
+    """Two breeds; the trimap of every image has a pet on the left, a border, background on the right."""
     rows = {
         "trainval": ["Abyssinian_1 1 1 1", "great_pyrenees_2 16 2 10"],
         "test": ["great_pyrenees_1 16 2 10", "Abyssinian_9 1 1 1"],
@@ -84,7 +84,7 @@ def pets(root: Path) -> Path:
         lists(root, **{f"annotations__{split}": "\n".join(lines) + "\n"})
     lists(root, annotations__list=header + "\n".join([*rows["trainval"], *rows["test"]]) + "\n")
     names = [line.split()[0] for lines in rows.values() for line in lines]
-    pictures(root, [f"images/{name}.jpg" for name in names])
+    write_images(root, [f"images/{name}.jpg" for name in names])
     trimap = np.full((24, 32), 2, np.uint8)
     trimap[:, :10], trimap[:, 10:12] = 1, 3
     (root / "annotations" / "trimaps").mkdir()
@@ -107,13 +107,13 @@ def inaturalist(root: Path, year: str = "2018", **more: object) -> Path:
         notes = [{"id": i, "image_id": i, "category_id": c} for i, c in rows]
         table = {"info": {}, "images": images, "categories": categories, "annotations": notes, "licenses": [], **more}
         (root / f"{split}{year}.json").write_text(json.dumps(table))
-        pictures(root, names.values())
+        write_images(root, names.values())
     return root
 
 
 def nabirds(root: Path) -> Path:
     files = [f"{label:04d}/{name.replace('-', '')}.jpg" for label, name in zip((817, 860, 817), HASHES, strict=True)]
-    pictures(root / "images", files)
+    write_images(root / "images", files)
 
     def each(*values: object) -> str:
         return "".join(f"{name} {value}\n" for name, value in zip(HASHES, values, strict=True))

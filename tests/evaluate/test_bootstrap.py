@@ -16,9 +16,9 @@ def test_interval_of_one_seed_covers_the_true_accuracy():
 
 
 def simulate(repeats: int, luck: float, own: float) -> tuple[float, float]:
-    """Coverage of a true difference of 0.1, and half the width over 1.96 true standard errors: 8 seeds, 200 pictures.
+    """Coverage of a true difference of 0.1, and half the width over 1.96 true standard errors: 8 seeds, 200 images.
 
-    ``luck`` spreads the accuracies of training runs, ``own`` the advantage of a over b from picture to picture.
+    ``luck`` spreads the accuracies of training runs, ``own`` the advantage of a over b from image to image.
     """
     rng = np.random.default_rng(1)
     means, lows, highs = np.empty((3, repeats))
@@ -32,7 +32,7 @@ def simulate(repeats: int, luck: float, own: float) -> tuple[float, float]:
     return covered.mean(), (highs - lows).mean() / (2 * 1.96 * means.std())
 
 
-def test_paired_interval_covers_a_difference_that_varies_over_pictures_and_seeds():
+def test_paired_interval_covers_a_difference_that_varies_over_images_and_seeds():
     coverage, width = simulate(200, luck=0.04, own=0.17)
     assert 0.92 <= coverage <= 0.995
     assert 0.9 <= width <= 1.25

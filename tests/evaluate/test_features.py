@@ -1,4 +1,4 @@
-"""Features of a set: the set's order, broken pictures left out, the network left as it was."""
+"""Features of a set: the set's order, broken images left out, the network left as it was."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from fgfast.models.backbone import Backbone
 
 @pytest.fixture(scope="module")
 def greys(tmp_path_factory) -> ImageSet:
-    """Twenty-three flat pictures in two classes; the grey level of picture i is 10 i."""
+    """Twenty-three flat images in two classes; the grey level of image i is 10 i."""
     root = tmp_path_factory.mktemp("greys")
     for i in range(23):
         folder = root / ("a" if i < 15 else "b")
@@ -30,7 +30,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 class Mean(torch.nn.Module):
-    """The mean colour of a picture; remembers the mode it ran in."""
+    """The mean colour of an image; remembers the mode it ran in."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,12 +58,12 @@ def test_the_network_runs_in_evaluation_mode_and_returns_to_its_own(greys):
     assert not encoder.training
 
 
-def test_a_broken_picture_has_no_row(greys, tmp_path):
+def test_a_broken_image_has_no_row(greys, tmp_path):
     for path in greys.paths:
         copy = tmp_path / "set" / path
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes((greys.root / path).read_bytes())
-    (tmp_path / "set" / greys.paths[4]).write_bytes(b"no picture")
+    (tmp_path / "set" / greys.paths[4]).write_bytes(b"no image")
     images = replace(greys, root=tmp_path / "set")
     features, targets = extract(Mean(), images, 16, batch_size=5, threads=1)
     whole, _ = extract(Mean(), greys, 16, batch_size=5, threads=1)

@@ -90,7 +90,7 @@ def test_a_number_of_stages_that_is_not_there_is_one_sentence(stages: str) -> No
 
 
 def test_it_learns(drawn: Path) -> None:
-    """On its own training pictures the whole network does far better than chance (3 classes)."""
+    """On its own training images the whole network does far better than chance (3 classes)."""
     images = open_images(drawn).train_set()
     options = FinetuneOptions(stages="all", epochs=12, lr=3e-3, batch_size=6)
     predicted, truth = finetune(encoder(), images, images, CONFIG, options, device=CPU)

@@ -27,13 +27,13 @@ def test_weights_are_those_of_the_hand() -> None:
     assert inverse is not None
     assert frequency.tolist() == pytest.approx([n / 5656 for n in CASSAVA])
     assert inverse.tolist() == pytest.approx([5656 / 5 / n for n in CASSAVA])
-    assert float((inverse * torch.tensor(CASSAVA)).sum()) == pytest.approx(5656)  # the mean weight of a picture is 1
+    assert float((inverse * torch.tensor(CASSAVA)).sum()) == pytest.approx(5656)  # the mean weight of an image is 1
     assert class_weights(targets, NAMES, "none") is None
 
 
 @pytest.mark.parametrize("kind", ["none", "inverse", "frequency"])
-def test_a_class_without_a_picture_is_named(kind: str) -> None:
-    with pytest.raises(UserError, match="Class cgm has no training picture"):
+def test_a_class_without_an_image_is_named(kind: str) -> None:
+    with pytest.raises(UserError, match="Class cgm has no training image"):
         class_weights(np.array([0, 1, 3, 4]), NAMES, kind)  # type: ignore[arg-type]
 
 

@@ -13,7 +13,7 @@ SCORES = ("nmi", "ari", "purity", "coverage", "nmi_all", "ari_all")
 
 
 def parts(seed: int, images: int = 3, parts: int = 4) -> np.ndarray:
-    """Blocks of parts -1..parts-1, different in every picture, a block of each kept."""
+    """Blocks of parts -1..parts-1, different in every image, a block of each kept."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(-1, parts, (images, 5, 5))
     coarse[:, 0] = np.arange(5) % (parts + 1) - 1
@@ -48,7 +48,7 @@ def test_what_lies_off_the_parts_changes_only_the_scores_of_all_pixels():
     assert scores["nmi_all"] < 0.99
 
 
-def test_pictures_without_true_parts_are_counted_and_skipped():
+def test_images_without_true_parts_are_counted_and_skipped():
     truth = parts(2)
     truth[1] = -1
     scores = nmi_ari(truth, truth)
@@ -63,7 +63,7 @@ def test_coverage_is_the_share_of_part_pixels_with_a_label():
     assert nmi_ari(labels, truth)["coverage"] == 0.75
 
 
-def test_tensors_and_one_picture_are_taken():
+def test_tensors_and_one_image_are_taken():
     truth = parts(3)
     assert nmi_ari(torch.from_numpy(truth), torch.from_numpy(truth)) == nmi_ari(truth, truth)
     assert nmi_ari(truth[0], truth[0])["images"] == 1

@@ -125,7 +125,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "part_pool": lambda: pool(
         torch.randn(2, 130, 20, 20).to(HALF), torch.randint(0, 10, (2, 20, 20)), 10, weight=torch.rand(2, 20, 20)
     ),
-    "part_pool, one picture": lambda: pool(torch.randn(1, 16, 90, 90), torch.randint(0, 10, (1, 90, 90)), 10),
+    "part_pool, one image": lambda: pool(torch.randn(1, 16, 90, 90), torch.randint(0, 10, (1, 90, 90)), 10),
     "part_pool, id maps": lambda: pool(
         torch.randn(2, 130, 7, 7).to(HALF), torch.zeros(2, 14, 14, dtype=torch.uint8), 10, weight=torch.rand(2, 7, 7)
     ),

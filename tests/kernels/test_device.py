@@ -137,7 +137,7 @@ def test_streams_do_not_meet(name: str) -> None:
 
 
 def far_apart(x: Tensor) -> Iterator[Tensor]:
-    """The values of x [B, D, h, w] with 2^31 elements from a picture to the next, and from a channel to the next."""
+    """The values of x [B, D, h, w] with 2^31 elements from an image to the next, and from a channel to the next."""
     batch, channels, height, width = x.shape
     for strides in ((FAR, height * width, width, 1), (height * width, FAR, width, 1)):
         shape = (2, channels, height, width) if strides[0] == FAR else (batch, 2, height, width)

@@ -1,4 +1,4 @@
-"""What every method promises: a stopped run goes on as if nothing had been, and padded pictures change nothing."""
+"""What every method promises: a stopped run goes on as if nothing had been, and padded images change nothing."""
 
 import signal
 from dataclasses import replace

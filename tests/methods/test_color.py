@@ -48,10 +48,10 @@ def batch_of(n: int = 4, side: int = 32) -> Batch:
 
 
 def test_learns_colours(drawn: Path, tmp_path: Path) -> None:
-    """On 18 pictures the loss falls, held-out accuracy is logged, the prior is kept, and the run is scored on greys."""
+    """On 18 images the loss falls, held-out accuracy is logged, the prior is kept, and the run is scored on greys."""
     run = tmp_path / "run"
     config = config_for(data=str(drawn), out=str(run), epochs=8, lr=0.02, knn_every=8, uniform=1.0)
-    pretrain("color", config)  # all colours weigh alike: few pictures make the weighted loss jump
+    pretrain("color", config)  # all colours weigh alike: few images make the weighted loss jump
     rows, _ = read_metrics(run / "metrics.jsonl")
     losses = [r["loss"] for r in rows if "loss" in r]
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
@@ -98,7 +98,7 @@ def test_loss_is_that_of_the_paper(net: str) -> None:
 
 
 def test_colours_are_those_of_the_pixels() -> None:
-    """A picture of four flat quarters has their ab in its four quarters."""
+    """An image of four flat quarters has their ab in its four quarters."""
     from fgfast.data.lab import rgb_to_lab
 
     quarters = torch.rand(1, 3, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -109,7 +109,7 @@ def test_colours_are_those_of_the_pixels() -> None:
 
 @pytest.mark.parametrize("net", NETS)
 def test_the_encoder_is_blind_to_colour(net: str) -> None:
-    """Pictures of one lightness have one feature; every weight of the encoder learns."""
+    """Images of one lightness have one feature; every weight of the encoder learns."""
     from fgfast.data.lab import lab_to_rgb
 
     torch.manual_seed(0)
@@ -123,17 +123,17 @@ def test_the_encoder_is_blind_to_colour(net: str) -> None:
     assert all(p.grad is not None for p in method.parameters())
 
 
-def test_padded_pictures_change_nothing() -> None:
+def test_padded_images_change_nothing() -> None:
     check_padding(Color(config_for()), batch_of())
 
 
-def test_pictures_show_colours() -> None:
+def test_images_show_colours() -> None:
     """A row a photograph: grey, told, true; the true colours told give the photograph, but for the bins' size."""
     method, batch = Color(config_for()), batch_of()
     batch.views[0][:] = normalised(torch.tensor([0.7, 0.5, 0.4]).view(3, 1, 1))
     index = method.classes.encode(method.colours(batch.views[0]))[0][:, 0]
     told = 100 * torch.nn.functional.one_hot(index, 309).float().view(4, 8, 8, 309)
-    method.logits = lambda pictures: told  # type: ignore[method-assign]
+    method.logits = lambda images: told  # type: ignore[method-assign]
     rows = method.pictures(batch)["colours"]
     assert [p.caption for p in rows[0]] == ["grey", "colours told", "photograph"]
     grey, colours, truth = (p.image.astype(int) for p in rows[0])

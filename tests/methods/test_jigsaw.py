@@ -41,7 +41,7 @@ def batch_of(n: int = 6, side: int = 32) -> Batch:
 
 
 def test_learns_puzzles(drawn: Path, tmp_path: Path) -> None:
-    """On 18 pictures the loss falls under that of guessing, held-out accuracy is logged, and the run is scored."""
+    """On 18 images the loss falls under that of guessing, held-out accuracy is logged, and the run is scored."""
     run = tmp_path / "run"
     config = config_for(data=str(drawn), out=str(run), epochs=12, lr=0.003, dropout=0.0, knn_every=12, crop_scale=0.9)
     pretrain("jigsaw", config)
@@ -105,7 +105,7 @@ def test_tiles_are_those_of_the_permutation() -> None:
         torch.testing.assert_close(tiles.view(6, 4, 3, 16, 16)[b][inside], expected[inside])
 
 
-def test_padded_pictures_change_nothing() -> None:
+def test_padded_images_change_nothing() -> None:
     check_padding(Jigsaw(config_for()), batch_of())
 
 
@@ -144,13 +144,13 @@ def test_what_does_not_fit_is_named(net: str, values: dict[str, int], match: str
 
 
 def test_networks_of_one_size_are_named() -> None:
-    """A network that takes pictures of its own size alone takes no tiles."""
+    """A network that takes images of its own size alone takes no tiles."""
     with pytest.raises(UserError, match=r"takes no tiles of 14 pixels .* choose another --model"):
         Jigsaw(config_for(model="test_vit", model_args="dynamic_img_size=False,patch_size=2"))
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_pictures_show_puzzles(net: str) -> None:
+def test_images_show_puzzles(net: str) -> None:
     """A row a photograph: itself, its tiles, and how they were put together; a right answer restores it."""
     method = Jigsaw(config_for(net, tile=16, brightness=0.0)).train()
     batch = batch_of()

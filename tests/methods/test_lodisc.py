@@ -87,7 +87,7 @@ def test_attention_of_a_cnn_is_the_norm_of_its_map() -> None:
 
 @pytest.mark.parametrize("net", NETS)
 def test_losses_are_those_of_the_paper(net: str) -> None:
-    """The sum of four symmetric InfoNCE terms at 2 T, the local keys from pictures that are zero outside the mask."""
+    """The sum of four symmetric InfoNCE terms at 2 T, the local keys from images that are zero outside the mask."""
     torch.manual_seed(0)
     method, batch = LoDisc(config_for(net)), batch_of()
     method.eval()  # BatchNorm must not move between the two calculations
@@ -154,7 +154,7 @@ def test_switches() -> None:
         LoDisc(config_for("cnn", drop_tokens=True))
 
 
-def test_padded_pictures_change_nothing() -> None:
+def test_padded_images_change_nothing() -> None:
     """What stands in a padded slot reaches no loss (BatchNorm in evaluation mode)."""
     torch.manual_seed(0)
     method, batch = MoCoV3(config_for("cnn")).eval(), batch_of()
@@ -167,7 +167,7 @@ def test_padded_pictures_change_nothing() -> None:
     torch.testing.assert_close(losses[0], losses[1])
 
 
-def test_pictures_show_every_strategy() -> None:
+def test_images_show_every_strategy() -> None:
     """A row a photograph: itself and what four strategies keep."""
     found = LoDisc(config_for("vit")).pictures(batch_of())
     assert [p.caption for p in found["kept"][0]] == ["photograph", "topk", "sample", "block", "random"]

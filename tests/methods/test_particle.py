@@ -68,7 +68,7 @@ def test_vit_trains_with_every_source(drawn: Path, tmp_path: Path, parts: str) -
 
 
 def test_rounds_discover_anew_with_the_trained_network(drawn: Path, tmp_path: Path) -> None:
-    """Two rounds leave two folders of maps, of every training picture, that differ."""
+    """Two rounds leave two folders of maps, of every training image, that differ."""
     out = pretrain("particle", config_for(drawn, tmp_path / "run", rounds=2, epochs=4, lr=0.01))
     images = open_images(drawn).train_set()
     first, second = (
@@ -115,7 +115,7 @@ def test_a_border_leaves_background_out_of_the_contrast(drawn: Path, tmp_path: P
     assert np.mean([(read_map(out / "parts_0", p) == 255).mean() for p in open_images(drawn).train_set().paths]) > 0.1
 
 
-def test_padded_pictures_change_nothing(drawn: Path, tmp_path: Path) -> None:
+def test_padded_images_change_nothing(drawn: Path, tmp_path: Path) -> None:
     """What stands in a padded slot reaches neither the loss nor a gradient (BatchNorm in evaluation mode)."""
     torch.manual_seed(0)
     method = PARTICLE(config_for(drawn, tmp_path, max_parts=0)).eval()
@@ -142,7 +142,7 @@ def test_grid_parts_follow_the_window(drawn: Path, tmp_path: Path) -> None:
 
 
 def test_online_parts_agree_in_both_views(drawn: Path, tmp_path: Path) -> None:
-    """One clustering serves both views: the whole picture flipped has the flipped ids."""
+    """One clustering serves both views: the whole image flipped has the flipped ids."""
     method = PARTICLE(config_for(drawn, tmp_path, parts="online"))
     batch = batch_of()
     batch.boxes[:, 1] = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0])
@@ -166,7 +166,7 @@ def test_momentum_encoder_follows_slowly(drawn: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("parts", ["truth", "online"])
 def test_the_network_can_be_its_own_target(drawn: Path, tmp_path: Path, parts: str) -> None:
-    """--target self keeps no copy, costs two passes less a picture, trains, and gives keys a gradient."""
+    """--target self keeps no copy, costs two passes less an image, trains, and gives keys a gradient."""
     config = config_for(drawn, tmp_path / "run", parts=parts, target="self")
     method, with_copy = PARTICLE(config), PARTICLE(replace(config, target="momentum"))
     assert method.passes_per_image == with_copy.passes_per_image - 2
@@ -202,7 +202,7 @@ def test_a_vit_has_dino_for_whole_views(drawn: Path, tmp_path: Path, values: dic
         PARTICLE(config_for(drawn, tmp_path, model="test_vit", model_args="", **values))
 
 
-def test_pictures_show_parts_and_views(drawn: Path, tmp_path: Path) -> None:
+def test_images_show_parts_and_views(drawn: Path, tmp_path: Path) -> None:
     """The method draws photographs beside their parts, and each view beside its own."""
     found = PARTICLE(config_for(drawn, tmp_path)).eval().pictures(batch_of())
     assert set(found) == {"parts", "views"}

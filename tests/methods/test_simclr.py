@@ -30,7 +30,7 @@ def config_for(**values: object) -> SimCLRConfig:
 
 
 @pytest.mark.parametrize("views", VIEWS)
-def test_a_pair_is_a_picture_and_its_transform_or_two_transforms(views: str) -> None:
+def test_a_pair_is_an_image_and_its_transform_or_two_transforms(views: str) -> None:
     plain, changed = SimCLR(config_for(views=views)).views().crops
     assert changed == replace(plain, **transform(views))
     assert (changed == plain) == (views == "original")
@@ -54,7 +54,7 @@ def test_lengths_are_those_of_512_pixels_at_that_size() -> None:
 
 
 @pytest.mark.parametrize("size", [16, 17, 33])
-def test_every_view_fits_small_pictures(drawn: Path, size: int) -> None:
+def test_every_view_fits_small_images(drawn: Path, size: int) -> None:
     for views in VIEWS:
         loader = make_loader(open_images(drawn), SimCLR(config_for(views=views, size=size)).views(), 4, threads=1)
         try:

@@ -92,7 +92,7 @@ def test_scores_are_those_of_pil_and_the_generator(run: Path, drawn: Path) -> No
     assert np.abs(off).max() <= 1
 
 
-def test_a_flat_picture_does_not_make_the_scores_infinite(tmp_path: Path) -> None:
+def test_a_flat_image_does_not_make_the_scores_infinite(tmp_path: Path) -> None:
     """Bicubic meets a flat window exactly; its PSNR counts as 60 dB."""
     for i in range(12):
         path = tmp_path / f"{'train' if i % 2 else 'test'}/{'ab'[i // 6]}/{i}.png"
@@ -148,7 +148,7 @@ def test_the_first_stage_leaves_the_discriminator_alone(drawn: Path, tmp_path: P
     assert len(last["optimizer"]["state"]) == len(list(SRGAN(config_for()).generator.parameters()))
 
 
-def test_padded_pictures_change_nothing() -> None:
+def test_padded_images_change_nothing() -> None:
     torch.manual_seed(0)
     method, batch = SRGAN(config_for()).eval(), batch_of()
     method.adversarial = True
@@ -190,7 +190,7 @@ def test_stopped_run_goes_on_exactly(
 def test_non_finite_batch_of_the_second_stage_leaves_no_trace(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A NaN picture in step 5 is skipped: weights and the statistics of both networks stay finite."""
+    """A NaN image in step 5 is skipped: weights and the statistics of both networks stay finite."""
     real: Callable = SRGAN.forward
     calls = []
 
@@ -296,7 +296,7 @@ def test_perceptual_network_of_a_vgg_ends_before_its_last_pooling() -> None:
 
 
 @pytest.mark.slow
-def test_pictures_show_what_goes_in_and_comes_out(run: Path, drawn: Path) -> None:
+def test_images_show_what_goes_in_and_comes_out(run: Path, drawn: Path) -> None:
     found = SRGAN(config_for()).pictures(batch_of())["super-resolution"]
     assert [p.caption.split(",")[0] for p in found[0]] == ["input", "bicubic", "generated", "truth"]
     assert [p.image.shape[0] for p in found[0]] == [8, 32, 32, 32]
@@ -328,7 +328,7 @@ def test_what_cannot_be_is_refused_before_training(drawn: Path, tmp_path: Path, 
     assert not (tmp_path / "run/last.pt").exists()
 
 
-def test_small_pictures_of_the_test_split_are_refused_before_training(tmp_path: Path) -> None:
+def test_small_images_of_the_test_split_are_refused_before_training(tmp_path: Path) -> None:
     for split, side in (("train", 40), ("test", 20)):
         for i in range(6):
             path = tmp_path / f"set/{split}/{'ab'[i % 2]}/{i}.png"
@@ -346,8 +346,8 @@ def test_paper_preset_is_accepted() -> None:
 
 
 @pytest.fixture
-def odd_pictures(tmp_path: Path) -> list[Path]:
-    """Pictures of every kind and shape, and one that is none."""
+def odd_images(tmp_path: Path) -> list[Path]:
+    """Images of every kind and shape, and one that is none."""
     rng = np.random.default_rng(0)
     kinds = {
         "rgb": Image.fromarray(rng.integers(0, 256, (13, 17, 3), dtype=np.uint8)),
@@ -358,31 +358,31 @@ def odd_pictures(tmp_path: Path) -> list[Path]:
     }
     for name, image in kinds.items():
         image.save(tmp_path / f"{name}{'.jpg' if name == 'cmyk' else '.png'}")
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     return [*(p for n in kinds for p in tmp_path.glob(f"{n}.*")), tmp_path / "broken.png"]
 
 
 def test_upscale_takes_every_kind_and_skips_what_is_none(
-    run: Path, odd_pictures: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Path, odd_images: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each picture becomes a PNG of four times its sides, which is what the generator makes of the whole picture."""
+    """Each image becomes a PNG of four times its sides, which is what the generator makes of the whole image."""
     out = tmp_path / "large"
-    assert main(["upscale", str(run), *map(str, odd_pictures), "--out", str(out), "--device", "cpu"]) == 0
-    assert {p.name for p in out.iterdir()} == {f"{p.stem}.png" for p in odd_pictures[:-1]}
+    assert main(["upscale", str(run), *map(str, odd_images), "--out", str(out), "--device", "cpu"]) == 0
+    assert {p.name for p in out.iterdir()} == {f"{p.stem}.png" for p in odd_images[:-1]}
     assert "broken.png" in caplog.text
-    for path in odd_pictures[:-1]:
+    for path in odd_images[:-1]:
         with Image.open(path) as small, Image.open(out / f"{path.stem}.png") as large:
             assert (large.width, large.height, large.mode) == (4 * small.width, 4 * small.height, "RGB")
     method = SRGAN(config_for())
     method.load_state_dict(torch.load(run / "last.pt", weights_only=True)["method"])
-    with torch.no_grad(), Image.open(odd_pictures[0]) as image:
+    with torch.no_grad(), Image.open(odd_images[0]) as image:
         x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
         expected = to_pixels(method.generator.eval()(x)[0])
     assert np.abs(np.asarray(Image.open(out / "rgb.png")).astype(int) - expected).max() <= 1
 
 
 def test_pieces_leave_no_seams(run: Path) -> None:
-    """A picture made of many pieces is the one made at once."""
+    """An image made of many pieces is the one made at once."""
     method = SRGAN(config_for())
     method.load_state_dict(torch.load(run / "last.pt", weights_only=True)["method"])
     generator = method.generator.eval()
@@ -393,22 +393,22 @@ def test_pieces_leave_no_seams(run: Path) -> None:
 
 
 def test_upscale_refuses_in_one_sentence(
-    run: Path, odd_pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, odd_images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No readable picture, two of one name, a file for a folder, a run without pictures: exit 2, nothing written."""
+    """No readable image, two of one name, a file for a folder, a run without images: exit 2, nothing written."""
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.toml").write_text('method = "simclr"\n')
     (tmp_path / "twin").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "twin/rgb.png")
-    first, broken = str(odd_pictures[0]), str(odd_pictures[-1])
+    first, broken = str(odd_images[0]), str(odd_images[-1])
     for words, message in (
-        ([str(run), broken, "/no/such.png", "--out", "OUT"], "None of the 2 pictures"),
-        ([str(run), first, str(tmp_path / "twin/rgb.png"), "--out", "OUT"], "Two pictures would become rgb.png"),
+        ([str(run), broken, "/no/such.png", "--out", "OUT"], "None of the 2 images"),
+        ([str(run), first, str(tmp_path / "twin/rgb.png"), "--out", "OUT"], "Two images would become rgb.png"),
         ([str(run), first, "--out", first], "is a file"),
         ([str(run), first, "--out", str(tmp_path)], "would be replaced"),
-        ([str(tmp_path / "other"), first, "--out", "OUT"], "simclr, which makes no pictures"),
+        ([str(tmp_path / "other"), first, "--out", "OUT"], "simclr, which makes no images"),
         (["/no/run", first, "--out", "OUT"], "/no/run is no run folder"),
-        ([str(run), "--out", "OUT"], "pictures"),
+        ([str(run), "--out", "OUT"], "needs images"),
     ):
         assert main(["upscale", *[str(tmp_path / "out") if w == "OUT" else w for w in words]]) == 2
         assert message in capsys.readouterr().err

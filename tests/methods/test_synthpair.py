@@ -140,8 +140,8 @@ def test_importance_is_the_gradient_of_the_contrast() -> None:
     assert mask[0][chosen].float().mean() > 0.95  # all but near ties
 
 
-def test_no_change_gives_one_picture() -> None:
-    """With lambda 0 both pictures of a pair are one; what is decoded does not train the decoder or move a norm."""
+def test_no_change_gives_one_image() -> None:
+    """With lambda 0 both images of a pair are one; what is decoded does not train the decoder or move a norm."""
     method, batch = ready(strength=0.0), batch_of()
     seen = []
     real = method.contrast_pair
@@ -192,7 +192,7 @@ def test_a_vit_takes_part() -> None:
     out["loss"].backward()
 
 
-def test_padded_pictures_change_nothing() -> None:
+def test_padded_images_change_nothing() -> None:
     """What stands in a padded slot reaches no loss and no statistic (BatchNorm in evaluation mode)."""
     found = []
     for fill in (0.0, 50.0):
@@ -206,7 +206,7 @@ def test_padded_pictures_change_nothing() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_pictures_stand_side_by_side() -> None:
+def test_images_stand_side_by_side() -> None:
     """Each view beside what it decodes to, as it is and changed, under draw_run's no_grad."""
     method = ready().eval()
     with torch.no_grad():

@@ -118,6 +118,6 @@ def test_dino_head_is_weight_normalised() -> None:
     assert out.abs().max() <= 1 + 1e-5
 
 
-def test_a_vit_refuses_pictures_that_its_patches_do_not_divide() -> None:
+def test_a_vit_refuses_images_that_its_patches_do_not_divide() -> None:
     with pytest.raises(UserError, match="--size is 34: test_vit takes multiples"):
         Backbone("test_vit", size=34)

@@ -13,17 +13,17 @@ from tests.examples import examples
 @examples(15)
 @given(st.integers(1, 9), st.integers(0, 30), st.sampled_from([3, 20, 64]))
 def test_fits_any_grid(grid: int, more: int, dim: int) -> None:
-    """Pictures have the side asked for, whatever multiple of the grid it is."""
+    """Images have the side asked for, whatever multiple of the grid it is."""
     assert Decoder(dim, grid + more, grid, latent=4, width=16)(torch.zeros(2, dim)).shape[2:] == (grid + more,) * 2
 
 
 def test_a_finer_grid_is_named() -> None:
-    """A map larger than the picture has no decoder."""
+    """A map larger than the image has no decoder."""
     with pytest.raises(UserError, match="16 x 16"):
         Decoder(8, size=8, grid=16)
 
 
-def test_a_picture_depends_on_its_own_features_alone() -> None:
+def test_an_image_depends_on_its_own_features_alone() -> None:
     """Neighbours in the batch change nothing, in training mode too."""
     torch.manual_seed(0)
     decoder, r = Decoder(8, 16, 4, width=16), torch.randn(3, 8)
@@ -31,7 +31,7 @@ def test_a_picture_depends_on_its_own_features_alone() -> None:
 
 
 def test_learns_to_reconstruct() -> None:
-    """A few steps on four pictures halve the error."""
+    """A few steps on four images halve the error."""
     torch.manual_seed(0)
     decoder, r, x = (
         Decoder(8, 16, 4, width=16, depth=2),

@@ -76,7 +76,7 @@ def test_reach_is_what_a_pixel_depends_on() -> None:
     ],
 )
 def test_encoder_keeps_the_first_blocks(network: nn.Module, drop: int, dim: int, cell: int) -> None:
-    """Features are the mean of the map after the blocks kept, of a picture brought back to [0, 1]."""
+    """Features are the mean of the map after the blocks kept, of an image brought back to [0, 1]."""
     encoder = SRGANEncoder(network, drop).eval()  # type: ignore[arg-type]
     x = torch.rand(2, 3, 37, 50)
     mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))

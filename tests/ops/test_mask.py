@@ -133,7 +133,7 @@ def test_block_is_the_best_window(backend, device):
 @every_backend
 @pytest.mark.parametrize("strategy", ["sample", "random"])
 def test_seeds_reproduce_and_differ(strategy, backend, device):
-    """One seed, one mask; another seed, and another picture, another one."""
+    """One seed, one mask; another seed, and another image, another one."""
     x = torch.full((1, 4, 2, 196), 0.1, device=device)
     masks = [pivotal_mask(x, strategy=strategy, seed=s, backend=backend).mask for s in (1, 1, 2, (1 << 62) + 1)]
     assert torch.equal(masks[0], masks[1])
@@ -179,7 +179,7 @@ def test_strides_are_read_as_they_lie(strategy, backend, device):
 
 
 def layouts(x: Tensor) -> list[Tensor]:
-    """The same kind of pictures in several memory layouts."""
+    """The same kind of images in several memory layouts."""
     wide = torch.randn(len(x), x.shape[1] + 2, x.shape[2], x.shape[3] + 3, dtype=torch.float64).to(x)
     return [
         x, x.to(memory_format=torch.channels_last), wide[:, 1:-1, :, 1:-2],
@@ -190,7 +190,7 @@ def layouts(x: Tensor) -> list[Tensor]:
 @everywhere
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_masked_pictures(backend, device, dtype):
+def test_masked_images(backend, device, dtype):
     """Dropped patches are zero whatever stood there, the others bit for bit what they were, in every layout."""
     x = torch.randn(3, 3, 24, 24).to(dtype).to(device)
     x[:, :, 0, 0] = torch.nan
@@ -212,7 +212,7 @@ def test_masked_pictures(backend, device, dtype):
 @everywhere
 @every_backend
 def test_gradient_reaches_what_is_kept(backend, device):
-    """The gradient of the pictures is masked like the pictures, through both functions."""
+    """The gradient of the images is masked like the images, through both functions."""
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64, device=device, requires_grad=True)
     mask = pivotal_mask(rough(1, 2, 1, 16), backend="reference").mask.to(device)
     assert torch.autograd.gradcheck(lambda x: mask_images(x, mask, backend=backend), images)
@@ -236,7 +236,7 @@ def test_custom_ops_pass_their_checks(backend):
 
 
 def test_compiles_whole():
-    """torch.compile(fullgraph=True) gives the same mask and pictures."""
+    """torch.compile(fullgraph=True) gives the same mask and images."""
 
     def run(attention: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         found = pivotal_mask(attention * 2, keep=0.4, images=images + 1)

@@ -72,7 +72,7 @@ def as_on_a_gpu(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def both(attention: Tensor, **options: Any) -> None:
-    """Masks, indices and pictures of the CUDA code and of the PyTorch path are the same."""
+    """Masks, indices and images of the CUDA code and of the PyTorch path are the same."""
     ours, expected = (pivotal_mask(attention, backend=name, **options) for name in ("native", "torch"))
     for a, b in zip(ours, expected, strict=True):
         if isinstance(a, Tensor):
@@ -106,8 +106,8 @@ def test_dtypes_and_strides(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels last"])
-def test_pictures_are_masked_in_the_same_launch(dtype: torch.dtype, channels: int, last: bool) -> None:
-    """Wide and narrow accesses, several slices a picture, gaps between rows."""
+def test_images_are_masked_in_the_same_launch(dtype: torch.dtype, channels: int, last: bool) -> None:
+    """Wide and narrow accesses, several slices an image, gaps between rows."""
     order = torch.channels_last if last else torch.contiguous_format
     x = rough(2, 2, 3, 16)
     for side in (128, 20):
@@ -117,7 +117,7 @@ def test_pictures_are_masked_in_the_same_launch(dtype: torch.dtype, channels: in
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-def test_gradient_of_pictures() -> None:
+def test_gradient_of_images() -> None:
     """The backward pass masks too."""
     images = torch.randn(2, 3, 16, 16, requires_grad=True)
     masked = pivotal_mask(rough(2, 2, 3, 16), images=images, backend="native")

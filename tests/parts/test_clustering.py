@@ -27,7 +27,7 @@ def test_background_is_what_lies_along_the_border() -> None:
 
 
 def test_coordinates_join_the_features() -> None:
-    """Their variance is the given share of each picture's own; much of them gives cells that hang together."""
+    """Their variance is the given share of each image's own; much of them gives cells that hang together."""
     g = torch.Generator().manual_seed(0)
     maps = [torch.randn(3, 5, 8, 6, generator=g) * torch.tensor([1.0, 10.0, 0.1])[:, None, None, None]]
     maps.append(torch.randn(3, 2, 4, 3, generator=g))

@@ -21,12 +21,12 @@ def test_interrupted_discovery_goes_on(drawn: Path, tmp_path: Path, monkeypatch:
     encoder, images = Backbone(TINY, size=32, args={"output_stride": 8}), open_images(drawn)
     real, sizes = discover.cluster_pyramid, []
 
-    def once(encoder: object, pictures: torch.Tensor, how: object, **options: object) -> torch.Tensor:
+    def once(encoder: object, batch: torch.Tensor, how: object, **options: object) -> torch.Tensor:
         if sizes == [32]:
             sizes.append(0)
             raise KeyboardInterrupt
-        sizes.append(len(pictures))
-        return real(encoder, pictures, how, **options)  # type: ignore[arg-type]
+        sizes.append(len(batch))
+        return real(encoder, batch, how, **options)  # type: ignore[arg-type]
 
     def found(name: str, n_parts: int = 4) -> Path:
         return discover.discover(

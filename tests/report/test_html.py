@@ -71,7 +71,7 @@ def test_a_whole_run_gives_every_section(run: Path) -> None:
     assert "+23.6" in page.text
     assert "n_parts" in page.text
     assert "torch" in page.text
-    assert len(page.images()) == 4  # parts, two pictures, curves
+    assert len(page.images()) == 4  # parts, two images, curves
     assert "Notes" not in page.text
 
 
@@ -85,7 +85,7 @@ def test_nothing_outside_the_page_is_needed(run: Path) -> None:
     assert not re.search(r"url\(|@import|https?:", text)
 
 
-def test_every_picture_has_an_alt_text(run: Path) -> None:
+def test_every_image_has_an_alt_text(run: Path) -> None:
     images = read(write_report(run)).images()
     assert all(image["alt"] for image in images)
     assert "Parts found in eight photographs" in [image["alt"] for image in images]
@@ -161,7 +161,7 @@ def test_lines_that_are_no_rows_are_reported(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == ([{"step": 1}], [1, 2, 5])
 
 
-def test_a_picture_cut_short_is_left_out_and_named(run: Path) -> None:
+def test_an_image_cut_short_is_left_out_and_named(run: Path) -> None:
     (run / "pictures" / "views.png").write_bytes((run / "pictures" / "views.png").read_bytes()[:500])
     page = read(write_report(run))
     assert len(page.images()) == 3

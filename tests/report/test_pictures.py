@@ -43,7 +43,7 @@ def test_more_colours_than_ids_of_a_map_are_refused(n_parts: int) -> None:
 
 @examples(20)
 @given(st.integers(0, 2**31), st.sampled_from([(1, 1), (3, 5), (8, 2)]))
-def test_normalised_pictures_come_back_as_pixels(seed: int, shape: tuple[int, int]) -> None:
+def test_normalised_images_come_back_as_pixels(seed: int, shape: tuple[int, int]) -> None:
     image = torch.randint(0, 256, (3, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     x = (image / 255 - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1)
     found = to_uint8(x)
@@ -51,7 +51,7 @@ def test_normalised_pictures_come_back_as_pixels(seed: int, shape: tuple[int, in
     np.testing.assert_array_equal(to_uint8(x[None].contiguous(memory_format=torch.channels_last))[0], found)
 
 
-def test_values_outside_the_range_of_a_picture_are_clipped() -> None:
+def test_values_outside_the_range_of_an_image_are_clipped() -> None:
     x = torch.tensor([-1e9, float("nan"), 1e9]).view(3, 1, 1)
     assert to_pixels(x).tolist() == [[[0, 0, 255]]]
 
@@ -117,7 +117,7 @@ def test_a_grid_has_room_for_every_row_and_caption() -> None:
     assert compose([[Panel(grey(), "word " * 500)]], cell=50).shape[0] < 150
 
 
-def test_pictures_keep_their_shape_in_a_grid() -> None:
+def test_images_keep_their_shape_in_a_grid() -> None:
     out = compose([[Panel(np.zeros((10, 40, 3), dtype=np.uint8))]], cell=80)
     dark = (out < 100).all(axis=-1)
     assert dark.any(axis=0).sum() == 80

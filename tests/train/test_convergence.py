@@ -32,7 +32,7 @@ def ends(data: Path, out: Path, backend: str, device: str, parts: str) -> tuple[
     first, last = [], []
     for seed in SEEDS:
         with use_backend(backend):
-            # two views through two encoders, and online the whole picture
+            # two views through two encoders, and online the whole image
             passes = STEPS * config.batch_size * (5 if parts == "online" else 4)
             run = pretrain("particle", replace(config, out=str(out / f"{backend}{seed}"), seed=seed, passes=passes))
         losses = [row["loss"] for row in read_metrics(run / "metrics.jsonl")[0] if "loss" in row]

@@ -1,4 +1,4 @@
-"""Two gloo ranks train together: one run folder, the same weights on both, no picture twice."""
+"""Two gloo ranks train together: one run folder, the same weights on both, no image twice."""
 
 import socket
 from pathlib import Path
@@ -67,7 +67,7 @@ def _train(rank: int, port: int, data: str, out: str, method: str, interrupt: bo
 
 @pytest.mark.parametrize("method", ["simclr", "particle", "srgan"])
 def test_two_ranks_end_with_the_same_weights(drawn: Path, tmp_path: Path, method: str) -> None:
-    """18 pictures over 2 ranks of 4 make 3 steps; both ranks hold the same parameters afterwards."""
+    """18 images over 2 ranks of 4 make 3 steps; both ranks hold the same parameters afterwards."""
     out = tmp_path / "run"
     ranks.start(_train, _free_port(), str(drawn), str(out), method, ranks=2)
     first, second = (torch.load(f"{out}-rank{r}.pt", weights_only=True) for r in (0, 1))

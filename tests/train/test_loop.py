@@ -126,7 +126,7 @@ def test_finished_run_is_not_overwritten(drawn: Path, run: Path) -> None:
 
 
 def test_passes_set_the_length(drawn: Path, tmp_path: Path) -> None:
-    """A budget of passes replaces the epochs: 6 pictures x 2 passes a step."""
+    """A budget of passes replaces the epochs: 6 images x 2 passes a step."""
     out = pretrain("simclr", config_for(drawn, tmp_path / "run", passes=50, knn_every=0))
     assert read_metrics(out / "metrics.jsonl")[0][-1]["step"] == 4
     with pytest.raises(UserError, match="does not pay"):
@@ -174,8 +174,8 @@ def test_another_temperature_on_resume_is_refused(drawn: Path, run: Path) -> Non
         pretrain("simclr", config_for(drawn, run, resume=True, temperature=0.5))
 
 
-def test_broken_pictures_are_logged_or_refuse_the_run(drawn: Path, tmp_path: Path) -> None:
-    """A broken picture is named in log.txt; with more than 5% of them nothing is written."""
+def test_broken_images_are_logged_or_refuse_the_run(drawn: Path, tmp_path: Path) -> None:
+    """A broken image is named in log.txt; with more than 5% of them nothing is written."""
     import shutil
 
     data = tmp_path / "set"
@@ -187,7 +187,7 @@ def test_broken_pictures_are_logged_or_refuse_the_run(drawn: Path, tmp_path: Pat
     assert "all/empty.jpg: the file is empty" in (out / "log.txt").read_text()
     for i in range(4):
         (data / f"all/more{i}.jpg").touch()
-    with pytest.raises(UserError, match="5 of 41 pictures"):
+    with pytest.raises(UserError, match="5 of 41 images"):
         pretrain("simclr", config_for(data, tmp_path / "another", epochs=1))
     assert not (tmp_path / "another").exists()
 
@@ -235,11 +235,11 @@ def test_parts_of_a_run_that_never_saved_are_made_anew(drawn: Path, tmp_path: Pa
         patch.setattr(Loader, "__iter__", lambda self: epochs.append(self.epoch) or real(self))
         pretrain("particle", config)
     assert read_maps_info(tmp_path / "run/parts_0")["n_parts"] == 3
-    assert [e for e in epochs if e > 0] == [1]  # the whole pictures of discovery are read in epoch 0
+    assert [e for e in epochs if e > 0] == [1]  # the whole images of discovery are read in epoch 0
 
 
-def test_pictures_without_labels(drawn: Path, tmp_path: Path) -> None:
-    """A folder of pictures alone trains without scores; scoring and supervised training say what they need."""
+def test_images_without_labels(drawn: Path, tmp_path: Path) -> None:
+    """A folder of images alone trains without scores; scoring and supervised training say what they need."""
     import shutil
 
     from fgfast.evaluate.protocols import evaluate

@@ -39,7 +39,7 @@ def test_bad_step_leaves_no_trace(optimizer: str) -> None:
 
 
 def test_verdict_comes_late_and_names_the_batch() -> None:
-    """The host learns of a skipped step a few steps later, with the numbers of its pictures."""
+    """The host learns of a skipped step a few steps later, with the numbers of its images."""
     module = net()
     guard = FiniteGuard(module, make_optimizer(module, TrainConfig()))
     seen = []

@@ -1,4 +1,4 @@
-"""Pictures without labels: every method that needs none trains on them, and no score ever sees them."""
+"""Images without labels: every method that needs none trains on them, and no score ever sees them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -39,9 +39,9 @@ def simclr(data: Path, out: Path, **values: object) -> SimCLRConfig:
 
 @pytest.fixture
 def extra(tmp_path: Path) -> Path:
-    """Four pictures in folders, one of them broken, and a text."""
-    trees.pictures(tmp_path / "extra", ["a/1.jpg", "a/b/2.png", "3.jpg"])
-    (tmp_path / "extra" / "broken.jpg").write_bytes(b"no picture")
+    """Four images in folders, one of them broken, and a text."""
+    trees.write_images(tmp_path / "extra", ["a/1.jpg", "a/b/2.png", "3.jpg"])
+    (tmp_path / "extra" / "broken.jpg").write_bytes(b"no image")
     (tmp_path / "extra" / "notes.txt").write_text("")
     return tmp_path / "extra"
 
@@ -74,7 +74,7 @@ def test_both_kinds_are_trained_on_and_scored_never(
     assert "broken.jpg" in (run / "log.txt").read_text()
 
 
-def test_online_knn_sees_labelled_pictures_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_online_knn_sees_labelled_images_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fgfast.evaluate import protocols
     from fgfast.methods.base import build_encoder
 
@@ -89,8 +89,8 @@ def test_online_knn_sees_labelled_pictures_alone(tmp_path: Path, monkeypatch: py
     assert len(targets) == 10
 
 
-def test_holdout_is_of_labelled_pictures(tmp_path: Path, extra: Path) -> None:
-    """The held-out pictures are labelled, the same with and without further pictures, and not trained on."""
+def test_holdout_is_of_labelled_images(tmp_path: Path, extra: Path) -> None:
+    """The held-out images are labelled, the same with and without further images, and not trained on."""
     config = simclr(trees.cassava(tmp_path / "set"), tmp_path / "run", holdout=0.25)
     kept, held = training_images(config)
     more = training_images(replace(config, unlabelled=str(extra)))
@@ -102,13 +102,13 @@ def test_holdout_is_of_labelled_pictures(tmp_path: Path, extra: Path) -> None:
     }
 
 
-def test_a_set_without_unlabelled_pictures_is_trained_on_as_it_is(drawn: Path, tmp_path: Path) -> None:
+def test_a_set_without_unlabelled_images_is_trained_on_as_it_is(drawn: Path, tmp_path: Path) -> None:
     config = simclr(drawn, tmp_path)
     assert pretext_images(config).paths == training_images(config)[0].paths == open_images(drawn).train_set().paths
 
 
-def test_part_maps_of_unlabelled_pictures_lie_in_the_run(tmp_path: Path, drawn: Path) -> None:
-    trees.pictures(tmp_path / "extra", [f"{i}.jpg" for i in range(3)])
+def test_part_maps_of_unlabelled_images_lie_in_the_run(tmp_path: Path, drawn: Path) -> None:
+    trees.write_images(tmp_path / "extra", [f"{i}.jpg" for i in range(3)])
     config = PARTICLEConfig(
         data=str(drawn), out=str(tmp_path / "run"), unlabelled=str(tmp_path / "extra"), parts="discovered", n_parts=3,
         map_size=8, hidden=16, projection=8, **COMMON | {"knn_every": 0},
@@ -120,7 +120,7 @@ def test_part_maps_of_unlabelled_pictures_lie_in_the_run(tmp_path: Path, drawn: 
         pretrain("particle", replace(config, parts="truth", out=str(tmp_path / "two")))
 
 
-def test_supervised_trains_on_labelled_pictures_and_refuses_others(tmp_path: Path, extra: Path) -> None:
+def test_supervised_trains_on_labelled_images_and_refuses_others(tmp_path: Path, extra: Path) -> None:
     data = trees.cassava(tmp_path / "set")
     config = SupervisedConfig(data=str(data), out=str(tmp_path / "run"), **COMMON | {"knn_every": 0})
     assert (pretext_images(config).targets >= 0).all()
@@ -131,7 +131,7 @@ def test_supervised_trains_on_labelled_pictures_and_refuses_others(tmp_path: Pat
 
 def test_compare_gives_them_to_the_methods_that_can_use_them(tmp_path: Path) -> None:
     data = trees.cassava(tmp_path / "set")
-    trees.pictures(tmp_path / "extra", ["1.jpg"])
+    trees.write_images(tmp_path / "extra", ["1.jpg"])
     shared = COMMON | {"unlabelled": str(tmp_path / "extra")}
     c = Comparison(tmp_path / "cmp", [data], ["random", "simclr", "supervised"], [0], shared)
     found = {entry.name: c._config(entry, data, 0).unlabelled for entry in c.entries}
@@ -142,7 +142,7 @@ def test_compare_gives_them_to_the_methods_that_can_use_them(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("folder", "message"),
-    [("nowhere", "nowhere of --unlabelled does not exist"), ("empty", "holds no picture"), ("set", "in --data and in")],
+    [("nowhere", "nowhere of --unlabelled does not exist"), ("empty", "holds no image"), ("set", "in --data and in")],
 )
 def test_a_bad_folder_is_one_sentence(
     tmp_path: Path, folder: str, message: str, capsys: pytest.CaptureFixture[str]
@@ -167,13 +167,13 @@ def test_rows_without_a_label_have_no_box_and_no_key_point(tmp_path: Path) -> No
 
 
 def test_a_changed_folder_of_the_same_name_is_checked_anew(tmp_path: Path) -> None:
-    """Verdicts of mounted pictures belong to their own folder."""
+    """Verdicts of mounted images belong to their own folder."""
     data = trees.flowers(tmp_path / "set")
     for name, content in (("one", None), ("two", b"broken")):
-        trees.pictures(tmp_path / name, ["same.png"])
+        trees.write_images(tmp_path / name, ["same.png"])
         if content:
             (tmp_path / name / "same.png").write_bytes(b"x" * (tmp_path / "one" / "same.png").stat().st_size)
     images = open_images(data)
     assert not check_images(images.with_folder(tmp_path / "one")).skipped
-    with pytest.raises(UserError, match=r"1 of 7 pictures"):
+    with pytest.raises(UserError, match=r"1 of 7 images"):
         check_images(images.with_folder(tmp_path / "two"))

@@ -46,21 +46,21 @@ LAYOUTS = (
     Layout("Oxford Flowers 102", "imagelabels.mat", _has("imagelabels.mat", "setid.mat"), read_flowers),
     Layout("iNaturalist", "train2018.json or train.json", is_inaturalist, read_inaturalist),
 )
-"""The layouts that have a sign of their own, in the order in which they are tried; folders of pictures come last."""
+"""The layouts that have a sign of their own, in the order in which they are tried; folders of images come last."""
 
 
 def open_images(root: Path | str, *, level: str | None = None) -> ImageSet:
     """Read a data set from its folder, in the first of ``LAYOUTS`` whose sign it has.
 
-    Without such a sign it is a folder of pictures: train/CLASS/picture with val/ or test/; CLASS/picture, all training;
-    or pictures alone, one unlabelled class.
+    Without such a sign it is a folder of images: train/CLASS/image with val/ or test/; CLASS/image, all training;
+    or images alone, one unlabelled class.
 
     Args:
         root: the folder.
         level: FGVC-Aircraft's "variant" (default), "family" or "manufacturer"; no other set has levels.
 
     Raises:
-        UserError: the folder is missing, holds no picture, lacks a file, or has a line that does not parse.
+        UserError: the folder is missing, holds no image, lacks a file, or has a line that does not parse.
 
     Example:
         >>> open_images("/nowhere")

@@ -28,7 +28,7 @@ def read_aircraft(root: Path, level: str = "variant") -> ImageSet:
     """FGVC-Aircraft: images_LEVEL_{trainval,test}.txt ("ID NAME"), variants.txt, images_box.txt, images/ID.jpg.
 
     Training is trainval (train and val where that list is missing), test is test. Boxes are corners that count from
-    (1, 1), the last pixel included. The lowest 20 rows of each picture name its photographer: ``banner``.
+    (1, 1), the last pixel included. The lowest 20 rows of each image name its photographer: ``banner``.
 
     Args:
         root: the unpacked archive, or its folder data/.
@@ -65,7 +65,7 @@ def read_aircraft(root: Path, level: str = "variant") -> ImageSet:
         )
         boxes = corner_boxes(corners)
     if not (base / "images").is_dir():
-        raise UserError(f"{base / 'images'} is missing: unpack the pictures there.")
+        raise UserError(f"{base / 'images'} is missing: unpack the images there.")
     return ImageSet(
         base / "images", tuple(paths), np.array(targets, np.int64), tuple(classes), np.array(train, bool), boxes,
         banner=BANNER,

@@ -15,7 +15,7 @@ def read_cub(root: Path) -> ImageSet:
     """CUB-200-2011: images.txt, classes.txt, image_class_labels.txt, train_test_split.txt, images/.
 
     Boxes (bounding_boxes.txt) and key points (parts/) are read where they are there; a folder part_masks/ holds true
-    part maps. Every class of classes.txt must have a picture.
+    part maps. Every class of classes.txt must have an image.
 
     Source: Wah et al., "The Caltech-UCSD Birds-200-2011 Dataset", 2011.
     """
@@ -25,14 +25,14 @@ def read_cub(root: Path) -> ImageSet:
     empty = np.flatnonzero(np.bincount(targets, minlength=len(order)) == 0)
     if len(empty):
         name = list(names.values())[empty[0]]
-        raise UserError(f"Class {name} of {root / 'classes.txt'} has no picture: add pictures or drop the class.")
+        raise UserError(f"Class {name} of {root / 'classes.txt'} has no image: add images or drop the class.")
     return ImageSet(targets=targets, classes=tuple(names.values()), **images)
 
 
 def read_nabirds(root: Path) -> ImageSet:
-    """NABirds: the lists of CUB-200-2011 with hashes for pictures, and hierarchy.txt ("CHILD PARENT").
+    """NABirds: the lists of CUB-200-2011 with hashes for images, and hierarchy.txt ("CHILD PARENT").
 
-    classes.txt names every node of the hierarchy; the classes are those that pictures have (555 in the full set), and
+    classes.txt names every node of the hierarchy; the classes are those that images have (555 in the full set), and
     their parents are the ``groups``.
 
     Source: Van Horn et al., "Building a bird recognition app and large scale dataset with citizen scientists",
@@ -46,10 +46,8 @@ def read_nabirds(root: Path) -> ImageSet:
     inner = set(parents.values()) & set(used)
     if inner:
         number = min(inner)
-        picture = list(ids)[int((labels == number).argmax())]
-        raise UserError(
-            f"Picture {picture} has class {number}, which {path} gives children: only leaves have pictures."
-        )
+        image = list(ids)[int((labels == number).argmax())]
+        raise UserError(f"Image {image} has class {number}, which {path} gives children: only leaves have images.")
     for number in used:
         if parents.get(number) not in names:
             raise UserError(f"{path} has no parent for class {number} that classes.txt names: add the line.")
@@ -64,13 +62,13 @@ def read_nabirds(root: Path) -> ImageSet:
 def _read(
     root: Path, key: Callable[[str], Any], layout: str
 ) -> tuple[dict[str, Any], dict[int, str], np.ndarray, dict]:
-    """What both layouts share: fields of the ImageSet, class names by number, class numbers, rows by picture."""
+    """What both layouts share: fields of the ImageSet, class names by number, class numbers, rows by image."""
     listed = read_rows(root / "images.txt", named(key), layout=layout)
     ids = {number: i for i, (number, _) in enumerate(listed)}
     if not listed:
-        raise UserError(f"{root / 'images.txt'} names no picture: restore the file.")
+        raise UserError(f"{root / 'images.txt'} names no image: restore the file.")
     if len(ids) != len(listed):
-        raise UserError(f"{root / 'images.txt'} gives one number to two pictures: correct the numbers.")
+        raise UserError(f"{root / 'images.txt'} gives one number to two images: correct the numbers.")
     names = dict(read_rows(root / "classes.txt", named(int), layout=layout))
 
     def table(name: str, count: int) -> np.ndarray:
@@ -90,7 +88,7 @@ def _read(
     if (root / "parts").is_dir():
         keypoints, part_names = _keypoints(root / "parts", ids, key, layout)
     if not (root / "images").is_dir():
-        raise UserError(f"{root / 'images'} is missing: a folder with images.txt keeps its pictures there.")
+        raise UserError(f"{root / 'images'} is missing: a folder with images.txt keeps its images there.")
     masks = root / "part_masks"
     fields: dict[str, Any] = {
         "root": root / "images", "paths": tuple(name for _, name in listed), "train": split == 1, "boxes": boxes,
@@ -106,6 +104,6 @@ def _keypoints(folder: Path, ids: dict, key: Callable[[str], Any], layout: str) 
     path = folder / "part_locs.txt"
     for number, part, *xyv in read_rows(path, numbers(5, key), layout=layout):
         if number not in ids or int(part) not in place:
-            raise UserError(f"{path} names picture {number}, part {int(part)}, which are not listed: correct it.")
+            raise UserError(f"{path} names image {number}, part {int(part)}, which are not listed: correct it.")
         keypoints[ids[number], place[int(part)]] = xyv
     return keypoints, tuple(parts.values())

@@ -1,22 +1,22 @@
-"""Folders of pictures: a class a folder, with or without splits, and cassava's with its unlabelled pictures."""
+"""Folders of images: a class a folder, with or without splits, and cassava's with its unlabelled images."""
 
 from pathlib import Path
 
 import numpy as np
 
-from fgfast.data.imageset import ImageSet, entries, pictures_below
+from fgfast.data.imageset import ImageSet, entries, images_below
 from fgfast.data.layouts.text import by_image, named, numbers, read_rows
 from fgfast.errors import UserError
 
 
 def read_folder(root: Path, known: str = "") -> ImageSet:
-    """train/CLASS/picture with val/ or test/; CLASS/picture, all training; or pictures alone, one unlabelled class.
+    """train/CLASS/image with val/ or test/; CLASS/image, all training; or images alone, one unlabelled class.
 
     Args:
         root: the folder.
         known: the layouts that it could have had, for the message where it has none.
     """
-    folders, pictures = entries(root)
+    folders, images = entries(root)
     masks = root / "part_masks"
     if "train" in folders:
         held_out = [name for name in ("val", "test") if name in folders]
@@ -24,28 +24,28 @@ def read_folder(root: Path, known: str = "") -> ImageSet:
             raise UserError(f"{root} has train/ but neither val/ nor test/: add one of them.")
         parts = [(_class_folders(root, f"{name}/"), name == "train") for name in ("train", *held_out)]
         if not parts[0][0]:
-            raise UserError(f"{root / 'train'} has no class folder: put the pictures into train/CLASS/.")
+            raise UserError(f"{root / 'train'} has no class folder: put the images into train/CLASS/.")
         for found, is_train in parts:
             strange = sorted(set(found) - set(parts[0][0]))
             if strange and not is_train:
                 raise UserError(f"Class {strange[0]} of {root} is not in train/: add it there or remove it.")
     else:
         folders = [name for name in folders if name != masks.name]
-        if folders and pictures:
-            raise UserError(f"{root} mixes pictures and folders: put the pictures into folders of their class.")
-        if not pictures and not any(pictures_below(root / name) for name in folders):
-            raise UserError(f"{root} holds no picture and no list of a known layout: give the folder of {known}.")
-        parts = [({"unlabelled": pictures} if pictures else _class_folders(root, "", folders), True)]
+        if folders and images:
+            raise UserError(f"{root} mixes images and folders: put the images into folders of their class.")
+        if not images and not any(images_below(root / name) for name in folders):
+            raise UserError(f"{root} holds no image and no list of a known layout: give the folder of {known}.")
+        parts = [({"unlabelled": images} if images else _class_folders(root, "", folders), True)]
     return _image_set(root, parts, masks)
 
 
 def read_cassava(root: Path) -> ImageSet:
-    """Cassava leaf diseases (Kaggle's cassava-disease): train/CLASS/picture and unlabelled extraimages/ and test/0/.
+    """Cassava leaf diseases (Kaggle's cassava-disease): train/CLASS/image and unlabelled extraimages/ and test/0/.
 
-    The class folders may lie in the root too. Pictures of extraimages/ have no label; test/ is left out, as its labels
-    were never published. So the labelled pictures are split here: by images.txt and train_test_split.txt in the root
+    The class folders may lie in the root too. Images of extraimages/ have no label; test/ is left out, as its labels
+    were never published. So the labelled images are split here: by images.txt and train_test_split.txt in the root
     where they are there (the form of the authors' lists), otherwise every fourth of each class in alphabetical order is
-    for testing, the share of those lists (4,242 and 1,414), not their pictures.
+    for testing, the share of those lists (4,242 and 1,414), not their images.
 
     Source: Mwebaze et al., "iCassava 2019 Fine-Grained Visual Categorization Challenge", 2019.
     """
@@ -53,22 +53,22 @@ def read_cassava(root: Path) -> ImageSet:
     folders, _ = entries(root / inside)
     found = _class_folders(root, inside, [name for name in folders if name not in ("extraimages", "test")])
     if not found:
-        raise UserError(f"{root / inside} has extraimages/ beside it and no class folder: put pictures into CLASS/.")
+        raise UserError(f"{root / inside} has extraimages/ beside it and no class folder: put images into CLASS/.")
     images = _image_set(root, [(found, True)], root / "part_masks")
     if (root / "train_test_split.txt").exists():
         train = _listed_split(root, images.paths, inside)
     else:
-        place = np.concatenate([np.arange(len(pictures)) for _, pictures in sorted(found.items())])
+        place = np.concatenate([np.arange(len(paths)) for _, paths in sorted(found.items())])
         train = place % 4 != 3
-    extra = pictures_below(root / "extraimages")
+    extra = images_below(root / "extraimages")
     if not extra:
-        raise UserError(f"{root / 'extraimages'} holds no picture: restore the pictures or remove the folder.")
+        raise UserError(f"{root / 'extraimages'} holds no image: restore the images or remove the folder.")
     split = ImageSet(root, images.paths, images.targets, images.classes, train, masks=images.masks)
     return split.with_unlabelled([f"extraimages/{rel}" for rel in extra])
 
 
 def _listed_split(root: Path, paths: tuple[str, ...], inside: str) -> np.ndarray:
-    """The split by picture number, for pictures that images.txt names relative to the class folders."""
+    """The split by image number, for images that images.txt names relative to the class folders."""
     listed = {name: number for number, name in read_rows(root / "images.txt", named(int), layout="cassava")}
     path = root / "train_test_split.txt"
     ids = {number: i for i, number in enumerate(listed.values())}
@@ -84,10 +84,10 @@ def _listed_split(root: Path, paths: tuple[str, ...], inside: str) -> np.ndarray
 
 def _class_folders(root: Path, prefix: str, folders: list[str] | None = None) -> dict[str, list[str]]:
     folders = entries(root / prefix)[0] if folders is None else folders
-    found = {name: [f"{prefix}{name}/{rel}" for rel in pictures_below(root / prefix / name)] for name in folders}
-    for name, pictures in found.items():
-        if not pictures:
-            raise UserError(f"Class folder {root / prefix / name} has no picture: add pictures or remove the folder.")
+    found = {name: [f"{prefix}{name}/{rel}" for rel in images_below(root / prefix / name)] for name in folders}
+    for name, images in found.items():
+        if not images:
+            raise UserError(f"Class folder {root / prefix / name} has no image: add images or remove the folder.")
     return found
 
 

@@ -20,12 +20,12 @@ def is_inaturalist(root: Path) -> bool:
 
 
 def read_inaturalist(root: Path) -> ImageSet:
-    """iNaturalist: trainYEAR.json and valYEAR.json (2021: train.json or train_mini.json, val.json), and the pictures.
+    """iNaturalist: trainYEAR.json and valYEAR.json (2021: train.json or train_mini.json, val.json), and the images.
 
     Training is train, test is val (the labels of the test split were never published). Classes are the categories that
-    pictures have, in the order of their numbers; ``groups`` are their super-categories, and names come from
+    images have, in the order of their numbers; ``groups`` are their super-categories, and names come from
     categories.json where it is there (2018 and 2019 first hid them). Boxes are those of the annotations or of 2017's
-    {train,val}_2017_bboxes.json, the largest of each picture.
+    {train,val}_2017_bboxes.json, the largest of each image.
 
     Source: Van Horn et al., "The iNaturalist Species Classification and Detection Dataset", CVPR 2018.
     """
@@ -47,7 +47,7 @@ def read_inaturalist(root: Path) -> ImageSet:
     order = {number: i for i, number in enumerate(used)}
     for number in used:
         if number not in names:
-            raise UserError(f"{file} has pictures of category {number}, which it does not list: add the category.")
+            raise UserError(f"{file} has images of category {number}, which it does not list: add the category.")
     boxes = np.concatenate([part.boxes for part in parts])
     groups = tuple(str(names[number].get("supercategory", "")) for number in used)
     return ImageSet(
@@ -62,7 +62,7 @@ def read_inaturalist(root: Path) -> ImageSet:
 
 
 class _Split:
-    """The pictures of one file with their categories and boxes."""
+    """The images of one file with their categories and boxes."""
 
     def __init__(self, path: Path, year: str) -> None:
         table = _load(path)
@@ -75,7 +75,7 @@ class _Split:
         for note in notes:
             i = place.get(note["image_id"])
             if i is None:
-                raise UserError(f"{path} annotates picture {note['image_id']}, which it does not list: correct it.")
+                raise UserError(f"{path} annotates image {note['image_id']}, which it does not list: correct it.")
             if found[i] not in (None, note["category_id"]):
                 raise UserError(f"{path} gives {self.paths[i]} two categories: correct it.")
             found[i] = note["category_id"]

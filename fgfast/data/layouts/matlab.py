@@ -39,11 +39,11 @@ def read_cars(root: Path) -> ImageSet:
         wrong = np.flatnonzero((numbers < 1) | (numbers > len(classes)))
         if len(wrong):
             raise UserError(
-                f"{file}: picture {notes['fname'][wrong[0]]} has class {numbers[wrong[0]]} of {len(classes)}: "
+                f"{file}: image {notes['fname'][wrong[0]]} has class {numbers[wrong[0]]} of {len(classes)}: "
                 "restore the file, or cars_meta.mat."
             )
         if not (root / folder).is_dir():
-            raise UserError(f"{root / folder} is missing: unpack the pictures there.")
+            raise UserError(f"{root / folder} is missing: unpack the images there.")
         paths += [f"{folder}/{name}" for name in notes["fname"]]
         targets.append(numbers - 1)
         corners.append(np.array([notes[name].tolist() for name in names], np.float64).T)
@@ -57,7 +57,7 @@ def read_cars(root: Path) -> ImageSet:
 def read_flowers(root: Path) -> ImageSet:
     """Oxford Flowers 102: imagelabels.mat, setid.mat (trnid, valid, tstid), jpg/image_00001.jpg, ...
 
-    Training is trnid and valid (1,020 each), test is tstid (6,149); a picture in none of them is left out. The set
+    Training is trnid and valid (1,020 each), test is tstid (6,149); an image in none of them is left out. The set
     names no classes: they are "1" to "102".
 
     Source: Nilsback and Zisserman, "Automated Flower Classification over a Large Number of Classes", ICVGIP 2008.
@@ -68,13 +68,13 @@ def read_flowers(root: Path) -> ImageSet:
     joined = np.concatenate(list(ids.values()))
     wrong = joined[(joined < 1) | (joined > len(labels))]
     if len(wrong):
-        raise UserError(f"{file} names picture {wrong[0]} of {len(labels)} in imagelabels.mat: restore the files.")
+        raise UserError(f"{file} names image {wrong[0]} of {len(labels)} in imagelabels.mat: restore the files.")
     if len(np.unique(joined)) < len(joined):
-        raise UserError(f"{file} has a picture in two splits: restore the file.")
+        raise UserError(f"{file} has an image in two splits: restore the file.")
     if labels.min() < 1:
         raise UserError(f"{root / 'imagelabels.mat'} has a class below 1: restore the file.")
     if not (root / "jpg").is_dir():
-        raise UserError(f"{root / 'jpg'} is missing: unpack the pictures there.")
+        raise UserError(f"{root / 'jpg'} is missing: unpack the images there.")
     classes = tuple(str(i) for i in range(1, int(labels.max()) + 1))
     train = np.arange(len(joined)) < len(joined) - len(ids["tstid"])
     paths = tuple(f"image_{number:05d}.jpg" for number in joined)

@@ -23,7 +23,7 @@ def read_pets(root: Path) -> ImageSet:
     """Oxford-IIIT Pet: annotations/{trainval,test}.txt ("NAME CLASS SPECIES BREED"), images/NAME.jpg, trimaps/NAME.png.
 
     The trimaps are the ``masks``: id 0 is the pet, 1 the background, the border is absent. They are rewritten once in
-    the form of ``fgfast.data.maps``, into the cache folder. The boxes of the set are of heads, for some pictures only,
+    the form of ``fgfast.data.maps``, into the cache folder. The boxes of the set are of heads, for some images only,
     and are not read.
 
     Source: Parkhi et al., "Cats and Dogs", CVPR 2012.
@@ -39,7 +39,7 @@ def read_pets(root: Path) -> ImageSet:
                 raise UserError(f"{path} gives class {number} to {names[number]} and to {breed}: correct the lines.")
             records.append((f"{name}.jpg", number, split == "trainval"))
     if not (root / "images").is_dir():
-        raise UserError(f"{root / 'images'} is missing: unpack the pictures there.")
+        raise UserError(f"{root / 'images'} is missing: unpack the images there.")
     order = sorted(names)
     paths = tuple(rel for rel, _, _ in records)
     trimaps = notes / "trimaps"
@@ -59,7 +59,7 @@ def _parse(line: str) -> tuple[str, int]:
 
 
 def _masks(trimaps: Path, paths: tuple[str, ...]) -> Path:
-    """The folder of rewritten trimaps, made where it is missing or of other pictures."""
+    """The folder of rewritten trimaps, made where it is missing or of other images."""
     from fgfast.data.manifest import cache_folder
     from fgfast.data.maps import map_path, read_maps_info, write_atomically, write_maps_info
 

@@ -69,15 +69,15 @@ def by_image(rows: list[tuple], path: Path, count: int, ids: dict, listed_in: st
     """Rows (key, a, b, ..) as an array [N, count - 1] in the order of ``ids``.
 
     Raises:
-        UserError: a picture is not listed, or has no row.
+        UserError: an image is not listed, or has no row.
     """
     table = np.full((len(ids), count - 1), np.nan)
     for number, *values in rows:
         if number not in ids:
-            raise UserError(f"{path} names picture {number}, which {listed_in} does not have: correct one of the two.")
+            raise UserError(f"{path} names image {number}, which {listed_in} does not have: correct one of the two.")
         table[ids[number]] = values
     absent = np.isnan(table[:, 0])
     if absent.any():
         number = list(ids)[int(absent.argmax())]
-        raise UserError(f"{path} has no line for picture {number} of {listed_in}: add the line.")
+        raise UserError(f"{path} has no line for image {number} of {listed_in}: add the line.")
     return table
