@@ -44,7 +44,7 @@ Count = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
 Weight = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, open=True)]
-Share = Annotated[float, Range(0, 1)]
+Fraction = Annotated[float, Range(0, 1)]
 
 
 @dataclass
@@ -82,7 +82,7 @@ class TrainConfig:
     """Peak learning rate, as it is (not scaled by the batch)."""
     weight_decay: Weight = 1e-4
     """Weight decay; norms and biases get none."""
-    warmup: Share = 0.05
+    warmup: Fraction = 0.05
     """Share of the steps with a linear warm-up; then half a cosine to 0."""
     clip: Weight = 5.0
     """Largest gradient norm; 0 does not clip."""

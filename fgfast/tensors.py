@@ -13,7 +13,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 LOG2E = math.log2(math.e)
 BOUNDED = 50.0  # logits in base 2 up to here: sums of 2^31 of them and their inverses stay normal in float32
-TILE = 1 << 21  # elements of a tile: 8 MiB of float32
+TILE_ELEMENTS = 1 << 21  # elements of a tile: 8 MiB of float32
 
 
 def accumulation(dtype: torch.dtype) -> torch.dtype:
@@ -24,6 +24,16 @@ def accumulation(dtype: torch.dtype) -> torch.dtype:
 def values_checked(x: Tensor) -> bool:
     """Whether the contents of ``x`` may be looked at: free on the CPU, a device sync elsewhere (FGFAST_CHECKS=1)."""
     return x.device.type == "cpu" or os.environ.get("FGFAST_CHECKS") == "1"
+
+
+def shape_error(name: str, expected: str, x: Tensor) -> ValueError:
+    """The error for a tensor of the wrong shape.
+
+    Example:
+        >>> shape_error("query", "[N, D]", torch.zeros(3))
+        ValueError('query: expected shape [N, D], got [3].')
+    """
+    return ValueError(f"{name}: expected shape {expected}, got {list(x.shape)}.")
 
 
 def check_integers(name: str, x: Tensor) -> None:

@@ -19,7 +19,7 @@ from fgfast.run import load_checkpoint
 
 log = logging.getLogger("fgfast")
 
-TILE = 128  # side of the piece of an image that is enlarged at a time, without its surroundings
+PIECE = 128  # side of the piece of an image that is enlarged at a time, without its surroundings
 
 
 def upscale(
@@ -71,7 +71,7 @@ def upscale(
 
 
 @torch.no_grad()
-def enlarge(generator: Generator, pixels: np.ndarray, tile: int = TILE) -> np.ndarray:
+def enlarge(generator: Generator, pixels: np.ndarray, tile: int = PIECE) -> np.ndarray:
     """An image four times as large, made piece by piece, so that memory does not grow with it.
 
     A piece is enlarged together with all the pixels around it that its own depend on, so pieces leave no seams.

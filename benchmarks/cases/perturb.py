@@ -45,7 +45,7 @@ def plain(r: Rows) -> Answer:
 
 def fgfast(r: Rows, backend: str | None = None) -> Answer:
     """The operation, its mask as numbers."""
-    out = perturb(r.features, r.gradient, low_variance=r.low, std=r.std, lowest=SHARE, noise=r.noise, backend=backend)
+    out = perturb(r.features, r.gradient, low_variance=r.low, std=r.std, fraction=SHARE, noise=r.noise, backend=backend)
     return [out.features, out.mask.float()]
 
 

@@ -101,7 +101,7 @@ def _discover(words: list[str]) -> None:
     from fgfast.data.layouts import open_images
     from fgfast.methods.particle import PARTICLEConfig
     from fgfast.methods.stored import load_encoder_of
-    from fgfast.parts.clustering import Clustering
+    from fgfast.parts.clustering import ClusteringConfig
     from fgfast.parts.discover import discover
     from fgfast.train.distributed import choose_device
 
@@ -114,13 +114,14 @@ def _discover(words: list[str]) -> None:
     device = choose_device(args.device)
     encoder, config = load_encoder_of(args.run, args.checkpoint, device)
     images = open_images(args.data)
-    names = [f.name for f in dataclasses.fields(Clustering)]
+    names = [f.name for f in dataclasses.fields(ClusteringConfig)]
     own = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    how = Clustering(**own | {name: getattr(args, name) for name in names if getattr(args, name) is not None})
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    clustering = ClusteringConfig(**own | given)
     print(
         discover(
-            encoder, images, args.out, how, image_size=args.image_size or 2 * config.size, map_size=args.map_size,
-            run=f"{args.run.name}, {args.checkpoint}", device=device, threads=config.threads,
+            encoder, images, args.out, clustering, image_size=args.image_size or 2 * config.size,
+            map_size=args.map_size, run=f"{args.run.name}, {args.checkpoint}", device=device, threads=config.threads,
         )
     )  # fmt: skip
 

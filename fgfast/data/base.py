@@ -22,7 +22,7 @@ log = logging.getLogger("fgfast")
 
 
 @dataclass(frozen=True)
-class Source:
+class BatchPlan:
     """Where a loader's pixels come from and how they are dealt out; plain data, so that a worker process can have it.
 
     Args:
@@ -106,7 +106,7 @@ def check_patch(records: Records, patch: Patch, rows: np.ndarray | None = None) 
         )
 
 
-def make_source(
+def make_plan(
     images: ImageSet,
     spec: ViewSpec,
     batch_size: int,
@@ -119,7 +119,7 @@ def make_source(
     world: int,
     check: bool,
     threads: int | None,
-) -> Source:
+) -> BatchPlan:
     """Check the files and the arguments of a loader.
 
     Raises:
@@ -138,15 +138,15 @@ def make_source(
     sizes = None
     if spec.needs_maps and maps is not None:
         sizes = map_sizes(maps, [images.paths[i] for i in records.index])
-    source = Source(
+    plan = BatchPlan(
         records, spec, batch_size, shuffle, drop_last, seed, maps if spec.needs_maps else None, sizes, rank, world
     )
-    if not len(source):
+    if not len(plan):
         raise UserError(
             f"{len(records)} images do not fill one batch of {batch_size} on each of {world} processes: "
             "choose a smaller batch."
         )
-    return source
+    return plan
 
 
 class Loader(ABC):
@@ -164,18 +164,18 @@ class Loader(ABC):
 
     backend: str
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, plan: BatchPlan) -> None:
         """Start before the first batch of epoch 0."""
-        self.source = source
+        self.plan = plan
         self.epoch = 0
-        self.skipped: list[tuple[str, str]] = list(source.records.skipped)
+        self.skipped: list[tuple[str, str]] = list(plan.records.skipped)
         self._position = 0
         self._resume = 0
         self._failed: set[int] = set()
 
     def __len__(self) -> int:
         """Batches an epoch."""
-        return len(self.source)
+        return len(self.plan)
 
     def __iter__(self) -> Iterator[Batch]:
         """One epoch, or the rest of the one that ``load_state_dict`` has set."""
@@ -213,17 +213,17 @@ class Loader(ABC):
         """The batches of an epoch from number ``start`` on."""
 
     def _fingerprint(self) -> list:
-        source = self.source
-        return [len(source.records), source.batch_size, source.seed, source.rank, source.world]
+        plan = self.plan
+        return [len(plan.records), plan.batch_size, plan.seed, plan.rank, plan.world]
 
     def _fail(self, row: int, reason: str) -> None:
         """Leave an image out from now on: its place is padding (another image, valid False)."""
         if row not in self._failed:
             self._failed.add(row)
-            self.skipped.append((self.source.rel(row), reason))
-            log.warning("skipped %s, which no longer decodes: %s", self.source.rel(row), reason)
-        if len(self._failed) == len(self.source.records):
-            raise UserError(f"No image of {self.source.records.images.root} decodes any longer: restore the files.")
+            self.skipped.append((self.plan.rel(row), reason))
+            log.warning("skipped %s, which no longer decodes: %s", self.plan.rel(row), reason)
+        if len(self._failed) == len(self.plan.records):
+            raise UserError(f"No image of {self.plan.records.images.root} decodes any longer: restore the files.")
 
 
 def replace_failed(rows: np.ndarray, valid: np.ndarray, failed: set[int], n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fgfast.data.background import Producer
-from fgfast.data.base import Loader, Source, replace_failed
+from fgfast.data.base import BatchPlan, Loader, replace_failed
 from fgfast.data.manifest import convert, read_image, shown_size
 from fgfast.data.maps import ABSENT, map_path, read_map
 from fgfast.data.photometric import photometric, with_reduced
@@ -60,22 +60,22 @@ class DaliLoader(Loader):
     backend = "dali"
 
     def __init__(
-        self, source: Source, *, device: torch.device, threads: int, prefetch: int = 2, memory_mb: int = 1024
+        self, plan: BatchPlan, *, device: torch.device, threads: int, prefetch: int = 2, memory_mb: int = 1024
     ) -> None:
         """Build nothing yet: pipeline and thread start with the first iteration."""
-        super().__init__(source)
+        super().__init__(plan)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self._threads = threads
         self._depth = max(1, prefetch)
-        self._files = list(source.records.files)
-        self._sides = [crop.size for crop in source.spec.crops]
-        self._whole = source.spec.whole
-        pixels = int(np.prod(source.records.sizes, axis=1, dtype=np.int64).sum()) * 4  # RGB and a third for the levels
+        self._files = list(plan.records.files)
+        self._sides = [crop.size for crop in plan.spec.crops]
+        self._whole = plan.spec.whole
+        pixels = int(np.prod(plan.records.sizes, axis=1, dtype=np.int64).sum()) * 4  # RGB and a third for the levels
         # A pass in file order reads each image once: there is nothing to keep.
-        self._keep = source.shuffle and pixels <= memory_mb * 2**20
-        self._stamps = list(source.records.stamps)
+        self._keep = plan.shuffle and pixels <= memory_mb * 2**20
+        self._stamps = list(plan.records.stamps)
         self._levels: list[list[np.ndarray]] = []
         self._maps: list[np.ndarray] = []
         self._maps_read: set[int] = set()
@@ -91,7 +91,7 @@ class DaliLoader(Loader):
                 self._restart(epoch, batch)
             assert self._producer is not None
             yield self._deliver(*self._producer.get())
-        if not self.source.shuffle:  # nothing is made ahead for a next pass, which may never come
+        if not self.plan.shuffle:  # nothing is made ahead for a next pass, which may never come
             self._stop()
 
     def _restart(self, epoch: int, batch: int) -> None:
@@ -146,7 +146,7 @@ class DaliLoader(Loader):
     def _schedule(self, epoch: int, start: int) -> Iterator[tuple[int, int]]:
         while True:
             yield from ((epoch, batch) for batch in range(start, len(self)))
-            if not self.source.shuffle:
+            if not self.plan.shuffle:
                 return
             epoch, start = epoch + 1, 0
 
@@ -175,32 +175,32 @@ class DaliLoader(Loader):
         self._jobs.append(job)
 
     def _job(self, epoch: int, batch: int) -> _Job:
-        source = self.source
-        rows, valid = source.rows(epoch, batch)
+        plan = self.plan
+        rows, valid = plan.rows(epoch, batch)
         if not self._keep:
             self._look(rows)
             while set(rows.tolist()) & self._failed:
-                rows, valid = replace_failed(rows, valid, self._failed, len(source.records))
+                rows, valid = replace_failed(rows, valid, self._failed, len(plan.records))
                 self._look(rows)
         else:
-            rows, valid = replace_failed(rows, valid, self._failed, len(source.records))
-        draws = source.draws(epoch, batch, rows)
-        boxes = [draw.boxes(source.records.sizes[rows]) for draw in draws]
+            rows, valid = replace_failed(rows, valid, self._failed, len(plan.records))
+        draws = plan.draws(epoch, batch, rows)
+        boxes = [draw.boxes(plan.records.sizes[rows]) for draw in draws]
         job = _Job(epoch, batch, rows, valid, draws, np.stack(boxes, 1) if boxes else np.zeros((len(rows), 0, 5), "f4"))
-        job.boxes[:, source.spec.moved] = np.nan
+        job.boxes[:, plan.spec.moved] = np.nan
         windows = [draw.window.astype(np.float32) for draw in job.draws]
         flips = [draw.flip for draw in job.draws]
         if self._whole is not None:
-            windows.append(source.whole(rows))
+            windows.append(plan.whole(rows))
             flips.append(np.zeros(len(rows), bool))
         if not self._keep:
             job.inputs["files"] = [_text(self._files[row]) for row in rows]
-            if source.maps is not None:
-                job.inputs["map_files"] = [_text(str(map_path(source.maps, source.rel(row)))) for row in rows]
-        elif source.maps is not None:
+            if plan.maps is not None:
+                job.inputs["map_files"] = [_text(str(map_path(plan.maps, plan.rel(row)))) for row in rows]
+        elif plan.maps is not None:
             job.inputs["maps"] = [self._maps[row] for row in rows]
-        if source.spec.patch is not None:
-            corners, side = source.corners(epoch, batch, rows), source.spec.patch.size
+        if plan.spec.patch is not None:
+            corners, side = plan.corners(epoch, batch, rows), plan.spec.patch.size
             if self._keep:
                 job.inputs["patch"] = [
                     np.ascontiguousarray(self._levels[row][0][y : y + side, x : x + side])
@@ -214,8 +214,8 @@ class DaliLoader(Loader):
                 shrink, job.inputs[f"pixels{v}"] = self._pick(rows, window, [*self._sides, self._whole][v] or 1)
             job.inputs[f"low{v}"], job.inputs[f"high{v}"] = _region(window / shrink, flip)
             if self._has_map(v):
-                assert source.map_sizes is not None
-                scale = source.map_sizes[rows] / source.records.sizes[rows].astype(np.float64)
+                assert plan.map_sizes is not None
+                scale = plan.map_sizes[rows] / plan.records.sizes[rows].astype(np.float64)
                 job.inputs[f"map_low{v}"], job.inputs[f"map_high{v}"] = _region(
                     window * np.concatenate([scale, scale], 1), flip
                 )
@@ -229,18 +229,18 @@ class DaliLoader(Loader):
         return shrink, [self._levels[row][at] for row, at in zip(rows, level, strict=True)]
 
     def _has_map(self, view: int) -> bool:
-        return self.source.spec.masks if view < len(self._sides) else self.source.spec.whole_masks
+        return self.plan.spec.masks if view < len(self._sides) else self.plan.spec.whole_masks
 
     def _build(self) -> Pipeline:
         gpu = self.device.type == "cuda"
         pipe = Pipeline(
-            self.source.batch_size,
+            self.plan.batch_size,
             self._threads,
             self.device.index if gpu else None,
             prefetch_queue_depth=self._depth,
         )
         sides = self._sides if self._whole is None else [*self._sides, self._whole]
-        patch = self.source.spec.patch
+        patch = self.plan.spec.patch
 
         def put(name: str, layout: str | None = None) -> Any:
             return fn.external_source(name=name, layout=layout, no_copy=not gpu)
@@ -250,7 +250,7 @@ class DaliLoader(Loader):
             if not self._keep:
                 encoded = fn.io.file.read(put("files"))
                 pixels = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB)
-            if self.source.maps is not None:
+            if self.plan.maps is not None:
                 if self._keep:
                     maps = put("maps", "HWC")
                 else:
@@ -305,7 +305,7 @@ class DaliLoader(Loader):
 
     def _finish(self, job: _Job, tensors: list[Tensor]) -> list[Tensor]:
         """What follows the resize; on the CPU in the background thread, on a GPU in the stream of the caller."""
-        spec = self.source.spec
+        spec = self.plan.spec
         views = len(self._sides) + (self._whole is not None)
         pair = [] if spec.patch is None else with_reduced(tensors.pop().permute(0, 3, 1, 2), spec.patch.reduce)
         images, labels = tensors[:views], [x.squeeze(-1).to(torch.int64) for x in tensors[views:]]
@@ -319,20 +319,20 @@ class DaliLoader(Loader):
         return [*images, *labels, *pair]
 
     def _deliver(self, job: _Job, tensors: list[Tensor]) -> Batch:
-        source = self.source
+        plan = self.plan
         if self.device.type != "cpu":
             tensors = self._finish(job, tensors)
-        reduced, patch = (tensors.pop(), tensors.pop()) if source.spec.patch is not None else (None, None)
+        reduced, patch = (tensors.pop(), tensors.pop()) if plan.spec.patch is not None else (None, None)
         views = len(self._sides)
         at = views + (self._whole is not None)
-        index = source.records.index[job.rows]
+        index = plan.records.index[job.rows]
         batch = Batch(
             views=tensors[:views],
             boxes=torch.from_numpy(job.boxes),
-            labels=tensors[at : at + views] if source.spec.masks else [],
+            labels=tensors[at : at + views] if plan.spec.masks else [],
             whole=tensors[views] if self._whole is not None else None,
-            whole_labels=tensors[-1] if source.spec.whole_masks else None,
-            target=torch.from_numpy(source.records.images.targets[index]),
+            whole_labels=tensors[-1] if plan.spec.whole_masks else None,
+            target=torch.from_numpy(plan.records.images.targets[index]),
             index=torch.from_numpy(index),
             valid=torch.from_numpy(job.valid),
             patch=patch,
@@ -367,10 +367,8 @@ class DaliLoader(Loader):
                 self._fail(row, str(levels))
             else:
                 self._resized(row, levels[0].shape[0], levels[0].shape[1])
-        if self.source.maps is not None:
-            self._maps = [
-                read_map(self.source.maps, self.source.rel(row))[:, :, None] for row in range(len(self._files))
-            ]
+        if self.plan.maps is not None:
+            self._maps = [read_map(self.plan.maps, self.plan.rel(row))[:, :, None] for row in range(len(self._files))]
         self._levels = [[] if isinstance(levels, OSError) else levels for levels in loaded]
 
     def _look(self, rows: np.ndarray) -> None:
@@ -387,12 +385,12 @@ class DaliLoader(Loader):
                     self._stamps[row] = (stat.st_size, stat.st_mtime_ns)
             except OSError as error:
                 self._fail(row, str(error))
-            if self.source.maps is not None and row not in self._maps_read:
-                read_map(self.source.maps, self.source.rel(row))
+            if self.plan.maps is not None and row not in self._maps_read:
+                read_map(self.plan.maps, self.plan.rel(row))
                 self._maps_read.add(row)
 
     def _resized(self, row: int, height: int, width: int) -> None:
-        self.source.records.sizes[row] = shown_size(self.source.records.images, height, width)
+        self.plan.records.sizes[row] = shown_size(self.plan.records.images, height, width)
 
     def _recover(self, error: RuntimeError) -> None:
         """The pipeline is lost: find the file, leave it out, and build a new pipeline for the same batches."""
@@ -409,8 +407,8 @@ class DaliLoader(Loader):
         for row in rows:
             try:
                 read_image(self._files[row])
-                if self.source.maps is not None:
-                    read_map(self.source.maps, self.source.rel(row))
+                if self.plan.maps is not None:
+                    read_map(self.plan.maps, self.plan.rel(row))
             except OSError as reason:
                 self._fail(row, str(reason))
                 found = True

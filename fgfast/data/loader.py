@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fgfast.data.base import Loader, default_threads, make_source
+from fgfast.data.base import Loader, default_threads, make_plan
 from fgfast.data.imageset import ImageSet
 from fgfast.data.views import ViewSpec
 from fgfast.errors import UserError
@@ -76,7 +76,7 @@ def make_loader(
     if not has_dali if backend == "dali" else importlib.util.find_spec("torchvision") is None:
         raise UserError(f"The {backend} loader needs the package {needed}: pip install 'fgfast[train]'.")
     threads = default_threads(threads)
-    source = make_source(
+    plan = make_plan(
         images,
         spec,
         batch_size,
@@ -92,7 +92,7 @@ def make_loader(
     if backend == "dali":
         from fgfast.data.dali import DaliLoader
 
-        return DaliLoader(source, device=torch.device(device), threads=threads, prefetch=prefetch, memory_mb=memory_mb)
+        return DaliLoader(plan, device=torch.device(device), threads=threads, prefetch=prefetch, memory_mb=memory_mb)
     from fgfast.data.torchvision_loader import TorchvisionLoader
 
-    return TorchvisionLoader(source, device=torch.device(device), threads=threads, prefetch=prefetch)
+    return TorchvisionLoader(plan, device=torch.device(device), threads=threads, prefetch=prefetch)

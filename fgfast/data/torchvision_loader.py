@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from fgfast.data.base import Loader, Source, replace_failed
+from fgfast.data.base import BatchPlan, Loader, replace_failed
 from fgfast.data.manifest import read_image
 from fgfast.data.maps import ABSENT, read_map
 from fgfast.data.photometric import with_reduced
@@ -32,13 +32,13 @@ class TorchvisionLoader(Loader):
 
     backend = "torchvision"
 
-    def __init__(self, source: Source, *, device: torch.device, threads: int, prefetch: int = 2) -> None:
+    def __init__(self, plan: BatchPlan, *, device: torch.device, threads: int, prefetch: int = 2) -> None:
         """Start no process yet."""
-        super().__init__(source)
+        super().__init__(plan)
         self.device = device
         self._order = _Order()
         self._loader = DataLoader(
-            _Batches(source),
+            _Batches(plan),
             batch_size=None,
             sampler=self._order,
             num_workers=threads,
@@ -85,41 +85,41 @@ def _as_is(item: Any) -> Any:
 class _Batches(Dataset):
     """Whole batches by (epoch, batch, failed records)."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, plan: BatchPlan) -> None:
+        self.plan = plan
 
     def __getitem__(self, key: tuple[int, int, tuple[int, ...]]) -> tuple[Batch, list[tuple[int, str]]] | UserError:
         epoch, number, known = key
         failed, broken = set(known), []
-        rows, valid = self.source.rows(epoch, number)
+        rows, valid = self.plan.rows(epoch, number)
         while True:
-            rows, valid = replace_failed(rows, valid, failed, len(self.source.records))
+            rows, valid = replace_failed(rows, valid, failed, len(self.plan.records))
             try:
                 images = []
                 for row in rows:
-                    images.append(torch.from_numpy(np.array(read_image(self.source.records.files[row]))))
+                    images.append(torch.from_numpy(np.array(read_image(self.plan.records.files[row]))))
                 break
             except OSError as error:
                 failed.add(int(row))
                 broken.append((int(row), str(error)))
-                if len(failed) == len(self.source.records):
-                    return UserError(f"No image of {self.source.records.images.root} decodes any longer: restore them.")
+                if len(failed) == len(self.plan.records):
+                    return UserError(f"No image of {self.plan.records.images.root} decodes any longer: restore them.")
         try:
             return self._batch(epoch, number, rows, valid, [p.permute(2, 0, 1) for p in images]), broken
         except UserError as error:  # raised here it would reach the user with a traceback of the worker
             return error
 
     def _batch(self, epoch: int, number: int, rows: np.ndarray, valid: np.ndarray, images: list[Tensor]) -> Batch:
-        source, spec = self.source, self.source.spec
-        draws = source.draws(epoch, number, rows)
-        sizes = source.records.sizes[rows]
+        plan, spec = self.plan, self.plan.spec
+        draws = plan.draws(epoch, number, rows)
+        sizes = plan.records.sizes[rows]
         boxes = torch.zeros(len(rows), len(draws), 5)
         for v, draw in enumerate(draws):
             boxes[:, v] = torch.from_numpy(draw.boxes(sizes))
         maps = []
-        if source.maps is not None:
+        if plan.maps is not None:
             for row in rows:
-                ids = torch.from_numpy(read_map(source.maps, source.rel(row))).long()
+                ids = torch.from_numpy(read_map(plan.maps, plan.rel(row))).long()
                 maps.append(ids.masked_fill_(ids == ABSENT, -1)[None])  # [1, H, W]
         views, labels = [], []
         for v, (crop, draw) in enumerate(zip(spec.crops, draws, strict=True)):
@@ -131,7 +131,7 @@ class _Batches(Dataset):
         boxes[:, spec.moved] = torch.nan
         whole, whole_labels = None, None
         if spec.whole is not None:
-            windows = source.whole(rows)
+            windows = plan.whole(rows)
             whole = self._stack([_resized(x, window, spec.whole) for x, window in zip(images, windows, strict=True)])
             if spec.whole_masks:
                 full = np.concatenate([windows / np.concatenate([sizes, sizes], 1), np.zeros((len(rows), 1))], 1)
@@ -139,17 +139,17 @@ class _Batches(Dataset):
                 whole_labels = torch.cat([warp_labels(m, box[i : i + 1], spec.whole) for i, m in enumerate(maps)])
         patch, reduced = None, None
         if spec.patch is not None:
-            corners, side = source.corners(epoch, number, rows), spec.patch.size
+            corners, side = plan.corners(epoch, number, rows), spec.patch.size
             cuts = [x[:, i : i + side, j : j + side] for x, (i, j) in zip(images, corners, strict=True)]
             patch, reduced = with_reduced(torch.stack(cuts), spec.patch.reduce)
-        index = source.records.index[rows]
+        index = plan.records.index[rows]
         return Batch(
             views=views,
             boxes=boxes,
             labels=labels,
             whole=whole,
             whole_labels=whole_labels,
-            target=torch.from_numpy(source.records.images.targets[index]),
+            target=torch.from_numpy(plan.records.images.targets[index]),
             index=torch.from_numpy(index),
             valid=torch.from_numpy(valid),
             patch=patch,
@@ -159,7 +159,7 @@ class _Batches(Dataset):
     def _stack(self, images: list[Tensor]) -> Tensor:
         """Normalised float32 [B, 3, S, S], channels_last."""
         batch = F.to_dtype(torch.stack(images), torch.float32, scale=True)
-        mean, std = list(self.source.spec.mean), list(self.source.spec.std)
+        mean, std = list(self.plan.spec.mean), list(self.plan.spec.std)
         return F.normalize(batch, mean, std).contiguous(memory_format=torch.channels_last)
 
 

@@ -12,7 +12,7 @@ from fgfast.data.loader import make_loader
 from fgfast.data.views import ViewSpec
 from fgfast.errors import UserError
 from fgfast.methods.stored import Checkpoint, load_encoder_of
-from fgfast.parts.clustering import Clustering, cluster_keys, cluster_pyramid
+from fgfast.parts.clustering import ClusteringConfig, cluster_keys, cluster_pyramid
 
 
 def score_discovery(
@@ -56,8 +56,8 @@ def score_discovery(
             if encoder.is_vit:
                 labels = cluster_keys(encoder, whole, n_parts=n_parts, seed=config.seed)
             else:
-                how = replace(getattr(config, "clustering", Clustering(n_parts)), border=0.0)
-                labels = cluster_pyramid(encoder, whole, how, size=64, seed=config.seed)
+                clustering = replace(getattr(config, "clustering", ClusteringConfig(n_parts)), border=0.0)
+                labels = cluster_pyramid(encoder, whole, clustering, size=64, seed=config.seed)
             labels = torch.nn.functional.interpolate(labels[:, None].float(), size=(size, size)).long()[:, 0]
             found.append(labels.cpu())
             true.append(batch.whole_labels[batch.valid].cpu())

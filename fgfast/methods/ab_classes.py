@@ -120,7 +120,7 @@ class AbClasses(nn.Module):
         return (logits.float() / temperature).softmax(-1) @ self.centres
 
 
-def class_weights(prior: Tensor, mix: float = 0.5) -> Tensor:
+def rebalancing_weights(prior: Tensor, mix: float = 0.5) -> Tensor:
     """Weights 1 / ((1 - mix) p + mix / Q), scaled so that their expectation under the prior p is 1.
 
     Args:
@@ -131,7 +131,7 @@ def class_weights(prior: Tensor, mix: float = 0.5) -> Tensor:
         the dtype and shape of ``prior``.
 
     Example:
-        >>> class_weights(torch.tensor([0.5, 0.5]))
+        >>> rebalancing_weights(torch.tensor([0.5, 0.5]))
         tensor([1., 1.])
     """
     weights = 1 / ((1 - mix) * prior + mix / len(prior))

@@ -32,8 +32,8 @@ class Progress:
     total: int  # steps in all
 
     @property
-    def share(self) -> float:
-        """Share of the steps that are done, in [0, 1]."""
+    def fraction(self) -> float:
+        """Fraction of the steps that are done, in [0, 1]."""
         return self.step / max(self.total, 1)
 
 
@@ -129,7 +129,7 @@ class Method(nn.Module):
         ]
         return {"views": rows}
 
-    def check_images(self, images: "ImageSet") -> None:
+    def check_training_set(self, images: "ImageSet") -> None:
         """Raise a UserError for images that the method cannot train on, before anything is written."""
 
     def prepare(self, images: "ImageSet", run: Path, round_: int) -> Path | None:

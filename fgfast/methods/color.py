@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fgfast.config import Count, Share, TrainConfig
+from fgfast.config import Count, Fraction, TrainConfig
 from fgfast.data.lab import lab_to_rgb, lightness, rgb_to_lab, to_grey
 from fgfast.data.normalise import denormalise
 from fgfast.errors import UserError
-from fgfast.methods.ab_classes import AbClasses, class_weights
+from fgfast.methods.ab_classes import AbClasses, rebalancing_weights
 from fgfast.methods.base import Method, build_encoder
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class ColorConfig(TrainConfig):
 
     hidden: Count = 128
     """Width of the decoder."""
-    uniform: Share = 0.5
+    uniform: Fraction = 0.5
     """Share of the uniform distribution in the prior that rare colours are weighted by; 1 weights all alike."""
     prior_pictures: Count = 10_000
     """Training images, at most, on which that prior is measured."""
@@ -90,7 +90,7 @@ class Color(Method):
             found = {**measured, "prior": self.measure(images.subset(chosen)).tolist()}
             write_json(file, found)
         prior = torch.tensor(found["prior"], dtype=torch.float64)
-        self.weights = class_weights(prior, self.config.uniform).float().to(self.classes.centres.device)
+        self.weights = rebalancing_weights(prior, self.config.uniform).float().to(self.classes.centres.device)
         return None
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fgfast.config import Count, Natural, Range, Share, TrainConfig
+from fgfast.config import Count, Fraction, Natural, Range, TrainConfig
 from fgfast.data.tiles import brighten, cut_tiles, draw_puzzles, join_tiles
 from fgfast.errors import UserError
 from fgfast.methods.base import Method, Progress, build_encoder
@@ -39,13 +39,13 @@ class JigsawConfig(TrainConfig):
     """Far from each other as a set (largest smallest distance), or in pairs as in the release."""
     tile: Natural = 0
     """Side of the random crop inside a tile, pixels; 0 takes 64/75 of the tile (a ViT: whole patches of it)."""
-    brightness: Share = 0.5
+    brightness: Fraction = 0.5
     """Strength of the brightness jitter of each tile: a factor from 1 - s to 1 + s."""
     cells: Natural = 0
     """Cells a side to which the map of a tile is averaged; 0 is 2 where the map has them, and 1 for a ViT (its CLS)."""
-    dropout: Share = 0.5
+    dropout: Fraction = 0.5
     """Dropout before the classifier."""
-    centre: Share = 0.0
+    centre: Fraction = 0.0
     """Share of the short side that a fixed centre square takes; 0 takes random crops and flips instead."""
     preset: Literal["small", "paper"] = "small"
     """paper takes the released settings of the authors."""

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fgfast.config import Count, Positive, Share, TrainConfig
+from fgfast.config import Count, Fraction, Positive, TrainConfig
 from fgfast.ids import Ids
 from fgfast.methods.base import Method, Progress, build_encoder
-from fgfast.models.heads import MLP, momentum_copy, rising_momentum, update_momentum
+from fgfast.models.heads import MLP, cosine_momentum, momentum_copy, update_momentum
 from fgfast.ops.contrast import contrastive_loss
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ class MoCoV3Config(TrainConfig):
     """Width of the hidden layers of projector and predictor."""
     projection: Count = 128
     """Width of the projection."""
-    dropout: Share = 0.0
+    dropout: Fraction = 0.0
     """Dropout after the hidden layers of the heads."""
-    momentum: Share = 0.99
+    momentum: Fraction = 0.99
     """Start of the momentum encoder's decay, which rises to 1 as a cosine."""
     freeze_patch_embed: bool = True
     """Keep the patch embedding of a ViT as it is at the start, which steadies its training."""
@@ -98,6 +98,6 @@ class MoCoV3(Method):
 
     def after_step(self, progress: Progress) -> None:
         """Move the momentum copies; the decay rises from ``momentum`` to 1 as a cosine."""
-        decay = rising_momentum(self.config.momentum, progress.share)
+        decay = cosine_momentum(self.config.momentum, progress.fraction)
         update_momentum(self.target, self.encoder, decay)
         update_momentum(self.target_projector, self.projector, decay)

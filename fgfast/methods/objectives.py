@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fgfast.ids import Ids
 from fgfast.methods.simclr import nt_xent
-from fgfast.models.heads import MLP, momentum_copy, rising_momentum, update_momentum
+from fgfast.models.heads import MLP, cosine_momentum, momentum_copy, update_momentum
 from fgfast.ops.contrast import contrastive_loss
 
 if TYPE_CHECKING:
@@ -38,13 +38,13 @@ class Base(nn.Module):
     """A contrast of two views of each image.
 
     Attributes:
-        online: how many of the two views go through the online encoder, first one first.
+        n_online_views: how many of the two views go through the online encoder, first one first.
         passes: encoder passes that a pair of views costs, momentum encoder included.
         has_queue: whether it needs a queue of keys.
         group: process group whose ranks share their columns, or None.
     """
 
-    online = 2
+    n_online_views = 2
     passes = 2
     has_queue = False
     group: "ProcessGroup | None" = None
@@ -53,7 +53,7 @@ class Base(nn.Module):
         """The loss of a batch of two views.
 
         Args:
-            features: pooled online features [online x B, D] of its first views, in their order.
+            features: pooled online features [n_online_views x B, D] of its first views, in their order.
             batch: views, image numbers and which images are valid.
             queue: negatives, of a base that has them; the new keys are pushed in training.
         """
@@ -83,7 +83,7 @@ class MoCoBase(Base):
     whole batches of their own. Decay is constant. Source: Chen et al., 2020 (arXiv 2003.04297).
     """
 
-    online = 1
+    n_online_views = 1
     has_queue = True
 
     def __init__(self, encoder: "Backbone", config: Heads) -> None:
@@ -158,7 +158,7 @@ class BYOLBase(Base):
 
     def after_step(self, encoder: "Backbone", progress: "Progress") -> None:
         """Move the momentum copies."""
-        decay = rising_momentum(self.momentum, progress.share)
+        decay = cosine_momentum(self.momentum, progress.fraction)
         update_momentum(self.target, encoder, decay)
         update_momentum(self.target_projector, self.projector, decay)
 

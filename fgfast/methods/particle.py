@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fgfast.config import Count, Natural, Positive, Range, Share, TrainConfig, Weight
+from fgfast.config import Count, Fraction, Natural, Positive, Range, TrainConfig, Weight
 from fgfast.errors import UserError
 from fgfast.losses import DINOLoss, PartContrastiveLoss
 from fgfast.methods.base import Method, Progress, build_encoder
 from fgfast.methods.simclr import nt_xent
-from fgfast.models.heads import MLP, DINOHead, momentum_copy, rising_momentum, update_momentum
-from fgfast.parts.clustering import Clustering, check_pixels, cluster_keys, cluster_pyramid, grid_labels
+from fgfast.models.heads import MLP, DINOHead, cosine_momentum, momentum_copy, update_momentum
+from fgfast.parts.clustering import ClusteringConfig, check_pixels, cluster_keys, cluster_pyramid, grid_labels
 from fgfast.parts.discover import discover
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class PARTICLEConfig(TrainConfig):
     """Norm inside the heads; "batch" also counts the zero rows of absent parts."""
     target: Literal["momentum", "self"] = "momentum"
     """Keys of the contrast: a momentum copy behind a predictor (DetCon-B), or the network itself (DetCon-S)."""
-    momentum: Share = 0.99
+    momentum: Fraction = 0.99
     """Start of the momentum encoder's decay, which rises to 1 as a cosine."""
     image_weight: Weight = 0.0
     """Weight of NT-Xent between whole views beside the contrast of parts (CNN only); 0 leaves it out."""
@@ -82,9 +82,9 @@ class PARTICLEConfig(TrainConfig):
         self.clustering.check()
 
     @property
-    def clustering(self) -> Clustering:
+    def clustering(self) -> ClusteringConfig:
         """How pixels are clustered."""
-        return Clustering(self.n_parts, self.levels, self.metric, self.border, self.position)
+        return ClusteringConfig(self.n_parts, self.levels, self.metric, self.border, self.position)
 
 
 _PAPER = {
@@ -234,7 +234,7 @@ class PARTICLE(Method):
         """Side of the whole image in discovery, pixels."""
         return self.config.discover_size or 2 * self.config.size
 
-    def check_images(self, images: "ImageSet") -> None:
+    def check_training_set(self, images: "ImageSet") -> None:
         """The set's own masks are needed for every image."""
         if self.config.parts == "truth" and (images.targets < 0).any():
             raise UserError("--parts truth has no masks of images without a label: choose other --parts.")
@@ -325,10 +325,10 @@ class PARTICLE(Method):
 
     def after_step(self, progress: Progress) -> None:
         """Move the momentum copies; the decay rises from ``momentum`` to 1 as a cosine."""
-        self.epoch = int(progress.share * self.config.epochs)
+        self.epoch = int(progress.fraction * self.config.epochs)
         if self.target is None:
             return
-        decay = rising_momentum(self.config.momentum, progress.share)
+        decay = cosine_momentum(self.config.momentum, progress.fraction)
         target_projector = self.part_loss.target_projector
         assert target_projector is not None  # given in __init__
         pairs: list[tuple[nn.Module, nn.Module]] = [

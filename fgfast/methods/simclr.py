@@ -62,7 +62,7 @@ def transform(views: str, blocks: int = 0) -> dict[str, Any]:
     return fields[views]
 
 
-def alike_crops(config: TrainConfig) -> "ViewSpec":
+def simclr_views(config: TrainConfig) -> "ViewSpec":
     """Two alike crops: flip, colour jitter, grey 0.2, blur 0.5 (scaled by the size)."""
     from fgfast.data.views import Crop, ViewSpec
 
@@ -133,7 +133,7 @@ class SimCLR(Method):
             plain = Crop(size=c.size, scale=scale, jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.3, grayscale=0.2)
             changed = replace(plain, **transform(c.views, c.blocks))
             return ViewSpec(crops=(changed if c.pair == "symmetric" else plain, changed))
-        return alike_crops(c)
+        return simclr_views(c)
 
     def forward(self, batch: "Batch") -> dict[str, Tensor]:
         """The NT-Xent loss of the valid images."""

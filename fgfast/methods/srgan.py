@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from fgfast.config import Count, Natural, Range, Share, TrainConfig, Weight
+from fgfast.config import Count, Fraction, Natural, Range, TrainConfig, Weight
 from fgfast.data.fidelity import psnr, ssim
 from fgfast.data.normalise import normalise
 from fgfast.errors import UserError
@@ -50,7 +50,7 @@ class SRGANConfig(TrainConfig):
     """Channels of the generator, and of the discriminator's first block."""
     blocks: Count = 16
     """Residual blocks of the generator."""
-    gan_share: Share = 36 / 216
+    gan_share: Fraction = 36 / 216
     """Share of the steps, the last ones, that are adversarial; those before minimise the squared error alone."""
     gan_lr: Weight = 1e-4
     """Peak learning rate of the adversarial steps."""

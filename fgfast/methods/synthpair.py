@@ -8,14 +8,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fgfast.config import Count, Natural, Positive, Range, Share, TrainConfig, Weight
+from fgfast.config import Count, Fraction, Natural, Positive, Range, TrainConfig, Weight
 from fgfast.errors import UserError
 from fgfast.methods.base import Method, Progress, build_encoder
 from fgfast.methods.objectives import BASES, mean_valid
-from fgfast.methods.simclr import alike_crops
+from fgfast.methods.simclr import simclr_views
 from fgfast.models.decoder import Decoder
-from fgfast.models.statistics import KeyQueue, RunningVariance, unrecorded
-from fgfast.ops.perturb import Perturbed, lowest, perturb
+from fgfast.models.statistics import KeyQueue, RunningVariance, freeze_bn_stats
+from fgfast.ops.perturb import Perturbed, perturb, smallest_mask
 from fgfast.reference.draws import philox
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class SynthPairConfig(TrainConfig):
     """Width of the hidden layers of the heads."""
     projection: Count = 128
     """Width of the projection."""
-    momentum: Share = 0.99
+    momentum: Fraction = 0.99
     """Decay of the momentum encoder (MoCo; BYOL: its start, which rises to 1 as a cosine)."""
     queue: Count = 512
     """Keys of the queues (MoCo)."""
@@ -47,9 +47,9 @@ class SynthPairConfig(TrainConfig):
     """How both criteria are joined."""
     importance: Literal["absolute", "positive"] = "absolute"
     """Grad-CAM importance: |w r|, or max(w r, 0)."""
-    p_v: Share = 0.3
+    p_v: Fraction = 0.3
     """Share of the dimensions that the variance calls unimportant."""
-    p_g: Share = 0.3
+    p_g: Fraction = 0.3
     """Share of the dimensions of an image that Grad-CAM (or chance) calls unimportant."""
     decay: Annotated[float, Range(0, 0.9999)] = 0.99
     """Decay of the running variance."""
@@ -61,7 +61,7 @@ class SynthPairConfig(TrainConfig):
     """Weight of the reconstruction loss."""
     nu: Weight = 0.2
     """Weight of the contrast of synthesised pairs."""
-    synth_warmup: Share = 0.15
+    synth_warmup: Fraction = 0.15
     """Share of the steps before synthesised pairs count."""
     synth_share: Annotated[float, Range(0, 1, open=True)] = 1.0
     """Share of the batch that pairs are synthesised from."""
@@ -142,13 +142,13 @@ class SynthPair(Method):
 
     def views(self) -> "ViewSpec":
         """MoCo v2's pair, which is SimCLR's."""
-        return alike_crops(self.config)
+        return simclr_views(self.config)
 
     def forward(self, batch: "Batch") -> dict[str, Tensor]:
         """L_C + alpha L_R, and after the warm-up nu L_Cp."""
         c = self.config
-        x = torch.cat(batch.views[: self.base.online])  # [V B, 3, S, S]
-        valid = batch.valid.repeat(self.base.online)
+        x = torch.cat(batch.views[: self.base.n_online_views])  # [V B, 3, S, S]
+        valid = batch.valid.repeat(self.base.n_online_views)
         maps = self.encoder.features(x)
         r = self.encoder.pool(maps)  # [V B, D]
         contrast = self.base(r, batch, self._queue(0))
@@ -159,7 +159,7 @@ class SynthPair(Method):
         reconstruction = mean_valid(error, valid[:shown], self.group)
         out = {"contrast": contrast.detach(), "reconstruction": reconstruction.detach()}
         loss = contrast + c.alpha * reconstruction
-        if c.nu and self.progress.share >= c.synth_warmup:
+        if c.nu and self.progress.fraction >= c.synth_warmup:
             n = min(len(batch), max(2, round(c.synth_share * len(batch))))
             changed = self.perturbed(r[:n], maps, contrast)
             with torch.no_grad():
@@ -176,7 +176,7 @@ class SynthPair(Method):
         """
         c, dim = self.config, r.shape[1]
         variance = self.variance.variance
-        low = lowest(variance[None], int(c.p_v * dim + 1e-9))[0]
+        low = smallest_mask(variance[None], int(c.p_v * dim + 1e-9))[0]
         std = variance.sqrt()
         std = torch.where(low, std.mean(), std)
         gradient, importance = None, "given"
@@ -188,7 +188,7 @@ class SynthPair(Method):
             gradient, importance = slope[: len(r)].float().mean(positions), c.importance
         return perturb(
             r.detach().float(), gradient, low_variance=low if c.criterion in ("variance", "both") else None, std=std,
-            lowest=c.p_g, importance=importance, combine=c.combine, strategy=c.strategy, strength=c.strength,
+            fraction=c.p_g, importance=importance, combine=c.combine, strategy=c.strategy, strength=c.strength,
             budget=GUARD, seed=self._seed(0),
         )  # fmt: skip
 
@@ -205,8 +205,8 @@ class SynthPair(Method):
         if side:
             views = [F.interpolate(y, (side, side), mode="bilinear", antialias=True) for y in views]
         pairs = Batch(views=views, target=batch.target[:n], index=batch.index[:n], valid=batch.valid[:n])
-        with unrecorded(self.encoder, self.base):
-            r = self.encoder(torch.cat(views[: self.base.online]))
+        with freeze_bn_stats(self.encoder, self.base):
+            r = self.encoder(torch.cat(views[: self.base.n_online_views]))
             return self.base(r, pairs, self._queue(1))
 
     def _queue(self, number: int) -> KeyQueue | None:
@@ -229,7 +229,7 @@ class SynthPair(Method):
         """Views beside what their features decode to, as they are and changed."""
         from fgfast.data.panels import Panel, in_rows, to_uint8
 
-        x = torch.cat(batch.views[: self.base.online])
+        x = torch.cat(batch.views[: self.base.n_online_views])
         with torch.enable_grad():
             maps = self.encoder.features(x)
             r = self.encoder.pool(maps)

@@ -79,14 +79,14 @@ def momentum_copy(module: M) -> M:
     return copy.deepcopy(module).requires_grad_(False)
 
 
-def rising_momentum(start: float, share: float) -> float:
-    """The decay of a momentum copy after ``share`` of the steps: from ``start`` to 1 as half a cosine.
+def cosine_momentum(base: float, progress: float) -> float:
+    """The decay of a momentum copy after the fraction ``progress`` of the steps: from ``base`` to 1 as half a cosine.
 
     Example:
-        >>> [round(rising_momentum(0.9, share), 3) for share in (0.0, 0.5, 1.0)]
+        >>> [round(cosine_momentum(0.9, t), 3) for t in (0.0, 0.5, 1.0)]
         [0.9, 0.95, 1.0]
     """
-    return 1 - (1 - start) * (math.cos(math.pi * share) + 1) / 2
+    return 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
 
 
 @torch.no_grad()

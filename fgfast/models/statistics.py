@@ -101,12 +101,12 @@ def _gathered(x: Tensor, group: "ProcessGroup") -> Tensor:
 
 
 @contextmanager
-def unrecorded(*modules: nn.Module) -> Iterator[None]:
+def freeze_bn_stats(*modules: nn.Module) -> Iterator[None]:
     """Let batch norms normalise by the batch, as in training, without taking it into their running statistics.
 
     Example:
         >>> norm = nn.BatchNorm1d(1)
-        >>> with unrecorded(norm):
+        >>> with freeze_bn_stats(norm):
         ...     _ = norm(torch.tensor([[1.0], [3.0]]))
         >>> norm.running_mean.item()
         0.0

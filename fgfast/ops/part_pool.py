@@ -14,7 +14,7 @@ from torch import Tensor
 from fgfast.backend import check_triton, preference, resolve
 from fgfast.reference import part_pool as reference
 from fgfast.tensors import (
-    TILE,
+    TILE_ELEMENTS,
     accumulation,
     as_size,
     check_device,
@@ -52,11 +52,11 @@ def _sums(hot: Tensor, pixels: Tensor) -> Tensor:
 
 
 def _tiles(features: Tensor, n_parts: int) -> list[tuple[slice, slice]]:
-    """(images, rows) slices of [B, D, h, w]: a tile's one-hot matrix and copy stay near TILE elements."""
+    """(images, rows) slices of [B, D, h, w]: a tile's one-hot matrix and copy stay near TILE_ELEMENTS elements."""
     batch, channels, height, width = features.shape
     line = max(1, width * max(n_parts, channels))
-    rows = min(max(1, TILE // line), max(1, height))
-    images = max(1, TILE // (line * rows)) if rows == height else 1
+    rows = min(max(1, TILE_ELEMENTS // line), max(1, height))
+    images = max(1, TILE_ELEMENTS // (line * rows)) if rows == height else 1
     return [(slice(b, b + images), slice(y, y + rows)) for b in range(0, batch, images) for y in range(0, height, rows)]
 
 
@@ -92,7 +92,7 @@ def _majority(labels: Tensor, height: int, width: int, n_parts: int, dtype: torc
         return grid
     down, across = _cells(rows, height, labels.device), _cells(columns, width, labels.device).T
     parts = torch.arange(n_parts, device=labels.device)[:, None, None]
-    images = max(1, TILE // max(1, n_parts * rows * columns))
+    images = max(1, TILE_ELEMENTS // max(1, n_parts * rows * columns))
     with exact(labels.device):
         for b in range(0, batch, images):
             hot = (labels[b : b + images, None] == parts).float()  # [b, K, H, W]

@@ -5,6 +5,7 @@ bit, on every device and by every backend, whatever the order of its sums.
 """
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,11 +32,11 @@ class Perturbed(NamedTuple):
     mask: Tensor
 
 
-def lowest(scores: Tensor, count: int) -> Tensor:
+def smallest_mask(scores: Tensor, count: int) -> Tensor:
     """Mask bool [B, D] of the ``count`` smallest scores of each row, ties to the lowest index, NaN last.
 
     Example:
-        >>> lowest(torch.tensor([[2.0, 1.0, 1.0, 0.0]]), 2).tolist()
+        >>> smallest_mask(torch.tensor([[2.0, 1.0, 1.0, 0.0]]), 2).tolist()
         [[False, True, False, True]]
     """
     if count == 0 or not scores.numel():
@@ -94,7 +95,7 @@ def _perturb_torch(
     if gradient is not None:
         weight = gradient.to(wide.dtype)
         scores = weight if importance == "given" else weight * wide
-        masks.append(lowest(scores.clamp_min(0) if importance == "positive" else scores.abs(), count))
+        masks.append(smallest_mask(scores.clamp_min(0) if importance == "positive" else scores.abs(), count))
     mask = masks[0] if len(masks) == 1 else masks[0] | masks[1] if combine == "union" else masks[0] & masks[1]
     if not wide.numel():
         return features.clone(), mask.clone()
@@ -174,7 +175,7 @@ def perturb(
     *,
     low_variance: Tensor | None = None,
     std: Tensor | None = None,
-    lowest: float = 0.3,
+    fraction: float = 0.3,
     importance: str = "absolute",
     combine: str = "union",
     strategy: str = "noise",
@@ -183,6 +184,7 @@ def perturb(
     noise: Tensor | None = None,
     seed: int | None = None,
     backend: str | None = None,
+    lowest: float | None = None,
 ) -> Perturbed:
     r"""Change the dimensions of each feature vector that two criteria call unimportant, in one pass over them.
 
@@ -190,7 +192,7 @@ def perturb(
               \Delta_{bd} = \|r_b\| \sigma_d \epsilon_{bd} \;\text{(noise)}, \quad
               r_{b+1,d} - r_{bd} \;\text{(swap)}, \quad -r_{bd} \;\text{(zero)}
 
-    The mask M joins the dimensions of low variance, the same for all rows, with the floor(lowest x D) dimensions of a
+    The mask M joins the dimensions of low variance, the same for all rows, with the floor(fraction x D) dimensions of a
     row whose importance :math:`|w_{bd} r_{bd}|` is smallest, ties to the lowest index. Where these hold more than the
     share ``budget`` of the row's energy :math:`\sum_d r_{bd}^2`, the dimensions with the most energy are spared until
     the rest do not (the largest energy is counted in 28 to 30 bits). What is not masked keeps its bits. A row with a
@@ -201,16 +203,17 @@ def perturb(
         gradient: w, float [B, D], such as that of a loss (Grad-CAM); None leaves this criterion out.
         low_variance: bool [D], True where the data vary little; None leaves this criterion out.
         std: float [D], sigma, for rows scaled to norm 1: needed by "noise".
-        lowest: share of the dimensions of a row that the gradient's criterion takes, 0 to 1.
+        fraction: of the dimensions of a vector, how many the gradient's criterion takes, 0 to 1.
         importance: "absolute" is |w r|, "positive" is max(w r, 0), "given" is |w|.
         combine: "union" or "intersection" of two criteria.
         strategy: "noise", "swap" (with the next row, the last one with the first) or "zero".
         strength: lambda; 0 changes nothing.
-        budget: largest share of a row's energy that may change, 0 to 1, rounded down to 2^-16.
+        budget: largest fraction of a vector's energy that may change, 0 to 1, rounded down to 2^-16.
         noise: epsilon, float [B, D]; None draws standard normal numbers from ``seed``, row and dimension (Philox
             4x32-10, Box and Muller), the same ones on every device.
         seed: 0 and up; None takes one from torch's generator.
         backend: "triton" (D up to 4,096), "torch" or "reference"; strict. None follows `use_backend`.
+        lowest: the former name of ``fraction``, for one version.
 
     Returns:
         Perturbed(features [B, D] in the dtype of features, mask bool [B, D], True = changed). Masks are equal for all
@@ -224,7 +227,7 @@ def perturb(
         >>> import torch
         >>> from fgfast import perturb
         >>> r, w = torch.tensor([[3.0, 1.0, 1.0, 2.0]]), torch.tensor([[0.1, 1.0, 0.0, 1.0]])
-        >>> perturb(r, w, lowest=0.5, strategy="zero").features.tolist()  # 3.0 would be more than half of the energy
+        >>> perturb(r, w, fraction=0.5, strategy="zero").features.tolist()  # 3.0 would be more than half of the energy
         [[3.0, 1.0, 0.0, 2.0]]
 
     Source: after Wang, Liu, Weston, Tian, Li, "On Learning Discriminative Features from Synthesized Data for
@@ -237,9 +240,14 @@ def perturb(
     ):  # fmt: skip
         if value not in known:
             raise ValueError(f"{name} is {value!r}: choose one of {', '.join(known)}.")
-    for name, share in (("lowest", lowest), ("budget", budget)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name} is {share}: give a share from 0 to 1.")
+    if lowest is not None:
+        warnings.warn(
+            "perturb(lowest=..) will go in the next minor version: use fraction.", DeprecationWarning, stacklevel=2
+        )
+        fraction = lowest
+    for name, part in (("fraction", fraction), ("budget", budget)):
+        if not 0 <= part <= 1:
+            raise ValueError(f"{name} is {part}: give a fraction from 0 to 1.")
     if not math.isfinite(strength):
         raise ValueError(f"strength is {strength}: give a finite number.")
     if gradient is None and low_variance is None:
@@ -253,7 +261,7 @@ def perturb(
         if features.shape[1] > MOST:
             raise ValueError(f"features has {features.shape[1]} channels, over the {MOST} of a kernel: choose 'torch'.")
     given = [None if x is None else x.detach() for x in (features, gradient, low_variance, std, noise)]
-    count = math.floor(lowest * features.shape[1] + 1e-9)
+    count = math.floor(fraction * features.shape[1] + 1e-9)
     bits = math.floor(budget * (1 << SHARE_BITS))
     return Perturbed(*_perturb(*given, count, importance, combine, strategy, float(strength), bits, seed, chosen))
 

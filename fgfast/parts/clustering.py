@@ -17,7 +17,7 @@ STAGE1 = 14  # most clusters of stage one
 
 
 @dataclass(frozen=True)
-class Clustering:
+class ClusteringConfig:
     """How the pixels of an image are clustered.
 
     Args:
@@ -40,7 +40,7 @@ class Clustering:
         if self.position and self.metric == "cosine":
             raise UserError("Coordinates have no direction to compare: give --position with --metric euclidean.")
 
-    def text(self) -> str:
+    def describe(self) -> str:
         """What is not as released, for the record of a folder of maps."""
         changes = [str(self.metric)] if self.metric != "euclidean" else []
         changes += [f"{name} {value:g}" for name in ("border", "position") if (value := getattr(self, name))]
@@ -58,7 +58,7 @@ def check_pixels(n_parts: int, side: int) -> None:
 
 @torch.no_grad()
 def cluster_pyramid(
-    encoder: Backbone, images: Tensor, how: Clustering, *, size: int, n_iter: int = 20, seed: int = 0
+    encoder: Backbone, images: Tensor, config: ClusteringConfig, *, size: int, n_iter: int = 20, seed: int = 0
 ) -> Tensor:
     """Parts of each image by k-means of its hypercolumns, which are never built.
 
@@ -75,11 +75,11 @@ def cluster_pyramid(
 
     Source: Saha and Maji, "PARTICLE: Part Discovery and Contrastive Learning for Fine-grained Recognition", 2023.
     """
-    maps = [m.float() for m in encoder.pyramid(images, how.levels)]
-    if how.position:
-        maps.append(_coordinates(maps, how.position))
-    labels = kmeans(maps, how.n_parts, size=(size, size), n_iter=n_iter, metric=how.metric, seed=seed).labels
-    return without_background(labels, how.n_parts, how.border) if how.border else labels
+    maps = [m.float() for m in encoder.pyramid(images, config.levels)]
+    if config.position:
+        maps.append(_coordinates(maps, config.position))
+    labels = kmeans(maps, config.n_parts, size=(size, size), n_iter=n_iter, metric=config.metric, seed=seed).labels
+    return without_background(labels, config.n_parts, config.border) if config.border else labels
 
 
 def _coordinates(maps: list[Tensor], share: float) -> Tensor:

@@ -12,7 +12,7 @@ from fgfast.data.imageset import ImageSet
 from fgfast.errors import UserError
 from fgfast.files import write_atomic
 from fgfast.models.backbone import Backbone
-from fgfast.parts.clustering import Clustering, check_pixels, cluster_pyramid, discover_group
+from fgfast.parts.clustering import ClusteringConfig, check_pixels, cluster_pyramid, discover_group
 
 GROUP = 30  # images whose ids agree in the ViT recipe
 
@@ -21,7 +21,7 @@ def discover(
     encoder: Backbone,
     images: "ImageSet",
     out: Path,
-    how: Clustering,
+    config: ClusteringConfig,
     *,
     image_size: int,
     map_size: int,
@@ -56,11 +56,11 @@ def discover(
     from fgfast.data.maps import map_path, read_maps_info, save_maps, write_maps_info
 
     if not encoder.is_vit:
-        how.check()
-        check_pixels(how.n_parts, map_size)
-    total = how.n_parts + 1 if encoder.is_vit else how.n_parts
-    name = f"{run}, weights {_digest(encoder)}, image size {image_size}, levels {how.levels}, seed {seed}"
-    name += "" if encoder.is_vit else how.text()
+        config.check()
+        check_pixels(config.n_parts, map_size)
+    total = config.n_parts + 1 if encoder.is_vit else config.n_parts
+    name = f"{run}, weights {_digest(encoder)}, image size {image_size}, levels {config.levels}, seed {seed}"
+    name += "" if encoder.is_vit else config.describe()
     if (out / "maps.json").is_file():
         info = read_maps_info(out)
         if info["run"] == name and info["n_parts"] == total:
@@ -72,7 +72,7 @@ def discover(
     write_atomic(begun, lambda p: p.write_text(json.dumps(what)))
     side = (map_size, map_size)
     for rels, labels in _label_batches(
-        encoder, images, how, image_size=image_size, map_size=map_size, device=device, threads=threads, seed=seed,
+        encoder, images, config, image_size=image_size, map_size=map_size, device=device, threads=threads, seed=seed,
         loader=loader,
     ):  # fmt: skip
         save_maps(out, rels, labels.to(torch.uint8).cpu().numpy())
@@ -93,7 +93,7 @@ def _digest(encoder: Backbone) -> str:
 def _label_batches(
     encoder: Backbone,
     images: "ImageSet",
-    how: Clustering,
+    config: ClusteringConfig,
     *,
     image_size: int,
     map_size: int,
@@ -121,9 +121,9 @@ def _label_batches(
             rels = [images.paths[i] for i in batch.index[valid].tolist()]
             if encoder.is_vit:
                 patch = encoder.patch
-                labels = discover_group(encoder, whole, n_parts=how.n_parts, stride=max(1, patch // 2), seed=seed)
+                labels = discover_group(encoder, whole, n_parts=config.n_parts, stride=max(1, patch // 2), seed=seed)
             else:
-                labels = cluster_pyramid(encoder, whole, how, size=map_size, seed=seed)
+                labels = cluster_pyramid(encoder, whole, config, size=map_size, seed=seed)
             yield rels, labels
     finally:
         encoder.train(was_training)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fgfast.pixels.source import Dense, Source
+from fgfast.pixels.source import Dense, PixelSource
 from fgfast.reference.draws import uniform
 
 
@@ -20,7 +20,7 @@ def _drawn(p: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(c, u * c[:, -1:], right=True).clamp_max_(p.shape[1] - 1)
 
 
-def start(source: Source, n_clusters: int, init: str, init_samples: int, seed: Tensor, run: int) -> Tensor:
+def start(source: PixelSource, n_clusters: int, init: str, init_samples: int, seed: Tensor, run: int) -> Tensor:
     """Centroids [B, K, D]; run numbers the restarts.
 
     k-means++ draws 2 + floor(log K) candidates in proportion to weight x distance and keeps the one that leaves the

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fgfast.pixels.source import Source, one_hot
-from fgfast.tensors import TILE, accumulation
+from fgfast.pixels.source import PixelSource, one_hot
+from fgfast.tensors import TILE_ELEMENTS, accumulation
 
 CACHED = 1 << 16  # elements of a tile on the CPU: its five products stay in a core's cache
 
@@ -40,7 +40,7 @@ def interpolation(length: int, size: int, dtype: torch.dtype, device: torch.devi
     return (cell == low[:, None]) * (1 - share) + (cell == low[:, None] + 1) * share
 
 
-FEW = 4  # a level with that many times fewer cells than channels is turned into one of as many channels as cells
+FEW = 4  # a level with that many times fewer cells than channels is rank-reduced by QR to as many channels as cells
 
 
 class Level:
@@ -49,11 +49,11 @@ class Level:
     Args:
         f: the map.
         size: pixels of the whole.
-        turn: take coordinates within the space of the cells for the channels where they are far fewer.
-        centre: only squared distances are asked about: take the mean cell of a turned level away.
+        reduce_rank: take coordinates within the space of the cells for the channels where they are far fewer.
+        centre: only squared distances are asked about: take the mean cell of a rank-reduced level away.
     """
 
-    def __init__(self, f: Tensor, size: tuple[int, int], turn: bool = False, centre: bool = False) -> None:
+    def __init__(self, f: Tensor, size: tuple[int, int], reduce_rank: bool = False, centre: bool = False) -> None:
         self.f = f.to(accumulation(f.dtype))
         self.channels, self.height, self.width = f.shape[1:]
         self.same = tuple(f.shape[2:]) == size
@@ -67,14 +67,14 @@ class Level:
         self.flat = self.f.flatten(2)  # [B, D, h w]
         self.reflectors: tuple[Tensor, Tensor] | None = None
         n = self.flat.shape[2]
-        if turn and FEW * n <= self.channels:
+        if reduce_rank and FEW * n <= self.channels:
             self.mean = self.flat.mean(2, keepdim=True) if centre else self.flat.new_zeros(1)  # [B, D, 1]
             self.reflectors = torch.geqrf(self.flat - self.mean)
             self.channels, self.flat = n, self.reflectors[0][:, :n].triu()
             self.f = self.flat.unflatten(2, f.shape[2:])
 
     def as_given(self, c: Tensor) -> Tensor:
-        """Vectors [B, K, channels] as [B, K, D]: turned back."""
+        """Vectors [B, K, channels] as [B, K, D]."""
         if self.reflectors is None:
             return c
         missing = self.reflectors[0].shape[1] - self.channels
@@ -88,7 +88,7 @@ class Level:
     def _products(self, mu: Tensor | None, neighbours: bool) -> list[Tensor]:
         """G00 of f - mu, and with ``neighbours`` G01, G10 and G11 + G-11, in tiles of channels."""
         found: list[Tensor] = []
-        step = max(1, (CACHED if self.f.device.type == "cpu" else TILE) // max(1, self.f[:, :1].numel()))
+        step = max(1, (CACHED if self.f.device.type == "cpu" else TILE_ELEMENTS) // max(1, self.f[:, :1].numel()))
         for d in range(0, self.channels, step):
             t = self.f[:, d : d + step]
             t = t if mu is None else t - mu[:, d : d + step, None, None]
@@ -122,7 +122,7 @@ class Level:
         return (near.unflatten(2, cell.shape[1:]) * weight[:, None]).sum(3)
 
 
-class Pyramid(Source):
+class Pyramid(PixelSource):
     """Levels [B, D_l, h_l, w_l] seen at size (H, W), channels in list order.
 
     Args:
@@ -136,8 +136,8 @@ class Pyramid(Source):
         self, maps: list[Tensor], size: tuple[int, int], closed: bool = False, metric: str = "euclidean"
     ) -> None:
         self.size = size
-        turn = closed and maps[0].device.type == "cpu"
-        self.levels = [Level(f, size, turn, centre=metric == "euclidean") for f in maps]
+        reduce_rank = closed and maps[0].device.type == "cpu"
+        self.levels = [Level(f, size, reduce_rank, centre=metric == "euclidean") for f in maps]
         self.split = [level.channels for level in self.levels]
         self.batch, self.pixels, self.channels = maps[0].shape[0], size[0] * size[1], sum(self.split)
         self.features = sum(f.shape[1] for f in maps)

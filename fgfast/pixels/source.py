@@ -16,7 +16,7 @@ from torch import Tensor
 from fgfast.tensors import accumulation
 
 EPS = 1e-12
-TILE = 1 << 19  # elements of a tile of pixels: 2 MiB of float32, small enough for a core's cache
+PIXEL_TILE = 1 << 19  # elements of a tile of pixels: 2 MiB of float32, small enough for a core's cache
 
 
 def one_hot(labels: Tensor, scale: Tensor, n_clusters: int) -> Tensor:
@@ -25,8 +25,8 @@ def one_hot(labels: Tensor, scale: Tensor, n_clusters: int) -> Tensor:
     return hot.scatter_(1, labels[:, None], scale[:, None])
 
 
-class Source(ABC):
-    """B problems of N pixels with D channels; ``around`` comes first."""
+class PixelSource(ABC):
+    """B problems of N pixels with D channels; ``prepare`` comes first."""
 
     batch: int
     pixels: int
@@ -63,44 +63,44 @@ class Source(ABC):
         """Centroids [B, K, channels] as [B, K, features]."""
         return c
 
-    def around(self, metric: str, weight: Tensor | None, mu: Tensor | None) -> None:
-        """Find the pixels that count and their squares around mu [B, D] (None: their mean; cosine: zero)."""
+    def prepare(self, metric: str, weight: Tensor | None, center: Tensor | None) -> None:
+        """Find the pixels that count and their squared distances from center [B, D] (None: their mean; cosine: 0)."""
         self.cosine = metric == "cosine"
-        mu = None if self.cosine else mu
-        squares = self.squares(mu) if self.cosine or mu is not None else None
+        center = None if self.cosine else center
+        squares = self.squares(center) if self.cosine or center is not None else None
         finite = self.finite() if squares is None else squares.isfinite()
         wanted = torch.ones_like(finite, dtype=self.dtype) if weight is None else weight.to(self.dtype)
-        self.clean = self.device.type == "cpu" and bool(finite.all())  # only the CPU may be asked
+        self.all_finite = self.device.type == "cpu" and bool(finite.all())  # only the CPU may be asked
         self.w = torch.where(finite, wanted, 0)  # [B, N]
-        self.lost = ((wanted > 0) & ~finite).any(1)  # [B]
+        self.has_nonfinite = ((wanted > 0) & ~finite).any(1)  # [B]
         if squares is None:
             counted = (self.w > 0).to(self.dtype)
-            mu = self.total(counted) / counted.sum(1, keepdim=True).clamp_min(1)
-            squares = self.squares(mu)
-        self.sq, self.scale = torch.where(finite, squares, 0), self.w
+            center = self.total(counted) / counted.sum(1, keepdim=True).clamp_min(1)
+            squares = self.squares(center)
+        self.squared_norms, self.scale = torch.where(finite, squares, 0), self.w
         if self.cosine:
-            self.r = self.sq.sqrt().clamp_min(EPS).reciprocal()
-            self.scale = self.w * self.r
-        elif mu is not None:
-            self.mu = mu
+            self.inverse_norms = self.squared_norms.sqrt().clamp_min(EPS).reciprocal()
+            self.scale = self.w * self.inverse_norms
+        elif center is not None:
+            self.center = center
 
     def variance(self) -> Tensor:
         """Mean over the features of their variance over the pixels that count [B]."""
         counted = (self.w > 0).to(self.dtype)
         n = counted.sum(1).clamp_min(1)
         if self.cosine:
-            mean = self.total(counted * self.r) / n[:, None]
-            spread = (counted * self.sq * self.r.square()).sum(1) / n - mean.square().sum(1)
+            mean = self.total(counted * self.inverse_norms) / n[:, None]
+            spread = (counted * self.squared_norms * self.inverse_norms.square()).sum(1) / n - mean.square().sum(1)
         else:
-            spread = (counted * self.sq).sum(1) / n
+            spread = (counted * self.squared_norms).sum(1) / n
         return spread.clamp_min(0) / max(1, self.features)
 
     def _around(self, c: Tensor) -> tuple[Tensor, Tensor]:
         """The m [B, K, D] and bias [B, K] whose scores order the centroids c for each pixel."""
         if self.cosine:
             return -c, c.new_zeros(c.shape[:2])
-        d = c - self.mu[:, None]
-        return -2 * d, d.square().sum(2) + 2 * (d * self.mu[:, None]).sum(2)
+        d = c - self.center[:, None]
+        return -2 * d, d.square().sum(2) + 2 * (d * self.center[:, None]).sum(2)
 
     def step(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Labels [B, N] (-1 where weight is 0), distances [B, N], sums [B, K, D] and counts [B, K]."""
@@ -109,7 +109,7 @@ class Source(ABC):
         if self.cosine:
             counts = one_hot(labels, self.w, c.shape[1]).sum(2)
         kept = self.w > 0
-        near = 1 + best * self.r if self.cosine else best + self.sq
+        near = 1 + best * self.inverse_norms if self.cosine else best + self.squared_norms
         near = torch.where(kept, near.clamp_min(0), 0)
         return torch.where(kept, labels, -1), near, sums, counts
 
@@ -117,7 +117,7 @@ class Source(ABC):
         """[B, m, N] distances of every pixel from points [B, m, D] (unit vectors for cosine), 0 where none counts."""
         m, bias = self._around(points)
         scores = self.inner(m) + bias[..., None]
-        near = 1 + scores * self.r[:, None] if self.cosine else scores + self.sq[:, None]
+        near = 1 + scores * self.inverse_norms[:, None] if self.cosine else scores + self.squared_norms[:, None]
         return near.clamp_min_(0).masked_fill_((self.w <= 0)[:, None], 0)
 
     def points(self, index: Tensor) -> Tensor:
@@ -129,11 +129,11 @@ class Source(ABC):
 
 def tiles(x: Tensor) -> Iterator[slice]:
     """Which pixels of x [B, D, N] make one tile."""
-    n = max(64, TILE // max(1, x.shape[0] * x.shape[1]))
+    n = max(64, PIXEL_TILE // max(1, x.shape[0] * x.shape[1]))
     return (slice(start, start + n) for start in range(0, x.shape[2], n))
 
 
-class Dense(Source):
+class Dense(PixelSource):
     """Pixels as the columns of x [B, D, N], any strides, read tile by tile in the dtype of accumulation."""
 
     def __init__(self, x: Tensor) -> None:
@@ -181,7 +181,7 @@ class Dense(Source):
 
     def _summed(self, x: Tensor, hot: Tensor) -> Tensor:
         """[B, k, n] x [B, n, D]. Zero times NaN is NaN, so select first."""
-        if not self.clean:
+        if not self.all_finite:
             x = torch.where(x.isfinite(), x, 0)
         return torch.bmm(hot, x.transpose(1, 2))
 
@@ -193,11 +193,11 @@ class Dense(Source):
     def subset(self, index: Tensor) -> "Dense":
         """The problems of these pixels alone [B, m], with the squares of the whole."""
         part = Dense(self.rows(index).transpose(1, 2))
-        part.cosine, part.clean = self.cosine, self.clean
+        part.cosine, part.all_finite = self.cosine, self.all_finite
         part.w, part.scale = self.w.gather(1, index), self.scale.gather(1, index)
-        part.sq = self.sq.gather(1, index)
+        part.squared_norms = self.squared_norms.gather(1, index)
         if self.cosine:
-            part.r = self.r.gather(1, index)
+            part.inverse_norms = self.inverse_norms.gather(1, index)
         else:
-            part.mu = self.mu
+            part.center = self.center
         return part

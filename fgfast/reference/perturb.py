@@ -11,11 +11,11 @@ from fgfast.tensors import accumulation
 UNITS = 30  # bits in which a row's largest energy is counted
 
 
-def lowest(scores: Tensor, count: int) -> list[int]:
+def smallest(scores: Tensor, count: int) -> list[int]:
     """Indices of the ``count`` smallest of scores [D], ties to the lowest index, NaN last.
 
     Example:
-        >>> lowest(torch.tensor([2.0, 1.0, 1.0, 0.0]), 2)
+        >>> smallest(torch.tensor([2.0, 1.0, 1.0, 0.0]), 2)
         [3, 1]
     """
     values = [math.inf if math.isnan(v) else v for v in scores.tolist()]
@@ -78,7 +78,7 @@ def perturb(
             weight = gradient[b].to(wide.dtype)
             product = weight * row
             score = {"absolute": product.abs(), "positive": product.relu(), "given": weight.abs()}[importance]
-            criteria.append(set(lowest(score, count)))
+            criteria.append(set(smallest(score, count)))
         chosen = set.union(*criteria) if combine == "union" else set.intersection(*criteria)
         for d in affordable(row, chosen, share):
             mask[b, d] = True

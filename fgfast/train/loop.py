@@ -52,7 +52,7 @@ def pretrain(name: str, config: TrainConfig, *, train: bool = True) -> Path:
     torch.manual_seed(config.seed)
     method = method_class(name)(config).to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     method.train()
-    method.check_images(images)
+    method.check_training_set(images)
     if config.passes:
         steps_of_passes(config, method, len(images), ranks.world)
     if train:

@@ -323,7 +323,7 @@ def forward(
     x, x_stride_n, x_stride_d, x_inverse, x_image, x_part, x_view, x_stride_image, x_stride_part, x_stride_view,
     y, y_stride_n, y_stride_d, y_inverse, y_image, y_part, y_view, y_stride_image, y_stride_part, y_stride_view,
     low, high, temperature, scale, loss, lse, counts, partial, slot, X, Y, D,
-    HALF: tl.constexpr, NEGATIVES: tl.constexpr, BOUNDED: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+    TRIANGULAR: tl.constexpr, NEGATIVES: tl.constexpr, BOUNDED: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
     WHOLE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -332,16 +332,16 @@ def forward(
     Results where one program sees every column, else sums of each row in partial [slots, 3 or 4, X], at slot + share:
     total, positives, count and, for logits without a bound, the maximum. A program has one block of rows.
 
-    With HALF (y is x, logits are bounded) it has a group of blocks, dealt there and back so that the rows of each group
-    take as many tiles, and adds the sums of columns behind the diagonal to the slot of its group, 0 at first. The
-    shares of a group touch different columns there.
+    With TRIANGULAR (y is x, logits are bounded) one triangle of the symmetric logits is computed: a program has a
+    group of blocks of rows, dealt there and back so that each group takes as many tiles, and adds the sums of columns
+    behind the diagonal to the slot of its group, 0 at first. The splits of a group touch different columns there.
     """
     of_x, of_y = (x, x_stride_n, x_stride_d), (y, y_stride_n, y_stride_d)
     x_ids = (x_image, x_part, x_view, x_stride_image, x_stride_part, x_stride_view)
     y_ids = (y_image, y_part, y_view, y_stride_image, y_stride_part, y_stride_view)
     factor = _scale(temperature, scale)
     group = tl.program_id(0)
-    if HALF:
+    if TRIANGULAR:
         groups = tl.num_programs(0)
         of_columns = partial + group.to(tl.int64) * 3 * X
         for turn in range(tl.cdiv(tl.cdiv(X, BLOCK_X), groups)):

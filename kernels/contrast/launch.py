@@ -41,7 +41,7 @@ from fgfast.tensors import BOUNDED, LOG2E
 LARGEST_D = 8192
 LARGEST_N = 2**31 - 2**10  # indices of vectors and blocks are 32-bit on the way to the kernels
 SHARE_BYTES = 32 << 20
-HALF_TILES = 8  # tiles of a program of ``forward`` from which half the square pays: a guess, to be measured
+TRIANGULAR_TILES = 8  # tiles of a program of ``forward`` from which half the square pays: a guess, to be measured
 FINISH_ROWS = 16  # vectors of a program of ``finish``
 JOINED = 64  # rows of a program of ``join``
 INNER = launch_options(4, 3, MOST_REGISTERS)  # of ``inner``: ptxas by itself spills
@@ -50,7 +50,7 @@ NEGATIVES = ("all", "other_images", "same_image")
 
 
 @dataclass(frozen=True)
-class Tile:
+class TileShape:
     """How one kernel is cut: vectors kept, vectors a step, of them compared at a time, channels; warps, stages."""
 
     x: int
@@ -63,7 +63,7 @@ class Tile:
     registers: int = 0
 
     @classmethod
-    def of(cls, row: Row) -> "Tile":
+    def of(cls, row: Row) -> "TileShape":
         """A row of the table."""
         t = row.tiles
         sizes = (t["BLOCK_X"], t["BLOCK_Y"], t["BLOCK_S"], t["BLOCK_D"], bool(t["WHOLE"]))
@@ -89,10 +89,10 @@ def programs_wanted(device: torch.device) -> int:
     return 2 * processors(device) if device.type == "cuda" else 1
 
 
-def tile(kernel: str, device: torch.device, kind: str, channels: int) -> Tile:
+def tile(kernel: str, device: torch.device, kind: str, channels: int) -> TileShape:
     """How ``kernel`` ("forward" or "gradient") is cut for vectors of so many channels."""
     kinds = ("fp16", "half") if kind == "fp16" else (kind,)
-    return Tile.of(config(f"contrast {kernel}", device, *kinds, channels=channels))
+    return TileShape.of(config(f"contrast {kernel}", device, *kinds, channels=channels))
 
 
 @dataclass
@@ -111,7 +111,7 @@ class _Side:
         return self.x, *self.x.stride(), self.inverse, *ids
 
 
-class _Problem:
+class _Operands:
     """One call: its sides, its temperature and how it is cut."""
 
     def __init__(
@@ -195,7 +195,7 @@ class _Problem:
         }  # fmt: skip
 
 
-def groups_and_shares(rows: int, row_bytes: int, tile: Tile, programs: int) -> tuple[int, int] | None:
+def groups_and_shares(rows: int, row_bytes: int, tile: TileShape, programs: int) -> tuple[int, int] | None:
     """Groups of rows and shares of columns for half the square of x, None where ``forward`` makes the whole of it.
 
     The sums of columns need a slot for each group, those of rows one for each share: 12 bytes a row and slot, in all at
@@ -203,11 +203,11 @@ def groups_and_shares(rows: int, row_bytes: int, tile: Tile, programs: int) -> t
     Of the pairs that keep the device busy, the one with the longest walks is taken; few tiles are not worth the slots.
 
     Example:
-        >>> groups_and_shares(65_536, 512, Tile(128, 128, 32, 256, True, 8, 2), 264)
+        >>> groups_and_shares(65_536, 512, TileShape(128, 128, 32, 256, True, 8, 2), 264)
         (64, 4)
     """
     blocks = triton.cdiv(rows, tile.x)
-    if blocks * triton.cdiv(rows, tile.y) < HALF_TILES * programs:
+    if blocks * triton.cdiv(rows, tile.y) < TRIANGULAR_TILES * programs:
         return None
     slots = (SHARE_BYTES + rows * row_bytes) // (12 * rows)
     for shares in range(1, programs + 1):
@@ -256,7 +256,7 @@ def forward(
         check_sizes(query, key, bank)
         return loss, lse, count
     with on_device_of(query):
-        problem = _Problem(
+        problem = _Operands(
             "forward", query, query_ids, key, key_ids, bank, temperature_tensor, temperature, negatives, normalize,
             precision,
         )  # fmt: skip
@@ -274,7 +274,7 @@ def forward(
         for side, share, halved in launches:
             device_side.forward[(groups if halved else triton.cdiv(m, problem.tile.x), share)](
                 *problem.rows.arguments(), *side.arguments(), side.low, side.high, problem.pointer, problem.scale,
-                loss, lse, count, partial, slot, m, len(side.x), d, HALF=halved, SPLITS=share,
+                loss, lse, count, partial, slot, m, len(side.x), d, TRIANGULAR=halved, SPLITS=share,
                 **problem.options(forward_registers(problem.tile.registers, problem.bounded, halved)),
             )  # fmt: skip
             slot += share
@@ -294,7 +294,7 @@ class _Pass:
     y_rows: bool
 
 
-def _gradient(problem: _Problem, x: _Side, passes: list[_Pass], inner: bool = False) -> tuple[Tensor, Tensor]:
+def _gradient(problem: _Operands, x: _Side, passes: list[_Pass], inner: bool = False) -> tuple[Tensor, Tensor]:
     """dL/dx [X, D]; with ``inner`` T sum_ij s_ij dL/ds_ij over the rows of x, 0-d, else 0.
 
     Of that sum a row has the inner product of its vector with its own gradient. A pass in which y has rows too, which
@@ -348,7 +348,7 @@ def backward(
         zeros = ((need_query, query), (need_key, key), (need_bank, bank), (need_temperature, temperature_tensor))
         return [torch.zeros_like(x) if need and x is not None else None for need, x in zeros]
     with on_device_of(query):
-        problem = _Problem(
+        problem = _Operands(
             "gradient", query, query_ids, key, key_ids, bank, temperature_tensor, temperature, negatives, normalize,
             precision, (grad.to(torch.float32), lse, count),
         )  # fmt: skip
@@ -455,11 +455,13 @@ def aot_cases() -> Iterator[AotCase]:
             archs, tuned = served(f"contrast {kernel}", arch, row), "tuned" in row_name
             for dtype in dtypes:
                 name = f"{kernel} {arch} {dtype} {row.kind} D{row.channels}{' tuned' * tuned}"
-                for case in _tile_cases(name, kernel, dtype, row.kind, Tile.of(row), archs):
+                for case in _tile_cases(name, kernel, dtype, row.kind, TileShape.of(row), archs):
                     yield case._replace(tuned=tuned, registers=case.registers or row.registers, shared=row.shared)
 
 
-def _tile_cases(name: str, kernel: str, dtype: str, kind: str, row: Tile, archs: tuple[str, ...]) -> Iterator[AotCase]:
+def _tile_cases(
+    name: str, kernel: str, dtype: str, kind: str, row: TileShape, archs: tuple[str, ...]
+) -> Iterator[AotCase]:
     """The variants of one row."""
     rare = dtype == "fp16" and kind != "fp16"  # the code of bfloat16, with one other instruction
     fixed = row.options | {
@@ -470,7 +472,9 @@ def _tile_cases(name: str, kernel: str, dtype: str, kind: str, row: Tile, archs:
         full = f"{name} {'bounded' if bounded else 'online'}"
         if kernel == "forward":
             for half in (False, True) if bounded else (False,):
-                flags = fixed | {"BOUNDED": bounded, "HALF": half} | ({"SPLITS": 4} if half else {"partial": None})
+                flags = (
+                    fixed | {"BOUNDED": bounded, "TRIANGULAR": half} | ({"SPLITS": 4} if half else {"partial": None})
+                )
                 its = f"{full} half" if half else full
                 registers = forward_registers(row.registers, bounded, half)
                 yield _case(its, device_side.forward, dtype, flags, row.warps, row.stages, archs, rare, registers)

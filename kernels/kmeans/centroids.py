@@ -1,8 +1,9 @@
 """Centroids of k-means as they run on the device: what a step reads of them, and how they move after it.
 
 A program of the step that has a whole problem (:mod:`fgfast.kernels.kmeans.fused`) does both itself, before and after
-it reads the pixels. Where the programs share a problem, or its sums do not fit their registers, `prepare_centroids` and
-`update_centroids` are launches. The names and shapes are those of :mod:`fgfast.kernels.kmeans.tiles`.
+it reads the pixels. Where several programs work on one problem, or its sums do not fit their registers,
+`prepare_centroids_kernel` and `update_centroids_kernel` are launched. Names and shapes are those of
+:mod:`fgfast.kernels.kmeans.tiles`.
 """
 
 import triton
@@ -12,7 +13,7 @@ from fgfast.kernels.kmeans.tiles import EPS, centred, centroids_tile, farthest
 
 
 @triton.jit
-def prepared(
+def prepare_centroids(
     c_ptr, m_ptr, bias_ptr, mu_ptr, low, K, D, DP, KP, stride_k, stride_d,
     COSINE: tl.constexpr, GIVEN: tl.constexpr, WHOLE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +48,7 @@ def prepared(
 
 
 @triton.jit
-def prepare_centroids(
+def prepare_centroids_kernel(
     c_ptr, m_ptr, bias_ptr, mu_ptr, K, D, DP, KP, stride_b, stride_k, stride_d,
     COSINE: tl.constexpr, GIVEN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +56,7 @@ def prepare_centroids(
     within = KP // BLOCK_K
     program = tl.program_id(0).to(tl.int64)
     b, low = program // within, program % within * BLOCK_K
-    prepared(
+    prepare_centroids(
         c_ptr + b * stride_b, m_ptr + b * DP * KP, bias_ptr + b * KP, mu_ptr + b * DP, low, K, D, DP, KP,
         stride_k, stride_d, COSINE, GIVEN, False, BLOCK_K, BLOCK_D,
     )  # fmt: skip
@@ -105,7 +106,7 @@ def _repair(
 
 
 @triton.jit
-def moved(
+def update_centroids(
     b, x_ptr, weight_ptr, labels_ptr, near_ptr, sums_ptr, counts_ptr, mass_ptr, changed,
     c_ptr, m_ptr, bias_ptr, mu_ptr, limit_ptr, done_ptr, steps_ptr,
     N, WIDTH, D, K, DP, KP, stride_b, stride_d, stride_y, stride_x,
@@ -164,18 +165,18 @@ def moved(
 
 
 @triton.jit
-def update_centroids(
+def update_centroids_kernel(
     x_ptr, weight_ptr, labels_ptr, near_ptr, sums_ptr, counts_ptr, mass_ptr, changed_ptr,
     c_ptr, m_ptr, bias_ptr, mu_ptr, limit_ptr, done_ptr, steps_ptr,
     N, WIDTH, D, K, DP, KP, stride_b, stride_d, stride_y, stride_x,
     COSINE: tl.constexpr, WEIGHTED: tl.constexpr, FARTHEST: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """`moved`, a problem a program; one that has converged is left alone."""
+    """`update_centroids`, a problem a program; one that has converged is left alone."""
     b = tl.program_id(0).to(tl.int64)
     if tl.load(done_ptr + b) != 0:
         return
-    moved(
+    update_centroids(
         b, x_ptr, weight_ptr, labels_ptr, near_ptr, sums_ptr, counts_ptr, mass_ptr, tl.load(changed_ptr + b),
         c_ptr, m_ptr, bias_ptr, mu_ptr, limit_ptr, done_ptr, steps_ptr,
         N, WIDTH, D, K, DP, KP, stride_b, stride_d, stride_y, stride_x,

@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
-from fgfast.kernels.kmeans.centroids import moved, prepared
+from fgfast.kernels.kmeans.centroids import prepare_centroids, update_centroids
 from fgfast.kernels.kmeans.tiles import added, finished, finite, least, nearest, pixels_tile, places, squared
 
 
 @triton.jit
-def _noted(labels_ptr, near_ptr, n, inside, label, kept, near, changed, LLOYD: tl.constexpr):
+def store_labels(labels_ptr, near_ptr, n, inside, label, kept, near, changed, LLOYD: tl.constexpr):
     """Store the labels of pixels n, with LLOYD their distances too; changed, with 1 more where a label is new."""
     if LLOYD:
         changed += (inside & (tl.load(labels_ptr + n, inside, other=-1) != label)).to(tl.int32)
@@ -45,7 +45,7 @@ def step(
     e = tl.arange(0, BLOCK_S)
     DP: tl.constexpr = CHUNKS * BLOCK_S
     if PREPARE:
-        prepared(
+        prepare_centroids(
             c_ptr + b * stride_cb, m_ptr + b * DP * BLOCK_K, bias_ptr + b * BLOCK_K, mu_ptr + b * DP, 0, K, D, DP,
             BLOCK_K, stride_ck, stride_cd, COSINE, False, True, BLOCK_K, BLOCK_C,
         )  # fmt: skip
@@ -76,13 +76,13 @@ def step(
         w = tl.where(inside, 1.0, 0.0)
         if WEIGHTED:
             w = tl.load(weight_ptr + b * N + n, inside, other=0.0)
-        near, kept, scale, lost = nearest(best, squares, w, COSINE)
+        near, kept, scale, has_nonfinite = nearest(best, squares, w, COSINE)
         label = tl.where(kept, index, -1)
         match = label[:, None] == k[None, :]
         # What is stored here needs no registers below; but a store parts two reads of one tile, which else are one.
         EARLY: tl.constexpr = DP > BLOCK_D and (PREPARE or MOVE or x_ptr.dtype.element_ty != tl.bfloat16)
         if EARLY:
-            changed = _noted(labels_ptr + b * N, near_ptr + b * N, n, inside, label, kept, near, changed, LLOYD)
+            changed = store_labels(labels_ptr + b * N, near_ptr + b * N, n, inside, label, kept, near, changed, LLOYD)
         updated = ()
         UNIT: tl.constexpr = not (WEIGHTED or COSINE)
         for i in tl.static_range(CHUNKS):
@@ -92,9 +92,9 @@ def step(
         sums = updated
         counts += tl.sum(tl.where(match, w[:, None], 0.0), 0)
         if not MOVE:
-            inertia += tl.where(lost, float("nan"), tl.where(kept, w * near, 0.0))
+            inertia += tl.where(has_nonfinite, float("nan"), tl.where(kept, w * near, 0.0))
         if not EARLY:
-            changed = _noted(labels_ptr + b * N, near_ptr + b * N, n, inside, label, kept, near, changed, LLOYD)
+            changed = store_labels(labels_ptr + b * N, near_ptr + b * N, n, inside, label, kept, near, changed, LLOYD)
     row = b if ATOMIC else program.to(tl.int64)
     if ATOMIC:
         tl.atomic_add(counts_ptr + row * K + k, counts, k < K, sem="relaxed")
@@ -116,7 +116,7 @@ def step(
             tl.store(target, sums[i], mask)
     if MOVE:
         tl.debug_barrier()
-        moved(
+        update_centroids(
             b, x_ptr, weight_ptr, labels_ptr, near_ptr, sums_ptr, counts_ptr, mass_ptr, tl.sum(changed, 0),
             c_ptr, m_ptr, bias_ptr, mu_ptr, limit_ptr, done_ptr, steps_ptr,
             N, WIDTH, D, K, DP, BLOCK_K, stride_b, stride_d, stride_y, stride_x,

@@ -153,7 +153,7 @@ def starts(
     samples = min(samples, w.shape[1])
     if samples > SAMPLES:
         source = Dense(x.flatten(2))
-        source.around(metric, w, mean)
+        source.prepare(metric, w, mean)
         return start(source, n_clusters, init, samples, seed, run)
     trials = 2 + int(math.log(n_clusters))
     u = uniform(seed, 3 * run + 2, n_clusters * trials).view(n_clusters, trials)

@@ -291,7 +291,7 @@ def starts(
     samples = min(samples, w.shape[1])
     if samples > SAMPLES:
         source = Pyramid(list(levels.xs), levels.size)
-        source.around(metric, w, None)
+        source.prepare(metric, w, None)
         return start(source, n_clusters, init, samples, seed, run)
     trials = 2 + int(math.log(n_clusters))
     u = uniform(seed, 3 * run + 2, n_clusters * trials).view(n_clusters, trials)

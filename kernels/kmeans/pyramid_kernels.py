@@ -127,10 +127,10 @@ def _label_strip(
         if WEIGHTED:
             weight = tl.load(weight_ptr + n, inside, other=0.0)
         squares = tl.load(sq_ptr + n, inside, other=0.0)
-        near, kept, _, lost = nearest(best, squares, weight, COSINE)
+        near, kept, _, has_nonfinite = nearest(best, squares, weight, COSINE)
         label = tl.where(kept, index, -1)
         counts += tl.sum(tl.where(label[:, None] == k[None, :], weight[:, None], 0.0), 0)
-        inertia += tl.where(lost, float("nan"), tl.where(kept, weight * near, 0.0))
+        inertia += tl.where(has_nonfinite, float("nan"), tl.where(kept, weight * near, 0.0))
         changed += (inside & (tl.load(labels_ptr + n, inside, other=-1) != label)).to(tl.int32)
         tl.store(near_ptr + n, tl.where(kept, near, -1.0), inside)
         tl.store(labels_ptr + n, label.to(labels_ptr.dtype.element_ty), inside)

@@ -180,7 +180,7 @@ class Solver:
     def prepare(self, centroids: Tensor, given: bool = False) -> None:
         """Set m, bias and (unless ``given``) mu for centroids [B, K, D]."""
         blocks = {name: min(32, self.tile[name]) for name in ("BLOCK_K", "BLOCK_D")}
-        _kmeans_move.prepare_centroids[(self.batch * self.KP // blocks["BLOCK_K"],)](
+        _kmeans_move.prepare_centroids_kernel[(self.batch * self.KP // blocks["BLOCK_K"],)](
             centroids, self.m, self.bias, self.mu, self.K, self.D, self.DP, self.KP, *centroids.stride(),
             COSINE=self.cosine, GIVEN=given, **blocks,
         )  # fmt: skip
@@ -249,7 +249,7 @@ class Solver:
 
     def _update(self, near: Tensor, move: Move) -> None:
         totals = self.totals
-        _kmeans_move.update_centroids[(self.batch,)](
+        _kmeans_move.update_centroids_kernel[(self.batch,)](
             self.x, near if self.weight is None else self.weight, self.labels, near, totals.sums, totals.counts,
             move.mass, totals.changed, move.centroids, self.m, self.bias, self.mu, move.limit, move.done, move.steps,
             self.N, self.width, self.D, self.K, self.DP, self.KP, *self.strides,
@@ -301,7 +301,7 @@ POINTERS = {
 }
 
 
-class Layout(NamedTuple):
+class PixelLayout(NamedTuple):
     """How the pixels of a case lie, and what is done with them."""
 
     unit: str  # the stride that is 1, or none
@@ -312,12 +312,12 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = {
-    "maps": Layout("stride_x", True, True, False, False),
-    "maps cosine": Layout("stride_x", True, True, False, True),
-    "channels": Layout("stride_d", True, True, False, False),
-    "channels weighted": Layout("stride_d", True, True, True, False),
-    "odd": Layout("stride_d", True, False, False, False),
-    "gaps": Layout("stride_x", False, False, True, True),
+    "maps": PixelLayout("stride_x", True, True, False, False),
+    "maps cosine": PixelLayout("stride_x", True, True, False, True),
+    "channels": PixelLayout("stride_d", True, True, False, False),
+    "channels weighted": PixelLayout("stride_d", True, True, True, False),
+    "odd": PixelLayout("stride_d", True, False, False, False),
+    "gaps": PixelLayout("stride_x", False, False, True, True),
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DEMANDING = ("maps cosine", "gaps")  # the most registers, among aligned layouts and of all
@@ -365,7 +365,7 @@ def aot_cases() -> Iterator[AotCase]:
     for dtype, cosine in product(("fp32", "fp16", "bf16"), (False, True)):
         name, rare = f"{dtype}{' cosine' * cosine}", dtype == "fp16"
         blocks: dict[str, Any] = {"BLOCK_K": 32, "BLOCK_D": 32}
-        prepare, update = _kmeans_move.prepare_centroids, _kmeans_move.update_centroids
+        prepare, update = _kmeans_move.prepare_centroids_kernel, _kmeans_move.update_centroids_kernel
         yield case(f"kmeans prepare {name}", prepare, dtype, small, rare=rare, COSINE=cosine, GIVEN=False, **blocks)
         blocks = UPDATE_BLOCKS | {"BLOCK_D": 32, "WEIGHTED": True, "FARTHEST": True}
         its = case(f"kmeans update {name}", update, dtype, small, rare=rare, COSINE=cosine, **blocks)
@@ -374,8 +374,8 @@ def aot_cases() -> Iterator[AotCase]:
 
 
 def _step_cases(
-    name: str, dtype: str, t: dict[str, int], channels: int, layout: Layout, precision: str, archs: tuple[str, ...],
-    rare: bool,
+    name: str, dtype: str, t: dict[str, int], channels: int, layout: PixelLayout, precision: str,
+    archs: tuple[str, ...], rare: bool,
 ) -> Iterator[AotCase]:  # fmt: skip
     """The kernels of one step: with the centroids made before, moved after, and neither."""
     known: dict[str, Any] = {

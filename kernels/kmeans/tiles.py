@@ -228,9 +228,9 @@ def assign(
         w = tl.where(inside, 1.0, 0.0)
         if WEIGHTED:
             w = tl.load(weight_ptr + b * N + n, inside, other=0.0)
-        near, kept, scale, lost = nearest(best, squares, w, COSINE)
+        near, kept, scale, has_nonfinite = nearest(best, squares, w, COSINE)
         label = tl.where(kept, index, -1)
-        inertia += tl.where(lost, float("nan"), tl.where(kept, w * near, 0.0))
+        inertia += tl.where(has_nonfinite, float("nan"), tl.where(kept, w * near, 0.0))
         if LLOYD:
             changed += (inside & (tl.load(labels_ptr + b * N + n, inside, other=-1) != label)).to(tl.int32)
             tl.store(near_ptr + b * N + n, tl.where(kept, near, -1.0), inside)

@@ -21,12 +21,14 @@ pytestmark = pytest.mark.slow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEGATIVES = kernels.NEGATIVES
-WHOLE = kernels.Tile(16, 32, 16, 64, True, 4, 2)  # small, so that a field of 50 has shared, skipped and ragged tiles
-CHANNELS = kernels.Tile(16, 32, 16, 16, False, 4, 2)
+WHOLE = kernels.TileShape(
+    16, 32, 16, 64, True, 4, 2
+)  # small, so that a field of 50 has shared, skipped and ragged tiles
+CHANNELS = kernels.TileShape(16, 32, 16, 16, False, 4, 2)
 seeds = st.integers(0, 10_000)
 
 
-def cut(patch: pytest.MonkeyPatch, tile: kernels.Tile, programs: int = 1) -> None:
+def cut(patch: pytest.MonkeyPatch, tile: kernels.TileShape, programs: int = 1) -> None:
     """Let every kernel work by this tile, and split columns until there are so many programs."""
     patch.setattr(kernels, "tile", lambda *unused: tile)
     patch.setattr(kernels, "programs_wanted", lambda device: programs)
@@ -174,7 +176,7 @@ options = st.fixed_dictionaries(
 @examples(10)
 @given(fields, options, st.sampled_from([WHOLE, CHANNELS]), st.sampled_from([1, 9]))
 def test_values_and_every_gradient_are_those_of_the_definition(
-    field: Field, options: dict[str, Any], tile: kernels.Tile, programs: int
+    field: Field, options: dict[str, Any], tile: kernels.TileShape, programs: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         cut(patch, tile, programs)
@@ -190,7 +192,7 @@ def test_each_path_of_the_kernels(negatives: str, same: bool, normalize: bool) -
 
 @pytest.mark.parametrize("same", [False, True], ids=["key", "same"])
 @pytest.mark.parametrize("tile", [WHOLE, CHANNELS], ids=["whole", "channels"])
-def test_shares_of_columns_change_nothing(same: bool, tile: kernels.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shares_of_columns_change_nothing(same: bool, tile: kernels.TileShape, monkeypatch: pytest.MonkeyPatch) -> None:
     cut(monkeypatch, tile, programs=16)
     assert_within_bounds(Field(4, t=130, bank=70, same=same, images=2))
 
@@ -318,7 +320,7 @@ def test_addresses_beyond_32_bits(stride_n: int, stride_d: int, monkeypatch: pyt
     values, ids = torch.ones(n), torch.zeros(n, dtype=torch.int64)
     of_x = (x, stride_n, stride_d, values, ids, ids, ids, 1, 1, 1)
     low, high = ids[:1], ids[:1]
-    options = kernels.Tile(16, 16, 16, 16, True, 4, 2).options | {
+    options = kernels.TileShape(16, 16, 16, 16, True, 4, 2).options | {
         "NEGATIVES": "all", "BOUNDED": True, "SPLITS": 1, "CHUNK": 16, "PRECISION": "ieee", "UPCAST": True
     }  # fmt: skip
     partial = torch.zeros(2, 3, n)
@@ -329,7 +331,7 @@ def test_addresses_beyond_32_bits(stride_n: int, stride_d: int, monkeypatch: pyt
     values.fill_(1)
     for half in (False, True):
         device_side.forward[(1, 1)](
-            *of_x, *of_x, low, high, None, 1.0, *torch.empty(3, n), partial, 1, n, n, d, HALF=half, **options
+            *of_x, *of_x, low, high, None, 1.0, *torch.empty(3, n), partial, 1, n, n, d, TRIANGULAR=half, **options
         )
     raw = torch.zeros(n, 1, d)
     device_side.gradient[(1, 1)](
@@ -358,7 +360,7 @@ def test_offsets_beyond_32_bits(side: str) -> None:
 
 
 def test_many_channels(monkeypatch: pytest.MonkeyPatch) -> None:
-    cut(monkeypatch, kernels.Tile(16, 16, 16, 64 if DEVICE == "cuda" else 2048, False, 4, 2))
+    cut(monkeypatch, kernels.TileShape(16, 16, 16, 64 if DEVICE == "cuda" else 2048, False, 4, 2))
     assert_within_bounds(Field(13, m=5, t=9, d=8192, bank=3, absent=False, images=1))
 
 
@@ -377,7 +379,7 @@ def count_products(monkeypatch: pytest.MonkeyPatch, run: Any) -> int:
 @pytest.mark.skipif(not interpreted(), reason="counts what the interpreter does")
 @pytest.mark.parametrize("views", [1, 2])
 def test_same_image_does_the_work_of_shared_blocks_alone(views: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut(monkeypatch, kernels.Tile(16, 16, 16, 64, True, 4, 2))
+    cut(monkeypatch, kernels.TileShape(16, 16, 16, 64, True, 4, 2))
     images = 6 // views
     image = torch.arange(images).repeat_interleave(16).repeat(views)  # each image fills a block in each view
     ids = Ids(image, torch.arange(len(image)) % 16 // 2, torch.arange(len(image)) % 2)
@@ -396,15 +398,15 @@ def test_same_image_does_the_work_of_shared_blocks_alone(views: int, monkeypatch
 
 SQUARES = {  # tile, programs: so many groups of rows and shares of columns
     "one program": (WHOLE, 1, (1, 1)),
-    "groups": (kernels.Tile(16, 16, 16, 64, True, 4, 2), 3, (3, 1)),
-    "shares": (kernels.Tile(32, 16, 16, 16, False, 4, 2), 15, (3, 5)),
+    "groups": (kernels.TileShape(16, 16, 16, 64, True, 4, 2), 3, (3, 1)),
+    "shares": (kernels.TileShape(32, 16, 16, 16, False, 4, 2), 15, (3, 5)),
 }
 
 
-def halve(patch: pytest.MonkeyPatch, tile: kernels.Tile, programs: int) -> None:
+def halve(patch: pytest.MonkeyPatch, tile: kernels.TileShape, programs: int) -> None:
     """Let forward make half the square, in blocks so few at a time that a share has several chunks of them."""
     cut(patch, tile, programs)
-    patch.setattr(kernels, "HALF_TILES", 0)
+    patch.setattr(kernels, "TRIANGULAR_TILES", 0)
     patch.setattr(kernels, "CHUNK", 2)
 
 
@@ -413,7 +415,7 @@ def squares(patch: pytest.MonkeyPatch, field: Field, **options: Any) -> tuple[Te
     with checked() if interpreted() else nullcontext():
         half = field.loss(weight=None, **options)
     with patch.context() as whole:
-        whole.setattr(kernels._Problem, "halves", lambda self: None)
+        whole.setattr(kernels._Operands, "halves", lambda self: None)
         return half, field.loss(weight=None, **options)
 
 
@@ -422,8 +424,8 @@ def test_half_the_square_is_the_whole(cut_as: str, monkeypatch: pytest.MonkeyPat
     tile, programs, expected = SQUARES[cut_as]
     halve(monkeypatch, tile, programs)
     chosen = []
-    rule = kernels._Problem.halves
-    monkeypatch.setattr(kernels._Problem, "halves", lambda self: chosen.append(rule(self)) or chosen[-1])
+    rule = kernels._Operands.halves
+    monkeypatch.setattr(kernels._Operands, "halves", lambda self: chosen.append(rule(self)) or chosen[-1])
     for sort, bank, negatives in ((True, None, "all"), (False, 19, "other_images")):
         field = Field(20, m=150, same=True, bank=bank, sort=sort, images=9)
         absent = field.query_ids.part < 0
@@ -447,7 +449,7 @@ def test_half_the_square_gives_the_definition(field: Field, negatives: str, cut_
 @pytest.mark.parametrize("views", [1, 2])
 def test_half_the_square_is_half_the_products(views: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """For tiles X x Y: all pairs of a row and a column behind its block, and the blocks on the diagonal."""
-    tile = kernels.Tile(32, 16, 16, 64, True, 4, 2)
+    tile = kernels.TileShape(32, 16, 16, 64, True, 4, 2)
     halve(monkeypatch, tile, 6)
     image = torch.arange(12 // views).repeat_interleave(16).repeat(views)
     ids = Ids(image, torch.arange(192) % 8, torch.arange(192) % 2)
@@ -457,14 +459,14 @@ def test_half_the_square_is_half_the_products(views: int, monkeypatch: pytest.Mo
     ratio = tile.x // tile.y
     half = sum(columns - ratio * row for row in range(rows))
     assert count_products(monkeypatch, lambda: contrastive_loss(x, x, **given)) == half == 42
-    monkeypatch.setattr(kernels, "HALF_TILES", 100)
+    monkeypatch.setattr(kernels, "TRIANGULAR_TILES", 100)
     assert count_products(monkeypatch, lambda: contrastive_loss(x, x, **given)) == rows * columns == 72
 
 
 @pytest.mark.skipif(not interpreted(), reason="counts what the interpreter does")
 def test_a_block_of_rows_compares_its_own_images_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two views in a row: between the two blocks of an image there is none that compares ids."""
-    halve(monkeypatch, kernels.Tile(16, 16, 8, 64, True, 4, 2), 1)
+    halve(monkeypatch, kernels.TileShape(16, 16, 8, 64, True, 4, 2), 1)
     monkeypatch.setattr(kernels, "CHUNK", 256)
     images = 4
     ids = Ids(torch.arange(images).repeat_interleave(16).repeat(2), *torch.zeros(2, 128, dtype=torch.int64))
@@ -476,7 +478,7 @@ def test_a_block_of_rows_compares_its_own_images_alone(monkeypatch: pytest.Monke
 
 @given(st.integers(1, 10**6), st.sampled_from([32, 512, 2048]), st.sampled_from([1, 8, 264, 608]))
 def test_groups_and_shares_keep_the_device_busy_in_bounded_memory(rows: int, row_bytes: int, programs: int) -> None:
-    tile = kernels.Tile(128, 128, 32, 256, True, 8, 2)
+    tile = kernels.TileShape(128, 128, 32, 256, True, 8, 2)
     blocks = -(-rows // 128)
     found = kernels.groups_and_shares(rows, row_bytes, tile, programs)
     slots = ((32 << 20) + rows * row_bytes) / (12 * rows)
@@ -496,10 +498,10 @@ def test_groups_and_shares_keep_the_device_busy_in_bounded_memory(rows: int, row
 @pytest.mark.parametrize("change", ["key", "same_image", "online", "few"])
 def test_the_whole_square_where_half_of_it_does_not_pay(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cut(monkeypatch, WHOLE, programs=2)
-    monkeypatch.setattr(kernels, "HALF_TILES", 3)
+    monkeypatch.setattr(kernels, "TRIANGULAR_TILES", 3)
     chosen = []
-    rule = kernels._Problem.halves
-    monkeypatch.setattr(kernels._Problem, "halves", lambda self: chosen.append(rule(self)) or chosen[-1])
+    rule = kernels._Operands.halves
+    monkeypatch.setattr(kernels._Operands, "halves", lambda self: chosen.append(rule(self)) or chosen[-1])
     Field(0, same=True, bank=None).loss()
     Field(0, m=16 if change == "few" else 37, same=change != "key", bank=None).loss(
         negatives="same_image" if change == "same_image" else "all", temperature=0.01 if change == "online" else 0.1
@@ -509,7 +511,7 @@ def test_the_whole_square_where_half_of_it_does_not_pay(change: str, monkeypatch
 
 @pytest.mark.parametrize("tiles", [0, 100], ids=["half", "whole"])
 def test_two_runs_are_equal_bit_for_bit(tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "HALF_TILES", tiles)
+    monkeypatch.setattr(kernels, "TRIANGULAR_TILES", tiles)
     field = Field(14, same=True)
     first, second = field.values(), field.values()
     assert all(torch.equal(first[name], second[name]) for name in first)

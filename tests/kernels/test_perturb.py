@@ -50,8 +50,8 @@ def test_more_rows_than_programs(monkeypatch):
 def test_a_row_that_is_not_finite_keeps_all_it_has():
     x, w = torch.randn(2, 6, device=DEVICE), torch.randn(2, 6, device=DEVICE)
     x[0, 1], w[1, 0] = float("nan"), float("nan")
-    out = perturb(x, w, lowest=0.5, strategy="zero", budget=1.0, backend="triton")
-    assert torch.equal(out.mask, perturb(x, w, lowest=0.5, strategy="zero", budget=1.0, backend="torch").mask)
+    out = perturb(x, w, fraction=0.5, strategy="zero", budget=1.0, backend="triton")
+    assert torch.equal(out.mask, perturb(x, w, fraction=0.5, strategy="zero", budget=1.0, backend="torch").mask)
     assert out.mask.sum(1).tolist() == [0, 3]
     torch.testing.assert_close(out.features[0], x[0], rtol=0, atol=0, equal_nan=True)
 

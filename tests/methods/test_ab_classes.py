@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fgfast.data.lab import rgb_to_lab
-from fgfast.methods.ab_classes import AbClasses, ab_bins, class_weights
+from fgfast.methods.ab_classes import AbClasses, ab_bins, rebalancing_weights
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_weights_have_expectation_one(mix: float) -> None:
     g = torch.Generator().manual_seed(0)
     prior = torch.rand(309, generator=g, dtype=torch.float64) ** 4 + 1e-6
     prior = prior / prior.sum()
-    weights = class_weights(prior, mix)
+    weights = rebalancing_weights(prior, mix)
     assert (weights * prior).sum().item() == pytest.approx(1)
     torch.testing.assert_close(
         weights[0] / weights[1], ((1 - mix) * prior[1] + mix / 309) / ((1 - mix) * prior[0] + mix / 309)

@@ -12,7 +12,7 @@ from fgfast.data.layouts import open_images
 from fgfast.data.normalise import IMAGENET_MEAN, IMAGENET_STD
 from fgfast.data.views import Batch
 from fgfast.evaluate.protocols import evaluate
-from fgfast.methods.ab_classes import class_weights
+from fgfast.methods.ab_classes import rebalancing_weights
 from fgfast.methods.color import Color, ColorConfig
 from fgfast.methods.stored import load_encoder_of
 from fgfast.train.log import read_metrics
@@ -77,7 +77,7 @@ def test_the_prior_is_measured_once(drawn: Path, tmp_path: Path, monkeypatch: py
         assert method.prepare(images, tmp_path, 0) is None
     assert calls == [18, 18, 5]
     prior = torch.tensor(json.loads((tmp_path / "colours.json").read_text())["prior"], dtype=torch.float64)
-    torch.testing.assert_close(method.weights, class_weights(prior).float())
+    torch.testing.assert_close(method.weights, rebalancing_weights(prior).float())
 
 
 @pytest.mark.parametrize("net", NETS)

@@ -87,7 +87,7 @@ def test_bases_are_the_losses_that_they_name() -> None:
     with torch.no_grad():
         losses, heads = {}, {}
         for name, method in methods.items():
-            x = torch.cat(batch.views[: method.base.online])
+            x = torch.cat(batch.views[: method.base.n_online_views])
             features = method.encoder(x)
             losses[name] = method.base(features, batch, method._queue(0))
             heads[name] = method.base.projector(features)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fgfast.models.statistics import KeyQueue, RunningVariance, unrecorded
+from fgfast.models.statistics import KeyQueue, RunningVariance, freeze_bn_stats
 from fgfast.reference.perturb import running_variance
 from tests.examples import examples
 
@@ -49,12 +49,12 @@ def test_norms_record_nothing_inside() -> None:
     """Batches are normalised by themselves; running statistics and counts move outside alone."""
     net, x = nn.Sequential(nn.BatchNorm1d(3), nn.Identity()), torch.randn(8, 3) + 5
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    with unrecorded(net):
+    with freeze_bn_stats(net):
         inside = net(x)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     torch.testing.assert_close(net(x), inside)
     assert net[0].num_batches_tracked == 1
     net.eval()
-    with unrecorded(net):
+    with freeze_bn_stats(net):
         torch.testing.assert_close(net(x), net(x))
         assert not torch.allclose(net(x), inside)  # evaluation goes by the running statistics

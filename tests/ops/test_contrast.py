@@ -20,7 +20,7 @@ BACKENDS = ("torch", "reference")
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 4, so that a field of 30 has inner, ragged, shared and skipped tiles."""
-    monkeypatch.setitem(tiled.TILE, "cpu", 4)
+    monkeypatch.setitem(tiled.LOGIT_TILE, "cpu", 4)
 
 
 class Field:
@@ -99,7 +99,7 @@ def test_tiles_equal_the_definition_in_value_and_every_gradient(field: Field, op
 @given(fields, options)
 def test_a_single_tile_equals_the_definition(field: Field, options: dict[str, Any]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tiled.TILE, "cpu", 1024)
+        patch.setitem(tiled.LOGIT_TILE, "cpu", 1024)
         assert_same(field.values(**options, backend="torch"), field.values(**options, backend="reference"))
 
 

@@ -295,7 +295,7 @@ def test_strides_change_nothing():
 def test_tiles_join_without_a_seam(monkeypatch):
     x = blobs(8, 1, 700, 9)
     whole = kmeans(x, 5, seed=0), kmeans_step(x, x[:, :5])
-    monkeypatch.setattr("fgfast.pixels.source.TILE", 100)
+    monkeypatch.setattr("fgfast.pixels.source.PIXEL_TILE", 100)
     monkeypatch.setattr("fgfast.pixels.pyramid.CACHED", 100)
     same(whole[0], kmeans(x, 5, seed=0))
     same(whole[1], kmeans_step(x, x[:, :5]))

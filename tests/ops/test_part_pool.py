@@ -112,7 +112,7 @@ def test_pixels_before_channels_equals_channels_before_pixels():
 def test_tiles_join_without_a_seam(monkeypatch):
     x, labels, weight = make((3, 5, 40, 30, 4))
     whole = part_pool(x, labels, 4, weight=weight)
-    monkeypatch.setattr("fgfast.ops.part_pool.TILE", 1 << 10)
+    monkeypatch.setattr("fgfast.ops.part_pool.TILE_ELEMENTS", 1 << 10)
     y = x.clone().requires_grad_()
     tiled = part_pool(y, labels, 4, weight=weight)
     torch.testing.assert_close(tiled.pooled, whole.pooled)

@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 import fgfast
 from fgfast import perturb
-from fgfast.ops.perturb import IMPORTANCE, SHARE_BITS, STRATEGIES, _perturb, lowest
+from fgfast.ops.perturb import IMPORTANCE, SHARE_BITS, STRATEGIES, _perturb, smallest_mask
 from fgfast.reference import perturb as reference
 from tests.examples import examples
 
@@ -34,7 +34,7 @@ def problems(draw, dtypes=tuple(TOLERANCE)):
     options = {
         "gradient": None if which == "variance" else w,
         "low_variance": None if which == "gradient" else torch.rand(channels, generator=g) < 0.4,
-        "std": torch.rand(channels, generator=g), "lowest": draw(st.sampled_from([0.0, 0.3, 0.71, 1.0])),
+        "std": torch.rand(channels, generator=g), "fraction": draw(st.sampled_from([0.0, 0.3, 0.71, 1.0])),
         "importance": draw(st.sampled_from(IMPORTANCE)), "combine": draw(st.sampled_from(["union", "intersection"])),
         "strategy": draw(st.sampled_from(STRATEGIES)), "strength": draw(st.sampled_from([0.0, 0.5, 1.0, -2.0])),
         "budget": draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])), "seed": draw(st.integers(0, 2**62)),
@@ -80,16 +80,16 @@ def test_each_criterion_takes_its_share_ties_to_the_lowest_index(seed, channels,
     g = torch.Generator().manual_seed(seed)
     x, w = torch.randn(3, channels, generator=g), torch.randn(3, channels, generator=g)
     x, w = (x.round(), w.round()) if ties else (x, w)
-    mask = perturb(x, w, lowest=share, strategy="zero", budget=1.0).mask
+    mask = perturb(x, w, fraction=share, strategy="zero", budget=1.0).mask
     count = math.floor(share * channels + 1e-9)
     order = (w * x).abs().sort(dim=1, stable=True).indices[:, :count]
     assert torch.equal(mask, torch.zeros_like(mask).scatter_(1, order, True))
-    assert torch.equal(lowest((w * x).abs(), count), mask)
+    assert torch.equal(smallest_mask((w * x).abs(), count), mask)
 
 
 def test_union_and_intersection_join_the_criteria():
     x, w, low = torch.ones(1, 4), torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([False, True, True, False])
-    both = {"low_variance": low, "lowest": 0.5, "strategy": "zero", "budget": 1.0}
+    both = {"low_variance": low, "fraction": 0.5, "strategy": "zero", "budget": 1.0}
     assert perturb(x, w, **both).mask.tolist() == [[True, True, True, False]]
     assert perturb(x, w, **both, combine="intersection").mask.tolist() == [[False, True, False, False]]
 
@@ -126,7 +126,7 @@ def test_a_seed_gives_the_same_noise_and_another_one_other_noise():
 def test_a_row_that_is_not_finite_keeps_all_it_has(bad, backend):
     x, w = torch.randn(3, 6), torch.randn(3, 6)
     x[1, 2] = bad
-    out = perturb(x, w, strategy="zero", budget=1.0, lowest=0.5, backend=backend)
+    out = perturb(x, w, strategy="zero", budget=1.0, fraction=0.5, backend=backend)
     assert out.mask.sum(1).tolist() == [3, 0, 3]
     torch.testing.assert_close(out.features[1], x[1], rtol=0, atol=0, equal_nan=True)
 
@@ -135,7 +135,7 @@ def test_a_row_that_is_not_finite_keeps_all_it_has(bad, backend):
 def test_importance_that_is_not_a_number_is_the_largest(backend):
     w = torch.tensor([[math.nan, 2.0, 1.0]])
     for count, mask in ((2, [False, True, True]), (3, [True, True, True])):
-        out = perturb(torch.ones(1, 3), w, lowest=count / 3, strategy="zero", budget=1.0, backend=backend)
+        out = perturb(torch.ones(1, 3), w, fraction=count / 3, strategy="zero", budget=1.0, backend=backend)
         assert out.mask.tolist() == [mask]
 
 
@@ -167,7 +167,7 @@ def test_opcheck_and_compile():
         ({"std": None}, ValueError, "std is missing"),
         ({"std": torch.ones(3, device="meta")}, ValueError, "std is on meta"),
         ({"noise": torch.ones(3)}, ValueError, "noise"),
-        ({"lowest": 1.1}, ValueError, "lowest"),
+        ({"fraction": 1.1}, ValueError, "fraction"),
         ({"budget": -0.1}, ValueError, "budget"),
         ({"strength": math.nan}, ValueError, "strength"),
         ({"importance": "sum"}, ValueError, "importance"),
@@ -193,3 +193,11 @@ def test_energies_are_whole_numbers_of_thirty_bits():
 
 def test_is_public():
     assert fgfast.perturb is perturb
+
+
+def test_the_former_name_of_fraction_warns() -> None:
+    """For one version lowest= does what fraction= does."""
+    x, w = torch.rand(2, 6), torch.rand(2, 6)
+    wanted = perturb(x, w, fraction=0.5, strategy="zero").mask
+    with pytest.warns(DeprecationWarning, match="use fraction"):
+        assert torch.equal(perturb(x, w, lowest=0.5, strategy="zero").mask, wanted)

@@ -38,7 +38,7 @@ def test_coordinates_join_the_features() -> None:
     assert (place[:, 0].diff(dim=1) > 0).all()
     assert (place[:, 1].diff(dim=2) > 0).all()
     encoder, images = Backbone(TINY, size=32, args={"output_stride": 8}).eval(), torch.randn(2, 3, 32, 32, generator=g)
-    how = clustering.Clustering(4, position=1e6)
-    labels = clustering.cluster_pyramid(encoder, images, how, size=16, seed=1)
+    config = clustering.ClusteringConfig(4, position=1e6)
+    labels = clustering.cluster_pyramid(encoder, images, config, size=16, seed=1)
     cells = kmeans([clustering._coordinates([torch.randn(2, 1, 8, 8)], 1.0)], 4, size=(16, 16), seed=1).labels
     assert (labels == cells).float().mean() > 0.99  # nothing but the place counts

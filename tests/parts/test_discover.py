@@ -11,7 +11,7 @@ from fgfast.data.maps import read_map
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone
 from fgfast.parts import discover
-from fgfast.parts.clustering import Clustering
+from fgfast.parts.clustering import ClusteringConfig
 from tests.conftest import TINY
 
 
@@ -21,16 +21,16 @@ def test_interrupted_discovery_goes_on(drawn: Path, tmp_path: Path, monkeypatch:
     encoder, images = Backbone(TINY, size=32, args={"output_stride": 8}), open_images(drawn)
     real, sizes = discover.cluster_pyramid, []
 
-    def once(encoder: object, batch: torch.Tensor, how: object, **options: object) -> torch.Tensor:
+    def once(encoder: object, batch: torch.Tensor, config: object, **options: object) -> torch.Tensor:
         if sizes == [32]:
             sizes.append(0)
             raise KeyboardInterrupt
         sizes.append(len(batch))
-        return real(encoder, batch, how, **options)  # type: ignore[arg-type]
+        return real(encoder, batch, config, **options)  # type: ignore[arg-type]
 
     def found(name: str, n_parts: int = 4) -> Path:
         return discover.discover(
-            encoder, images, tmp_path / name, Clustering(n_parts), image_size=64, map_size=16,
+            encoder, images, tmp_path / name, ClusteringConfig(n_parts), image_size=64, map_size=16,
             run="a test", device=torch.device("cpu"), threads=1,
         )  # fmt: skip
 

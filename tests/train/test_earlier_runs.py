@@ -20,7 +20,7 @@ from fgfast.data.synthetic import generate
 from fgfast.evaluate.protocols import evaluate
 from fgfast.methods.base import method_class
 from fgfast.methods.stored import load_encoder_of, read_run
-from fgfast.parts.clustering import Clustering
+from fgfast.parts.clustering import ClusteringConfig
 from fgfast.parts.discover import discover
 from fgfast.report.html import write_report
 from fgfast.train.log import read_metrics
@@ -86,7 +86,7 @@ def test_half_made_maps_go_on(earlier: Path, birds: Path) -> None:
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in maps.rglob("*.png")}
     images = open_images(birds)
     discover(
-        encoder, images, maps, Clustering(n_parts=3, levels=2), image_size=32, map_size=16, run="stopped, last",
+        encoder, images, maps, ClusteringConfig(n_parts=3, levels=2), image_size=32, map_size=16, run="stopped, last",
         device=CPU, threads=config.threads,
     )  # fmt: skip
     after = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in maps.rglob("*.png")}

@@ -196,7 +196,7 @@ def _optional_ids(image: Tensor | None, part: Tensor | None, view: Tensor | None
     return None if image is None or part is None or view is None else Ids(image, part, view)
 
 
-class _Problem:
+class _Sides:
     """The sides of one call, made anew in forward and in backward."""
 
     def __init__(
@@ -236,7 +236,7 @@ def _contrast(
             bank, temperature_tensor, temperature, negatives, normalize, precision,
         )  # fmt: skip
     with exact(query.device, precision):
-        problem = _Problem(
+        problem = _Sides(
             query, Ids(query_image, query_part, query_view), key, _optional_ids(key_image, key_part, key_view),
             bank, temperature_tensor, temperature, negatives, normalize,
         )  # fmt: skip
@@ -267,7 +267,7 @@ def _contrast_backward(
         return returned(grads, query, key, bank, temperature_tensor)
     need_query, need_key, need_bank, need_temperature = needs
     with exact(query.device, precision):
-        problem = _Problem(
+        problem = _Sides(
             query, Ids(query_image, query_part, query_view), key, _optional_ids(key_image, key_part, key_view),
             bank, temperature_tensor, temperature, negatives, normalize,
         )  # fmt: skip

@@ -28,8 +28,8 @@ from torch import Tensor
 from fgfast.ids import Ids
 from fgfast.tensors import BOUNDED, LOG2E
 
-TILE = {"cpu": 512}  # rows and columns of a tile, by device type
-TILE_ELSEWHERE = 2048
+LOGIT_TILE = {"cpu": 512}  # rows and columns of a tile, by device type
+LOGIT_TILE_ON_DEVICE = 2048
 MOST_PAIRS = 1 << 18  # pairs that are listed at most: 29 MiB while they are found, 6 MiB then
 EPS = 1e-12
 LN2 = math.log(2)
@@ -121,7 +121,7 @@ def _ranges(image: Tensor, present: Tensor, size: int) -> list[tuple[int, int]]:
 
 def tile_size(x: Tensor, negatives: str = "all") -> int:
     """Rows, and columns, of a tile of logits on the device of x; half of that where most tiles are skipped."""
-    size = TILE.get(x.device.type, TILE_ELSEWHERE)
+    size = LOGIT_TILE.get(x.device.type, LOGIT_TILE_ON_DEVICE)
     return size // 2 if negatives == "same_image" else size
 
 
@@ -257,7 +257,7 @@ class Listed(Positives):
 
 
 @dataclass
-class Tile:
+class LogitTile:
     """One tile of logits in base 2: what does not count is -inf."""
 
     logits: Tensor  # [b - a, d - c]
@@ -287,7 +287,7 @@ class Products:
         """Column tiles for the row tile that starts at a: where query is key, the diagonal and what is right of it."""
         return (tile for tile in tiles(len(self.columns), self.size) if not (self.symmetric and tile[0] < a))
 
-    def __call__(self, a: int, b: int, query: Tensor, c: int, d: int, key: Tensor) -> Tile | None:
+    def __call__(self, a: int, b: int, query: Tensor, c: int, d: int, key: Tensor) -> LogitTile | None:
         """The tile of rows a..b and columns c..d, or None where nothing counts; query carries the scale."""
         rows, columns = self.rows, self.columns
         compared = self.pairs is None and may_share(rows, a, columns, c, self.size)
@@ -309,7 +309,7 @@ class Products:
             logits += columns.absent[c:d]
         if self.symmetric and rows.absent is not None:
             logits += rows.absent[a:b, None]
-        return Tile(logits, positives)
+        return LogitTile(logits, positives)
 
 
 @dataclass

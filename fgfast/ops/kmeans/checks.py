@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fgfast.tensors import TILE, as_size, check_device, check_float, values_checked
+from fgfast.tensors import TILE_ELEMENTS, as_size, check_device, check_float, values_checked
 
 BACKENDS = ("torch", "reference")
 METRICS = ("euclidean", "cosine")
@@ -58,7 +58,7 @@ def check_finite(name: str, x: Tensor) -> None:
 
 def groups(batch: int, elements: int, device: torch.device) -> range:
     """First problems of the groups that run together: all on a device, a tile's worth on the CPU."""
-    return range(0, batch, max(1, TILE // max(1, elements)) if device.type == "cpu" else max(1, batch))
+    return range(0, batch, max(1, TILE_ELEMENTS // max(1, elements)) if device.type == "cpu" else max(1, batch))
 
 
 def checked_maps(

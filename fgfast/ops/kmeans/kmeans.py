@@ -28,7 +28,7 @@ from fgfast.ops.kmeans.checks import (
 from fgfast.ops.kmeans.lloyd import Outcome, lloyd
 from fgfast.pixels.init import start
 from fgfast.pixels.pyramid import Pyramid
-from fgfast.pixels.source import EPS, Dense, Source
+from fgfast.pixels.source import EPS, Dense, PixelSource
 from fgfast.reference import kmeans as reference
 from fgfast.tensors import accumulation, check_tensor, check_weight, check_whole, exact
 
@@ -46,7 +46,7 @@ class KMeansResult(NamedTuple):
 
 
 def _solved(
-    source: Source,
+    source: PixelSource,
     n_clusters: int,
     n_iter: int,
     init: str,
@@ -60,7 +60,7 @@ def _solved(
     seed: Tensor,
 ) -> Outcome:
     """The best of n_init runs of each problem."""
-    source.around(metric, weight, None)
+    source.prepare(metric, weight, None)
     best: Outcome | None = None
     for run in range(n_init):
         c = start(source, n_clusters, init, init_samples, seed, run) if first is None else first.to(source.dtype)
@@ -75,7 +75,7 @@ def _solved(
             best = Outcome(*(torch.where(better.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs))
     assert best is not None
     return best._replace(
-        centroids=source.as_given(best.centroids), inertia=torch.where(source.lost, torch.nan, best.inertia)
+        centroids=source.as_given(best.centroids), inertia=torch.where(source.has_nonfinite, torch.nan, best.inertia)
     )
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fgfast.pixels.source import EPS, Source
+from fgfast.pixels.source import EPS, PixelSource
 
 
 class Outcome(NamedTuple):
@@ -19,7 +19,9 @@ class Outcome(NamedTuple):
     n_iter: Tensor
 
 
-def _relocated(source: Source, labels: Tensor, near: Tensor, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+def _relocated(
+    source: PixelSource, labels: Tensor, near: Tensor, sums: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor]:
     """The i-th empty cluster becomes the i-th farthest pixel, which leaves the sum of its donor."""
     n_clusters = counts.shape[1]
     empty = counts == 0
@@ -34,13 +36,13 @@ def _relocated(source: Source, labels: Tensor, near: Tensor, sums: Tensor, count
     return sums, counts + w - torch.bmm(donors.transpose(1, 2), w[..., None])[..., 0]
 
 
-def _means(source: Source, sums: Tensor, counts: Tensor, before: Tensor) -> Tensor:
+def _means(source: PixelSource, sums: Tensor, counts: Tensor, before: Tensor) -> Tensor:
     full = (counts > 0)[..., None]
     means = sums / torch.where(full, counts[..., None], 1)
     return torch.where(full, F.normalize(means, dim=2, eps=EPS) if source.cosine else means, before)
 
 
-def lloyd(source: Source, centroids: Tensor, n_iter: int, tol: float, empty: str) -> Outcome:
+def lloyd(source: PixelSource, centroids: Tensor, n_iter: int, tol: float, empty: str) -> Outcome:
     """Iterate until labels repeat or centroids move less than tol x the mean variance, then assign once more.
 
     A problem that has converged keeps its state; the loop ends early where the host may look for free (the CPU).

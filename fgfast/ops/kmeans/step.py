@@ -41,11 +41,11 @@ def assigned(x: Tensor, centroids: Tensor, weight: Tensor | None, metric: str) -
     sums, counts, inertia = torch.zeros_like(c), c.new_zeros(c.shape[:2]), c.new_zeros(len(x))
     for n in tiles(x):
         source = Dense(x[:, :, n].to(wide))
-        source.around(metric, None if weight is None else weight[:, n], middle)
+        source.prepare(metric, None if weight is None else weight[:, n], middle)
         labels[:, n], near, more, heavier = source.step(c)
         sums += more
         counts += heavier
-        inertia += torch.where(source.lost, torch.nan, (source.w * near).sum(1))
+        inertia += torch.where(source.has_nonfinite, torch.nan, (source.w * near).sum(1))
     return labels, sums, counts.float(), inertia.float()
 
 
