@@ -1,11 +1,11 @@
-# make demo: the main job, set-up included. make test, make lint, make bench likewise. make clean removes the set-up and caches, never runs/.
+# make demo, test, lint and bench set up .venv first. make clean removes .venv and caches, never runs/.
 
-# make PYTHON=/path/to/python names the interpreter of .venv; .ci/setup finds one otherwise.
+# make PYTHON=/path/to/python chooses the interpreter for .venv; by default .ci/setup finds one.
 PYTHON ?=
 WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# One OpenMP thread a worker: two workers with two threads each get in each other's way on two cores.
+# One OpenMP thread per worker: two workers with two threads each slow each other down on two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: demo test test-quick test-full compilers lint bench sanitize lock release-check clean
@@ -16,12 +16,12 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(PYTEST) tests fgfast
 
-# While one works: without the tests that start processes, train or compile, and with few examples of each property.
+# For development: without the tests that start processes, train or compile, and with few examples per property.
 test-quick: $(INSTALLED)
 	FGFAST_EXAMPLES=0.2 $(PYTEST) -m "not sweep and (quick or not slow)" tests fgfast
 
-# Everything, and the sweeps: EXAMPLES times as many examples of each property, drawn from SEED. PART=3/8: the sweeps of
-# the third of eight parts, and nothing else.
+# All tests and the sweeps, with EXAMPLES times as many examples per property, generated from SEED. PART=3/8: only the
+# sweeps in the third of eight parts.
 EXAMPLES ?= 10
 SEED ?= 0
 PART ?=
@@ -29,12 +29,12 @@ test-full: $(INSTALLED)
 	FGFAST_EXAMPLES=$(EXAMPLES) FGFAST_PART=$(PART) $(PYTEST) --hypothesis-seed=$(SEED) \
 		-m "$(if $(PART),sweep or hypothesis,sweep or not sweep)" tests fgfast
 
-# The kernels with the oldest or newest torch and Triton (WHICH=oldest or newest): what they compile to, and their tests.
+# Compile and test the kernels with the oldest or newest torch and Triton (WHICH=oldest or newest).
 WHICH ?= oldest
 compilers: $(INSTALLED)
 	.ci/compilers $(WHICH)
 
-# kernels/ is the package fgfast.kernels (setup.py maps it), so mypy reads it in a run of its own.
+# setup.py maps kernels/ to the package fgfast.kernels, so mypy checks it in a separate run.
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,11 +51,11 @@ sanitize: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-# Writes .ci/locks anew: the exact versions that are installed.
+# Rewrites .ci/locks, the exact versions that are installed.
 lock:
 	PYTHON=$(PYTHON) .ci/lock
 
-# Locks, version, changelog and wheel, as a release needs them.
+# Checks locks, version, changelog and wheel before a release.
 release-check: $(INSTALLED)
 	.ci/release-check
 

@@ -1,9 +1,11 @@
-"""Maps kernels/ to fgfast.kernels and builds fgfast._native from csrc/; everything else stands in pyproject.toml.
+"""Maps kernels/ to fgfast.kernels and builds fgfast._native from csrc/; everything else is in pyproject.toml.
 
-FGFAST_CUDA=0 or 1 says whether the extension has its CUDA part (default: where nvcc works), FGFAST_CUDA_ARCHS
-("80 90") for which compute capabilities (default: all that this nvcc knows from 8.0 on; later ones compile its PTX).
-FGFAST_NATIVE=0 leaves the extension out, FGFAST_SANITIZE=1 builds its CPU code for the address and the undefined
-behaviour sanitizer.
+Environment variables:
+    FGFAST_CUDA: 1 requires the CUDA part of the extension, 0 leaves it out (default: built if nvcc works).
+    FGFAST_CUDA_ARCHS: compute capabilities to build for, such as "80 90" (default: all from 8.0 on that nvcc supports;
+        newer GPUs compile the PTX).
+    FGFAST_NATIVE: 0 leaves the extension out.
+    FGFAST_SANITIZE: 1 builds its CPU code with AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
 import copy
@@ -19,7 +21,7 @@ from setuptools.errors import CompileError, LinkError
 
 SANITIZE = os.environ.get("FGFAST_SANITIZE") == "1"
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
-# Each operation is one rounding, on both processors: masks must not depend on where they are made.
+# With -ffp-contract=off and --fmad=false below: every operation rounds once, so masks are the same on CPU and GPU.
 COMMON = ["-std=c++17", "-O3"]
 
 
@@ -31,7 +33,7 @@ def nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     found = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
     if wanted == "1" and found is None:
-        sys.exit("FGFAST_CUDA=1 and no nvcc was found: put it on the PATH or set CUDA_HOME.")
+        sys.exit("FGFAST_CUDA=1, but no nvcc was found: put it on the PATH or set CUDA_HOME.")
     return found
 
 
@@ -41,15 +43,15 @@ def architectures(compiler: str) -> list[str]:
     listed = subprocess.run([compiler, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
     known = {line.removeprefix("compute_") for line in listed.split()}
     if unknown := [a for a in wanted if a not in known]:
-        sys.exit(f"FGFAST_CUDA_ARCHS names {unknown[0]}, which {compiler} does not know: choose of {sorted(known)}.")
+        sys.exit(f"FGFAST_CUDA_ARCHS names {unknown[0]}, which {compiler} does not know: choose from {sorted(known)}.")
     return sorted(wanted or (a for a in known if a.isdigit() and int(a) >= 80), key=int)
 
 
 class Build(build_ext):
-    """Compiles what the host compiler cannot: the .cu files, by nvcc."""
+    """Compiles the .cu file with nvcc, besides the C++ files."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Build with CUDA where that works, else without."""
+        """Build with CUDA if that works, otherwise without."""
         compiler = nvcc()
         if compiler is not None:
             try:
@@ -57,45 +59,45 @@ class Build(build_ext):
             except (CompileError, LinkError) as error:
                 if os.environ.get("FGFAST_CUDA") == "1":
                     raise
-                self.warn(f"{ext.name} is built without its CUDA part, which failed: {error}")
+                self.warn(f"{ext.name} is built without its CUDA part, which failed to build: {error}")
         super().build_extension(ext)
 
     def with_cuda(self, ext: Extension, compiler: str) -> Extension:
-        """The extension together with the object that nvcc makes, and the static runtime."""
+        """The extension with the object file from nvcc and the static CUDA runtime."""
         folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
-        object_ = folder / "pivotal_cuda.o"
-        each = architectures(compiler)
-        code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in each]
-        code.append(f"-gencode=arch=compute_{each[-1]},code=compute_{each[-1]}")
+        object_file = folder / "pivotal_cuda.o"
+        capabilities = architectures(compiler)
+        code = [f"-gencode=arch=compute_{c},code=sm_{c}" for c in capabilities]
+        code.append(f"-gencode=arch=compute_{capabilities[-1]},code=compute_{capabilities[-1]}")
         command = [
             compiler, *COMMON, "--fmad=false", "--threads=0", "-DFGFAST_CUDA",
             "-Xcompiler=-fPIC,-fvisibility=hidden", "-Werror=all-warnings", *code, "-c", "csrc/pivotal_cuda.cu",
-            "-o", str(object_),
+            "-o", str(object_file),
         ]  # fmt: skip
         self.announce(" ".join(command), level=2)
         try:
             subprocess.run(command, check=True)
         except subprocess.CalledProcessError as error:
             raise CompileError(f"{compiler} exited with {error.returncode}") from error
-        self.force = True  # setuptools looks at the C++ sources alone to see whether to link again
-        both = copy.deepcopy(ext)
-        both.extra_objects.append(str(object_))
-        both.define_macros.append(("FGFAST_CUDA", "1"))
-        both.library_dirs += library_folders(compiler)
-        both.libraries += ["cudart_static", "dl", "rt", "pthread"]
-        return both
+        self.force = True  # link again: setuptools looks only at the C++ sources to see whether it must
+        extended = copy.deepcopy(ext)
+        extended.extra_objects.append(str(object_file))
+        extended.define_macros.append(("FGFAST_CUDA", "1"))
+        extended.library_dirs += library_folders(compiler)
+        extended.libraries += ["cudart_static", "dl", "rt", "pthread"]
+        return extended
 
 
 def library_folders(compiler: str) -> list[str]:
-    """Where the toolkit of ``compiler`` keeps its libraries; nvcc itself may be a link or a script somewhere else."""
-    said = subprocess.run([compiler, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-    tops = [Path(line.removeprefix("#$ TOP=").strip()) for line in said.splitlines() if line.startswith("#$ TOP=")]
+    """Library folders of the toolkit of ``compiler``; asked of nvcc, which may be a link or a script elsewhere."""
+    output = subprocess.run([compiler, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    tops = [Path(line.removeprefix("#$ TOP=").strip()) for line in output.splitlines() if line.startswith("#$ TOP=")]
     return [str(p) for top in tops for p in (top / "lib64", top / "lib", *top.glob("targets/*/lib")) if p.is_dir()]
 
 
 def extension() -> Extension:
-    """The compiled mask sampler; a machine without a compiler goes without it."""
+    """The compiled mask sampler; optional, as a machine may have no compiler."""
     import pybind11
 
     flags = [*COMMON, *WARNINGS, "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fvisibility=hidden"]

@@ -1,4 +1,4 @@
-"""The two ceilings of a device, measured: bytes copied a second, operations of a matrix product a second."""
+"""The two ceilings of a device, measured: bytes copied per second, operations of a matrix product per second."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.timing import Clock, Measured
+from benchmarks.timing import Clock, Measurement
 from fgfast.tensors import exact
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 
 
 class Ceilings(NamedTuple):
-    """Bytes a second of a copy (read plus written) and operations a second of a product, by name of the dtype."""
+    """Bytes per second of a copy (read plus written) and operations per second of a product, by name of the dtype."""
 
     bandwidth: float
     rates: dict[str, float]
@@ -40,7 +40,7 @@ def _median_ms(runs: Sequence[Callable[[], object]], clock: Clock, rounds: int) 
 
 
 def bandwidth(device: torch.device, clock: Clock, sizes: tuple[int, ...], rounds: int) -> float:
-    """Bytes a second of the best copy of a tensor of one of the sizes (bytes), random numbers between two buffers."""
+    """Bytes per second of the best copy of random numbers between two buffers, over tensor sizes in bytes."""
     best = 0.0
     for size in sizes:
         pairs = [(torch.rand(size // 4, device=device), torch.empty(size // 4, device=device)) for _ in range(2)]
@@ -49,7 +49,7 @@ def bandwidth(device: torch.device, clock: Clock, sizes: tuple[int, ...], rounds
 
 
 def rate(device: torch.device, clock: Clock, dtype: str, sizes: tuple[int, ...], rounds: int) -> float:
-    """Operations a second of the best product of two random square matrices of one of the sizes."""
+    """Operations per second of the best product of two random square matrices, over matrix sizes."""
     best = 0.0
     for n in sizes:
         a, b = (torch.randn(n, n, device=device).to(DTYPES[dtype]) for _ in range(2))
@@ -60,8 +60,8 @@ def rate(device: torch.device, clock: Clock, dtype: str, sizes: tuple[int, ...],
     return best
 
 
-def measured(device: torch.device, clock: Clock, small: bool = False) -> Ceilings:
-    """Both ceilings of the device; ``small`` takes sizes that a CPU can do at once and that say nothing."""
+def measure(device: torch.device, clock: Clock, small: bool = False) -> Ceilings:
+    """Both ceilings of the device; ``small`` takes sizes for tests, whose values mean nothing."""
     copies, sides = ((1 << 20,), (64,)) if small else ((1 << 30, 4 << 30), (4096, 8192, 16384))
     rounds = 3 if small else 20
     return Ceilings(
@@ -74,9 +74,9 @@ def rows(found: Ceilings) -> list[tuple[str, str, float]]:
     return [("copy", "", found.bandwidth), *(("matrix product", dtype, r) for dtype, r in found.rates.items())]
 
 
-def share(result: Measured, found: Ceilings) -> float | None:
-    """The share of the limit that a variant reaches: least time over its median."""
-    if not result.times:
-        return None
+def fraction_of_limit(result: Measurement, found: Ceilings) -> float | None:
+    """Least time over the median; None without a time or without a limit."""
     case = result.case
+    if not result.times or not case.bytes or case.host:
+        return None
     return found.limit_ms(case.bytes, case.operations, case.dtype) / max(result.quantile(0.5), 1e-9)

@@ -16,12 +16,12 @@ from benchmarks import record
 Row = dict[str, Any]
 
 
-def joined(reports: Sequence[Row]) -> list[Row]:
+def join_reports(reports: Sequence[Row]) -> list[Row]:
     """Reports of several compilers as a row a kernel and architecture, three columns a compiler.
 
     Example:
         >>> report = {"triton": "3.8.0", "kernel": "contrast join", "arch": "sm_90", "registers": 40, "spilled": 0}
-        >>> joined([report, report | {"registers": 64}])
+        >>> join_reports([report, report | {"registers": 64}])
         [{'kernel': 'contrast join', 'arch': 'sm_90', '3.8.0 cases': 2, '3.8.0 registers': 64, '3.8.0 spilled': 0}]
     """
     grouped: dict[tuple[str, str], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
@@ -46,7 +46,7 @@ def main(files: Sequence[str]) -> int:
     if not files:
         print("Name the files that fgfast.kernels.aot --csv wrote, one a compiler.", file=sys.stderr)
         return 2
-    made = joined([report for file in files for report in record.read(Path(file))])
+    made = join_reports([report for file in files for report in record.read(Path(file))])
     record.overwrite(made, record.RESULTS / "compilers.csv")
     spilled = sum(int(value) > 0 for row in made for name, value in row.items() if name.endswith("spilled"))
     print(f"{len(made)} rows of kernel and architecture in {record.RESULTS / 'compilers.csv'}; {spilled} with spills")

@@ -1,38 +1,44 @@
-"""Peak memory of one case in a process of its own: what a run adds to the baseline after imports and inputs.
+"""Peak memory of one variant in a fresh process: what a run adds to the baseline after imports and inputs.
 
-A case is a function ``module:name`` that takes JSON arguments, makes the inputs and returns what is to be measured as a
-function without arguments. On a CPU the peak is that of the resident set (the kernel's high-water mark, set back before
-the run), on a GPU that of PyTorch's allocator.
+On a CPU the peak is that of the resident set (the kernel's high-water mark, reset before the run), on a GPU that of
+PyTorch's allocator.
 """
 
-import importlib
-import json
+import ctypes
+import gc
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import cases
+from benchmarks.timing import Case, CudaClock, Measurement, Variant
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def peak_memory(case: str, **arguments: Any) -> int:
-    """Bytes that the case adds to its baseline at its peak, measured in a fresh process.
-
-    Args:
-        case: "module:function".
-        arguments: what the function is called with; JSON values.
+def peak_memory(case: Case, variant: str) -> int:
+    """Bytes that a variant adds to its baseline at its peak, measured in a fresh process.
 
     Raises:
-        RuntimeError: the process failed; the message ends with what it wrote.
+        RuntimeError: the process failed; the message ends with its output.
     """
-    command = [sys.executable, "-m", "benchmarks.peak", case, json.dumps(arguments)]
+    command = [sys.executable, "-m", "benchmarks.peak", case.name, variant]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"The peak of {case} {arguments} could not be measured: {done.stderr[-2000:]}")
+        raise RuntimeError(f"The peak of {variant} in {case.name} could not be measured: {done.stderr[-2000:]}")
     return int(done.stdout.split()[-1])
+
+
+def weigh(results: Sequence[Measurement]) -> None:
+    """Fill in the peak memory of the timed variants of a case that asks for it."""
+    for result in results:
+        if result.case.weigh and result.times and result.peak is None:
+            result.peak = peak_memory(result.case, result.variant)
 
 
 def _resident(field: str) -> int:
@@ -43,9 +49,13 @@ def _resident(field: str) -> int:
 
 
 def _of_cpu(run: Any) -> int:
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # memory that the set-up freed, and that glibc keeps, must not hide what the run allocates
+        trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
-    except OSError:  # not permitted in some containers: then only a peak above the one of the set-up shows
+    except OSError:  # not permitted in some containers: then only a peak above that of the set-up shows
         baseline = _resident("VmRSS")
         run()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - baseline
@@ -54,22 +64,24 @@ def _of_cpu(run: Any) -> int:
     return _resident("VmHWM") - baseline
 
 
-def _of_gpu(run: Any) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    baseline = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - baseline
+def _run_small(case: Case, variant: str, device: torch.device) -> None:
+    """Import what is imported late and let libraries allocate their workspace."""
+    x = torch.randn(256, 256, device=device, requires_grad=True)
+    (x @ x).logsumexp(1).sum().backward()
+    for small in (cases.OPERATIONS | cases.SURROUNDINGS)[case.op](device, True):
+        for other in small.variants:
+            if other.name == variant:
+                other.make()(small.make(0))
 
 
-def main(case: str, arguments: str) -> None:
-    """Measure one case and print its bytes."""
-    module, name = case.split(":")
-    run = getattr(importlib.import_module(module), name)(**json.loads(arguments))
-    x = torch.randn(256, 256, device="cuda" if torch.cuda.is_available() else "cpu", requires_grad=True)
-    (x @ x).logsumexp(1).sum().backward()  # libraries allocate their work space
-    print((_of_gpu if torch.cuda.is_available() else _of_cpu)(run))
+def main(name: str, variant: str) -> None:
+    """Measure one variant of one case and print its bytes."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    case = cases.find(device, name)
+    chosen: Variant = next(v for v in case.variants if v.name == variant)
+    _run_small(case, variant, device)
+    inputs, run = case.make(0), chosen.make()
+    print(CudaClock().peak(lambda: run(inputs)) if device.type == "cuda" else _of_cpu(lambda: run(inputs)))
 
 
 if __name__ == "__main__":

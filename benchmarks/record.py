@@ -1,4 +1,4 @@
-"""What is kept of a run: rows of results.csv, and the device and versions that they belong to."""
+"""The record of a run: rows of results.csv, and the device and versions that they belong to."""
 
 import csv
 import importlib.metadata
@@ -12,21 +12,21 @@ from typing import Any
 import torch
 
 import fgfast
-from benchmarks.ceilings import Ceilings, rows, share
-from benchmarks.timing import Measured
+from benchmarks.ceilings import Ceilings, fraction_of_limit, rows
+from benchmarks.timing import Measurement
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
     "device", "driver", "versions", "commit", "op", "variant", "shape", "dtype", "ms_20", "ms_50", "ms_80", "bytes",
     "peak_mib", "share_of_limit", "operations", "error", "note",
 )  # fmt: skip
-CEILING = "ceiling"  # the op of the two measured ceilings, which stand as bytes or operations a second
+CEILING = "ceiling"  # the op of the two measured ceilings, stored as bytes or operations per second
 PACKAGES = ("triton", "flash-kmeans", "fastkmeans", "inf-cl", "cut-cross-entropy", "lightly")
 
 Row = dict[str, Any]
 
 
-def _said(*command: str) -> str:
+def _output_of(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=RESULTS.parent).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -34,9 +34,9 @@ def _said(*command: str) -> str:
 
 
 def commit() -> str:
-    """The commit that is measured, with a plus behind it when the files differ from it; FGFAST_COMMIT without git."""
-    name = _said("git", "rev-parse", "--short", "HEAD")
-    changed = bool(name and _said("git", "status", "--porcelain", "--untracked-files=no"))
+    """The measured commit, followed by a plus when tracked files differ from it; FGFAST_COMMIT without git."""
+    name = _output_of("git", "rev-parse", "--short", "HEAD")
+    changed = bool(name and _output_of("git", "status", "--porcelain", "--untracked-files=no"))
     return f"{name}{'+' * changed}" if name else os.environ.get("FGFAST_COMMIT", "")
 
 
@@ -56,7 +56,7 @@ def setting(device: torch.device) -> Row:
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
-        "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0],
+        "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0],
         "versions": versions(),
         "commit": commit(),
     }
@@ -67,7 +67,7 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 
 def of_ceilings(found: Ceilings) -> list[Row]:
-    """The ceilings as rows: what a second moves or multiplies."""
+    """The ceilings as rows: bytes or operations of 1,000 ms."""
     made = []
     for variant, dtype, per_second in rows(found):
         column = "bytes" if variant == "copy" else "operations"
@@ -75,21 +75,21 @@ def of_ceilings(found: Ceilings) -> list[Row]:
     return made
 
 
-def of_result(result: Measured, found: Ceilings) -> Row:
-    """One variant of a case as a row; without times where it has none, and the note says why."""
+def of_result(result: Measurement, found: Ceilings) -> Row:
+    """One variant of a case as a row; without a time the note has the reason."""
     case = result.case
     low, middle, high = (_number(result.quantile(q)) if result.times else "" for q in (0.2, 0.5, 0.8))
     return {
         "op": case.op, "variant": result.variant, "shape": case.shape, "dtype": case.dtype, "ms_20": low,
         "ms_50": middle, "ms_80": high, "bytes": case.bytes, "operations": case.operations,
         "peak_mib": "" if result.peak is None else f"{result.peak / 2**20:.1f}",
-        "share_of_limit": _number(share(result, found), 3), "error": _number(result.error, 2),
+        "share_of_limit": _number(fraction_of_limit(result, found), 3), "error": _number(result.error, 2),
         "note": result.skipped or result.note,
     }  # fmt: skip
 
 
 def append(made: Iterable[Row], here: Row, path: Path) -> None:
-    """Add rows of this device to the file, which is begun when it is not there.
+    """Add rows of this device to the file, which is created when it is missing.
 
     Raises:
         ValueError: the file has other columns.
@@ -108,7 +108,7 @@ def append(made: Iterable[Row], here: Row, path: Path) -> None:
 
 
 def overwrite(made: Sequence[Row], path: Path) -> None:
-    """Write rows, whose keys are the columns, in place of what was there."""
+    """Replace the file by these rows, whose keys are the columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(made[0]), lineterminator="\n")

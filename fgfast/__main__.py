@@ -1,4 +1,4 @@
-"""``python -m fgfast`` and ``torchrun -m fgfast`` are the command ``fgfast``."""
+"""``python -m fgfast`` and ``torchrun -m fgfast`` run the command ``fgfast``."""
 
 import sys
 

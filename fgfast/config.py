@@ -1,4 +1,4 @@
-"""The options of a training run, as a flat dataclass that the command line, config.toml and the methods share."""
+"""The options of a training run: a flat dataclass for the command line, config.toml and the methods."""
 
 import dataclasses
 import math
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that an option takes, for its type: ``Annotated[float, Range(0, 1)]``.
+    """The range of an option, given in its type: ``Annotated[float, Range(0, 1)]``.
 
     Args:
-        least: smallest one.
-        most: largest one.
-        open: leave ``least`` itself out.
+        least: smallest value.
+        most: largest value.
+        open: exclude ``least`` itself.
 
     Example:
         >>> 0.0 in Range(0, 1), 0.0 in Range(0, 1, open=True), float("nan") in Range(0), str(Range(2))
@@ -49,73 +49,73 @@ Fraction = Annotated[float, Range(0, 1)]
 
 @dataclass
 class TrainConfig:
-    """Options of every method; each method's own class adds to them."""
+    """Options of every method; the Config of a method is a subclass that adds its own."""
 
     takes_unlabelled: ClassVar[bool] = True
     """Whether the method can train on images that have no label."""
     grey_input: ClassVar[bool] = False
-    """Whether the encoder sees lightness alone, in training and in evaluation."""
+    """Whether the encoder sees only the lightness of images, in training and in evaluation."""
 
     data: str = ""
-    """Folder of the images: an image folder, or a data set in its official layout."""
+    """Data set: an image folder, or a data set in its official layout."""
     unlabelled: str = ""
-    """Folder of further images without labels, which are trained on and never scored."""
+    """Folder of additional images without labels, used for training only."""
     out: str = ""
-    """Run folder that is written."""
+    """Run folder, which is created."""
     model: str = "resnet18"
-    """A timm model name."""
+    """Name of a timm model."""
     model_args: str = ""
-    """Further arguments of the timm model, such as "channels=(32,64,128,256),output_stride=16"."""
+    """Additional arguments of the timm model, such as "channels=(32,64,128,256),output_stride=16"."""
     init: str = "none"
-    """Weights to start from: "timm" (downloaded), "none" (random), a weights file or a run folder."""
+    """Initial weights: "none" (random), "timm" (pretrained, downloaded), a file of weights or a run folder."""
     size: Annotated[int, Range(16)] = 64
-    """Side of the training views, pixels."""
+    """Side of the training views in pixels."""
     epochs: Count = 100
-    """Epochs in all; with --rounds they are split evenly over the rounds."""
+    """Total number of epochs; --rounds splits them evenly."""
     passes: Natural = 0
-    """Encoder passes over images in all; over 0 it replaces --epochs (equal passes, equal compute)."""
+    """Total number of encoder passes over images; if above 0, it replaces --epochs (equal passes, equal compute)."""
     batch_size: Annotated[int, Range(2)] = 128
-    """Images a step and process."""
+    """Images per step and process."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Optimiser, fused."""
+    """Optimiser: fused AdamW, or fused SGD with momentum 0.9."""
     lr: Weight = 1e-3
-    """Peak learning rate, as it is (not scaled by the batch)."""
+    """Peak learning rate; it is not scaled by the batch size."""
     weight_decay: Weight = 1e-4
-    """Weight decay; norms and biases get none."""
+    """Weight decay; not applied to norms and biases."""
     warmup: Fraction = 0.05
-    """Share of the steps with a linear warm-up; then half a cosine to 0."""
+    """Fraction of the steps used for linear warm-up; then the learning rate falls to 0 as half a cosine."""
     clip: Weight = 5.0
-    """Largest gradient norm; 0 does not clip."""
+    """Largest gradient norm; 0 disables clipping."""
     amp: Literal["bf16", "off"] = "bf16"
-    """Autocast of the networks; losses accumulate in float32."""
+    """Autocast of the networks to bfloat16; losses accumulate in float32."""
     crop_scale: Annotated[float, Range(0, 1, open=True)] = 0.2
-    """Smallest share of an image's area that a crop takes."""
+    """Smallest fraction of the image area that a crop covers."""
     seed: Natural = 0
-    """Seed of weights, views and order."""
+    """Seed of the weights, the views and the order of the images."""
     holdout: Annotated[float, Range(0, 0.9)] = 0.0
-    """Share of the training split that is kept from training, for tuning."""
+    """Fraction of the training split that is held out from training, for tuning."""
     device: str = "auto"
-    """auto (CUDA when there), cpu, cuda, cuda:N."""
+    """auto, cpu, cuda or cuda:N; auto uses CUDA if available."""
     threads: Count = 2
-    """CPU threads of the data pipeline."""
+    """CPU threads of the data loader."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"
-    """Data pipeline."""
+    """Data loader; auto uses DALI if available."""
     log_every: Count = 20
-    """Steps between lines of metrics.jsonl."""
+    """Steps between rows of metrics.jsonl."""
     knn_every: Natural = 10
-    """Epochs between online scores (kNN; srgan also PSNR and SSIM); 0 for none."""
+    """Epochs between evaluations during training (kNN, and scores of the method); 0 disables them."""
     save_every: Count = 10
     """Epochs between checkpoints."""
     resume: bool = False
-    """Go on from RUN/last.pt."""
+    """Resume from RUN/last.pt if it exists."""
     compile: bool = False
-    """torch.compile the encoder."""
+    """Compile the encoder with torch.compile."""
 
     def check(self) -> None:
-        """Raise a UserError for options that do not go together."""
+        """Raise a UserError for options that contradict each other."""
 
     def learning_rate(self, step: int, total: int) -> float:
-        """Linear warm-up over ``warmup`` of the steps, then half a cosine from ``lr`` to 0; steps count from 0."""
+        """The learning rate of a step, from 0: linear warm-up over ``warmup`` of the steps, then half a cosine to 0."""
         warm = round(self.warmup * total)
         if step < warm:
             return self.lr * (step + 1) / warm
@@ -136,13 +136,13 @@ def read_toml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"The config file {path} does not exist: check the path.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"The config file {path} is no TOML: {error}.") from None
+        raise UserError(f"The config file {path} is not valid TOML: {error}.") from None
     except OSError as error:
         raise UserError(f"The config file {path} cannot be read ({error.strerror}): give a TOML file.") from None
 
 
 def with_values(config: C, values: dict[str, Any], source: str) -> C:
-    """``config`` with some fields replaced, names and types checked.
+    """``config`` with some fields replaced, after a check of names and types.
 
     Args:
         config: the defaults.
@@ -150,10 +150,10 @@ def with_values(config: C, values: dict[str, Any], source: str) -> C:
         source: where the values come from, for the message.
 
     Raises:
-        UserError: a name does not exist or a value is of the wrong type.
+        UserError: a field does not exist or a value has the wrong type.
     """
     fields = {f.name for f in dataclasses.fields(config)}
-    values = {k: v for k, v in values.items() if k != "environment"}  # a note in config.toml, no setting
+    values = {k: v for k, v in values.items() if k != "environment"}  # written to config.toml for information
     hints = get_type_hints(type(config))
     checked: dict[str, Any] = {}
     for name, value in values.items():
@@ -167,13 +167,13 @@ def with_values(config: C, values: dict[str, Any], source: str) -> C:
         if hint is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if (not choices and not isinstance(value, hint)) or (hint is int and isinstance(value, bool)):
-            raise UserError(f"{source} sets {name} = {value!r}: a value of type {hint.__name__} is needed.")
+            raise UserError(f"{source} sets {name} = {value!r}: give a value of type {hint.__name__}.")
         checked[key] = value
     return dataclasses.replace(config, **checked)
 
 
 def parse_values(config: "DataclassInstance", pairs: dict[str, str], source: str) -> dict[str, Any]:
-    """Field values from text, by the fields' types, for "name=value" lists."""
+    """Convert the texts of "name=value" lists to the types of the fields."""
     hints = get_type_hints(type(config))
     values: dict[str, Any] = {}
     for name, text in pairs.items():
@@ -183,18 +183,18 @@ def parse_values(config: "DataclassInstance", pairs: dict[str, str], source: str
                 text.lower() in ("1", "true", "yes") if hint is bool else hint(text) if hint in (int, float) else text
             )
         except ValueError:
-            raise UserError(f"{source} sets {name} = {text!r}: a value of type {hint.__name__} is needed.") from None
+            raise UserError(f"{source} sets {name} = {text!r}: give a value of type {hint.__name__}.") from None
     return values
 
 
 def validate(config: TrainConfig) -> None:
-    """Raise a UserError for a value that no run can use."""
+    """Raise a UserError for options that are missing, out of range or contradict each other."""
     if not config.data:
-        raise UserError("No data set is named: give --data DIR.")
+        raise UserError("No data set is given: give --data DIR.")
     if not config.out:
-        raise UserError("No run folder is named: give --out RUN.")
+        raise UserError("No run folder is given: give --out RUN.")
     if config.unlabelled and not config.takes_unlabelled:
-        raise UserError("--unlabelled adds images that supervised training has no use for: leave it out.")
+        raise UserError("--unlabelled adds images that supervised training cannot use: leave it out.")
     check_ranges(config)
     config.check()
 
@@ -221,7 +221,7 @@ def check_ranges(config: TrainConfig) -> None:
 
 
 def to_toml(config: TrainConfig, method: str) -> str:
-    """The configuration as TOML: the method's name, the options, and under [environment] the versions."""
+    """The configuration as TOML: the name of the method, the options, and the versions under [environment]."""
     from fgfast.info import versions
 
     def text(value: Any) -> str:

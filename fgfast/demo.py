@@ -1,4 +1,4 @@
-"""The main job in minutes: synthetic photographs, PARTICLE, scores before and after, a report."""
+"""A complete run in minutes: a synthetic data set, PARTICLE, scores before and after, a report."""
 
 from pathlib import Path
 
@@ -10,15 +10,15 @@ EPOCHS_PER_MINUTE = 10  # of 1,000 training images on 2 CPU cores
 
 
 def demo(out: Path = Path("runs/demo"), minutes: float = 5.0, device: str = "auto") -> None:
-    """Draw an easy set, train PARTICLE from random weights, score before and after, draw what it sees, report.
+    """Draw an easy data set, train PARTICLE from random weights, score before and after, draw figures, write a report.
 
     Args:
-        out: folder that is written: data/ (reused) and particle/ (a finished run is reused, an unfinished one goes on).
-        minutes: about how long to train on 2 CPU cores; a GPU takes less.
-        device: auto, cpu, cuda.
+        out: output folder: data/ (reused) and particle/ (a finished run is reused, an unfinished one is resumed).
+        minutes: approximate training time on 2 CPU cores; a GPU takes less.
+        device: auto, cpu, cuda or cuda:N.
 
     Raises:
-        UserError: the folder cannot be used.
+        UserError: the folder cannot be used, or ``minutes`` is not positive.
     """
     from rich.console import Console
     from rich.table import Table
@@ -35,7 +35,7 @@ def demo(out: Path = Path("runs/demo"), minutes: float = 5.0, device: str = "aut
 
     check_range("--minutes", minutes, Range(0, open=True))
     console = Console()
-    chosen = choose_device(device)
+    torch_device = choose_device(device)
     data = generate(out / "data", difficulty=0.2, nuisance=0.5)
     console.print(f"synthetic set: {len(open_images(data))} images of 20 classes in {data}", soft_wrap=True)
     run = out / "particle"
@@ -51,15 +51,15 @@ def demo(out: Path = Path("runs/demo"), minutes: float = 5.0, device: str = "aut
     for column in ("protocol", "before", "after"):
         table.add_column(column)
     for protocol in ("linear", "knn"):
-        scores = [evaluate(run, protocol, data, checkpoint=c, device=chosen) for c in ("init", "last")]
+        scores = [evaluate(run, protocol, data, checkpoint=c, device=torch_device) for c in ("init", "last")]
         table.add_row(f"{protocol} top-1", *(f"{s.top1:.1%} ({s.low:.1%} to {s.high:.1%})" for s in scores))
     for key in ("nmi", "ari"):
-        found = [score_discovery(run, data, checkpoint=c, device=chosen)[key] for c in ("init", "last")]
-        table.add_row(f"parts against the true ones, {key.upper()}", *(f"{v:.3f}" for v in found))
-    images = draw_run(run, data, device=chosen)
+        agreement = [score_discovery(run, data, checkpoint=c, device=torch_device)[key] for c in ("init", "last")]
+        table.add_row(f"agreement of parts with the true ones, {key.upper()}", *(f"{v:.3f}" for v in agreement))
+    figures = draw_run(run, data, device=torch_device)
     report = write_report(run)
     console.print(table)
-    console.print(f"parts found: {next(p for p in images if p.name == 'parts.png')}", soft_wrap=True)
+    console.print(f"parts found: {next(p for p in figures if p.name == 'parts.png')}", soft_wrap=True)
     console.print(f"report:      {report}", soft_wrap=True)
     if not torch.cuda.is_available():
-        console.print("(ran on the CPU; a GPU is used when there is one)")
+        console.print("(ran on the CPU: no GPU was found)")

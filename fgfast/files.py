@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever happens while they are written."""
+"""Atomic writes: a file is complete or absent, whatever interrupts the write."""
 
 import json
 import os
@@ -9,24 +9,24 @@ from typing import Any
 
 
 def write_atomic(path: Path, write: Callable[[Path], object], *, durable: bool = False) -> None:
-    """Let ``write`` fill a file beside ``path``, then put it in place of ``path`` in one step.
+    """Let ``write`` write a partial file beside ``path``, then rename it to ``path``.
 
-    The old file stays as it was when ``write`` fails, whatever the reason. Several processes may write one path.
+    If ``write`` fails, the old file stays as it was. Several processes may write the same path.
 
     Args:
-        path: the file; its folder is made where it is missing.
-        write: fills the path that it is given.
-        durable: wait until the disk has it, so that a loss of power cannot leave an empty file.
+        path: the file; its folder is created if it is missing.
+        write: writes the file whose path it is given.
+        durable: wait until the data is on the disk, because a power failure could otherwise leave an empty file.
 
     Raises:
-        OSError: what ``write`` raised, with ``path`` as its file name where it named none or the partial file.
+        OSError: an error of ``write``; if it names no file or the partial one, it names ``path`` instead.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_atomic(Path(folder, "a.txt"), lambda p: p.write_text("whole"))
+        ...     write_atomic(Path(folder, "a.txt"), lambda p: p.write_text("complete"))
         ...     Path(folder, "a.txt").read_text()
-        'whole'
+        'complete'
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
@@ -39,10 +39,10 @@ def write_atomic(path: Path, write: Callable[[Path], object], *, durable: bool =
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(partial)):
-            error.filename = str(path)  # what the user knows; a full disk names no file at all
+            error.filename = str(path)  # the file that the user knows; the error of a full disk names none
         raise
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON in place of ``path``."""
+    """Write ``value`` to ``path`` as JSON, atomically."""
     write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))

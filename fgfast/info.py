@@ -1,4 +1,4 @@
-"""What runs here: versions, devices, backends, and why one is missing."""
+"""Versions, devices and backends, with the reason why a backend is missing."""
 
 import importlib.metadata
 import os
@@ -20,23 +20,23 @@ def _version(package: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what this process runs on: Python, fgfast, the packages that matter, the device, the system.
+    """Versions of Python, fgfast and the main packages, and the names of the device and the system.
 
     Example:
         >>> import fgfast
         >>> versions()["fgfast"] == fgfast.__version__
         True
     """
-    found = {"python": platform.python_version(), "fgfast": _version("fgfast")} | {p: _version(p) for p in _PACKAGES}
+    packages = {"python": platform.python_version(), "fgfast": _version("fgfast")} | {p: _version(p) for p in _PACKAGES}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    return found | {"device": device, "system": f"{platform.system()} {platform.machine()}"}
+    return packages | {"device": device, "system": f"{platform.system()} {platform.machine()}"}
 
 
 def info() -> dict[str, Any]:
     """Versions, devices and backends as plain values.
 
     Returns:
-        {"versions": {package: version}, "devices": [text], "backends": {name: "ready ..." or why it is missing}}
+        {"versions": {package: version}, "devices": [text], "backends": {name: "ready ..." or the reason}}
     """
     devices = [f"cpu: {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"]
     for i in range(torch.cuda.device_count()):
@@ -53,7 +53,7 @@ def info() -> dict[str, Any]:
 
 
 def as_text(values: dict[str, Any]) -> str:
-    """:func:`info` for people."""
+    """The values of :func:`info` as text."""
     lines = [f"{name:<20} {version}" for name, version in values["versions"].items()]
     lines += ["", *values["devices"], ""]
     lines += [

@@ -1,4 +1,4 @@
-"""Files of a run folder, written so that a crash at any moment leaves the last good one in place."""
+"""Files of a run folder, written atomically: a crash leaves the previous file in place."""
 
 import tomllib
 from pathlib import Path
@@ -28,7 +28,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, method: str) -> dict[str, Any]:
-    """A checkpoint of a run, checked to be of ``method``; loaded with weights_only=True.
+    """Load a checkpoint of a run of ``method``, with weights_only=True.
 
     Raises:
         UserError: the file is missing or broken, or belongs to another method.
@@ -36,30 +36,30 @@ def load_checkpoint(path: Path, method: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"There is no checkpoint {path}: train first, or leave out --resume.")
     state = read_checkpoint(path)
-    found = state.get("name")
-    if found != method:
-        raise UserError(f"The checkpoint {path} is of the method {found!r}, not {method!r}: give its own run folder.")
+    name = state.get("name")
+    if name != method:
+        raise UserError(f"The checkpoint {path} is of the method {name!r}, not {method!r}: give a run of {method}.")
     return state
 
 
 def save_encoder(path: Path, encoder: nn.Module, model: str) -> None:
-    """Write the bare network as safetensors; ``timm.create_model(model, checkpoint_path=...)`` loads it back."""
+    """Write a timm network as safetensors; ``timm.create_model(model, checkpoint_path=...)`` loads it."""
     from safetensors.torch import save
 
     state = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
-    content = save(state, {"format": "pt", "timm_model": model})  # its save_file hides the error of a full disk
+    content = save(state, {"format": "pt", "timm_model": model})  # save_file would hide the error of a full disk
     write_atomic(path, lambda p: p.write_bytes(content), durable=True)
 
 
 def read_options(run: Path) -> tuple[str, dict[str, Any]]:
-    """The method's name and the options of a run, as its config.toml has them.
+    """The name of the method and the options of a run, as read from its config.toml.
 
     Raises:
-        UserError: the folder is no run.
+        UserError: the folder is not a run folder.
     """
     file = run / "config.toml"
     if not file.is_file():
-        raise UserError(f"{run} is no run folder (it has no config.toml): give the --out of fgfast pretrain.")
+        raise UserError(f"{run} is not a run folder (it has no config.toml): give the --out of fgfast pretrain.")
     try:
         values = tomllib.loads(file.read_text())
     except tomllib.TOMLDecodeError as error:

@@ -1,5 +1,5 @@
-"""Moved to :mod:`fgfast.kernels.sanitizer`."""
+"""Deprecated: use :mod:`fgfast.kernels.sanitizer`."""
 
-from fgfast.deprecated import moved
+from fgfast.deprecated import forward_names
 
-__getattr__ = moved(__name__, "fgfast.kernels.sanitizer")
+__getattr__ = forward_names(__name__, "fgfast.kernels.sanitizer")

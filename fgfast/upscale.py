@@ -1,4 +1,4 @@
-"""Images four times as large, made by a trained generator: ``fgfast upscale``."""
+"""Enlarge images four times with a trained generator: ``fgfast upscale``."""
 
 import logging
 from dataclasses import replace
@@ -12,46 +12,47 @@ from fgfast.data.manifest import read_image
 from fgfast.data.panels import to_pixels
 from fgfast.errors import UserError
 from fgfast.files import write_atomic
+from fgfast.methods.run_folder import Checkpoint, read_run
 from fgfast.methods.srgan import FACTOR, SRGAN, SRGANConfig
-from fgfast.methods.stored import Checkpoint, read_run
 from fgfast.models.srgan import Generator
 from fgfast.run import load_checkpoint
 
 log = logging.getLogger("fgfast")
 
-PIECE = 128  # side of the piece of an image that is enlarged at a time, without its surroundings
+PIECE = 128  # side of the pieces in which an image is enlarged, without their surroundings
 
 
 def upscale(
     run: Path, images: list[Path], out: Path, *, checkpoint: Checkpoint = "last", device: torch.device
 ) -> list[Path]:
-    """Write OUT/NAME.png, four times as large, for every image that can be read; the others are named in the log.
+    """Write OUT/NAME.png, four times as large, for every readable image; a warning is logged for each of the others.
 
     Args:
         run: run folder of srgan.
-        images: images of any size and kind (grey, CMYK, 16 bits, turned by EXIF).
-        out: folder that is written; each image at once or not at all.
+        images: image files of any size and mode (grey, CMYK, 16 bits, rotated by EXIF).
+        out: output folder; each file is written atomically.
         checkpoint: "init" or "last".
-        device: where the generator runs.
+        device: device of the generator.
 
     Returns:
         The files written.
 
     Raises:
-        UserError: the run is of another method, two images have the same name, one would be replaced, or none can be
-            read.
+        UserError: the run is of another method, two images have the same name, an image would be overwritten, or none
+            can be read.
     """
     name, config = read_run(run)
     if not isinstance(config, SRGANConfig):
-        raise UserError(f"{run} is a run of {name}, which makes no images: give one of srgan.")
-    twice = [p for i, p in enumerate(images) if p.stem in {q.stem for q in images[:i]}]
-    if twice:
-        raise UserError(f"Two images would become {twice[0].stem}.png, {twice[0]} one of them: enlarge them apart.")
+        raise UserError(f"{run} is a run of {name}, which has no generator: give a run of srgan.")
+    repeated = [p for i, p in enumerate(images) if p.stem in {q.stem for q in images[:i]}]
+    if repeated:
+        first = repeated[0]
+        raise UserError(f"Two images would be written to {first.stem}.png ({first} is one): enlarge them separately.")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: give another --out.")
-    own = [p for p in images if (out / f"{p.stem}.png").resolve() == p.resolve()]
-    if own:
-        raise UserError(f"{own[0]} would be replaced by its enlargement: give another --out.")
+    overwritten = [p for p in images if (out / f"{p.stem}.png").resolve() == p.resolve()]
+    if overwritten:
+        raise UserError(f"{overwritten[0]} would be overwritten by its enlargement: give another --out.")
     method = SRGAN(replace(config, init="none"))
     method.load_state_dict(load_checkpoint(run / f"{checkpoint}.pt", name)["method"])
     generator = method.generator.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
@@ -60,7 +61,7 @@ def upscale(
         try:
             pixels = read_image(str(path))
         except OSError as error:
-            log.warning("skipped %s, which is no image that can be read: %s", path, error)
+            log.warning("skipped %s, which cannot be read as an image: %s", path, error)
             continue
         large, target = Image.fromarray(enlarge(generator, pixels)), out / f"{path.stem}.png"
         write_atomic(target, lambda p, large=large: large.save(p, format="PNG"))  # type: ignore[misc]
@@ -72,9 +73,9 @@ def upscale(
 
 @torch.no_grad()
 def enlarge(generator: Generator, pixels: np.ndarray, tile: int = PIECE) -> np.ndarray:
-    """An image four times as large, made piece by piece, so that memory does not grow with it.
+    """Enlarge an image four times, piece by piece to bound the memory of the network.
 
-    A piece is enlarged together with all the pixels around it that its own depend on, so pieces leave no seams.
+    A piece is enlarged together with its receptive field around it, so there are no seams between pieces.
 
     Args:
         generator: in evaluation mode.

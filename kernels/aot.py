@@ -1,9 +1,9 @@
 """Compile every kernel without a GPU: ``python -m fgfast.kernels.aot [--arch sm_90 ...] [--default-only]``.
 
-Every :class:`~fgfast.kernels.common.AotCase` that a file of this folder offers is compiled for each architecture, and
-a table of registers, spilled bytes and shared memory is printed. The exit status is 1 when a case that was not measured
-spills or any case needs more shared memory than the part has. Reports are kept by the hash of what they depend on, the
-version of Triton included; ``--recorded FILE`` takes those that were recorded, by the same hash, from a CSV file.
+Every :class:`~fgfast.kernels.common.AotCase` of the package is compiled for each architecture, and a table of
+registers, spilled bytes and shared memory is printed. The exit status is 1 if a case of a default row spills or any
+case needs more shared memory than its row or architecture allows. Reports are cached by a hash of everything they
+depend on, including the version of Triton; ``--recorded FILE`` also reads reports with such hashes from a CSV file.
 """
 
 import argparse
@@ -35,19 +35,19 @@ Job = tuple[str, str, str]  # module, name of the case, architecture
 
 
 class Report(NamedTuple):
-    """What a compilation needs: registers a thread, spilled bytes a thread, bytes of shared memory a program."""
+    """Resources of a compiled case: registers and spilled bytes per thread, bytes of shared memory per program."""
 
     registers: int
     spilled: int
     shared: int
-    error: str = ""  # of a case that does not compile
+    error: str = ""  # if the case does not compile
 
 
 MEASURED = Report._fields[:3]  # the numbers
 
 
 def modules() -> Iterator[str]:
-    """Names of the kernel files that offer cases."""
+    """Names of the modules with ``aot_cases()``."""
     for module in pkgutil.walk_packages([str(HERE)], "fgfast.kernels."):
         if hasattr(importlib.import_module(module.name), "aot_cases"):
             yield module.name
@@ -55,19 +55,19 @@ def modules() -> Iterator[str]:
 
 @cache
 def cases(module: str) -> dict[str, AotCase]:
-    """The cases of a kernel file by their names."""
+    """The cases of a module by name."""
     found = list(importlib.import_module(module).aot_cases())
     for loaded in [m for name, m in sys.modules.items() if name.startswith("fgfast.kernels.")]:
         for function in vars(loaded).values():
             if hasattr(function, "starting_line_number"):
-                function.starting_line_number = 0  # part of Triton's key, though lines above a kernel do not change it
+                function.starting_line_number = 0  # part of Triton's key, but without effect on the compiled code
     by_name = {case.name: case for case in found}
-    assert len(by_name) == len(found), f"two cases of {module} have one name"
+    assert len(by_name) == len(found), f"two cases of {module} have the same name"
     return by_name
 
 
 def jobs(architectures: Sequence[str], default_only: bool, only: str = "") -> list[Job]:
-    """What is to be compiled; ``only`` is a part of the names wanted."""
+    """The compilations to make, of cases whose name contains ``only``."""
     return [
         (module, case.name, arch)
         for module in modules()
@@ -81,13 +81,13 @@ def jobs(architectures: Sequence[str], default_only: bool, only: str = "") -> li
 def compile_case(job: Job) -> Report:
     """Compile one case for one architecture."""
     try:
-        return _compiled(*job)
-    except Exception as error:  # the compiler's own errors, of any kind, belong into the table
+        return _compile(*job)
+    except Exception as error:  # the table reports compiler errors of any kind
         return Report(0, 0, 0, f"{type(error).__name__}: {error}")
 
 
 def _leaves(kind: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
-    """The types within a type that may be a tuple, each with its place."""
+    """The types within a type that may be a tuple, each with its position."""
     if isinstance(kind, str):
         yield path, kind
     else:
@@ -95,35 +95,35 @@ def _leaves(kind: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...],
             yield from _leaves(inner, (*path, i))
 
 
-def _plain(kind: Any) -> Any:
-    """A type as Triton writes it.
+def _triton_type(kind: Any) -> Any:
+    """The type of a signature without ":16" and "=1".
 
     Example:
-        >>> _plain(("*fp32:16", ("i32", "constexpr=1")))
+        >>> _triton_type(("*fp32:16", ("i32", "constexpr=1")))
         ('*fp32', ('i32', 'constexpr'))
     """
-    return re.split("[:=]", kind)[0] if isinstance(kind, str) else tuple(map(_plain, kind))
+    return re.split("[:=]", kind)[0] if isinstance(kind, str) else tuple(map(_triton_type, kind))
 
 
-def _compiled(module: str, name: str, arch: str) -> Report:
+def _compile(module: str, name: str, arch: str) -> Report:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     case = cases(module)[name]
     signature = {name: case.signature.get(name, "constexpr") for name in case.kernel.arg_names}
-    leaves = {path: kind for i, whole in enumerate(signature.values()) for path, kind in _leaves(whole, (i,))}
+    leaves = {path: kind for i, full in enumerate(signature.values()) for path, kind in _leaves(full, (i,))}
     source = ASTSource(
         fn=case.kernel,
-        signature={name: _plain(kind) for name, kind in signature.items()},
+        signature={name: _triton_type(kind) for name, kind in signature.items()},
         constexprs=case.constexprs | {path: int(kind[10:]) for path, kind in leaves.items() if "=" in kind},
         attrs={path: [["tt.divisibility", int(kind[-2:])]] for path, kind in leaves.items() if ":" in kind},
     )
-    amd = arch.startswith("gfx")
-    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    options = launch_options(case.num_warps, case.num_stages, 0 if amd else case.registers)
+    is_amd = arch.startswith("gfx")
+    target = GPUTarget("hip", arch, 64) if is_amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    options = launch_options(case.num_warps, case.num_stages, 0 if is_amd else case.registers)
     compiled = triton.compile(source, target=target, options=options)
-    return _amd(compiled) if amd else _nvidia(compiled)
+    return _amd(compiled) if is_amd else _nvidia(compiled)
 
 
 def _nvidia(compiled: Any) -> Report:
@@ -145,14 +145,14 @@ def _amd(compiled: Any) -> Report:
     return Report(int(used["vgpr_count"]), spilled, compiled.metadata.shared)
 
 
-def _folder() -> Path:
+def _cache_folder() -> Path:
     chosen = os.environ.get("FGFAST_CACHE")
     base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fgfast"
     return base / "aot"
 
 
 def _key(job: Job) -> str:
-    """What a report depends on: Triton, the sources of the kernel and of what it calls, types, constants, target."""
+    """A hash of Triton's version, the source of the kernel and of all it calls, types, constants and target."""
     import triton
 
     module, name, arch = job
@@ -165,11 +165,11 @@ def _key(job: Job) -> str:
 
 
 def _workers(number: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(number, mp_context=get_context("spawn"))  # a fork would take over torch's threads
+    return ProcessPoolExecutor(number, mp_context=get_context("spawn"))  # a fork is unsafe with the threads of torch
 
 
-def _compiled_all(missing: dict[str, Job], workers: int) -> Iterator[tuple[str, Report]]:
-    """The report of each job with its key, as they are done."""
+def _compile_all(missing: dict[str, Job], workers: int) -> Iterator[tuple[str, Report]]:
+    """The report of each job with its key, in order of completion."""
     left = dict(missing)
     try:
         with _workers(workers) as pool:
@@ -177,23 +177,23 @@ def _compiled_all(missing: dict[str, Job], workers: int) -> Iterator[tuple[str, 
             for future in as_completed(futures):
                 yield futures[future], future.result()
                 del left[futures[future]]
-    except BrokenProcessPool:  # an assertion of the compiler, in one of those that are left: each by itself
+    except BrokenProcessPool:  # the compiler aborted on one of the jobs left: compile each in its own process
         for key, job in left.items():
             with _workers(1) as pool:
                 try:
                     yield key, pool.submit(compile_case, job).result()
                 except BrokenProcessPool:
-                    yield key, Report(0, 0, 0, "the compiler ended its own process")
+                    yield key, Report(0, 0, 0, "the compiler aborted its process")
 
 
-def _recorded(file: Path) -> dict[str, tuple[int, ...]]:
-    """Registers, spilled and shared bytes by key."""
+def _read_record(file: Path) -> dict[str, tuple[int, ...]]:
+    """Registers, spilled bytes and shared bytes by key, from a CSV file."""
     with file.open(newline="") as lines:
         return {row["key"]: tuple(int(row[name]) for name in MEASURED) for row in csv.DictReader(lines)}
 
 
 def rows(found: dict[Job, Report]) -> list[dict[str, Any]]:
-    """Reports as rows of a table, each with the key under which it may be found again."""
+    """Reports as rows of a table, each with its cache key."""
     import triton
 
     known = {"triton": triton.__version__}
@@ -205,25 +205,25 @@ def rows(found: dict[Job, Report]) -> list[dict[str, Any]]:
 
 
 def kernel_of(job: Job) -> str:
-    """File and function of the kernel of a job, "contrast forward"."""
+    """Operation (folder or file) and kernel of a job, such as "contrast forward"."""
     module, name, _ = job
-    return f"{module.rpartition('.')[2]} {cases(module)[name].kernel.__name__.strip('_')}"
+    return f"{module.split('.')[2]} {cases(module)[name].kernel.__name__.removesuffix('_kernel')}"
 
 
 def reports(wanted: list[Job], workers: int = 2, recorded: Path | None = None) -> dict[Job, Report]:
-    """The report of each job, from the record, from the cache or compiled now, in the order given."""
-    path = _folder() / "reports.json"
+    """The report of each job, from the record, from the cache or compiled now, in the given order."""
+    path = _cache_folder() / "reports.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    known |= _recorded(recorded) if recorded else {}
+    known |= _read_record(recorded) if recorded else {}
     keys = {job: _key(job) for job in wanted}
-    missing = {key: job for job, key in keys.items() if key not in known}  # rows may share a compilation
-    for key, report in _compiled_all(missing, workers):
+    missing = {key: job for job, key in keys.items() if key not in known}  # rows may have the same compilation
+    for key, report in _compile_all(missing, workers):
         known[key] = report
-        _keep({key: report for key, report in known.items() if not Report(*report).error}, path)
+        _store_reports({key: report for key, report in known.items() if not Report(*report).error}, path)
     return {job: Report(*known[keys[job]]) for job in wanted}
 
 
-def _keep(known: dict[str, Report], path: Path) -> None:
+def _store_reports(known: dict[str, Report], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(known))
@@ -231,11 +231,11 @@ def _keep(known: dict[str, Report], path: Path) -> None:
 
 
 def faults(found: dict[Job, Report]) -> list[str]:
-    """What is wrong with the reports, a sentence each.
+    """The faults of the reports, one sentence each.
 
     Example:
-        >>> faults({("fgfast.kernels.kmeans.step", "kmeans reduce", "sm_90"): Report(255, 8, 1024)})
-        ['kmeans reduce spills 8 bytes a thread on sm_90']
+        >>> faults({("fgfast.kernels.kmeans.cases", "kmeans reduce", "sm_90"): Report(255, 8, 1024)})
+        ['kmeans reduce spills 8 bytes per thread on sm_90']
     """
     wrong = []
     for (module, name, arch), report in found.items():
@@ -243,32 +243,34 @@ def faults(found: dict[Job, Report]) -> list[str]:
             wrong.append(f"{name} does not compile for {arch}: {report.error}")
         case = cases(module)[name]
         if report.spilled and not case.tuned:
-            wrong.append(f"{name} spills {report.spilled} bytes a thread on {arch}")
+            wrong.append(f"{name} spills {report.spilled} bytes per thread on {arch}")
         most = min(SHARED[arch], case.shared or SHARED[arch])
         if report.shared > most * 1024:
-            wrong.append(f"{name} needs {report.shared} bytes of shared memory on {arch}, and may have {most} KiB")
+            wrong.append(
+                f"{name} needs {report.shared} bytes of shared memory on {arch}, more than the {most} KiB allowed"
+            )
     return wrong
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m fgfast.kernels.aot", description="Compile the kernels, no GPU.")
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
-    parser.add_argument("--default-only", action="store_true", help="leave out measured rows, and rare variants")
-    parser.add_argument("--only", default="", metavar="TEXT", help="the cases with this text in their name")
+    parser.add_argument("--default-only", action="store_true", help="leave out measured rows and rare variants")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cases with this text in their name")
     parser.add_argument(
-        "--recorded", type=Path, metavar="FILE", help="a CSV file of reports, taken where they still hold"
+        "--recorded", type=Path, metavar="FILE", help="a CSV file of reports, used where they are still valid"
     )
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="where the reports are written too")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the reports to this file")
     chosen = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled; triton reads it on import
     found = reports(jobs(chosen.arch, chosen.default_only, chosen.only), recorded=chosen.recorded)
     if chosen.csv and found:
-        made = rows(found)
+        table = rows(found)
         with chosen.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(made[0]), lineterminator="\n")
+            writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(made)
+            writer.writerows(table)
     width = max((len(name) for _, name, _ in found), default=4)
     print(f"{'case':<{width}} {'arch':>7} {'registers':>9} {'spilled':>8} {'shared':>8}")
     for (_, name, arch), report in found.items():

@@ -1,7 +1,7 @@
-"""Assignment and pooling together: a step of k-means whose sums, divided, are the pooled features.
+"""Assignment and pooling in one call: the sums of a k-means step, divided by the areas, are the pooled features.
 
-Euclidean: one launch reads the features [B, D, h, w] once. Cosine: the sums of the step are those of unit vectors, so
-the features are pooled by a second launch, from the labels.
+Euclidean: one launch reads the features [B, D, h, w] once. Cosine: the step sums unit vectors, hence a second launch
+pools the features by the labels.
 """
 
 import torch
@@ -15,7 +15,7 @@ from fgfast.kernels.part_pool.launch import pool
 def assign_and_pool(
     features: Tensor, centroids: Tensor, weight: Tensor | None, metric: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Means [B, K, D], area float32 [B, K] and labels int64 [B, h, w] of features that are not empty."""
+    """Means [B, K, D], area float32 [B, K] and labels int64 [B, h, w]; the features must not be empty."""
     flat = None if weight is None else weight.flatten(1)
     with on_device_of(features):
         labels, sums, area, _ = kmeans_step(features, centroids, flat, metric, "ieee", True)

@@ -1,7 +1,7 @@
-"""What every kernel file shares: whether Triton interprets, and what that changes.
+"""Helpers of every kernel file: compilation cases, launch options, and the differences of Triton's interpreter.
 
-Under TRITON_INTERPRET=1 arithmetic on bfloat16 works on raw bits and a store of float32 to bfloat16 truncates. So a
-kernel takes a constexpr UPCAST: loads are converted to float32 at once (:func:`widened`), and the host allocates
+Under TRITON_INTERPRET=1 arithmetic on bfloat16 works on raw bits and a store of float32 to bfloat16 truncates. Hence a
+kernel takes a constexpr UPCAST: loads are converted to float32 at once (:func:`upcast`), and the host allocates
 float32 outputs and converts them afterwards (:func:`output_dtype`). Compiled kernels have UPCAST False.
 """
 
@@ -17,10 +17,10 @@ import triton.language as tl
 class AotCase(NamedTuple):
     """One compilation that :mod:`fgfast.kernels.aot` makes without a GPU.
 
-    A kernel file offers its own through ``aot_cases()``. The signature maps every argument to its type as Triton writes
-    it ("*bf16", "i32", "constexpr"), with ":16" behind it for a pointer or integer that is a multiple of 16, and the
-    types of a tuple as a tuple, in which "constexpr=1" is the constant 1. A row that serves some architectures names
-    them; a case that is like others, but for little, is rare.
+    A module lists its cases in ``aot_cases()``. The signature maps every argument to its Triton type ("*bf16", "i32",
+    "constexpr"), followed by ":16" for a pointer or integer that is a multiple of 16. The type of a tuple is a tuple of
+    types, in which "constexpr=1" is the constant 1. ``archs`` are the architectures that use the row of the case. A
+    case that differs little from others is ``rare``.
     """
 
     name: str
@@ -29,22 +29,22 @@ class AotCase(NamedTuple):
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int
-    archs: tuple[str, ...] = ()  # () for each
+    archs: tuple[str, ...] = ()  # () for all
     rare: bool = False  # left out by --default-only
-    tuned: bool = False  # of a measured row, which may spill if it was fastest all the same
+    tuned: bool = False  # of a measured row, which may spill if it was the fastest
     registers: int = 0  # see launch_options
-    shared: int = 0  # KiB of shared memory that its row says to suffice; 0 for what the part has
+    shared: int = 0  # KiB of shared memory that its row allows; 0 for the limit of the architecture
 
 
 COMPILER: tuple[int, ...] = tuple(int(n) for n in triton.__version__.split(".")[:2])
-MOST_REGISTERS = 255  # a thread can have on an NVIDIA GPU
+MOST_REGISTERS = 255  # per thread on an NVIDIA GPU
 
 
 def launch_options(warps: int, stages: int, registers: int = 0) -> dict[str, int]:
-    """What a launch takes as keywords.
+    """Keyword arguments of a launch.
 
-    ``registers`` is the budget of a thread on NVIDIA GPUs; at 0 ptxas aims at an occupancy of its own choice, and may
-    spill a few registers for it.
+    ``registers`` is the budget per thread on NVIDIA GPUs; with 0 ptxas chooses an occupancy and may spill a few
+    registers to reach it.
     """
     budget = {"maxnreg": registers} if registers and torch.version.hip is None else {}
     return {"num_warps": warps, "num_stages": stages, **budget}
@@ -56,16 +56,16 @@ def interpreted() -> bool:
 
 
 def output_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a kernel stores a result that is wanted in ``dtype``."""
+    """The dtype in which a kernel stores a result of ``dtype``: float32 for half precision in the interpreter."""
     return torch.float32 if interpreted() and dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def on_device_of(x: torch.Tensor) -> AbstractContextManager[None]:
-    """Triton launches on the current device: make it that of ``x``."""
+    """Make the device of ``x`` current, on which Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 @triton.jit
-def widened(x, UPCAST: tl.constexpr):
-    """x, as float32 under the interpreter."""
+def upcast(x, UPCAST: tl.constexpr):
+    """x, converted to float32 if UPCAST (under the interpreter)."""
     return x.to(tl.float32) if UPCAST else x

@@ -1,10 +1,10 @@
 """Tile sizes by operation, architecture and dtype: fixed tables, because tuning at run time needs a device and time.
 
-A row is chosen by :func:`config`: one that was measured on this architecture (``tuned.py``, written by
-``python -m fgfast.kernels.tune``) before the ones below, those of this architecture before the default ones, and among
-these the first whose channels and shared memory suffice; but a row of a narrower kind ("fp16") always before one of a
-wider kind ("half"). Sizes are powers of two. A row that spills with older compilers names the Triton that it is
-``since``, and one for those stands behind it.
+:func:`config` chooses a row: rows measured on this architecture (``tuned.py``, written by
+``python -m fgfast.kernels.tune``) precede those below, rows of this architecture precede default rows, and the first
+with enough channels and shared memory is taken; but a row of a more specific kind ("fp16") always precedes one of a
+more general kind ("half"). Sizes are powers of two. A row that spills with older compilers gives the first Triton
+version it is for (``since``), and is followed by a row for older ones.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,29 +17,29 @@ import torch
 from fgfast.kernels.common import COMPILER, MOST_REGISTERS, launch_options
 from fgfast.kernels.tuned import TUNED
 
-SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB a program may have
+SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB per program
 
 
 class Row(NamedTuple):
-    """One row: for what it is, the tiles, warps and stages, and the shared memory that suffices.
+    """One row of the table: its kind, tile sizes, warps, stages and limits.
 
     ``kind`` is "half" (bfloat16 and float16) or "fp32"; for kmeans_step also "half aligned" (rows of pixels or channels
-    that start at multiples of 16 elements) and "half gaps" (neither that, nor without gaps between rows); for the
-    contrast how products are made: "half", "fp16", "tf32" or "ieee".
+    start at multiples of 16 elements) and "half gaps" (not aligned, with gaps between rows); for the contrast the kind
+    of products: "half", "fp16", "tf32" or "ieee".
     """
 
     kind: str
     tiles: dict[str, int]
     warps: int
     stages: int
-    shared: int  # KiB; fgfast.kernels.aot holds the compiled kernels to it
+    shared: int  # KiB of shared memory that suffice; checked by fgfast.kernels.aot
     registers: int = 0  # see launch_options
-    channels: int = 0  # most channels that it serves, 0 for any
-    since: tuple[int, int] = (0, 0)  # the oldest Triton with which it does not spill
+    channels: int = 0  # most channels, 0 for any number
+    since: tuple[int, int] = (0, 0)  # oldest Triton version with which it does not spill
 
     @property
     def launch(self) -> dict[str, int]:
-        """What a launch takes as keywords."""
+        """Keyword arguments of a launch."""
         return launch_options(self.warps, self.stages, self.registers)
 
 
@@ -47,7 +47,11 @@ def contrast_row(
     kind: str, most: int, x: int, y: int, compared: int, d: int, warps: int, stages: int, shared: int,
     registers: int = 0, since: tuple[int, int] = (0, 0),
 ) -> Row:  # fmt: skip
-    """Vectors kept, vectors a step, of them compared at a time, channels at a time: each one where d is ``most``."""
+    """A row for up to ``most`` channels, all in one tile if d equals ``most``.
+
+    ``x``: vectors that a program keeps; ``y``: vectors per step; ``compared``: vectors whose ids are compared at a
+    time; ``d``: channels at a time.
+    """
     tiles = {"BLOCK_X": x, "BLOCK_Y": y, "BLOCK_S": compared, "BLOCK_D": d, "WHOLE": int(d == most)}
     return Row(kind, tiles, warps, stages, shared, registers, most, since)
 
@@ -55,8 +59,10 @@ def contrast_row(
 def kmeans_row(
     kind: str, n: int, d: int, s: int, held: int, most: int, warps: int, stages: int, shared: int, registers: int = 0
 ) -> Row:
-    """Pixels and channels of a tile of scores, channels of a tile of sums, padded sums that a program keeps in its
-    registers, 96 or 128 a thread, and padded clusters of such a program.
+    """A row of kmeans_step.
+
+    ``n``, ``d``: pixels and channels of a tile of scores; ``s``: channels of a tile of sums; ``held``: padded sums that
+    a program keeps in registers, 96 or 128 per thread; ``most``: padded clusters of such a program.
     """
     tiles = {"BLOCK_N": n, "BLOCK_D": d, "BLOCK_S": s, "HELD": held, "MOST_K": most}
     return Row(kind, tiles, warps, stages, shared, registers)
@@ -70,20 +76,20 @@ SMALL_CONTRAST = (
 )
 
 ROWS: dict[tuple[str, str], tuple[Row, ...]] = {
-    # A channel block of 256 bytes a pixel keeps the labels, which each block reads again, under 5% of the traffic.
+    # With channel blocks of 256 bytes per pixel, the labels, read once per block, stay below 5% of the traffic.
     ("part_pool", "default"): (
         Row("half", {"BLOCK_D": 128, "BLOCK_P": 64}, 8, 3, 64),
         Row("half", {"BLOCK_D": 64, "BLOCK_P": 32}, 4, 1, 32),
         Row("fp32", {"BLOCK_D": 64, "BLOCK_P": 32}, 4, 3, 64, MOST_REGISTERS),
         Row("fp32", {"BLOCK_D": 32, "BLOCK_P": 32}, 4, 1, 32, MOST_REGISTERS),
     ),
-    # BLOCK_C, BLOCK_D: cells and channels of a tile; BLOCK_S: channels of a tile of sums, HELD of a program.
+    # BLOCK_C, BLOCK_D: cells and channels of a tile of scores; BLOCK_S: channels of a tile of sums, HELD: of a program.
     ("kmeans_pyramid", "default"): (
         Row("half", {"BLOCK_C": 32, "BLOCK_D": 64, "BLOCK_S": 64, "HELD": 256}, 4, 3, 72, MOST_REGISTERS),
         Row("half", {"BLOCK_C": 32, "BLOCK_D": 32, "BLOCK_S": 32, "HELD": 64}, 4, 1, 48, MOST_REGISTERS),
         Row("fp32", {"BLOCK_C": 32, "BLOCK_D": 32, "BLOCK_S": 32, "HELD": 64}, 4, 2, 48, MOST_REGISTERS),
     ),
-    # A program has 256 threads: 8 warps, 4 on an AMD GPU. More sums of rows with gaps between them spill.
+    # A program has 256 threads: 8 warps, 4 on an AMD GPU. With gaps between rows more sums would spill.
     ("kmeans_step", "default"): (
         kmeans_row("half", 16, 32, 128, 24 << 10, 128, 8, 2, 48, MOST_REGISTERS),
         kmeans_row("half gaps", 16, 32, 128, 8 << 10, 128, 8, 2, 48, MOST_REGISTERS),
@@ -119,7 +125,7 @@ ROWS: dict[tuple[str, str], tuple[Row, ...]] = {
         contrast_row("half", 8192, 128, 128, 32, 64, 8, 3, 99),
     ),
     ("contrast gradient", "sm_90"): (
-        # Of float16 a whole block of 256 channels, converted to bfloat16, would take too many registers.
+        # For float16 a tile of all 256 channels, converted to bfloat16, would take too many registers.
         contrast_row("fp16", 128, 128, 64, 32, 128, 8, 3, 99),
         contrast_row("fp16", 8192, 128, 64, 32, 64, 8, 3, 99),
         contrast_row("half", 128, 128, 64, 32, 128, 8, 3, 99),
@@ -131,7 +137,7 @@ ROWS: dict[tuple[str, str], tuple[Row, ...]] = {
     ("contrast gradient", "gfx942"): SMALL_CONTRAST,
 }
 
-_forced: dict[str, Row] = {}  # by operation, while the tuner measures
+_forced: dict[str, Row] = {}  # by operation, set by the tuner
 
 
 @cache
@@ -147,7 +153,7 @@ def architecture(device: torch.device) -> str:
 
 @cache
 def shared_memory(device: torch.device) -> int:
-    """KiB of shared memory that one program may have."""
+    """KiB of shared memory available to one program."""
     if device.type != "cuda":
         return 227
     known = SHARED.get(architecture(device))
@@ -157,7 +163,7 @@ def shared_memory(device: torch.device) -> int:
 
 @cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of the device: how many programs run at once, at least."""
+    """Multiprocessors of the device; 4 on the CPU."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 4
 
 
@@ -167,16 +173,16 @@ def row_kind(dtype: torch.dtype) -> str:
 
 
 def rows(op: str, arch: str) -> Iterator[Row]:
-    """The rows of ``op`` for an architecture and this compiler, in the order of preference."""
+    """The rows of ``op`` for an architecture and the installed compiler, in order of preference."""
     yield from (Row(*row) for row in TUNED.get((op, arch), ()))
     for where in dict.fromkeys((arch, "default")):
         yield from (row for row in ROWS.get((op, where), ()) if row.since <= COMPILER)
 
 
 def choose(op: str, arch: str, shared: int, kinds: tuple[str, ...], channels: int = 0) -> Row | None:
-    """The first row for so many channels and at most ``shared`` KiB, of the first of ``kinds`` that has one.
+    """The first row for this many channels and at most ``shared`` KiB, of the first of ``kinds`` that has one.
 
-    ``kinds`` go from the narrowest to the widest.
+    ``kinds`` are ordered from the most specific to the most general.
     """
     for kind in kinds:
         for row in rows(op, arch):
@@ -192,13 +198,13 @@ def _config(op: str, device: torch.device, kinds: tuple[str, ...], channels: int
     if row is None:
         raise RuntimeError(
             f"No tile sizes of {op} for {kinds[-1]} and {channels or 'any'} channels fit the {most} KiB of shared "
-            f"memory of {device}: use 'torch'."
+            f"memory of {device}: choose backend 'torch'."
         )
     return row
 
 
 def config(op: str, device: torch.device, *kinds: str, channels: int = 0) -> Row:
-    """The row for ``op`` on ``device`` and so many channels, of the first of ``kinds`` (narrow to wide) that has one.
+    """The row of ``op`` for ``device`` and this many channels, of the first of ``kinds`` (most specific first).
 
     Raises:
         RuntimeError: no row fits the shared memory of the device.
@@ -207,8 +213,8 @@ def config(op: str, device: torch.device, *kinds: str, channels: int = 0) -> Row
 
 
 @contextmanager
-def forced(op: str, row: Row) -> Iterator[None]:
-    """Let ``op`` take this row whatever the table says."""
+def force_row(op: str, row: Row) -> Iterator[None]:
+    """Within this context ``op`` uses this row instead of the table."""
     _forced[op] = row
     try:
         yield
@@ -217,26 +223,26 @@ def forced(op: str, row: Row) -> Iterator[None]:
 
 
 def table(op: str) -> Iterator[tuple[str, str, Row]]:
-    """Every row of ``op`` for this compiler, with its architecture and a name: "row0", "tuned sm_90 row0"."""
+    """Every row of ``op`` for the installed compiler: architecture, name ("row0", "tuned sm_90 row0") and row."""
     tables: tuple[tuple[str, Mapping[tuple[str, str], Sequence[Any]]], ...] = (("", ROWS), ("tuned ", TUNED))
     for before, known in tables:
-        for (name, arch), its in known.items():
+        for (name, arch), values in known.items():
             if name == op:
                 where = "" if arch == "default" else f"{arch} "
-                every = [Row(*row) for row in its]
-                for i, row in enumerate(every):
-                    if row.since <= COMPILER and not any(_hides(other, row) for other in every[:i]):
+                found = [Row(*row) for row in values]
+                for i, row in enumerate(found):
+                    if row.since <= COMPILER and not any(_hides(other, row) for other in found[:i]):
                         yield arch, f"{before}{where}row{i}", row
 
 
 def _hides(first: Row, row: Row) -> bool:
-    """Whether whatever could take ``row`` takes ``first``, which stands before it in the same table."""
-    wide = (first.channels or row.channels) >= row.channels > 0 or first.channels == row.channels
-    return first.since <= COMPILER and first.kind == row.kind and first.shared <= row.shared and wide
+    """Whether ``row`` is never chosen because ``first`` precedes it in the same table."""
+    enough_channels = (first.channels or row.channels) >= row.channels > 0 or first.channels == row.channels
+    return first.since <= COMPILER and first.kind == row.kind and first.shared <= row.shared and enough_channels
 
 
-def served(op: str, arch: str, row: Row) -> tuple[str, ...]:
-    """The architectures that may take a row of ``op`` which stands under ``arch``: where it fits, nothing hides it."""
+def architectures_for(op: str, arch: str, row: Row) -> tuple[str, ...]:
+    """The architectures that may use a row of ``op`` listed under ``arch``."""
     if arch != "default":
         return (arch,)
     return tuple(

@@ -1,13 +1,13 @@
-r"""Perturbation of the dimensions that matter least.
+r"""Perturbation of the least important feature dimensions.
 
 One launch: features, gradient and noise [B, D] by strides, low_variance and std [D] -> out and mask [B, D].
 
 .. math:: r'_{bd} = r_{bd} + \lambda M_{bd} \Delta_{bd}
 
-A program walks over rows, one after the other, each in registers from its one load to its one store; what all rows
-share is loaded before. The k-th smallest score, and the energy up to which dimensions may change, are found bit by bit
-from above: 31 counts or sums of whole numbers, which have one value in any order. Floors: B D elements of each input
-and of the two outputs; the counts work on registers alone.
+A program loops over rows and keeps each in registers from its only load to its only store; low_variance and std are
+loaded once before. The k-th smallest score, and the largest energy at which dimensions may change, are found bit by bit
+from the highest bit on, by 31 counts or sums of integers, whose value does not depend on the order. Minimum traffic:
+B D elements of each input and of the two outputs; the counts need only registers.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from torch import Tensor
 from fgfast.kernels.common import AotCase, on_device_of, output_dtype
 from fgfast.kernels.configs import processors
 
-PROGRAMS = 8  # at most, for each multiprocessor
+PROGRAMS = 8  # at most, per multiprocessor
 NO_GRADIENT, ABSOLUTE, POSITIVE, GIVEN = (tl.constexpr(i) for i in range(4))
 NOISE, DRAWN, SWAP, ZERO = (tl.constexpr(i) for i in range(4))
 KINDS = {"absolute": ABSOLUTE, "positive": POSITIVE, "given": GIVEN}
@@ -28,8 +28,8 @@ CHANGES = {"noise": NOISE, "swap": SWAP, "zero": ZERO}
 
 
 @triton.jit
-def _lowest(bits, count):
-    """The ``count`` lanes of the lowest bits (int32, 0 and up), ties to the first ones."""
+def _select_smallest(bits, count):
+    """Mask of the ``count`` lanes with the smallest ``bits`` (int32, not negative), ties to the first lanes."""
     limit = 0
     for i in range(31):  # the largest limit under which at most ``count`` lanes lie
         higher = limit | (1 << (30 - i))
@@ -40,25 +40,25 @@ def _lowest(bits, count):
 
 
 @triton.jit
-def _spent(cost, chosen):
+def _total_cost(cost, chosen):
     return tl.sum(tl.where(chosen, cost, 0).to(tl.int64), 0)
 
 
 @triton.jit
-def _affordable(cost, chosen, allowed):
-    """The chosen lanes of the lowest cost (int32, 0 and up) that sum to at most ``allowed``, ties to the first ones."""
+def _select_cheapest(cost, chosen, allowed):
+    """Mask of the chosen lanes of lowest cost (int32, >= 0) that sum to at most ``allowed``, ties to the first."""
     limit = 0
     for i in range(31):
         higher = limit | (1 << (30 - i))
-        limit = tl.where(_spent(cost, chosen & (cost < higher)) <= allowed, higher, limit)
+        limit = tl.where(_total_cost(cost, chosen & (cost < higher)) <= allowed, higher, limit)
     below, equal = chosen & (cost < limit), (chosen & (cost == limit)).to(tl.int32)
-    room = (allowed - _spent(cost, below)) // limit  # limit is 1 or more: nothing costs less than 0
+    room = (allowed - _total_cost(cost, below)) // limit  # limit is at least 1, as no cost is negative
     return below | ((equal > 0) & (tl.cumsum(equal, 0).to(tl.int64) <= room))
 
 
 @triton.jit
 def _cosine(turn):
-    """cos(2 pi turn) for turn in [0, 1), to 2^-23: the device's own takes a stack for angles that do not occur here."""
+    """cos(2 pi turn) for turn in [0, 1), to 2^-23; tl.cos uses a stack, for large angles, which do not occur here."""
     z = (tl.abs(turn - 0.5) - 0.25) * 6.283185307179586  # sin z, |z| <= pi / 2
     q = z * z
     p = -2.5052108e-08 * q + 2.7557319e-06
@@ -68,23 +68,23 @@ def _cosine(turn):
 
 @triton.jit
 def _normal(seed, row, d):
-    """fgfast.reference.draws.normal: the quad of words of four neighbours, a pair of normal numbers of two words."""
+    """The numbers of fgfast.reference.draws.normal: four words per four neighbours, two numbers per two words."""
     zero = d * 0
     a, b, c, e = tl.philox(seed, d // 4, zero, zero + row.to(tl.int32), zero + (row >> 32).to(tl.int32))
     first = d % 4 < 2
     u = ((tl.where(first, a, c) >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
     v = ((tl.where(first, b, e) >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-    turn = tl.where(d % 2 == 0, v, tl.where(v < 0.25, v + 0.75, v - 0.25))  # the odd ones take the sine
+    turn = tl.where(d % 2 == 0, v, tl.where(v < 0.25, v + 0.75, v - 0.25))  # sine for odd d
     return tl.sqrt(-2.0 * tl.log(u)) * _cosine(turn)
 
 
 @triton.jit(do_not_specialize=["seed"])
 def perturb_kernel(
-    features, gradient, low_variance, std, noise, out, mask, B, D, count, share, strength, seed,
+    features, gradient, low_variance, std, noise, out, mask, B, D, count, budget, strength, seed,
     f_b, f_d, g_b, g_d, n_b, n_d,
     KIND: tl.constexpr, LOW: tl.constexpr, UNION: tl.constexpr, CHANGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows program, program + programs, ... of out and mask."""
+    """Rows program_id, program_id + num_programs, ... of out and mask; ``budget`` is in units of 2^-16."""
     d = tl.arange(0, BLOCK)
     inside = d < D
     if LOW:
@@ -100,7 +100,7 @@ def perturb_kernel(
             score = w if KIND == GIVEN else w * r
             score = tl.abs(tl.where(score > 0, score, 0.0) if KIND == POSITIVE else score)
             bits = tl.where(score < float("inf"), score, float("inf")).to(tl.int32, bitcast=True)  # NaN: infinity
-            chosen = _lowest(tl.where(inside, bits, 0x7FFFFFFF), count)
+            chosen = _select_smallest(tl.where(inside, bits, 0x7FFFFFFF), count)
             if LOW:
                 chosen = (chosen | low) if UNION else (chosen & low)
         else:
@@ -109,13 +109,13 @@ def perturb_kernel(
         size = tl.abs(r)
         finite = tl.max(tl.where(size < float("inf"), 0, 1), 0) == 0
         exponent = 268 - (tl.max(size, 0).to(tl.int32, bitcast=True) >> 23)
-        scale = (tl.minimum(exponent, 254) << 23).to(tl.float32, bitcast=True)  # brings the largest under 2^15
+        scale = (tl.minimum(exponent, 254) << 23).to(tl.float32, bitcast=True)  # scales the largest below 2^15
         scaled = tl.where(finite, r * tl.where(finite, scale, 0.0), 0.0)
         cost = (scaled * scaled).to(tl.int32)
-        allowed = (tl.sum(cost.to(tl.int64), 0) * share) >> 16
+        allowed = (tl.sum(cost.to(tl.int64), 0) * budget) >> 16
         chosen = chosen & inside & (cost < tl.where(finite, 0x7FFFFFFF, 0))
-        if _spent(cost, chosen) > allowed:
-            chosen = _affordable(cost, chosen, allowed)
+        if _total_cost(cost, chosen) > allowed:
+            chosen = _select_cheapest(cost, chosen, allowed)
 
         if CHANGE <= DRAWN:  # noise, given or drawn
             if CHANGE == DRAWN:
@@ -137,16 +137,16 @@ def perturb_kernel(
 
 
 def _launch(channels: int) -> dict[str, int]:
-    """The lanes of a program and its warps: 8 lanes a thread at most."""
+    """Lanes and warps of a program, with at most 8 lanes per thread."""
     block = max(32, triton.next_power_of_2(channels))
     return {"BLOCK": block, "num_warps": max(1, block // 256)}
 
 
 def perturb(
     features: Tensor, gradient: Tensor | None, low_variance: Tensor | None, std: Tensor | None, noise: Tensor | None,
-    count: int, importance: str, combine: str, strategy: str, strength: float, share: int, seed: int,
+    count: int, importance: str, combine: str, strategy: str, strength: float, budget: int, seed: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Features [B, D] with the chosen dimensions changed, and the mask bool [B, D] of these."""
+    """Features [B, D] with the chosen dimensions changed, and their mask bool [B, D]; ``budget`` is in 2^-16."""
     batch, channels = features.shape
     out = features.new_empty(features.shape, dtype=output_dtype(features.dtype))
     mask = features.new_empty(features.shape, dtype=torch.uint8)
@@ -157,7 +157,7 @@ def perturb(
         with on_device_of(features):
             perturb_kernel[(min(batch, PROGRAMS * processors(features.device)),)](
                 features, g, low, features if std is None else std.contiguous(), n, out, mask,
-                batch, channels, count, share, strength, seed, *features.stride(), *g.stride(), *n.stride(),
+                batch, channels, count, budget, strength, seed, *features.stride(), *g.stride(), *n.stride(),
                 KIND=NO_GRADIENT if gradient is None else KINDS[importance], LOW=low_variance is not None,
                 UNION=combine == "union", CHANGE=change, **_launch(channels),
             )  # fmt: skip

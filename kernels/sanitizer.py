@@ -1,12 +1,12 @@
-"""Checks of Triton kernels that need no GPU: what they read and write, counted and judged in Triton's interpreter.
+"""Memory checks of Triton kernels without a GPU: accesses are counted and verified in Triton's interpreter.
 
-Under TRITON_INTERPRET=1 every load, store and atomic passes its addresses through one Python object. :func:`checked`
-listens there. It counts traffic by a fixed model, raises :class:`MemoryFault` on an access outside the tensors, and on
-two programs that meet at one address where their order is not given.
+Under TRITON_INTERPRET=1 every load, store and atomic passes its addresses through one Python object, which
+:func:`checked` hooks. It counts traffic by a fixed model and raises :class:`MemoryFault` on an access outside the
+tensors, and on unordered accesses of two programs to one address.
 
-The model of traffic, per program (programs share nothing): memory moves in sectors of 32 bytes; the program has
-128 KiB on chip, which hold the sectors that it used last; a load costs a sector unless that sector is on chip, a store
-costs a sector unless a store to that sector is on chip already, an atomic always costs both.
+The model of traffic, per program (programs have separate caches): memory moves in sectors of 32 bytes; a program has a
+cache of 128 KiB for the sectors it used last; a load costs a sector unless it is in the cache, a store costs a sector
+unless the cache already holds a store to it, an atomic always costs both.
 """
 
 import inspect
@@ -39,7 +39,7 @@ class MemoryFault(AssertionError):
 
 @dataclass
 class Traffic:
-    """Bytes that launches loaded and stored, and how many launches and programs there were.
+    """Bytes loaded and stored, and numbers of launches and programs.
 
     Example:
         >>> Traffic(loads=64, stores=32).bytes
@@ -58,7 +58,7 @@ class Traffic:
 
 
 def fewest(*tensors: Tensor | None) -> int:
-    """The fewest bytes that reading or writing each tensor once can take: its distinct elements.
+    """The bytes of reading or writing each tensor once: those of its distinct elements.
 
     Example:
         >>> fewest(torch.zeros(3, 4), torch.zeros(1, dtype=torch.int64).expand(9), None)
@@ -72,25 +72,25 @@ def fewest(*tensors: Tensor | None) -> int:
     return total
 
 
-class _Touched:
-    """Who did one kind of access to each byte of a storage last, and when."""
+class _LastAccess:
+    """For one kind of access, the last program that accessed each byte of a storage, and when."""
 
     def __init__(self, size: int, verb: str) -> None:
         self.verb = verb
-        self.by = np.zeros(size, np.int32)  # programs count from 1; 0 is nobody, -1 several that are not ordered
+        self.by = np.zeros(size, np.int32)  # programs count from 1; 0: none, -1: several unordered programs
         self.at = np.zeros(size, np.int64)
 
 
 class _Memory:
-    """One storage during one launch: which bytes may be touched, and which program touched them."""
+    """One storage during one launch: the bytes that may be accessed, and the programs that accessed them."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self.start, self.size, self.names = storage.data_ptr(), storage.nbytes(), list[str]()
         self.allowed = np.zeros(self.size, bool)
-        self.read, self.written, self.updated = (_Touched(self.size, v) for v in ("read", "wrote", "updated"))
+        self.read, self.written, self.updated = (_LastAccess(self.size, v) for v in ("read", "wrote", "updated"))
 
     def allow(self, name: str, x: Tensor) -> None:
-        """Let the elements of x be touched, and no gap between them."""
+        """Permit access to the elements of x, but not to gaps between them."""
         self.names.append(name)
         first, size = x.storage_offset() * x.element_size(), x.element_size()
         view = np.lib.stride_tricks.as_strided(
@@ -112,8 +112,8 @@ class _Access(NamedTuple):
 
 
 @dataclass
-class _Watch:
-    """What is known while launches run; times are numbers of accesses."""
+class _Monitor:
+    """The state while launches run; time is counted in accesses."""
 
     given: tuple[Tensor, ...]
     traffic: Traffic = field(default_factory=Traffic)
@@ -124,7 +124,7 @@ class _Watch:
     memories: list[_Memory] = field(default_factory=list)
     on_chip: OrderedDict[int, bool] = field(default_factory=OrderedDict)  # sector -> whether it was stored to
     programs: dict[int, Program] = field(default_factory=dict)
-    # Ordering by atomics: until when each program has seen the others, and what each address hands on.
+    # Ordering by atomics: up to which time the current program sees each other one, and what each address passes on.
     seen: dict[int, int] = field(default_factory=dict)
     released: dict[int, dict[int, int]] = field(default_factory=dict)
 
@@ -144,7 +144,7 @@ class _Watch:
         memories: dict[int, _Memory] = {}
         for name, x in tensors:
             if x.device.type != "cpu":
-                raise ValueError(f"{name} is on {x.device}: the checker sees CPU tensors alone.")
+                raise ValueError(f"{name} is on {x.device}: the checker takes only CPU tensors.")
             if x.numel():
                 storage = x.untyped_storage()
                 memory = memories.setdefault(storage.data_ptr(), _Memory(storage))
@@ -161,24 +161,24 @@ class _Watch:
     def access(
         self, addresses: NDArray[np.uint64], mask: NDArray[np.bool_], size: int, kind: str, orders: bool = False
     ) -> None:
-        """One load, store or atomic; one that ``orders`` sees what came before at its address, and hands that on."""
+        """One load, store or atomic; with ``orders`` it sees, and passes on, what came before it at its address."""
         lanes = np.broadcast_to(addresses, np.broadcast_shapes(addresses.shape, mask.shape))
         lanes = np.unique(lanes[np.broadcast_to(mask, lanes.shape)])
         if not len(lanes):
             return
         self.time += 1
         access = _Access(lanes, size, kind != "store", kind != "load", kind == "atomic")
-        met = [self.released.setdefault(lane, {}) for lane in lanes.tolist()] if orders else []
-        for program, time in (item for known in met for item in known.items()):
+        releases = [self.released.setdefault(lane, {}) for lane in lanes.tolist()] if orders else []
+        for program, time in (item for known in releases for item in known.items()):
             self.seen[program] = max(time, self.seen.get(program, 0))
-        for memory, offsets in self._located(access):
+        for memory, offsets in self._locate(access):
             self._check_races(memory, offsets, access)
-        for known in met:
+        for known in releases:
             known.update({**self.seen, self.number: self.time})
         self._count(access)
 
-    def _located(self, access: _Access) -> Iterator[tuple[_Memory, NDArray[np.int64]]]:
-        """Each storage that is touched, with the offsets of the bytes; a byte that is no element's is a fault."""
+    def _locate(self, access: _Access) -> Iterator[tuple[_Memory, NDArray[np.int64]]]:
+        """Each accessed storage with the offsets of the bytes; a byte outside every element is a fault."""
         starts = np.array([m.start for m in self.memories], np.int64)
         lanes = access.addresses.astype(np.int64)
         which = np.searchsorted(starts, lanes, side="right") - 1
@@ -186,19 +186,19 @@ class _Watch:
             chosen = lanes[which == i]
             memory = self.memories[max(i, 0)] if self.memories else None
             if memory is None or i < 0:
-                raise MemoryFault(f"{self._who(access)} {len(chosen)} addresses that lie in no tensor of the launch.")
+                raise MemoryFault(f"{self._who(access)} {len(chosen)} addresses outside every tensor of the launch.")
             offsets = (chosen[:, None] - memory.start + np.arange(access.size)).ravel()
             outside = (offsets < 0) | (offsets >= memory.size)
             outside[~outside] = ~memory.allowed[offsets[~outside]]
             if outside.any():
                 raise MemoryFault(
-                    f"{self._who(access)} bytes that are no element of a tensor: the first is at offset "
+                    f"{self._who(access)} bytes outside the elements of a tensor: the first is at offset "
                     f"{offsets[outside][0]} of the {memory.size} bytes of {', '.join(memory.names)}."
                 )
             yield memory, offsets
 
     def _check_races(self, memory: _Memory, offsets: NDArray[np.int64], access: _Access) -> None:
-        """Raise where another program touched these bytes and no atomic puts that before this access; note this one."""
+        """Raise if an unordered access of another program reached these bytes and either writes; record this one."""
         against = [memory.written]
         against += [] if access.atomic else [memory.updated]
         against += [memory.read] if access.stores else []
@@ -210,18 +210,18 @@ class _Watch:
                     "launch, and no atomic orders the two."
                 )
         mine = memory.updated if access.atomic else memory.written if access.stores else memory.read
-        several = [shared for _, shared in self._unordered(mine, offsets)]
+        unordered = [common for _, common in self._unordered(mine, offsets)]
         mine.by[offsets], mine.at[offsets] = self.number, self.time
-        for shared in several:
-            mine.by[shared] = -1
+        for common in unordered:
+            mine.by[common] = -1
 
-    def _unordered(self, touched: _Touched, offsets: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """The other programs that touched these bytes when nothing says that it was before now, and the bytes."""
+    def _unordered(self, touched: _LastAccess, offsets: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """The other programs whose accesses to these bytes are not ordered before now, and the bytes."""
         by = touched.by[offsets]
         for other in np.unique(by[(by != 0) & (by != self.number)]).tolist():
-            shared = offsets[by == other]
-            if other < 0 or self.seen.get(other, 0) < int(touched.at[shared].max()):
-                yield other, shared
+            common = offsets[by == other]
+            if other < 0 or self.seen.get(other, 0) < int(touched.at[common].max()):
+                yield other, common
 
     def _count(self, access: _Access) -> None:
         ends = access.addresses + np.uint64(access.size - 1)
@@ -241,21 +241,21 @@ class _Watch:
 
 @contextmanager
 def checked(*tensors: Tensor) -> Iterator[Traffic]:
-    """Count and judge the memory accesses of every Triton kernel that the block launches in the interpreter.
+    """Count and verify the memory accesses of every Triton kernel launched within the context, in the interpreter.
 
-    A launch may touch the elements of the tensors given (no gap between them: a slice ends where it ends) and, in
-    storages that hold none of these, of the tensors that it gets as arguments. Two programs of a launch may not touch
-    one byte if one of them writes it, unless both use atomics, or an atomic (not a relaxed one) orders them.
+    A launch may access the elements of the given tensors, but not gaps between elements of a slice, and the elements of
+    its tensor arguments in other storages. Two programs of a launch may not access the same byte if one of them writes
+    it, unless both use atomics or an atomic that is not relaxed orders them.
 
     Args:
-        tensors: what launches may touch, on the CPU; nothing given leaves the arguments of each launch.
+        tensors: the tensors that launches may access, on the CPU; without any, the arguments of each launch.
 
     Yields:
         Traffic: loads, stores and bytes so far, by the model of this module; launches and programs.
 
     Raises:
-        MemoryFault: an access outside the tensors, or a race. Nothing outside is read or written.
-        RuntimeError: Triton does not interpret: TRITON_INTERPRET=1 must be set before triton is imported.
+        MemoryFault: an access outside the tensors, which is not made, or a race.
+        RuntimeError: TRITON_INTERPRET=1 was not set before triton was imported.
 
     Example:
         >>> with checked(features, labels) as traffic:  # doctest: +SKIP
@@ -266,7 +266,7 @@ def checked(*tensors: Tensor) -> Iterator[Traffic]:
         raise RuntimeError("Triton does not interpret kernels: set TRITON_INTERPRET=1 before triton is imported.")
     from triton.runtime import interpreter
 
-    watch = _Watch(tensors)
+    monitor = _Monitor(tensors)
     builder = interpreter.InterpreterBuilder
     relaxed = interpreter._ir.MEM_SEMANTIC.RELAXED
 
@@ -274,33 +274,33 @@ def checked(*tensors: Tensor) -> Iterator[Traffic]:
         return max(1, pointer.get_element_ty().primitive_bitwidth // 8)
 
     def start(inner: Callable[..., Any], self: Any, x: int, y: int, z: int) -> Any:
-        watch.start_program((x, y, z))
+        monitor.start_program((x, y, z))
         return inner(self, x, y, z)
 
     def load(inner: Callable[..., Any], self: Any, pointer: Any, mask: Any, *rest: Any, **named: Any) -> Any:
-        watch.access(pointer.data, mask.data, size(pointer), "load")
+        monitor.access(pointer.data, mask.data, size(pointer), "load")
         return inner(self, pointer, mask, *rest, **named)
 
     def store(inner: Callable[..., Any], self: Any, pointer: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        watch.access(pointer.data, mask.data, size(pointer), "store")
+        monitor.access(pointer.data, mask.data, size(pointer), "store")
         return inner(self, pointer, value, mask, *rest)
 
     def update(inner: Callable[..., Any], self: Any, op: Any, pointer: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        watch.access(pointer.data, mask.data, size(pointer), "atomic", orders=rest[0] != relaxed)
+        monitor.access(pointer.data, mask.data, size(pointer), "atomic", orders=rest[0] != relaxed)
         return inner(self, op, pointer, value, mask, *rest)
 
     def swap(inner: Callable[..., Any], self: Any, pointer: Any, *rest: Any) -> Any:
         everywhere = np.ones(pointer.data.shape, bool)
-        watch.access(pointer.data, everywhere, size(pointer), "atomic", orders=rest[2] != relaxed)
+        monitor.access(pointer.data, everywhere, size(pointer), "atomic", orders=rest[2] != relaxed)
         return inner(self, pointer, *rest)
 
     def run(inner: Callable[..., Any], self: Any, *args: Any, **named: Any) -> Any:
         known = {k: v for k, v in named.items() if k in inspect.signature(self.fn).parameters}
-        watch.launch(self.fn.__name__, inspect.signature(self.fn).bind(*args, **known).arguments)
+        monitor.launch(self.fn.__name__, inspect.signature(self.fn).bind(*args, **known).arguments)
         try:
             return inner(self, *args, **named)
         except Exception as error:
-            if isinstance(error.__cause__, MemoryFault):  # the interpreter wraps what a kernel raises
+            if isinstance(error.__cause__, MemoryFault):  # the interpreter wraps exceptions of a kernel
                 raise error.__cause__ from None
             raise
 
@@ -315,14 +315,14 @@ def checked(*tensors: Tensor) -> Iterator[Traffic]:
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in hooks]
     try:
         for owner, name, hook in hooks:
-            setattr(owner, name, _around(getattr(owner, name), hook))
-        yield watch.traffic
+            setattr(owner, name, _wrap(getattr(owner, name), hook))
+        yield monitor.traffic
     finally:
         for owner, name, original in before:
             setattr(owner, name, original)
 
 
-def _around(inner: Callable[..., Any], hook: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap(inner: Callable[..., Any], hook: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **named: Any) -> Any:
         return hook(inner, self, *args, **named)
 

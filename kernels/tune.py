@@ -1,7 +1,7 @@
 """Measure tile sizes on this machine's GPU and write them: ``python -m fgfast.kernels.tune [--only TEXT]``.
 
-Every kernel file that offers ``tune_cases()`` is timed with each of its candidate rows; the fastest row of a case goes
-to ``tuned.py`` under the architecture of the device, in place of what stood there. Nothing tunes itself at run time.
+The cases of every module with ``tune_cases()`` are timed with each of their candidate rows; the fastest row of a case
+is written to ``tuned.py`` under the architecture of the device, replacing earlier rows. There is no tuning at run time.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fgfast.kernels.configs import Row, architecture, forced, shared_memory
+from fgfast.kernels.configs import Row, architecture, force_row, shared_memory
 from fgfast.kernels.tuned import TUNED
 
 HERE = Path(__file__).parent
@@ -25,7 +25,7 @@ TUNED: dict[tuple[str, str], list[tuple[str, dict[str, int], int, int, int, int,
 
 
 class TuneCase(NamedTuple):
-    """What is timed: ``run()`` with each of ``rows``, on tensors of the size that the row is meant for."""
+    """``run()`` is timed with each of ``rows``, on tensors of the size that the row is meant for."""
 
     op: str
     rows: Sequence[Row]
@@ -33,21 +33,21 @@ class TuneCase(NamedTuple):
 
 
 def cases() -> Iterator[TuneCase]:
-    """The cases of every kernel file."""
+    """The cases of every module."""
     for module in pkgutil.walk_packages([str(HERE)], "fgfast.kernels."):
         if module.name != __name__:
             yield from getattr(importlib.import_module(module.name), "tune_cases", lambda: ())()
 
 
 def fastest(case: TuneCase) -> tuple[Row, float]:
-    """The row of least median time, and that time in ms; a row that the device cannot hold is passed over."""
+    """The row with the lowest median time, and that time in ms; rows that exceed the device's resources are skipped."""
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
     times: dict[int, float] = {}
     for i, row in enumerate(case.rows):
         try:
-            with forced(case.op, row):
+            with force_row(case.op, row):
                 times[i] = do_bench(case.run, return_mode="median")
         except OutOfResources:
             continue
@@ -66,12 +66,12 @@ def text(tuned: dict[tuple[str, str], list[tuple[Any, ...]]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m fgfast.kernels.tune", description="Measure tile sizes on a GPU.")
     parser.add_argument("--only", default="", metavar="TEXT", help="the operations with this text in their name")
     chosen = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("No GPU was found: run this on the machine whose tile sizes you want.", file=sys.stderr)
+        print("No GPU was found: run this on a machine with the GPU to tune for.", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     arch = architecture(device)
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in cases():
         if chosen.only in case.op:
             row, ms = fastest(case)
-            row = row._replace(shared=shared_memory(device))  # it has just run there
+            row = row._replace(shared=shared_memory(device))  # the case has just run on it
             print(f"{case.op} {arch} {row.kind}: {row} {ms:.3f} ms")
             found.setdefault((case.op, arch), []).append(tuple(row))
     path = HERE / "tuned.py"

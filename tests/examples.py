@@ -1,4 +1,4 @@
-"""How many examples a property sees: a few in ``make test``, FGFAST_EXAMPLES times as many in a sweep."""
+"""The number of hypothesis examples: a few in ``make test``, FGFAST_EXAMPLES times as many in a sweep."""
 
 import os
 
@@ -8,9 +8,9 @@ FACTOR = float(os.environ.get("FGFAST_EXAMPLES", "1"))
 
 
 def examples(number: int) -> settings:
-    """So many examples; in a sweep more, drawn from the seed of the command instead of the same ones each time.
+    """Settings for ``number`` fixed examples; in a sweep more, generated from the seed of the command line.
 
-    An example has no deadline: the interpreter's first launch takes seconds.
+    There is no deadline, as the first launch in Triton's interpreter takes seconds.
     """
-    wanted = max(1, round(number * FACTOR))
-    return settings(max_examples=wanted, deadline=None, **({"derandomize": False} if FACTOR > 1 else {}))
+    count = max(1, round(number * FACTOR))
+    return settings(max_examples=count, deadline=None, **({"derandomize": False} if FACTOR > 1 else {}))

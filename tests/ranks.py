@@ -1,4 +1,4 @@
-"""Processes of a distributed test, forked from one that has imported what they need."""
+"""Processes for distributed tests, forked from a server that has already imported the packages."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -6,15 +6,15 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
-# Imported once for all tests of a worker: an import of torch alone is seconds of every rank.
+# Imported once per pytest worker: importing torch takes every rank seconds.
 PRELOADED = ["torch", "torch._dynamo", "torchvision", "timm", "fgfast", "fgfast.train.loop"]
 
 
 def start(function: Callable[..., None], *arguments: Any, ranks: int) -> None:
-    """Run function(rank, *arguments) in a process for each rank and wait for them.
+    """Run function(rank, *arguments) in one process per rank and wait for all of them.
 
-    The server of the processes has run no operation of torch, so there are no threads that a fork would lose. Its
-    environment is that of the first call.
+    The fork server never runs a torch operation, so it has no threads that a fork would lose. It has the environment
+    variables of the first call.
     """
     multiprocessing.set_forkserver_preload(PRELOADED)
     mp.start_processes(function, args=arguments, nprocs=ranks, start_method="forkserver")

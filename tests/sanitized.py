@@ -1,4 +1,4 @@
-"""Runs the cases of the mask sampler on an extension built for the sanitizers: ``make sanitize``."""
+"""Runs the tests of the mask sampler on an extension built with sanitizers: ``make sanitize``."""
 
 import importlib.util
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 
 def main(folder: str) -> int:
-    """Put the extension below ``folder`` in the place of the installed one, and test it."""
+    """Replace the installed extension by the one below ``folder`` and test it."""
     (file,) = Path(folder).rglob("_native*.so")
     spec = importlib.util.spec_from_file_location("fgfast._native", file)
     assert spec is not None

@@ -1,6 +1,7 @@
-"""The benchmark command on a CPU, with tiny shapes and PyTorch's backend: judged, timed, recorded, drawn."""
+"""The benchmark harness on a CPU, with tiny shapes and PyTorch's backend: judged, timed, tabulated, recorded, drawn."""
 
 import argparse
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,17 +12,17 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import ceilings, compiled, plots, record, run, traffic
-from benchmarks.cases import OPERATIONS, planned
-from benchmarks.timing import Case, Judged, Unavailable, Variant, WallClock, input_sets, measure
+from benchmarks import ceilings, compiled, peak, plots, record, run, table, traffic
+from benchmarks.cases import OPERATIONS, contrast, find, planned, views
+from benchmarks.timing import Case, Clock, Unavailable, Variant, Verdict, faults, input_sets, measure
 
 CPU = torch.device("cpu")
 FOUND = ceilings.Ceilings(1e9, dict.fromkeys(ceilings.DTYPES, 1e9))
-SLOW = ("torch.compile", "lightly")  # left out: compiling and importing take longer than everything else
+SLOW = ("torch.compile", "lightly", "DALI")  # left out: compiling and importing take longer than everything else
 
 
-class Steps:
-    """A clock that says one millisecond for every run."""
+class Steps(Clock):
+    """A clock by which every run takes one millisecond."""
 
     def __init__(self) -> None:
         self.now = 0
@@ -33,26 +34,20 @@ class Steps:
     def ms(self, start: int, end: int) -> float:
         return float(end - start)
 
-    def wait(self) -> None:
-        pass
-
     def peak(self, run):
         run()
         return 3 << 20
 
-    def captured(self, run):
-        return run
 
-
-def toy(*variants: Variant, tolerance: float = 0.1, size: str = "N=4") -> Case:
+def toy(*variants: Variant, tolerance: float = 0.1, **options) -> Case:
     """Doubling a vector."""
 
     def judge(x):
-        return lambda answer: Judged(float((answer[0] - 2 * x).abs().max()))
+        return lambda answer: Verdict(float((answer[0] - 2 * x).abs().max()))
 
     return Case(
-        "double", size, "fp32", lambda seed: torch.full((4,), float(seed)), variants, judge, tolerance, bytes=32,
-        operations=4, input_bytes=16,
+        "double", "N=4", "fp32", lambda seed: torch.full((4,), float(seed)), variants, judge, tolerance, bytes=32,
+        operations=4, input_bytes=16, **options,
     )  # fmt: skip
 
 
@@ -69,7 +64,7 @@ def test_a_wrong_answer_has_no_time_and_a_missing_peer_has_a_reason():
         raise ValueError("shapes\nand more")
 
     case = toy(
-        Variant("ours", lambda: right),
+        Variant("fgfast", lambda: right),
         Variant("wrong", lambda: lambda x: [2 * x + 1]),
         Variant("nan", lambda: lambda x: [x * torch.nan]),
         Variant("loose", lambda: lambda x: [2 * x + 0.15], slack=2.0),
@@ -85,14 +80,25 @@ def test_a_wrong_answer_has_no_time_and_a_missing_peer_has_a_reason():
     assert loose.times
     assert missing.skipped == "it is not installed"
     assert failed.skipped == "failed: ValueError: shapes"
-    text = run.as_text([ours, wrong, missing], FOUND)
+    text = table.row([ours, wrong, missing]).summary()
     assert "wrong: an error of" in text
     assert "it is not installed" in text
+    assert faults([ours, wrong, missing]) == []
+
+
+def test_a_failure_or_too_much_memory_of_ours_is_a_fault_and_a_missing_package_is_none():
+    def fails(x):
+        raise ValueError("no")
+
+    results = measure(toy(Variant("fgfast", lambda: fails), Variant("fgfast DALI", refuse)), Steps())
+    assert [fault.partition(": ")[0] for fault in faults(results)] == ["fgfast"]
+    (heavy,) = measure(toy(Variant("fgfast", lambda: right), most_memory=2 << 20), Steps())
+    assert "peak of 3 MiB is over 2 MiB" in faults([heavy])[0]
 
 
 def test_an_answer_that_changes_loses_its_time():
     runs = iter(range(1000))
-    (drifting,) = measure(toy(Variant("ours", lambda: lambda x: [2 * x + next(runs)]), tolerance=2), Steps())
+    (drifting,) = measure(toy(Variant("fgfast", lambda: lambda x: [2 * x + next(runs)]), tolerance=2), Steps())
     assert not drifting.times
     assert "after timing" in drifting.skipped
 
@@ -105,19 +111,80 @@ def test_variants_take_turns_over_input_sets_that_outgrow_the_cache():
     case = toy(*variants)
     assert input_sets(case, cache=20) == 4
     assert input_sets(replace(case, input_bytes=1 << 30), cache=50 << 20) == 2
+    assert input_sets(case, cache=0) == 1
     measure(case, Steps(), cache=20, budget_ms=1.0)
     timed = seen[-2 - 2 * 5 : -2]  # five rounds of two, and before the end one check of each
     assert [name for name, _ in timed] == list("abbaabbaab")
     assert [x for _, x in timed[::2]] == [0.0, 1.0, 2.0, 3.0, 0.0]
 
 
+def test_without_a_least_number_of_rounds_a_slow_case_is_timed_by_its_warm_up():
+    runs = []
+    case = toy(Variant("fgfast", lambda: lambda x: runs.append(1) or right(x)))
+    (slow,) = measure(case, Steps(), budget_ms=0.5, least=0)
+    assert slow.times == [1.0]
+    assert len(runs) == 4  # judged, weighed, timed, judged again
+
+
+def test_the_table_has_a_line_per_case_with_times_faster_and_red_below_one():
+    def row(ours, peer, other):
+        results = measure(toy(*(Variant(name, lambda: right) for name in ("fgfast", "peer", "other"))), Steps())
+        for result, ms in zip(results, (ours, peer, other), strict=True):
+            result.times = [ms]
+        return table.row([*results, *measure(toy(Variant("absent", refuse)), Steps())], FOUND)
+
+    rows = [row(1.0, 20.0, 3.0), row(1.0, 0.5, 3.0)]
+    assert [r.faster for r in rows] == [3.0, 0.5]
+    text = table.as_text(rows, 200, colour=False)
+    lines = [line for line in text.splitlines() if "double" in line]
+    assert len(lines) == 2
+    for piece in ("N=4", "peer 20 (20x)", "other 3 (3.00x)", "absent it is not installed", "3.00x", "peer 3"):
+        assert piece in lines[0]
+    assert "\x1b[31m" not in table.as_text(rows[:1], 200, colour=True)
+    assert table.as_text(rows[1:], 200, colour=True).count("\x1b[31m") == 2  # the fastest contender, twice
+
+
+def test_without_rich_the_table_is_plain_text(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    (line,) = (table.row(measure(toy(Variant("fgfast", lambda: right)), Steps())) for _ in range(1))
+    assert "double N=4 fp32; 1; " in table.as_text([line], 80, colour=False)
+
+
+def test_the_page_is_self_contained_and_has_a_bar_per_variant(tmp_path):
+    results = measure(toy(*(Variant(name, lambda: right) for name in ("fgfast", "<peer>"))), Steps())
+    results[1].times = [2.0]
+    absent = measure(toy(Variant("absent", refuse)), Steps())
+    path = table.write_page([table.row([*results, *absent])], "a device", tmp_path / "build" / "page.html")
+    page = path.read_text()
+    assert re.search(r"(src|href|url)\s*[=(]", page) is None
+    assert page.count('class="fill"') == 2
+    for piece in ("a device", "&lt;peer&gt;", "2.00x", "it is not installed", "peak 3 MiB"):
+        assert piece in page
+
+
+def test_the_peak_of_a_variant_is_measured_in_a_process_that_finds_the_case_by_name(monkeypatch):
+    case = contrast.case("self", 512, 128, "fp32", CPU)
+    assert find(CPU, case.name).shape == case.shape
+    calls = []
+    monkeypatch.setattr(peak, "peak_memory", lambda case, variant: calls.append(variant) or 5)
+    ours, absent = measure(toy(Variant("fgfast", lambda: right), Variant("absent", refuse), weigh=True), Clock())
+    peak.weigh([ours, absent])
+    assert (calls, ours.peak, absent.peak) == (["fgfast"], 5, None)
+
+
+def test_views_and_puzzles_are_measured_with_tiny_shapes():
+    for case in views.cases(CPU, tiny=True):
+        results = measure(case, Clock(), budget_ms=1.0, least=0, without=SLOW)
+        assert all(r.times for r in results), [r.skipped for r in results]
+
+
 def test_every_operation_is_measured_with_tiny_shapes(capsys, tmp_path):
     """Each reference, each judge and each variant that runs on a CPU; then the record and the plots of it."""
     kept = []
-    faults = run.measured(
-        planned(CPU, tiny=True), CPU, WallClock(), FOUND, keep=kept.extend, budget_ms=1.0, without=SLOW
+    wrong = run.measure_cases(
+        planned(CPU, tiny=True), CPU, Clock(), FOUND, keep=kept.extend, budget_ms=1.0, without=SLOW
     )
-    assert faults == []
+    assert wrong == []
     ran = {(row["op"], row["variant"]) for row in kept if row["ms_50"]}
     assert {op for op, _ in ran} == set(OPERATIONS)
     assert len({variant for op, variant in ran if op == "contrast"}) >= 2
@@ -167,7 +234,7 @@ def test_the_cases_of_a_gpu_can_be_listed_without_one():
 
 
 def test_ceilings_of_this_machine_are_numbers():
-    found = ceilings.measured(CPU, WallClock(), small=True)
+    found = ceilings.measure(CPU, Clock(), small=True)
     assert found.bandwidth > 1e6
     assert set(found.rates) == {"bf16", "fp16", "tf32", "fp32"}
 
@@ -180,7 +247,7 @@ def test_traffic_of_a_kernel_is_counted():
     assert row["fewest"] <= row["bytes"] <= 1.1 * row["fewest"]
 
 
-def test_without_a_gpu_the_command_says_what_it_cannot_measure(monkeypatch, tmp_path, capsys):
+def test_without_a_gpu_the_command_reports_what_it_cannot_measure(monkeypatch, tmp_path, capsys):
     rows = [{"op": "part_pool", "shape": "B=1", "dtype": "bf16", "launches": 1, "ratio": 1.2, "goal": 1.1}]
     monkeypatch.setattr(traffic, "rows", lambda only, quick: rows)
     chosen = argparse.Namespace(only="", quick=True, record=True, results=tmp_path)
@@ -208,6 +275,17 @@ def test_reports_of_compilers_become_one_table(monkeypatch, tmp_path, capsys):
     assert (second["arch"], second["3.6.0 cases"], second["3.9.0 registers"]) == ("sm_90", "0", "40")
     assert "1 with spills" in capsys.readouterr().out
     assert compiled.main([]) == 2
+
+
+def test_the_figure_of_the_readme_is_drawn_from_stored_numbers(monkeypatch, tmp_path):
+    rows = [
+        {"batch": batch, "variant": variant, "ms": batch / 100, "peak_mib": 3, "note": ""}
+        for variant in ("fgfast torch", "eager", "lightly") for batch in (256, 512)
+    ]  # fmt: skip
+    monkeypatch.setattr(plots, "BATCHES", tmp_path / "contrast-batch.csv")
+    record.overwrite(rows, plots.BATCHES)
+    plots.main(["--readme", "--redraw"])
+    assert (tmp_path / "contrast-batch.svg").stat().st_size < 60_000
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Comparisons: one row a finished run, resumable, tuned alike, paired."""
+"""Comparisons: one row per finished run, resumable, learning rates tuned on held-out images, paired intervals."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 SHARED = {
     "model": TINY, "size": 32, "batch_size": 6, "device": "cpu", "threads": 1, "amp": "off", "hidden": 16,
-    "projection": 8,     "passes": 60, "knn_every": 0, "log_every": 1, "n_parts": 3, "map_size": 8,
+    "projection": 8, "passes": 60, "knn_every": 0, "log_every": 1, "n_parts": 3, "map_size": 8,
 }  # fmt: skip
 
 
@@ -29,30 +29,30 @@ def comparison(drawn: Path, out: Path, **values: object) -> Comparison:
     return Comparison(out=out, **(options | {"baseline": "simclr"} | values))  # type: ignore[arg-type]
 
 
-def test_every_finished_run_is_a_row_and_is_not_done_again(
+def test_finished_runs_are_stored_and_not_repeated(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A comparison killed in the middle goes on with what is missing; equal passes give equal passes."""
+    """A comparison that is interrupted resumes with the missing runs; every run has the passes asked for."""
     from fgfast.train import loop
 
-    real, done = loop.pretrain, []
+    real, started = loop.pretrain, []
 
-    def counted(name: str, config: object, **kw: object) -> Path:
-        if len(done) == 3:
+    def interrupt_at_fourth(name: str, config: object, **kw: object) -> Path:
+        if len(started) == 3:
             raise KeyboardInterrupt
-        done.append(name)
+        started.append(name)
         return real(name, config, **kw)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop, "pretrain", counted)
+    monkeypatch.setattr(loop, "pretrain", interrupt_at_fourth)
     with pytest.raises(KeyboardInterrupt):
         comparison(drawn, tmp_path).run()
     rows = list(csv.DictReader((tmp_path / "compare.csv").open()))
     assert [(r["method"], r["seed"]) for r in rows] == [("random", "0"), ("simclr", "0"), ("particle:parts=grid", "0")]
-    done.clear()
-    monkeypatch.setattr(loop, "pretrain", lambda n, c, **kw: (done.append(n), real(n, c, **kw))[1])
+    started.clear()
+    monkeypatch.setattr(loop, "pretrain", lambda n, c, **kw: (started.append(n), real(n, c, **kw))[1])
     full = comparison(drawn, tmp_path)
     full.run()
-    assert len(done) == 3
+    assert len(started) == 3
     rows = list(csv.DictReader((tmp_path / "compare.csv").open()))
     assert len(rows) == 6
     assert {r["passes"] for r in rows if r["method"] != "random"} <= {"60", "48"}
@@ -62,8 +62,8 @@ def test_every_finished_run_is_a_row_and_is_not_done_again(
     assert (tmp_path / "compare.md").read_text() == table
 
 
-def test_rows_of_other_settings_are_not_mixed_in(drawn: Path, tmp_path: Path) -> None:
-    """The same folder with another temperature is refused by name; what changes no number may change."""
+def test_rows_with_other_settings_are_refused(drawn: Path, tmp_path: Path) -> None:
+    """Another temperature in the same folder is an error that names it; log_every changes no result and may change."""
     comparison(drawn, tmp_path, methods=["simclr"], seeds=[0]).run()
     comparison(drawn, tmp_path, methods=["simclr"], seeds=[0], shared=SHARED | {"log_every": 2}).run()
     with pytest.raises(UserError, match="--temperature"):
@@ -73,7 +73,7 @@ def test_rows_of_other_settings_are_not_mixed_in(drawn: Path, tmp_path: Path) ->
 
 
 def test_rates_are_tuned_on_held_out_training_images(drawn: Path, tmp_path: Path) -> None:
-    """Each rate is scored once, on a part of the training split, and the best one is used for the rows."""
+    """Each rate is scored once, on a held-out part of the training split, and the runs use the best one."""
     c = comparison(drawn, tmp_path, methods=["simclr"], seeds=[0], lrs=[1e-4, 1e-2], tune_share=0.5)
     c.run()
     scores = json.loads((tmp_path / "tuned.json").read_text())[f"{drawn.name} simclr"]
@@ -82,10 +82,10 @@ def test_rates_are_tuned_on_held_out_training_images(drawn: Path, tmp_path: Path
     assert scores[row["lr"]] == max(scores.values())
 
 
-def test_seed_stands_in_a_setting(drawn: Path, tmp_path: Path) -> None:
-    """{seed} becomes the seed, in shared settings and in those of a method."""
+def test_a_setting_may_contain_the_seed(drawn: Path, tmp_path: Path) -> None:
+    """{seed} is replaced by the seed."""
     c = comparison(drawn, tmp_path, methods=["simclr:init=base/seed{seed}"], baseline="")
-    assert c._config(c.entries[0], drawn, 1).init == "base/seed1"
+    assert c.run_config(c.entries[0], drawn, 1).init == "base/seed1"
 
 
 @pytest.mark.parametrize(
@@ -97,14 +97,14 @@ def test_seed_stands_in_a_setting(drawn: Path, tmp_path: Path) -> None:
         ({"methods": ["particle:n_parts=many"], "baseline": ""}, "type int"),
         ({"methods": ["random:nosuch=1"], "baseline": ""}, "nosuch"),
         ({"methods": ["simclr:temperature=-1"], "baseline": ""}, "temperature"),
-        ({"methods": ["simclr:seed=4"], "baseline": ""}, "itself decides seed"),
-        ({"shared": SHARED | {"out": "o"}}, "itself decides out"),
+        ({"methods": ["simclr:seed=4"], "baseline": ""}, "itself sets seed"),
+        ({"shared": SHARED | {"out": "o"}}, "itself sets out"),
         ({"tune_share": 3.0}, "--tune-share is 3"),
         ({"lrs": [0.1, float("inf")]}, "--lrs is inf: give a finite number of more than 0"),
         ({"data": [Path("/no/such")]}, "/no/such does not exist"),
     ],
 )
-def test_mistakes_are_found_before_the_first_run(
+def test_errors_are_found_before_the_first_run(
     drawn: Path, tmp_path: Path, values: dict[str, object], message: str
 ) -> None:
     """Nothing is written when an entry or a setting cannot be used."""
@@ -113,21 +113,21 @@ def test_mistakes_are_found_before_the_first_run(
     assert not (tmp_path / "out").exists()
 
 
-def test_entries_keep_their_text_as_label() -> None:
-    """Two variants of a method stay apart."""
+def test_the_label_of_an_entry_is_its_text() -> None:
+    """Two variants of a method have different labels."""
     assert Entry.parse("particle:parts=truth,lr=0.1").label == "particle:parts=truth,lr=0.1"
     assert Entry.parse("random").values == {}
 
 
-def test_another_set_of_the_same_name_is_refused(drawn: Path, tmp_path: Path) -> None:
-    """A row is of one set: a folder elsewhere with its name is not it."""
+def test_another_data_set_of_the_same_name_is_refused(drawn: Path, tmp_path: Path) -> None:
+    """Data sets are told apart by their path, not only by the name of their folder."""
     comparison(drawn, tmp_path / "out", methods=["random"], baseline="").run()
     other = shutil.copytree(drawn, tmp_path / drawn.name)
     with pytest.raises(UserError, match="not on"):
         comparison(other, tmp_path / "out", methods=["random"], baseline="").run()
 
 
-def test_table_is_of_the_seeds_asked_for(drawn: Path, tmp_path: Path) -> None:
+def test_the_table_has_only_the_seeds_asked_for(drawn: Path, tmp_path: Path) -> None:
     both = comparison(drawn, tmp_path, methods=["random"], baseline="")
     both.run()
     assert "| `random` | 2 |" in both.table()
@@ -136,5 +136,5 @@ def test_table_is_of_the_seeds_asked_for(drawn: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["data", "methods", "seeds"])
 def test_empty_lists_are_refused(drawn: Path, tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=f"--{name} names none"):
+    with pytest.raises(UserError, match=f"--{name} is empty"):
         comparison(drawn, tmp_path, baseline="", **{name: []})

@@ -1,4 +1,4 @@
-"""Options: files, flags, presets, and what is refused."""
+"""Options: files, flags, presets, and errors."""
 
 import tomllib
 from pathlib import Path
@@ -14,7 +14,7 @@ from fgfast.methods.simclr import SimCLRConfig
 from fgfast.methods.srgan import SRGANConfig
 
 
-def test_flags_win_over_file_and_file_over_defaults(tmp_path: Path) -> None:
+def test_flags_override_file_and_file_overrides_defaults(tmp_path: Path) -> None:
     """The order of precedence is flags, file, defaults."""
     file = tmp_path / "f.toml"
     file.write_text('lr = 0.5\nepochs = 7\nparts = "grid"\n')
@@ -24,19 +24,19 @@ def test_flags_win_over_file_and_file_over_defaults(tmp_path: Path) -> None:
     assert (config.lr, config.epochs, config.parts, config.batch_size) == (0.5, 9, "grid", TrainConfig.batch_size)
 
 
-def test_preset_stands_under_file_and_flags(tmp_path: Path) -> None:
-    """--preset paper changes the defaults; a file and a flag still win."""
+def test_file_and_flags_override_the_preset(tmp_path: Path) -> None:
+    """--preset paper changes the defaults; a file and a flag override it."""
     file = tmp_path / "f.toml"
     file.write_text("epochs = 7\n")
     _, config = parse_method(["particle", "--preset", "paper", "--config", str(file), "--lr", "0.25"])
     assert (config.model, config.size, config.batch_size, config.epochs, config.lr) == ("resnet50", 224, 320, 7, 0.25)
     _, vit = parse_method(["particle", "--preset=paper", "--model", "vit_small_patch8_224"])
-    assert (config.discover_size, config.amp, vit.amp) == (224, "off", "off")  # whole images at 224, no autocast
+    assert (config.discover_size, config.amp, vit.amp) == (224, "off", "off")  # full images at 224, no autocast
     assert (vit.n_parts, vit.optimizer, vit.clip) == (5, "adamw", 3.0)
 
 
-def test_resumed_run_knows_its_own_options(tmp_path: Path) -> None:
-    """--out RUN --resume takes RUN/config.toml, and flags still win; without --resume nothing is taken."""
+def test_resumed_run_takes_its_own_options(tmp_path: Path) -> None:
+    """--out RUN --resume reads RUN/config.toml, and flags override it; without --resume it is not read."""
     (tmp_path / "config.toml").write_text(
         to_toml(PARTICLEConfig(data="d", out=str(tmp_path), lr=0.5, epochs=7), "particle")
     )
@@ -46,8 +46,8 @@ def test_resumed_run_knows_its_own_options(tmp_path: Path) -> None:
     assert parse_method(words)[1].lr == TrainConfig.lr
 
 
-def test_configuration_survives_its_file() -> None:
-    """config.toml reads back as the same configuration, odd text included."""
+def test_configuration_round_trips_through_its_file() -> None:
+    """config.toml is read as the same configuration, with quotes and backslashes."""
     config = PARTICLEConfig(data='a "quoted" \\ path', lr=3e-4, resume=True, parts="online")
     values = tomllib.loads(to_toml(config, "particle"))
     assert values.pop("method") == "particle"
@@ -59,15 +59,15 @@ def test_configuration_survives_its_file() -> None:
     ("words", "message"),
     [
         (["nomethod"], "no method 'nomethod'"),
-        ([], "needs a method"),
+        ([], "expects a method"),
         (["simclr", "--parts", "grid"], "does not know '--parts'"),
         (["simclr", "--config", "missing.toml"], "does not exist"),
-        (["simclr", "--config"], "needs a value"),
+        (["simclr", "--config"], "has no value"),
         (["color", "--preset", "paper"], "no --preset paper"),
     ],
 )
-def test_wrong_words_are_one_sentence(words: list[str], message: str) -> None:
-    """An unknown method, flag or file is named."""
+def test_wrong_arguments_are_refused(words: list[str], message: str) -> None:
+    """The message names an unknown method, flag or file."""
     with pytest.raises(UserError, match=message):
         parse_method(words)
 
@@ -79,12 +79,12 @@ def test_wrong_words_are_one_sentence(words: list[str], message: str) -> None:
         ('lr = "fast"', "type float"),
         ("epochs = true", "type int"),
         ('amp = "fp8"', "choose one of bf16, off"),
-        ("lr = ", "no TOML"),
+        ("lr = ", "not valid TOML"),
         ('method = "particle"', "another method"),
     ],
 )
-def test_bad_file_is_named(tmp_path: Path, text: str, message: str) -> None:
-    """A config file with an unknown name, a wrong type or no TOML is refused."""
+def test_bad_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    """A config file with an unknown name, a wrong type or invalid TOML is refused."""
     file = tmp_path / "f.toml"
     file.write_text(text)
     with pytest.raises(UserError, match=message):
@@ -98,13 +98,13 @@ def test_bad_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     [{"data": ""}, {"out": ""}, {"epochs": 0}, {"batch_size": 1}, {"lr": -1.0}, {"lr": float("nan")}, {"holdout": 1.0}],
 )
 def test_unusable_values_are_refused(bad: dict[str, object]) -> None:
-    """Each value that no run can use raises."""
+    """A missing or out-of-range value raises."""
     with pytest.raises(UserError):
         validate(with_values(TrainConfig(data="d", out="o"), bad, "test"))
 
 
 def test_text_values_take_the_type_of_their_field() -> None:
-    """name=value lists give numbers, switches and text."""
+    """Values of name=value lists become numbers, switches and text."""
     values = parse_values(TrainConfig(), {"lr": "1e-3", "epochs": "5", "resume": "true", "model": "x"}, "test")
     assert values == {"lr": 1e-3, "epochs": 5, "resume": True, "model": "x"}
     with pytest.raises(UserError, match="type int"):
@@ -112,7 +112,7 @@ def test_text_values_take_the_type_of_their_field() -> None:
 
 
 def test_ranges_belong_to_the_method() -> None:
-    """An option is held to the range of its own method, whatever another one calls by its name."""
+    """An option has the range of its own method, even if another method has an option of the same name."""
     with pytest.raises(UserError, match="--blocks is 0: give at least 1"):
         validate(SRGANConfig(data="d", out="o", blocks=0))
     validate(SimCLRConfig(data="d", out="o", blocks=0))

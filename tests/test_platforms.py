@@ -1,4 +1,4 @@
-"""Where triton, DALI and the compiled extension have no wheel (macOS, Linux on aarch64, torch without CUDA)."""
+"""Platforms without wheels of Triton, DALI or the compiled extension: macOS, Linux on aarch64, torch without CUDA."""
 
 import json
 import os
@@ -12,15 +12,15 @@ from tests.conftest import TINY
 
 pytestmark = pytest.mark.slow
 
-# As if these had not been installed, in every process that is started: Python imports sitecustomize first.
+# Python imports sitecustomize at start-up: in every new process the packages seem not to be installed.
 HIDE = """
 import importlib.machinery as machinery
 
 hidden = ("triton", "nvidia", "fgfast._native")
-found = machinery.PathFinder.find_spec
+find_installed = machinery.PathFinder.find_spec
 
 def find_spec(cls, name, path=None, target=None):
-    return None if any(f"{name}.".startswith(f"{h}.") for h in hidden) else found(name, path, target)
+    return None if any(f"{name}.".startswith(f"{h}.") for h in hidden) else find_installed(name, path, target)
 
 machinery.PathFinder.find_spec = classmethod(find_spec)
 """
@@ -30,7 +30,7 @@ COMMON += ["--threads", "1", "--amp", "off", "--hidden", "16", "--projection", "
 
 @pytest.fixture
 def bare(tmp_path: Path) -> dict[str, str]:
-    """An environment in which the packages are hidden."""
+    """Environment variables of a process in which the packages are hidden."""
     (tmp_path / "hide").mkdir()
     (tmp_path / "hide" / "sitecustomize.py").write_text(HIDE)
     unset = ("TRITON_INTERPRET", "FGFAST_BACKEND")
@@ -44,7 +44,7 @@ def run(code: str, environment: dict[str, str], *arguments: str) -> str:
     return done.stdout
 
 
-def test_the_operations_run_and_a_backend_that_is_missing_is_named(bare: dict[str, str]) -> None:
+def test_the_operations_run_and_a_missing_backend_is_reported(bare: dict[str, str]) -> None:
     code = """
 import json, torch, fgfast, fgfast.kernels
 from fgfast.info import info
@@ -58,24 +58,24 @@ loss.backward()
 assert x.grad.abs().sum() > 0
 assert fgfast.pivotal_mask(torch.rand(2, 2, 16), seed=0).mask.sum() == 8
 fgfast.perturb(x.detach().flatten(1), x.detach().flatten(1), std=torch.ones(288), seed=0)
-said = {}
+errors = {}
 for name in ("triton", "native"):
     try:
         with fgfast.use_backend(name):
             pass
     except RuntimeError as error:
-        said[name] = str(error)
-print(json.dumps([info()["backends"], said]))
+        errors[name] = str(error)
+print(json.dumps([info()["backends"], errors]))
 """
-    backends, said = json.loads(run(code, bare))
+    backends, errors = json.loads(run(code, bare))
     assert backends["torch"] == backends["reference"] == "ready"
     assert backends["triton"] == "the package triton is not installed"
     assert "fgfast._native is not part of this installation" in backends["native"]
-    assert all(backends[name] in said[name] for name in ("triton", "native"))
+    assert all(backends[name] in errors[name] for name in ("triton", "native"))
 
 
-def test_a_run_from_photographs_to_the_report(bare: dict[str, str], drawn: Path, tmp_path: Path) -> None:
-    """PARTICLE with parts clustered in the step, through torchvision's loader; then a score."""
+def test_a_run_from_images_to_the_report(bare: dict[str, str], drawn: Path, tmp_path: Path) -> None:
+    """PARTICLE with parts clustered in the training step, images from torchvision's loader; then a score."""
     code = """
 import sys
 from fgfast.cli import main
@@ -84,15 +84,15 @@ data, out, *common = sys.argv[1:]
 assert main(["pretrain", "particle", "--data", data, "--out", out, "--parts", "online", "--n-parts", "4", *common]) == 0
 assert main(["eval", "knn", out, "--data", data, "--device", "cpu", "--json"]) == 0
 """
-    said = run(code, bare, str(drawn), str(tmp_path / "run"), *COMMON)
-    assert json.loads(said.splitlines()[-1])["protocol"] == "knn"
+    stdout = run(code, bare, str(drawn), str(tmp_path / "run"), *COMMON)
+    assert json.loads(stdout.splitlines()[-1])["protocol"] == "knn"
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-def test_the_dali_loader_that_is_missing_is_named(bare: dict[str, str], drawn: Path, tmp_path: Path) -> None:
+def test_the_missing_dali_loader_is_reported(bare: dict[str, str], drawn: Path, tmp_path: Path) -> None:
     code = "import sys; from fgfast.cli import main; sys.exit(main(sys.argv[1:]) != 2)"
-    words = ["pretrain", "simclr", "--data", str(drawn), "--out", str(tmp_path / "run"), "--loader", "dali", *COMMON]
-    command = [sys.executable, "-W", "ignore", "-c", code, *words]
+    argv = ["pretrain", "simclr", "--data", str(drawn), "--out", str(tmp_path / "run"), "--loader", "dali", *COMMON]
+    command = [sys.executable, "-W", "ignore", "-c", code, *argv]
     done = subprocess.run(command, env=bare, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "The dali loader needs the package nvidia.dali" in done.stderr

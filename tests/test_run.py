@@ -1,4 +1,4 @@
-"""Files of a run: whole or not at all, and of the right method."""
+"""Files of a run: complete or absent, and of the right method."""
 
 import errno
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.conftest import TINY
 
 
 def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    """A full disk in the middle of a write changes nothing and leaves no litter."""
+    """A disk that fills up during a write changes nothing and leaves no partial file."""
     file = tmp_path / "last.pt"
     save_checkpoint(file, {"name": "simclr", "step": 1})
     before = file.read_bytes()
@@ -37,8 +37,8 @@ def test_checkpoint_of_another_method_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
-def test_broken_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
-    """Empty and foreign files are one sentence."""
+def test_broken_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
+    """Empty files, other files and missing files are refused."""
     (tmp_path / "last.pt").write_bytes(content)
     with pytest.raises(UserError, match="could not be read"):
         load_checkpoint(tmp_path / "last.pt", "simclr")
@@ -46,21 +46,21 @@ def test_broken_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
         load_checkpoint(tmp_path / "none.pt", "simclr")
 
 
-def test_encoder_file_loads_back_by_timm(tmp_path: Path) -> None:
-    """The file reads back: timm takes encoder.safetensors by itself and gives the same features."""
+def test_timm_loads_the_encoder_file(tmp_path: Path) -> None:
+    """The file encoder.safetensors is one that timm loads directly, with the same features."""
     import timm
 
     encoder = Backbone(TINY, size=32).eval()
     save_encoder(tmp_path / "encoder.safetensors", encoder.net, TINY)
-    again = timm.create_model(TINY, num_classes=0, checkpoint_path=str(tmp_path / "encoder.safetensors")).eval()
+    loaded = timm.create_model(TINY, num_classes=0, checkpoint_path=str(tmp_path / "encoder.safetensors")).eval()
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(again(x), encoder(x))
+        torch.testing.assert_close(loaded(x), encoder(x))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch's writer hides the cause behind a RuntimeError: what comes out names the disk and the file."""
+    """Torch reports a full disk as a RuntimeError; here it is an OSError that names the file."""
     real = Path.open
     full = lambda p, mode="r", **more: real(Path("/dev/full") if mode == "wb" else p, mode, **more)  # noqa: E731
     monkeypatch.setattr(Path, "open", full)

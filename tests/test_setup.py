@@ -1,4 +1,4 @@
-"""What ``make`` installs: the locks, and the sentences of the set-up on a machine where something is missing."""
+"""The locks that ``make`` installs, and the messages of the set-up on machines where something is missing."""
 
 import os
 import re
@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LOCKS = sorted((ROOT / ".ci" / "locks").glob("*.txt"))
 PYTHONS = ("cp311", "cp312", "cp313")
 
-# Stands for an interpreter: what the set-up asks of it is answered from the environment, and nothing is installed.
-PRETENDS = """#!/bin/sh
+# A fake interpreter: it answers the queries of the set-up from environment variables and installs nothing.
+FAKE_PYTHON = """#!/bin/sh
 echo "$*" | tr '\\n' ' ' >>"$CALLS"; echo >>"$CALLS"
 case "$*" in
     *"import platform, sys"*) echo "$TAG" ;;
@@ -26,7 +26,7 @@ case "$*" in
     *version_info*) exit "$OUT_OF_RANGE" ;;
     "-m venv "*) [ "$VENV" = 0 ] && mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && touch "$3/pyvenv.cfg" ;;
     "-m pip --version") ;;
-    "-m pip install "*) echo "$PIP_SAYS"; [ -z "$PIP_SAYS" ] ;;
+    "-m pip install "*) echo "$PIP_ERROR"; [ -z "$PIP_ERROR" ] ;;
     *_native*) exit "$NO_NATIVE" ;;
     *platform.machine*) echo "Darwin arm64" ;;
     --version) echo "Python 3.11.7" ;;
@@ -35,9 +35,9 @@ esac
 
 
 def pinned(lock: Path) -> dict[str, Version]:
-    """The versions that a lock names."""
-    lines = (re.match(r"([A-Za-z0-9._-]+)==([^ ]+) \\", line) for line in lock.read_text().splitlines())
-    return {canonicalize_name(found[1]): Version(found[2]) for found in lines if found}
+    """The versions in a lock by package."""
+    matches = (re.match(r"([A-Za-z0-9._-]+)==([^ ]+) \\", line) for line in lock.read_text().splitlines())
+    return {canonicalize_name(match[1]): Version(match[2]) for match in matches if match}
 
 
 def test_every_python_has_its_locks() -> None:
@@ -46,7 +46,7 @@ def test_every_python_has_its_locks() -> None:
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.stem)
-def test_a_lock_has_versions_and_hashes_and_no_address(lock: Path) -> None:
+def test_a_lock_has_versions_and_hashes_and_no_urls(lock: Path) -> None:
     text = lock.read_text()
     records = re.sub(r" *\\\n +", " ", text).splitlines()[1:]
     assert len(records) > 30
@@ -75,7 +75,7 @@ def test_the_lock_is_within_the_ranges_of_the_project(tag: str) -> None:
 
 
 @pytest.mark.parametrize("tag", PYTHONS)
-def test_the_oldest_torch_is_the_least_that_the_project_allows(tag: str) -> None:
+def test_the_oldest_torch_is_the_oldest_that_the_project_allows(tag: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     (least,) = (Requirement(text).specifier for text in project["project"]["dependencies"])
     oldest, locked, newest = (pinned(ROOT / ".ci" / "locks" / f"{tag}{s}.txt") for s in ("-oldest", "", "-newest"))
@@ -86,21 +86,21 @@ def test_the_oldest_torch_is_the_least_that_the_project_allows(tag: str) -> None
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """The set-up, the locks, and an interpreter that pretends, under every name that is looked for."""
+    """A folder with .ci, and a fake interpreter on the PATH under every name that the set-up looks for."""
     shutil.copytree(ROOT / ".ci", tmp_path / "checkout" / ".ci")
     (tmp_path / "path").mkdir()
     for name in ("python3", "python3.11", "python3.12", "python3.13"):
         file = tmp_path / "path" / name
-        file.write_text(PRETENDS)
+        file.write_text(FAKE_PYTHON)
         file.chmod(file.stat().st_mode | stat.S_IXUSR)
     return tmp_path / "checkout"
 
 
 def set_up(checkout: Path, *arguments: str, **answers: str) -> tuple[int, str, str, list[str]]:
-    """Exit status, both outputs, and what the interpreter was called with."""
+    """Run the set-up: exit status, standard output and error, and the arguments of each call of the interpreter."""
     calls = checkout.parent / "calls"
     calls.touch()
-    known = {"TAG": "cp311", "OUT_OF_RANGE": "0", "VENV": "0", "PIP_SAYS": "", "NO_NATIVE": "0", "CALLS": str(calls)}
+    known = {"TAG": "cp311", "OUT_OF_RANGE": "0", "VENV": "0", "PIP_ERROR": "", "NO_NATIVE": "0", "CALLS": str(calls)}
     environment = {
         "PATH": f"{checkout.parent / 'path'}:/usr/bin:/bin", "HOME": str(checkout.parent), **known, **answers
     }  # fmt: skip
@@ -114,9 +114,9 @@ def set_up(checkout: Path, *arguments: str, **answers: str) -> tuple[int, str, s
     return done.returncode, done.stdout, done.stderr, calls.read_text().splitlines()
 
 
-def test_the_lock_of_the_interpreter_is_installed_and_nothing_else(checkout: Path) -> None:
-    status, said, error, calls = set_up(checkout)
-    assert (status, said, error) == (0, "", "")
+def test_only_the_lock_of_the_interpreter_is_installed(checkout: Path) -> None:
+    status, stdout, stderr, calls = set_up(checkout)
+    assert (status, stdout, stderr) == (0, "", "")
     installed = [call.split("install --disable-pip-version-check ")[1].strip() for call in calls if " install " in call]
     assert installed == [
         "--require-hashes --no-deps -r .venv/build-tools.txt",
@@ -128,11 +128,11 @@ def test_the_lock_of_the_interpreter_is_installed_and_nothing_else(checkout: Pat
     assert (checkout / ".venv" / ".installed").exists()
 
 
-def test_another_platform_installs_the_ranges_and_says_so(checkout: Path) -> None:
-    status, said, error, calls = set_up(checkout, TAG="")
-    assert (status, error) == (0, "")
-    assert said.count("\n") == 1
-    assert "No lock serves Darwin arm64" in said
+def test_another_platform_installs_the_ranges_with_a_notice(checkout: Path) -> None:
+    status, stdout, stderr, calls = set_up(checkout, TAG="")
+    assert (status, stderr) == (0, "")
+    assert stdout.count("\n") == 1
+    assert "There is no lock for Darwin arm64" in stdout
     assert [call.strip().endswith("-e .[train,dev]") for call in calls if " install " in call] == [True]
 
 
@@ -142,84 +142,84 @@ def test_another_platform_installs_the_ranges_and_says_so(checkout: Path) -> Non
         (
             (),
             {"OUT_OF_RANGE": "1"},
-            "No Python 3.11, 3.12 or 3.13 was found: install one, or name it with make PYTHON=",
+            "No Python 3.11, 3.12 or 3.13 was found: install one, or give it with make PYTHON=",
         ),
-        (("python3.13",), {"OUT_OF_RANGE": "1"}, "python3.13 is not a Python 3.11, 3.12 or 3.13: name one with"),
-        (("/no/such",), {}, "/no/such is not a Python 3.11, 3.12 or 3.13: name one with"),
+        (("python3.13",), {"OUT_OF_RANGE": "1"}, "python3.13 is not a Python 3.11, 3.12 or 3.13: give one with"),
+        (("/no/such",), {}, "/no/such is not a Python 3.11, 3.12 or 3.13: give one with"),
         ((), {"VENV": "1"}, "install its venv module (on Debian: apt-get install python3-venv)"),
         ((), {"TAG": "cp314"}, ".ci/locks/cp314.txt is missing: restore it from git"),
-        ((), {"PIP_SAYS": "NewConnectionError('..')"}, "No package index was reached: check the network"),
-        ((), {"PIP_SAYS": "THESE PACKAGES DO NOT MATCH THE HASHES"}, "differs from its hash in the lock"),
-        ((), {"PIP_SAYS": "OSError: No space left on device"}, "The disk is full: .venv needs 8 GB"),
+        ((), {"PIP_ERROR": "NewConnectionError('..')"}, "No package index can be reached: check the network"),
+        ((), {"PIP_ERROR": "THESE PACKAGES DO NOT MATCH THE HASHES"}, "differs from its hash in the lock"),
+        ((), {"PIP_ERROR": "OSError: No space left on device"}, "The disk is full: .venv needs 8 GB"),
         (
             (),
-            {"PIP_SAYS": "No matching distribution found for torch==9"},
+            {"PIP_ERROR": "No matching distribution found for torch==9"},
             "found for torch==9: check the network",
         ),
         (
             (),
-            {"PIP_SAYS": "The user requested (constraint) torch<=2.1"},
+            {"PIP_ERROR": "The user requested (constraint) torch<=2.1"},
             "excludes what the lock names (torch<=2.1): lift it",
         ),
-        (("oldest",), {}, "There is no .venv, whose Python is used: run make test first."),
+        (("oldest",), {}, "There is no .venv, whose Python is needed: run make test first."),
     ],
 )
-def test_what_is_missing_is_named_with_the_remedy(
+def test_an_error_is_one_sentence_with_the_remedy(
     checkout: Path, arguments: tuple[str, ...], answers: dict[str, str], sentence: str
 ) -> None:
-    status, _, error, _ = set_up(checkout, *arguments, **answers)
+    status, _, stderr, _ = set_up(checkout, *arguments, **answers)
     assert status == 2
-    assert sentence in error
-    assert error.count("\n") == 1
+    assert sentence in stderr
+    assert stderr.count("\n") == 1
     assert not (checkout / ".venv" / ".installed").exists()
 
 
-def test_pip_is_quoted_where_no_sentence_is_known(checkout: Path) -> None:
-    status, _, error, _ = set_up(checkout, PIP_SAYS="error: something else")
+def test_an_unknown_error_of_pip_is_quoted(checkout: Path) -> None:
+    status, _, stderr, _ = set_up(checkout, PIP_ERROR="error: something else")
     assert status == 2
-    assert error.splitlines()[0] == "error: something else"
-    assert "pip failed as shown above" in error.splitlines()[-1]
+    assert stderr.splitlines()[0] == "error: something else"
+    assert "pip failed as shown above" in stderr.splitlines()[-1]
 
 
-def test_a_half_made_environment_is_made_anew(checkout: Path) -> None:
+def test_an_incomplete_environment_is_created_again(checkout: Path) -> None:
     (checkout / ".venv" / "bin").mkdir(parents=True)
     (checkout / ".venv" / "pyvenv.cfg").touch()
-    status, said, error, _ = set_up(checkout)
-    assert (status, said) == (0, "")
-    assert error == ".venv is incomplete and is made anew.\n"
+    status, stdout, stderr, _ = set_up(checkout)
+    assert (status, stdout) == (0, "")
+    assert stderr == ".venv is incomplete and is created again.\n"
 
 
-def test_another_python_than_that_of_the_environment_is_named(checkout: Path) -> None:
+def test_a_python_that_differs_from_the_environment_is_refused(checkout: Path) -> None:
     assert set_up(checkout)[0] == 0
     assert set_up(checkout, "python3.11")[0] == 0
-    status, _, error, _ = set_up(checkout, "python3.13")
+    status, _, stderr, _ = set_up(checkout, "python3.13")
     assert status == 2
-    assert ".venv holds Python 3.11.7, which is not that of python3.13: run make clean" in error
+    assert ".venv has Python 3.11.7, another version than python3.13: run make clean" in stderr
 
 
-def test_a_folder_that_is_no_environment_is_left_alone(checkout: Path) -> None:
+def test_a_folder_that_is_not_an_environment_is_not_removed(checkout: Path) -> None:
     (checkout / ".venv").mkdir()
     (checkout / ".venv" / "thesis.txt").touch()
-    status, _, error, _ = set_up(checkout)
+    status, _, stderr, _ = set_up(checkout)
     assert status == 2
-    assert ".venv is not a virtual environment: move it away" in error
+    assert ".venv is not a virtual environment: move it away" in stderr
     assert (checkout / ".venv" / "thesis.txt").exists()
 
 
-def test_without_a_compiler_the_sampler_is_left_out_and_named(checkout: Path) -> None:
-    status, said, error, _ = set_up(checkout, NO_NATIVE="1")
-    assert (status, error) == (0, "")
-    assert "The compiled mask sampler was not built" in said
-    assert "install a C++ compiler" in said
+def test_without_a_compiler_the_sampler_is_left_out_with_a_notice(checkout: Path) -> None:
+    status, stdout, stderr, _ = set_up(checkout, NO_NATIVE="1")
+    assert (status, stderr) == (0, "")
+    assert "The compiled mask sampler was not built" in stdout
+    assert "install a C++ compiler" in stdout
 
 
-def test_the_oldest_torch_has_an_environment_of_its_own_that_is_kept(checkout: Path) -> None:
+def test_the_oldest_torch_has_a_separate_cached_environment(checkout: Path) -> None:
     set_up(checkout)
     folders = []
     for _ in range(2):
-        status, said, error, _ = set_up(checkout, "oldest")
-        assert (status, error) == (0, "")
-        folders.append(said)
+        status, stdout, stderr, _ = set_up(checkout, "oldest")
+        assert (status, stderr) == (0, "")
+        folders.append(stdout)
     assert folders[0] == folders[1]
     folder = Path(folders[0].strip())
     assert folder.parent == checkout.parent / ".cache" / "fgfast" / "environments"

@@ -1,14 +1,14 @@
-"""The cases of each operation: the shapes of the performance table, and series over one size.
+"""The cases of each operation and of what surrounds them, defined once for pytest-benchmark and for benchmarks.run.
 
-A file an operation, each with ``cases(device, tiny)``: the sizes that a GPU is asked for, or a few that a CPU does at
-once, which show that everything works and nothing else.
+One file per operation with ``cases(device, tiny)``: the sizes of a GPU, the sizes of a CPU, or with ``tiny`` a few that
+take no time and only show that everything works.
 """
 
 from collections.abc import Iterator
 
 import torch
 
-from benchmarks.cases import contrast, kmeans, kmeans_step, mask, part_pool, perturb
+from benchmarks.cases import contrast, kmeans, kmeans_step, loaders, mask, part_pool, particle, perturb, views
 from benchmarks.timing import Case
 
 OPERATIONS = {
@@ -19,10 +19,23 @@ OPERATIONS = {
     "pivotal_mask": mask.cases,
     "perturb": perturb.cases,
 }
+# Not operations: timed by pytest-benchmark only.
+SURROUNDINGS = {"particle": particle.cases, "views": views.cases, "data": loaders.cases}
 
 
 def planned(device: torch.device, only: str = "", quick: bool = False, tiny: bool = False) -> Iterator[Case]:
-    """The cases to measure: all, those of one operation, or those that a goal belongs to."""
+    """The cases of all operations or of one; ``quick`` leaves those with a performance goal."""
     for op, cases in OPERATIONS.items():
         if only in ("", op):
             yield from (case for case in cases(device, tiny) if case.quick or tiny or not quick)
+
+
+def find(device: torch.device, name: str) -> Case:
+    """The case of a name.
+
+    Raises:
+        KeyError: no such case on the device.
+    """
+    makers = [*OPERATIONS.values(), *SURROUNDINGS.values()]
+    every = [case for cases in makers for case in cases(device)] + list(contrast.batch_sizes(device))
+    return {case.name: case for case in every}[name]

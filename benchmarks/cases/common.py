@@ -1,4 +1,4 @@
-"""What the cases share: dtypes, tolerances, seeded inputs, torch.compile, and peers that may be missing."""
+"""Helpers of the cases: dtypes, tolerances, seeded inputs, torch.compile, and peers that may be missing."""
 
 import importlib
 from collections.abc import Callable
@@ -6,28 +6,27 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import Unavailable
+from benchmarks.timing import Answer, Judge, Unavailable, Verdict, distance
+from fgfast.backend import missing
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# |answer - reference| / |reference| that a right answer stays under, whatever the size: a few roundings of its inputs.
+# Bound of |answer - reference| / |reference| for any size: a few roundings of the inputs.
 TOLERANCES = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 3e-2}
 
 
 def precision(dtype: str) -> str:
-    """How float32 products are made."""
+    """Precision of float32 products."""
     return "tf32" if dtype == "tf32" else "ieee"
 
 
 def ours(device: torch.device, native: bool = False) -> str:
-    """The backend that is measured on the device: Triton or the compiled sampler on a GPU, PyTorch elsewhere."""
-    if device.type != "cuda":
-        return "torch"
+    """The backend that "auto" takes: the compiled sampler for ``native``, else Triton on a GPU and PyTorch on a CPU."""
+    cuda = device.type == "cuda"
     if native:
-        import fgfast._native
-
-        return "native" if fgfast._native.CUDA else "torch"
-    return "triton"
+        found = missing("native") is None and (not cuda or importlib.import_module("fgfast._native").CUDA)
+        return "native" if found else "torch"
+    return "triton" if cuda else "torch"
 
 
 def generator(device: torch.device, seed: int) -> torch.Generator:
@@ -54,14 +53,24 @@ def peer(module: str, package: str) -> Any:
         raise Unavailable(f"{package} " + ("is not installed" if absent else f"does not import: {error}")) from error
 
 
+def judge_by(reference: Callable[[Any], Answer]) -> Callable[[Any], Judge]:
+    """A judge that measures the distance from the answer of ``reference``."""
+
+    def judge(inputs: Any) -> Judge:
+        right = reference(inputs)
+        return lambda answer: Verdict(distance(answer, right))
+
+    return judge
+
+
 def need_gpu(device: torch.device, package: str) -> None:
-    """Raise Unavailable for a peer that runs on a GPU alone."""
+    """Raise Unavailable for a peer that runs only on a GPU."""
     if device.type != "cuda":
         raise Unavailable(f"{package} needs a GPU")
 
 
 def sizes(**named: int) -> str:
-    """A shape as the record has it.
+    """A shape as it is written in results.csv.
 
     Example:
         >>> sizes(M=4, D=2)

@@ -1,24 +1,29 @@
-"""kmeans end to end, 20 steps, start included: against flash-kmeans, fastkmeans and a loop of two products a step.
+"""kmeans end to end, 20 steps, start included: against flash-kmeans, fastkmeans and a loop of two products per step.
 
-An answer is judged by the inertia of its centroids, in float64, over that of the reference with its own start. Peers
-start from random pixels, so they may be worse by up to half and keep their speed: the note says by how much. Bytes: the
-pixels once a step and once for the last assignment; operations: two products a step.
+On a CPU the pixels of one image are those of a ResNet-50 pyramid at 64 x 64 (3,840 channels): fgfast starts from the
+levels, scikit-learn and faiss from the built matrix. An answer is judged by the inertia of its centroids, in float64,
+relative to that of the reference with its own start. Peers start from random pixels, so theirs may be up to half as
+large again and they are timed all the same; the note has the ratio. Bytes: the pixels once per step and once for the
+last assignment; operations: two products per step.
 """
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases.common import DTYPES, compiled, need_gpu, ours, peer, precision, sizes
 from benchmarks.cases.kmeans_step import Pixels, pixels, products, squared
-from benchmarks.timing import Answer, Case, Judge, Judged, Run, Variant
+from benchmarks.timing import Answer, Case, Judge, Run, Variant, Verdict
 from fgfast import kmeans
+from fgfast.reference.kmeans import hypercolumns
 from fgfast.tensors import exact
 
-STEPS, JUDGED = 20, 4  # steps of Lloyd; images that are judged
+STEPS, JUDGED = 20, 4  # Lloyd steps; images that are judged
+LEVELS, REGIONS = ((256, 56), (512, 28), (1024, 14), (2048, 7)), 24  # channels and side of each map; of an image
 TOLERANCE, PEERS = 0.02, 25.0
 
 
@@ -29,7 +34,7 @@ def fgfast(p: Pixels, backend: str, precision: str, given: bool = False) -> Answ
 
 
 def loop(p: Pixels, step: Callable[[Tensor, Tensor], Any], precision: str) -> Answer:
-    """Random pixels as a start, then two products a step."""
+    """Random pixels as a start, then two products per step."""
     b, n, _ = p.x.shape
     chosen = torch.rand(b, n, device=p.x.device).topk(p.centroids.shape[1], dim=1).indices
     centroids = p.x.take_along_dim(chosen[..., None], 1).float()
@@ -47,7 +52,7 @@ def flash_kmeans(device: torch.device) -> Run:
 
 
 def fastkmeans(device: torch.device) -> Run:
-    """Image by image from the host's memory, as its interface wants them."""
+    """Image by image from host memory, as its interface requires."""
     need_gpu(device, "fastkmeans")
     solver = peer("fastkmeans", "fastkmeans").FastKMeans
 
@@ -62,25 +67,71 @@ def fastkmeans(device: torch.device) -> Run:
     return run
 
 
+class Pyramid(NamedTuple):
+    x: Tensor  # [1, side^2, D], the built matrix
+    centroids: Tensor  # [1, K, D], for their shape
+    maps: list[Tensor]
+
+
+def pyramid(levels: tuple[tuple[int, int], ...], side: int, k: int, seed: int) -> Pyramid:
+    """Maps of one image with 24 regions: each region has a direction in each level, under noise and a ReLU."""
+    g = torch.Generator().manual_seed(seed)
+    region = torch.randint(REGIONS, (1, 8, 8), generator=g)
+    maps = []
+    for channels, size in levels:
+        fractions = F.interpolate(F.one_hot(region, REGIONS).permute(0, 3, 1, 2).float(), size, mode="bilinear")
+        values = torch.einsum("cr,brhw->bchw", torch.randn(channels, REGIONS, generator=g), fractions)
+        maps.append((values + torch.randn(values.shape, generator=g)).relu())
+    x = hypercolumns(maps, (side, side)).contiguous()
+    return Pyramid(x, torch.zeros(1, k, x.shape[2]), maps)
+
+
+def fgfast_pyramid(p: Pyramid, side: int, backend: str) -> Answer:
+    k = p.centroids.shape[1]
+    return [kmeans(p.maps, k, size=(side, side), n_iter=STEPS, tol=0.0, seed=0, backend=backend).centroids]
+
+
+def scikit_learn() -> Run:
+    solver = peer("sklearn.cluster", "scikit-learn").KMeans
+
+    def run(p: Pyramid) -> Answer:
+        fitted = solver(p.centroids.shape[1], n_init=1, max_iter=STEPS, random_state=0).fit(p.x[0].numpy())
+        return [torch.from_numpy(fitted.cluster_centers_)[None]]
+
+    return run
+
+
+def faiss(starts: int) -> Run:
+    solver = peer("faiss", "faiss").Kmeans
+
+    def run(p: Pyramid) -> Answer:
+        _, k, d = p.centroids.shape
+        model = solver(d, k, niter=STEPS, seed=1, nredo=starts, max_points_per_centroid=1 << 20)
+        model.train(p.x[0].numpy())
+        return [torch.as_tensor(model.centroids)[None]]
+
+    return run
+
+
 def inertia(x: Tensor, centroids: Tensor) -> float:
     """Of the first images, in float64."""
     pairs = zip(x[:JUDGED], centroids[:JUDGED], strict=True)
     return sum(float(squared(image, c).min(1).values.sum()) for image, c in pairs)
 
 
-def judge(p: Pixels) -> Judge:
+def judge(p: Pixels | Pyramid) -> Judge:
     first = p.x[:JUDGED].double()
     result = kmeans(first, p.centroids.shape[1], n_iter=STEPS, tol=0.0, seed=0, backend="reference")
     right = inertia(p.x, result.centroids)
 
-    def judged(answer: Answer) -> Judged:
+    def verdict(answer: Answer) -> Verdict:
         (centroids,) = answer
         if centroids.shape != p.centroids.shape or not bool(centroids.isfinite().all()):
-            return Judged(float("inf"), "centroids are not finite or have a wrong shape")
+            return Verdict(float("inf"), "centroids are not finite or have a wrong shape")
         relative = inertia(p.x, centroids) / right
-        return Judged(max(0.0, relative - 1), f"inertia x {relative:.4f}")
+        return Verdict(max(0.0, relative - 1), f"inertia x {relative:.4f}")
 
-    return judged
+    return verdict
 
 
 def case(b: int, n: int, d: int, k: int, dtype: str, device: torch.device, quick: bool) -> Case:
@@ -101,10 +152,28 @@ def case(b: int, n: int, d: int, k: int, dtype: str, device: torch.device, quick
     )  # fmt: skip
 
 
+def pyramid_case(levels: tuple[tuple[int, int], ...], side: int, k: int, device: torch.device, weigh: bool) -> Case:
+    backend = ours(device)
+    variants = (
+        Variant(f"fgfast {backend}", lambda: partial(fgfast_pyramid, side=side, backend=backend)),
+        Variant("fgfast, built matrix", lambda: partial(fgfast, backend=backend, precision="ieee")),
+        Variant("scikit-learn", scikit_learn, PEERS),
+        Variant("faiss", lambda: faiss(1), PEERS),
+        Variant("faiss, best of 3", lambda: faiss(3), PEERS),
+    )
+    words = f"pyramid {sizes(N=side**2, D=sum(channels for channels, _ in levels), K=k)}"
+    make = partial(pyramid, levels, side, k)
+    return Case("kmeans", words, "fp32", make, variants, judge, TOLERANCE, quick=True, weigh=weigh)
+
+
 def cases(device: torch.device, tiny: bool = False) -> Iterator[Case]:
     if tiny:
         for dtype in ("fp32", "bf16"):
             yield case(2, 60, 6, 3, dtype, device, True)
+        yield pyramid_case(((4, 8), (6, 4)), 8, 3, device, False)
+        return
+    if device.type == "cpu":
+        yield pyramid_case(LEVELS, 64, 15, device, True)
         return
     for dtype in ("bf16", "fp32"):
         yield case(32, 3136, 768, 25, dtype, device, dtype == "bf16")

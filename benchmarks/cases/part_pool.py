@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases.common import DTYPES, TOLERANCES, compiled, generator, ours, sizes
-from benchmarks.timing import Answer, Case, Judge, Judged, Variant, distance
+from benchmarks.cases.common import DTYPES, TOLERANCES, compiled, generator, judge_by, ours, sizes
+from benchmarks.timing import Answer, Case, Variant
 from fgfast import labels_to_grid, part_pool
 from fgfast.reference import part_pool as reference
 
 K = 15
-ELEMENTS = 1 << 24  # of the reference, at a time
+ELEMENTS = 1 << 24  # feature values that the reference takes at a time
 
 Pool = Callable[[Tensor, Tensor], Tensor]  # features [B, D, h, w] and labels [B, h, w] or [B, H, W] to pooled [B, K, D]
 
@@ -39,7 +39,7 @@ def maps(
 
 
 def scatter(x: Tensor, labels: Tensor) -> Tensor:
-    """A further part takes the ignored pixels."""
+    """An extra part takes the ignored pixels."""
     slot = torch.where(labels < 0, K, labels).flatten(1)[:, None].expand(-1, x.shape[1], -1)
     sums = x.new_zeros(len(x), x.shape[1], K + 1).scatter_reduce(2, slot, x.flatten(2), "mean", include_self=False)
     return sums[..., :K].transpose(1, 2)
@@ -84,12 +84,7 @@ def expected(m: Maps) -> Answer:
     return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
-def judge(m: Maps) -> Judge:
-    right = expected(m)
-    return lambda answer: Judged(distance(answer, right))
-
-
-def case(b: int, d: int, side: int, dtype: str, device: torch.device, quick: bool) -> Case:
+def case(b: int, d: int, side: int, dtype: str, device: torch.device, quick: bool, weigh: bool = False) -> Case:
     backend, itemsize = ours(device), DTYPES[dtype].itemsize
     features, labels, pooled = b * d * side**2 * itemsize, b * side**2 * 8, b * K * d * itemsize
     variants = (
@@ -101,13 +96,13 @@ def case(b: int, d: int, side: int, dtype: str, device: torch.device, quick: boo
     )
     return Case(
         "part_pool", sizes(B=b, D=d, N=side**2, K=K), dtype, partial(maps, b, d, side, DTYPES[dtype], device), variants,
-        judge, TOLERANCES[dtype], bytes=2 * (features + labels + pooled) + b * K * 8,
-        operations=4 * b * d * side**2, input_bytes=features, quick=quick,
+        judge_by(expected), TOLERANCES[dtype], bytes=2 * (features + labels + pooled) + b * K * 8,
+        operations=4 * b * d * side**2, input_bytes=features, quick=quick, weigh=weigh,
     )  # fmt: skip
 
 
 def map_case(b: int, d: int, side: int, ids: int, dtype: str, device: torch.device) -> Case:
-    """From id maps: the votes in the same launch where they are few, against the grid first."""
+    """From full-resolution id maps: votes in the same launch where they are few, against a separate grid first."""
     backend, itemsize = ours(device), DTYPES[dtype].itemsize
     features, pooled = b * d * side**2 * itemsize, b * K * d * itemsize
     variants = (
@@ -117,7 +112,7 @@ def map_case(b: int, d: int, side: int, ids: int, dtype: str, device: torch.devi
     )
     return Case(
         "part_pool", sizes(B=b, D=d, N=side**2, H=ids, W=ids, K=K), dtype,
-        partial(maps, b, d, side, DTYPES[dtype], device, ids=ids), variants, judge, TOLERANCES[dtype],
+        partial(maps, b, d, side, DTYPES[dtype], device, ids=ids), variants, judge_by(expected), TOLERANCES[dtype],
         bytes=2 * (features + pooled) + b * ids**2 + b * side**2 * 8 + b * K * 8, operations=4 * b * d * side**2,
         input_bytes=features, quick=False,
     )  # fmt: skip
@@ -128,6 +123,11 @@ def cases(device: torch.device, tiny: bool = False) -> Iterator[Case]:
         for dtype in ("fp32", "bf16"):
             yield case(2, 8, 5, dtype, device, True)
         yield map_case(2, 8, 5, 20, "fp32", device)
+        return
+    if device.type == "cpu":
+        yield case(320, 2048, 7, "fp32", device, True, weigh=True)
+        yield case(8, 256, 56, "fp32", device, True)
+        yield map_case(320, 2048, 7, 56, "fp32", device)
         return
     for ids in (56, 224):
         yield map_case(320, 2048, 7, ids, "bf16", device)

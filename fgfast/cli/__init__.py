@@ -1,4 +1,4 @@
-"""The command line: :mod:`main` chooses the command, :mod:`parse` reads its arguments, :mod:`commands` runs it."""
+"""The command line: :mod:`main` dispatches, :mod:`parse` parses the arguments, :mod:`commands` runs the command."""
 
 from fgfast.cli.main import main
 

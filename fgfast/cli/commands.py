@@ -1,4 +1,4 @@
-"""The commands of ``fgfast``: what each takes, and what it calls."""
+"""The commands of ``fgfast``: the arguments of each and the function that it calls."""
 
 import dataclasses
 import json
@@ -9,55 +9,55 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from fgfast.cli.parse import pairs, parse, parse_method
+from fgfast.cli.parse import parse, parse_method, parse_settings
 from fgfast.config import read_toml
 from fgfast.errors import UserError
 
-MAPS_FILES = ("maps.json", "begun.json")  # one of which a folder of id maps has
+MAPS_FILES = ("maps.json", "begun.json")  # a folder of id maps holds one of them
 
 
-def _generate(words: list[str]) -> None:
-    """Draw the synthetic set: birds whose classes differ in parts alone."""
+def _generate(argv: list[str]) -> None:
+    """Draw the synthetic data set: birds whose classes differ only in their parts."""
     import tyro
 
     @dataclass
     class Args:
         out: Annotated[Path, tyro.conf.Positional]
-        """Folder that is written."""
+        """Output folder."""
         classes: int = 20
         """Number of classes."""
         images: int = 2000
-        """Number of images, half of each class for training."""
+        """Number of images; half of each class is for training."""
         size: int = 128
-        """Side of the images, pixels."""
+        """Side of the square images in pixels."""
         seed: int = 0
-        """Seed; the same bytes for a seed."""
+        """Random seed; the same settings and seed give the same files, byte for byte."""
         difficulty: float = 0.5
-        """How alike the classes are, 0 to 1."""
+        """Similarity of the classes, from 0 (easy) to 1 (hard)."""
         nuisance: float = 1.0
-        """How much pose, light and background vary, 0 to 3, usually 1."""
+        """Variation of pose, light and background, from 0 (none) to 3."""
         workers: int | None = None
-        """Processes; all cores by default."""
+        """Worker processes; by default 1, or one per core (at most 8) for more than 2,000 images of 128 pixels."""
         force: bool = False
-        """Replace a synthetic set that is in the folder."""
+        """Replace an existing synthetic set in the output folder."""
 
     from fgfast.data.synthetic import generate
 
-    args = dataclasses.asdict(parse(Args, words, "generate"))
+    args = dataclasses.asdict(parse(Args, argv, "generate", _generate.__doc__))
     print(generate(args.pop("out"), **args))
 
 
-def _pretrain(words: list[str]) -> None:
-    """Train a method on images without labels and write a run folder."""
-    name, config = parse_method(words)
+def _pretrain(argv: list[str]) -> None:
+    """Train an encoder with one of the methods and write a run folder."""
+    name, config = parse_method(argv)
     from fgfast.report.draw import draw_run
     from fgfast.report.html import write_report
     from fgfast.train.distributed import choose_device, is_first
     from fgfast.train.loop import pretrain
 
-    first = os.environ.get("RANK", "0") == "0"  # as torchrun says, before the ranks have met
+    first = os.environ.get("RANK", "0") == "0"  # set by torchrun; the process group does not exist yet
     if first and config.resume and config.out and not (Path(config.out) / "last.pt").is_file():
-        print(f"{config.out} holds no checkpoint to go on from: the run begins anew.", file=sys.stderr)
+        print(f"{config.out} has no checkpoint to resume from: training starts from the beginning.", file=sys.stderr)
 
     run = pretrain(name, config)
     if is_first():
@@ -65,8 +65,8 @@ def _pretrain(words: list[str]) -> None:
         print(write_report(run))
 
 
-def _discover(words: list[str]) -> None:
-    """Cluster the pixels of every image with a run's encoder and write id maps."""
+def _discover(argv: list[str]) -> None:
+    """Discover parts: cluster the pixels of every image with a run's encoder and write id maps."""
     import tyro
 
     @dataclass
@@ -74,35 +74,35 @@ def _discover(words: list[str]) -> None:
         run: Annotated[Path, tyro.conf.Positional]
         """Run folder."""
         data: Path
-        """Folder of the images."""
+        """Data set: an image folder, or a data set in its official layout."""
         out: Path
-        """Folder of maps that is written."""
+        """Output folder for the id maps."""
         checkpoint: Literal["init", "last"] = "last"
-        """Which weights."""
+        """Weights to use: before training (init) or after it (last)."""
         n_parts: int | None = None
-        """Clusters an image; by default the run's setting, or 15."""
+        """Clusters per image; by default the run's setting, or 15."""
         levels: int | None = None
-        """Last maps that the hypercolumns take; by default the run's setting, or 4."""
+        """Number of final feature maps in the hypercolumns (CNN); by default the run's setting, or 4."""
         metric: Literal["euclidean", "cosine"] | None = None
-        """Distance of pixels (CNN); by default the run's setting, or euclidean."""
+        """Distance between pixels (CNN); by default the run's setting, or euclidean."""
         border: float | None = None
-        """Clusters touching the border by more than border x sqrt(area) are background; by default as the run, or 0."""
+        """A cluster with over border x sqrt(area) border pixels is background (CNN); by default the run's, or 0."""
         position: float | None = None
-        """Variance of the coordinates that join the features (CNN), in their units; by default as the run, or 0."""
+        """Variance of the appended pixel coordinates, relative to the features (CNN); by default the run's, or 0."""
         image_size: int = 0
-        """Side to which the whole image is squashed; 0 is twice the training size."""
+        """Side to which the full image is resized, ignoring its aspect ratio; 0 is twice the training size."""
         map_size: int = 64
-        """Side of the id maps."""
+        """Side of the id maps in pixels."""
         device: str = "auto"
-        """auto, cpu, cuda."""
+        """auto, cpu, cuda or cuda:N; auto uses CUDA if available."""
 
-    args = parse(Args, words, "discover")
+    args = parse(Args, argv, "discover", _discover.__doc__)
     from fgfast.config import check_ranges
     from fgfast.data.layouts import open_images
     from fgfast.methods.particle import PARTICLEConfig
-    from fgfast.methods.stored import load_encoder_of
+    from fgfast.methods.run_folder import load_run_encoder
     from fgfast.parts.clustering import ClusteringConfig
-    from fgfast.parts.discover import discover
+    from fgfast.parts.discover import DiscoveryConfig, discover
     from fgfast.train.distributed import choose_device
 
     given = {name: value for name, value in vars(args).items() if hasattr(PARTICLEConfig, name) and value is not None}
@@ -112,22 +112,21 @@ def _discover(words: list[str]) -> None:
     if args.out.is_dir() and any(args.out.iterdir()) and not any((args.out / f).is_file() for f in MAPS_FILES):
         raise UserError(f"{args.out} holds other files: give another --out.")
     device = choose_device(args.device)
-    encoder, config = load_encoder_of(args.run, args.checkpoint, device)
+    encoder, config = load_run_encoder(args.run, args.checkpoint, device)
     images = open_images(args.data)
     names = [f.name for f in dataclasses.fields(ClusteringConfig)]
-    own = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    of_run = {name: getattr(config, name) for name in names if hasattr(config, name)}
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    clustering = ClusteringConfig(**own | given)
-    print(
-        discover(
-            encoder, images, args.out, clustering, image_size=args.image_size or 2 * config.size,
-            map_size=args.map_size, run=f"{args.run.name}, {args.checkpoint}", device=device, threads=config.threads,
-        )
+    clustering = ClusteringConfig(**of_run | given)
+    discovery = DiscoveryConfig(
+        image_size=args.image_size or 2 * config.size, map_size=args.map_size,
+        run=f"{args.run.name}, {args.checkpoint}", threads=config.threads,
     )  # fmt: skip
+    print(discover(encoder, images, args.out, clustering, discovery))
 
 
-def _eval(words: list[str]) -> None:
-    """Score the encoder of a run with labels: knn, linear, parts, mlp, finetune, retrieval."""
+def _eval(argv: list[str]) -> None:
+    """Evaluate the encoder of a run on a labelled data set."""
     import tyro
 
     from fgfast.evaluate.mlp import ClassWeights
@@ -135,40 +134,41 @@ def _eval(words: list[str]) -> None:
     @dataclass
     class Args:
         protocol: Annotated[Literal["knn", "linear", "parts", "mlp", "finetune", "retrieval"], tyro.conf.Positional]
-        """On frozen features: knn, linear, parts (linear, of each true part), mlp, retrieval. With them: finetune."""
+        """With a frozen encoder: knn, linear, parts (linear, on true parts), mlp, retrieval; training it: finetune."""
         run: Annotated[Path, tyro.conf.Positional]
         """Run folder."""
         data: Path
-        """A labelled set."""
+        """Labelled data set."""
         checkpoint: Literal["init", "last"] = "last"
-        """Which weights."""
+        """Weights to use: before training (init) or after it (last)."""
         set: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
-        """A setting in place of the run's, name=value, such as drop=3 of srgan; may be repeated."""
+        """Override a setting of the run: name=value, such as drop=3 for srgan; may be repeated."""
         json: bool = False
-        """Print JSON."""
+        """Print the score as JSON."""
         device: str = "auto"
-        """auto, cpu, cuda."""
+        """auto, cpu, cuda or cuda:N; auto uses CUDA if available."""
         stages: str | None = None
-        """finetune: how many of the last stages (blocks of a ViT) are trained, 0 for none, or all (default 1)."""
+        """finetune: number of final stages (ViT: blocks) to train, 0 for none, or all (default 1)."""
         epochs: int | None = None
-        """mlp: epochs at most (100); finetune: epochs (20)."""
+        """mlp: largest number of epochs (default 100); finetune: number of epochs (default 20)."""
         hidden: int | None = None
-        """mlp: width of the hidden layer (256)."""
+        """mlp: width of the hidden layer (default 256)."""
         patience: int | None = None
-        """mlp: epochs without gain on a held-out tenth after which training ends (5)."""
+        """mlp: stop after this many epochs without improvement on a held-out tenth (default 5)."""
         lr: float | None = None
-        """mlp (0.0003), finetune (0.0001): learning rate of Adam."""
+        """mlp (default 0.0003), finetune (default 0.0001): learning rate of Adam."""
         weight_decay: float | None = None
-        """mlp (0), finetune (0.0005): weight decay of Adam."""
+        """mlp (default 0), finetune (default 0.0005): weight decay of Adam."""
         batch_size: int | None = None
-        """mlp (16), finetune (32): images a step."""
+        """mlp (default 16), finetune (default 32): images per step."""
         class_weights: ClassWeights | None = None
-        """mlp, finetune: weight classes inverse to their frequency, or proportional to it (default none)."""
+        """mlp, finetune: weight classes by their inverse frequency, or in proportion to it (default none)."""
         seed: int | None = None
-        """mlp, finetune: seed (0)."""
+        """mlp, finetune: random seed (default 0)."""
 
-    args = parse(Args, words, "eval")
-    from fgfast.evaluate.protocols import OPTIONS, evaluate, parse_options
+    args = parse(Args, argv, "eval", _eval.__doc__)
+    from fgfast.evaluate.options import OPTIONS, parse_options
+    from fgfast.evaluate.protocols import evaluate
     from fgfast.report.html import write_report
     from fgfast.train.distributed import choose_device
 
@@ -178,7 +178,7 @@ def _eval(words: list[str]) -> None:
     device = choose_device(args.device)
     score = evaluate(
         args.run, args.protocol, args.data, checkpoint=args.checkpoint, device=device, options=options,
-        settings=pairs(args.set),
+        settings=parse_settings(args.set),
     )  # fmt: skip
     write_report(args.run)
     if args.json:
@@ -196,8 +196,8 @@ def _eval(words: list[str]) -> None:
         )
 
 
-def _pictures(words: list[str]) -> None:
-    """Draw what a run's method sees: parts over photographs, its views, nearest neighbours."""
+def _pictures(argv: list[str]) -> None:
+    """Draw figures of a run: its parts over images, its views, nearest neighbours."""
     import tyro
 
     @dataclass
@@ -205,13 +205,13 @@ def _pictures(words: list[str]) -> None:
         run: Annotated[Path, tyro.conf.Positional]
         """Run folder."""
         data: Path
-        """Folder of the images."""
+        """Data set: an image folder, or a data set in its official layout."""
         checkpoint: Literal["init", "last"] = "last"
-        """Which weights."""
+        """Weights to use: before training (init) or after it (last)."""
         device: str = "auto"
-        """auto, cpu, cuda."""
+        """auto, cpu, cuda or cuda:N; auto uses CUDA if available."""
 
-    args = parse(Args, words, "pictures")
+    args = parse(Args, argv, "pictures", _pictures.__doc__)
     from fgfast.report.draw import draw_run
     from fgfast.report.html import write_report
     from fgfast.train.distributed import choose_device
@@ -221,8 +221,8 @@ def _pictures(words: list[str]) -> None:
     print(write_report(args.run))
 
 
-def _upscale(words: list[str]) -> None:
-    """Enlarge images by four with the generator of an srgan run."""
+def _upscale(argv: list[str]) -> None:
+    """Enlarge images four times with the generator of an srgan run."""
     import tyro
 
     @dataclass
@@ -230,15 +230,15 @@ def _upscale(words: list[str]) -> None:
         run: Annotated[Path, tyro.conf.Positional]
         """Run folder."""
         images: Annotated[list[Path], tyro.conf.Positional]
-        """Images of any size."""
+        """Image files of any size."""
         out: Path
-        """Folder that is written, NAME.png for each image."""
+        """Output folder; each image becomes NAME.png."""
         checkpoint: Literal["init", "last"] = "last"
-        """Which weights."""
+        """Weights to use: before training (init) or after it (last)."""
         device: str = "auto"
-        """auto, cpu, cuda."""
+        """auto, cpu, cuda or cuda:N; auto uses CUDA if available."""
 
-    args = parse(Args, words, "upscale")
+    args = parse(Args, argv, "upscale", _upscale.__doc__)
     from fgfast.train.distributed import choose_device
     from fgfast.upscale import upscale
 
@@ -248,37 +248,37 @@ def _upscale(words: list[str]) -> None:
         print(path)
 
 
-def _compare(words: list[str]) -> None:
-    """Run methods x data x seeds, resumable, one row of compare.csv for each finished run."""
+def _compare(argv: list[str]) -> None:
+    """Train and score methods x data sets x seeds; resumable, with one row of compare.csv per finished run."""
     import tyro
 
     @dataclass
     class Args:
         out: Path
-        """Folder of the comparison."""
+        """Output folder of the comparison."""
         data: list[Path]
-        """Data sets."""
+        """Data sets: image folders, or data sets in their official layout."""
         methods: list[str]
-        """Methods with their settings, such as simclr particle:parts=truth,lr=0.002 random supervised."""
+        """Methods with settings, as in simclr particle:parts=truth,lr=0.002; also random (weights), start (init)."""
         seeds: list[int] = field(default_factory=lambda: [0])
-        """Seeds."""
+        """Random seeds; each is one run per method and data set."""
         config: Path | None = None
-        """TOML of settings that all runs share."""
+        """TOML file of settings for all runs."""
         lrs: list[float] = field(default_factory=list)
-        """Learning rates among which each method's is chosen, on 20% of the training split, with the first seed."""
+        """Learning rates to choose from for each method, by linear top-1 on 20% of the training split, held out."""
         tune_share: float = 0.3
-        """Share of the budget that a tuning run takes."""
+        """Length of a tuning run as a fraction of the budget, 0 to 1."""
         baseline: str = ""
-        """Method that the others are compared with in pairs; the first by default."""
+        """Method that the others are compared with, paired by image; by default the first."""
         protocols: list[str] = field(default_factory=lambda: ["linear", "knn"])
-        """How runs are scored, such as linear,knn,mlp,retrieval,finetune:stages=all,epochs=5."""
+        """Evaluation protocols, such as linear,knn,mlp,retrieval,finetune:stages=all,epochs=5."""
         set: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
-        """A setting that all runs share, name=value; may be repeated."""
+        """Set an option of all runs: name=value; may be repeated."""
 
-    args = parse(Args, words, "compare")
+    args = parse(Args, argv, "compare", _compare.__doc__)
     from fgfast.compare import Comparison
 
-    shared = (read_toml(args.config) if args.config else {}) | pairs(args.set)
+    shared = (read_toml(args.config) if args.config else {}) | parse_settings(args.set)
     comparison = Comparison(
         out=args.out, data=args.data, methods=args.methods, seeds=args.seeds, shared=shared, lrs=args.lrs,
         tune_share=args.tune_share, baseline=args.baseline or args.methods[0], protocols=args.protocols,
@@ -287,8 +287,8 @@ def _compare(words: list[str]) -> None:
     print(comparison.table())
 
 
-def _report(words: list[str]) -> None:
-    """Write report.html of a run folder anew."""
+def _report(argv: list[str]) -> None:
+    """Write report.html of a run folder again from its files."""
     import tyro
 
     @dataclass
@@ -296,42 +296,42 @@ def _report(words: list[str]) -> None:
         run: Annotated[Path, tyro.conf.Positional]
         """Run folder."""
 
-    args = parse(Args, words, "report")
-    from fgfast.methods.stored import read_run
+    args = parse(Args, argv, "report", _report.__doc__)
+    from fgfast.methods.run_folder import read_run
     from fgfast.report.html import write_report
 
     read_run(args.run)
     print(write_report(args.run))
 
 
-def _demo(words: list[str]) -> None:
-    """The main job in minutes: draw the set, train PARTICLE, score before and after, report."""
+def _demo(argv: list[str]) -> None:
+    """A complete run in minutes: draw a synthetic set, train PARTICLE, score before and after, write a report."""
 
     @dataclass
     class Args:
         out: Path = Path("runs/demo")
-        """Folder that is written."""
+        """Output folder."""
         minutes: float = 5.0
-        """About how long to train on 2 CPU cores."""
+        """Approximate training time on 2 CPU cores, in minutes."""
         device: str = "auto"
-        """auto, cpu, cuda."""
+        """auto, cpu, cuda or cuda:N; auto uses CUDA if available."""
 
     from fgfast.demo import demo
 
-    demo(**dataclasses.asdict(parse(Args, words, "demo")))
+    demo(**dataclasses.asdict(parse(Args, argv, "demo", _demo.__doc__)))
 
 
-def _info(words: list[str]) -> None:
-    """Versions, devices, backends, and why one is missing."""
+def _info(argv: list[str]) -> None:
+    """Print versions, devices and backends, with the reason why a backend is missing."""
 
     @dataclass
     class Args:
         json: bool = False
-        """Print JSON."""
+        """Print as JSON."""
 
     from fgfast.info import as_text, info
 
-    args = parse(Args, words, "info")
+    args = parse(Args, argv, "info", _info.__doc__)
     print(json.dumps(info(), indent=2) if args.json else as_text(info()))
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``fgfast COMMAND``; exit status 0, 1 (our mistake), 2 (yours), 130 (interrupted)."""
+"""The command line: ``fgfast COMMAND``; exit status 0, 1 (bug in fgfast), 2 (user error), 130 (interrupted)."""
 
 import contextlib
 import errno
@@ -17,31 +17,35 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status.
 
     Args:
-        argv: the words after ``fgfast``; None takes them from the process.
+        argv: the arguments after ``fgfast``; None takes those of the process.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in words
-    words = [w for w in words if w != "--debug"]
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [argument for argument in argv if argument != "--debug"]
     try:
-        with _termination_interrupts():
-            _dispatch(words)
+        with _interrupt_on_sigterm():
+            _dispatch(argv)
     except UserError as error:
         return _fail(str(error), 2, debug)
     except KeyboardInterrupt:
         return _fail("interrupted.", 130, debug=False)
-    except SystemExit as error:  # argument parser: 0 after --help, 2 for a mistake
+    except SystemExit as error:  # from the argument parser: 0 after --help, 2 for an error
         return error.code if isinstance(error.code, int) else 2
-    except BrokenPipeError:  # the reader of our output has gone: `fgfast info | head -1`
+    except BrokenPipeError:  # the reader closed the pipe: `fgfast info | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(
-                f"No space is left on the disk for {error.filename or 'the output'}: free some and run again.", 2, debug
+                f"No space is left on the disk for {error.filename or 'the output'}: free some and run again.",
+                2,
+                debug,
             )
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             return _fail(
-                f"{error.filename} may not be written or read: change its permissions or choose another.", 2, debug
+                f"No permission to read or write {error.filename}: change its permissions or the path.",
+                2,
+                debug,
             )
         return _fail_internal()
     except Exception:
@@ -50,16 +54,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _termination_interrupts() -> Iterator[None]:
-    """SIGTERM ends a command as SIGINT does, so that drafts are cleared away; only the main thread can ask for it."""
+def _interrupt_on_sigterm() -> Iterator[None]:
+    """Make SIGTERM raise KeyboardInterrupt, so that partial files are removed; possible only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _fail(message: str, status: int, debug: bool) -> int:
@@ -71,25 +75,26 @@ def _fail(message: str, status: int, debug: bool) -> int:
 
 def _fail_internal() -> int:
     traceback.print_exc()
-    print("fgfast: this is a mistake in fgfast, not yours: please report the lines above.", file=sys.stderr)
+    print("fgfast: this is a bug in fgfast: please report the traceback above.", file=sys.stderr)
     return 1
 
 
-def _dispatch(words: list[str]) -> None:
-    if not words or words[0] in ("-h", "--help"):
+def _dispatch(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return
-    if words[0] == "--version":
+    if argv[0] == "--version":
         from fgfast.info import versions
 
         print(versions()["fgfast"])
         return
-    if words[0] not in COMMANDS:
-        raise UserError(f"There is no command {words[0]!r}: choose one of {', '.join(COMMANDS)}.")
-    COMMANDS[words[0]](words[1:])
+    if argv[0] not in COMMANDS:
+        raise UserError(f"There is no command {argv[0]!r}: choose one of {', '.join(COMMANDS)}.")
+    COMMANDS[argv[0]](argv[1:])
 
 
 def _usage() -> str:
-    lines = ["usage: fgfast COMMAND [--help] [--debug]", ""]
+    lines = ["usage: fgfast COMMAND [--help] [--debug]", "       fgfast --version", ""]
     lines += [f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines += ["", "fgfast COMMAND --help lists the options of a command; --debug adds a traceback to an error message."]
     return "\n".join(lines)

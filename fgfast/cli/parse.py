@@ -1,4 +1,4 @@
-"""Words of the command line into dataclasses; what does not parse is one sentence."""
+"""Command-line arguments to dataclasses; an argument that does not parse gives an error of one sentence."""
 
 import contextlib
 import io
@@ -10,92 +10,109 @@ from fgfast.config import TrainConfig, read_toml, with_values
 from fgfast.errors import UserError
 
 T = TypeVar("T")
-CONFIG_HELP = "--config FILE.toml takes options from a file; flags win over it, it wins over the defaults."
+CONFIG_HELP = "--config FILE.toml reads options from a file; flags override it, and it overrides the defaults."
 
 
-def parse(kind: Callable[..., T], words: list[str], prog: str, default: T | None = None, note: str = "") -> T:
-    """Parse words into a dataclass; what does not parse is one sentence instead of a page."""
+def parse(
+    kind: Callable[..., T], argv: list[str], prog: str, description: str | None = None, default: T | None = None
+) -> T:
+    """Parse the arguments of a command into a dataclass.
+
+    Args:
+        kind: the dataclass; the docstrings of its fields are the help text.
+        argv: the arguments after ``fgfast PROG``.
+        prog: the command, for help and messages.
+        description: what the command does, for its help text.
+        default: an instance that holds the defaults, instead of those of the class.
+
+    Raises:
+        UserError: an argument is unknown or does not parse.
+    """
     import tyro
 
     extra: dict[str, Any] = {} if default is None else {"default": default}
-    if note:
-        extra["description"] = f"{(kind.__doc__ or '').splitlines()[0]} {note}"
-    page = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(page):
-            value, unknown = tyro.cli(kind, args=words, prog=f"fgfast {prog}", return_unknown_args=True, **extra)
+        with contextlib.redirect_stderr(stderr):
+            value, unknown = tyro.cli(
+                kind, args=argv, prog=f"fgfast {prog}", description=description, return_unknown_args=True, **extra
+            )
     except SystemExit as error:
         if not error.code:
             raise
-        raise UserError(f"{_first_words(page.getvalue())}: fgfast {prog} --help lists the flags.") from None
+        raise UserError(f"{_first_sentence(stderr.getvalue())}: fgfast {prog} --help lists the flags.") from None
     if unknown:
         raise UserError(f"fgfast {prog} does not know {unknown[0]!r}: fgfast {prog} --help lists its flags.")
     return value
 
 
-def _first_words(page: str) -> str:
-    """What a page of the parser says between its title and the first rule, in a box (UTF-8) or plain, on one line."""
-    lines = [line.strip("│ ") for line in page.splitlines() if line[:1] not in ("╭", "╰")]
+def _first_sentence(error: str) -> str:
+    """The text between the title and the first rule of tyro's error message, in a UTF-8 box or plain, on one line."""
+    lines = [line.strip("│ ") for line in error.splitlines() if line[:1] not in ("╭", "╰")]
     rules = [i for i, line in enumerate(lines) if line and not set(line) - set("─-")]
-    if "╭" not in page and len(rules) > 1:  # plain: a title stands over the first rule
+    if "╭" not in error and len(rules) > 1:  # plain: the title is above the first rule
         lines, rules = lines[2:], [i - 2 for i in rules[1:]]
-    return " ".join(lines[: rules[0]] if rules else lines).strip().rstrip(".") or "The flags do not parse"
+    return " ".join(lines[: rules[0]] if rules else lines).strip().rstrip(".") or "The arguments do not parse"
 
 
-def parse_method(words: list[str]) -> tuple[str, TrainConfig]:
-    """A method's name and its configuration: flags over --config file (or a resumed run's own) over preset, defaults.
+def parse_method(argv: list[str]) -> tuple[str, TrainConfig]:
+    """The name of a method and its configuration, from the arguments of ``fgfast pretrain``.
+
+    Flags override the --config file (or the config.toml of a resumed run), which overrides the preset or defaults.
 
     Raises:
-        UserError: the method, the file or a flag does not exist.
+        UserError: the method, the file or a flag does not exist, or the file belongs to another method.
     """
     from fgfast.methods.base import METHODS, method_class
 
-    if words[:1] in (["-h"], ["--help"]):
+    if argv[:1] in (["-h"], ["--help"]):
         print(
             f"usage: fgfast pretrain METHOD --data DIR --out RUN [--config FILE.toml] [options]\n\n"
             f"METHOD is one of {', '.join(METHODS)}; fgfast pretrain METHOD --help lists its options."
         )
         raise SystemExit(0)
-    if not words or words[0].startswith("-"):
-        raise UserError(f"fgfast pretrain needs a method first: choose one of {', '.join(METHODS)}.")
-    name, words = words[0], words[1:]
+    if not argv or argv[0].startswith("-"):
+        raise UserError(f"fgfast pretrain expects a method as its first argument: choose one of {', '.join(METHODS)}.")
+    name, argv = argv[0], argv[1:]
     cls = method_class(name)
-    file, words = _take(words, "--config")
-    out, _ = _take(words, "--out")
-    own = Path(out or "") / "config.toml"
-    if file is None and out and "--resume" in words and own.is_file():
-        began = read_toml(own).get("method")
-        if began in METHODS and began != name:
-            raise UserError(f"{out} is a run of {began}, not of {name}: resume it as {began}, or give another --out.")
-        file = str(own) if began == name else None  # an unfinished run knows its own options
+    file, argv = _pop_flag(argv, "--config")
+    out, _ = _pop_flag(argv, "--out")
+    run_config = Path(out or "") / "config.toml"
+    if file is None and out and "--resume" in argv and run_config.is_file():
+        run_method = read_toml(run_config).get("method")
+        if run_method in METHODS and run_method != name:
+            raise UserError(
+                f"{out} is a run of {run_method}, not of {name}: resume it as {run_method}, or give another --out."
+            )
+        file = str(run_config) if run_method == name else None
     table = read_toml(Path(file)) if file else {}
     if table.pop("method", name) != name:
-        raise UserError(f"The config file {file} is of another method: give that method, or another file.")
-    preset, _ = _take(words, "--preset")
-    chosen = preset or table.get("preset")
+        raise UserError(f"The config file {file} is for another method: name that method, or give another file.")
+    preset, _ = _pop_flag(argv, "--preset")
     default = cls.Config()
-    if chosen == "paper":
-        model, _ = _take(words, "--model")
+    if (preset or table.get("preset")) == "paper":
+        model, _ = _pop_flag(argv, "--model")
         default = cls.paper(model or table.get("model"))
     default = with_values(default, table, f"The config file {file}")
-    return name, parse(cls.Config, words, f"pretrain {name}", default, CONFIG_HELP)
+    summary = (cls.Config.__doc__ or "").splitlines()[0]
+    return name, parse(cls.Config, argv, f"pretrain {name}", f"{summary} {CONFIG_HELP}", default)
 
 
-def _take(words: list[str], flag: str) -> tuple[str | None, list[str]]:
-    """The value of ``flag`` in ``words``, and the words without both."""
-    for i, word in enumerate(words):
-        if word.startswith(flag + "="):
-            return word.removeprefix(flag + "="), words[:i] + words[i + 1 :]
-        if word == flag:
-            if i + 1 == len(words):
-                raise UserError(f"{flag} needs a value after it.")
-            return words[i + 1], words[:i] + words[i + 2 :]
-    return None, words
+def _pop_flag(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """The value of ``flag``, None if absent, and the arguments without the flag and its value."""
+    for i, argument in enumerate(argv):
+        if argument.startswith(flag + "="):
+            return argument.removeprefix(flag + "="), argv[:i] + argv[i + 1 :]
+        if argument == flag:
+            if i + 1 == len(argv):
+                raise UserError(f"{flag} has no value: give one after it.")
+            return argv[i + 1], argv[:i] + argv[i + 2 :]
+    return None, argv
 
 
-def pairs(texts: list[str]) -> dict[str, str]:
-    """The settings of a --set that may be repeated."""
+def parse_settings(texts: list[str]) -> dict[str, str]:
+    """The values of a repeated --set as a dictionary: ["lr=0.1"] becomes {"lr": "0.1"}."""
     for text in texts:
         if "=" not in text:
-            raise UserError(f"--set {text!r} is not of the form name=value.")
+            raise UserError(f"--set got {text!r}: give name=value.")
     return {name: value for name, _, value in (text.partition("=") for text in texts)}

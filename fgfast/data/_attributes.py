@@ -1,4 +1,4 @@
-"""What tells the drawn classes apart: a table of part attributes, and one combination of levels a class."""
+"""The part attributes that distinguish the drawn classes: each class is one combination of levels."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ COLOURS: dict[str, RGB] = {
     "white": (246, 246, 240),
 }
 
-# Lengths are in units of the body's length; "none" is always the first level where an attribute can be absent.
+# Lengths are in units of the body's length; "none" is always the first level of an attribute that can be absent.
 ATTRIBUTES: dict[str, tuple[float, ...] | tuple[str, ...]] = {
     "beak_length": (0.16, 0.29, 0.44),
     "beak_depth": (0.05, 0.105),
@@ -36,15 +36,15 @@ ATTRIBUTES: dict[str, tuple[float, ...] | tuple[str, ...]] = {
 
 
 def design_classes(classes: int, seed: int, difficulty: float) -> np.ndarray:
-    """Levels of every attribute for every class, all classes different.
+    """Levels of every attribute for every class; no two classes are equal.
 
-    A difficult set varies fewer attributes (all 15 at 0, 6 at 1, more where the classes need them); the others have one
-    level in the whole set. Classes are picked one by one from random candidates: always the one whose smallest Hamming
-    distance to the classes already picked is largest.
+    A difficult set varies fewer attributes (all 15 at 0, 6 at 1, more if the number of classes needs them); the others
+    have one level in the full set. Classes are picked greedily from random candidates: always the one with the largest
+    minimum Hamming distance to those already picked.
 
     Args:
         classes: number of classes, at least 2.
-        seed: decides which attributes vary and which combinations are picked.
+        seed: determines which attributes vary and which combinations are picked.
         difficulty: in [0, 1].
 
     Returns:
@@ -74,22 +74,22 @@ def design_classes(classes: int, seed: int, difficulty: float) -> np.ndarray:
 
 
 def level_names(row: np.ndarray) -> dict[str, str | float]:
-    """One class's levels by name, for the settings file."""
+    """The levels of one class by attribute, for the settings file."""
     return {name: levels[int(level)] for (name, levels), level in zip(ATTRIBUTES.items(), row, strict=True)}
 
 
 @dataclass(frozen=True)
 class Traits:
-    """One individual's part attributes as they are drawn: lengths in body lengths, colours in 0..255."""
+    """Part attributes of one bird: lengths in body lengths, colours in 0..255."""
 
     lengths: dict[str, float]  # beak_length, beak_depth, beak_curve, tail_length, tail_fork, leg_length
-    colours: dict[str, RGB]  # beak, legs, and cap, eye_ring, wing_tip where the class has one
+    colours: dict[str, RGB]  # beak, leg, and cap, eye_ring, wing_tip if the class has one
     shapes: dict[str, str]  # crest, breast, wing_bars, tail_band
-    strength: float  # in (0, 1]: how far marks stand out
+    strength: float  # in (0, 1]: contrast of the marks
 
 
-def individual(row: np.ndarray, difficulty: float, nuisance: float, rng: np.random.Generator) -> Traits:
-    """Draw one bird's traits: its class's levels pulled together by difficulty, jittered by nuisance."""
+def draw_traits(row: np.ndarray, difficulty: float, nuisance: float, rng: np.random.Generator) -> Traits:
+    """The traits of one bird: the levels of its class, moved closer together by difficulty, jittered by nuisance."""
     strength = 1.0 - 0.6 * difficulty
     named = level_names(row)
     lengths, colours, shapes = {}, {}, {}

@@ -1,7 +1,7 @@
 """One bird: its shapes and key points in body coordinates.
 
-Points are complex numbers (x + iy, y down, the bird looks to +x, its body is one unit long), so that turning and
-scaling are one multiplication.
+Points are complex numbers (x + iy, y down, the bird faces +x, its body is one unit long): rotation and scaling are one
+multiplication.
 """
 
 import colorsys
@@ -15,7 +15,7 @@ from fgfast.data.maps import ABSENT
 
 PARTS = ("beak", "crest", "head", "breast", "body", "wing", "tail", "legs")
 BEAK, CREST, HEAD, BREAST, BODY, WING, TAIL, LEGS = range(len(PARTS))
-# A key point is visible where its own part shows at its pixel.
+# A key point is visible if the pixel at its position shows its part.
 KEYPOINTS = {
     "back": BODY, "beak": BEAK, "belly": BODY, "breast": BREAST, "crest": CREST, "crown": HEAD, "eye": HEAD,
     "forehead": HEAD, "leg": LEGS, "nape": HEAD, "tail": TAIL, "throat": HEAD, "wing": WING,
@@ -27,7 +27,7 @@ Shape = tuple[np.ndarray, int, float]  # points, ink, line width (0 = filled)
 
 @dataclass
 class Sketch:
-    """Shapes and key points in the order of drawing; an ink is a colour with the part it belongs to."""
+    """Shapes in drawing order, and key points; an ink is the index of a colour and of the part that it belongs to."""
 
     colours: list[RGB] = field(default_factory=lambda: [(0.0, 0.0, 0.0)])
     parts: list[int] = field(default_factory=lambda: [ABSENT])
@@ -46,8 +46,8 @@ class Sketch:
         self.shapes.append((points, ink, width))
 
 
-def _mix(a: RGB, b: RGB, share: float) -> RGB:
-    return (a[0] + share * (b[0] - a[0]), a[1] + share * (b[1] - a[1]), a[2] + share * (b[2] - a[2]))
+def _mix(a: RGB, b: RGB, weight: float) -> RGB:
+    return (a[0] + weight * (b[0] - a[0]), a[1] + weight * (b[1] - a[1]), a[2] + weight * (b[2] - a[2]))
 
 
 def hsv(h: float, s: float, v: float) -> RGB:
@@ -56,7 +56,7 @@ def hsv(h: float, s: float, v: float) -> RGB:
 
 
 def _plumage(nuisance: float, rng: np.random.Generator) -> dict[str, RGB]:
-    """Base colours of one individual: the same distribution for every class."""
+    """Base colours of one bird, from the same distribution for every class."""
     hue, shift, wing, head, tail = rng.uniform(-1, 1, 5)
     sat, value, dark, light = rng.uniform(size=4)
     hue = 0.09 + 0.5 * nuisance * hue * abs(hue)
@@ -70,7 +70,8 @@ def _plumage(nuisance: float, rng: np.random.Generator) -> dict[str, RGB]:
     }
 
 
-def turned(degrees: float) -> complex:
+def rotation(degrees: float) -> complex:
+    """The unit complex number that rotates a point by an angle."""
     return complex(np.exp(1j * math.radians(degrees)))
 
 
@@ -105,7 +106,7 @@ def _draw_legs(s: Sketch, traits: Traits, pose: np.ndarray, frame: complex) -> c
         colour = traits.colours["leg"] if i else _mix(traits.colours["leg"], (0, 0, 0), 0.25)
         ink = s.ink(colour, LEGS)
         hip = (x + 0.2j) * frame
-        turn = turned(14 * pose[i])
+        turn = rotation(14 * pose[i])
         foot = hip + (0.1 + length) * 1j * turn
         s.line(np.array([hip, foot]), ink, 0.05)
         s.line(np.array([foot - 0.08 * turn, foot, foot + 0.12 * turn]), ink, 0.042)
@@ -170,7 +171,7 @@ def _draw_crest(s: Sketch, traits: Traits, colour: RGB, frame: complex, root: co
               "fan": [(-60, 0.27), (-82, 0.31), (-104, 0.33), (-126, 0.32), (-148, 0.28)]}[kind]  # fmt: skip
     tips = []
     for angle, reach in spikes:
-        turn = turned(angle) * frame
+        turn = rotation(angle) * frame
         tips.append(root + turn * (0.17 + (reach - 0.14) * size))
         s.fill(np.array([root + turn * (0.12 + 0.075j), tips[-1], root + turn * (0.12 - 0.075j)]), ink)
     middle = tips[len(tips) // 2] if kind != "tuft" else tips[0]
@@ -205,19 +206,19 @@ def _draw_head(s: Sketch, traits: Traits, plumage: dict[str, RGB], crest: RGB, f
 
 
 def sketch_bird(traits: Traits, nuisance: float, rng: np.random.Generator) -> tuple[Sketch, complex]:
-    """One bird in body units: its shapes, its key points, and where its foot stands."""
+    """One bird in body units: its shapes and key points, and the position of its foot."""
     s = Sketch()
     plumage = _plumage(nuisance, rng)
     pose = np.clip(rng.standard_normal(8), -2, 2) * nuisance
     raised = rng.uniform() < 0.15 * nuisance
-    crest = list(COLOURS.values())[int(rng.integers(4))]  # an individual's own: says nothing about the class
+    crest = list(COLOURS.values())[int(rng.integers(4))]  # drawn per bird: independent of the class
     crest = _mix(plumage["head"], crest, 0.75)
-    frame = turned(-14 + 11 * pose[0])
+    frame = rotation(-14 + 11 * pose[0])
     depth = 0.27 + 0.02 * float(pose[1])
-    head_frame = turned(-3 + 5 * pose[0] + 11 * pose[2])
+    head_frame = rotation(-3 + 5 * pose[0] + 11 * pose[2])
     head_at = (0.5 + 0.015 * pose[3] - (0.31 + 0.02 * pose[4]) * 1j) * frame
 
-    _draw_tail(s, traits, plumage["tail"], frame * turned(-8 + 9 * pose[5]), -0.4 * frame - 0.02j * frame)
+    _draw_tail(s, traits, plumage["tail"], frame * rotation(-8 + 9 * pose[5]), -0.4 * frame - 0.02j * frame)
     foot = _draw_legs(s, traits, pose[3:5], frame)
     neck = s.ink(plumage["breast"], BREAST)
     s.fill(np.array([(0.1 - 0.2j) * frame, head_at - 0.17 * head_frame, head_at + (0.1 + 0.15j) * head_frame,
@@ -230,7 +231,7 @@ def sketch_bird(traits: Traits, nuisance: float, rng: np.random.Generator) -> tu
         s.fill((x + 1j * y * depth * (1 - 1.2 * x * x) + np.array([-0.022, 0.028j, 0.022])) * frame, scallop)
     s.points["back"] = (-0.06 - 0.88j * depth) * frame
     s.points["belly"] = (-0.02 + 0.86j * depth) * frame
-    wing_turn = turned(60 + 25 * rng.uniform() if raised else -2 + 6 * pose[6])
+    wing_turn = rotation(60 + 25 * rng.uniform() if raised else -2 + 6 * pose[6])
     _draw_wing(s, traits, plumage["wing"], frame * wing_turn, (0.2 - 0.05j) * frame, 0.15 + 0.01 * float(pose[7]))
     _draw_head(s, traits, plumage, crest, head_frame, head_at)
     return s, foot

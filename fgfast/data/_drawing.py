@@ -1,7 +1,7 @@
-"""The image of one bird: the scene around it, light over it, a camera before it; its part map and key points.
+"""The image of one bird with its scene, light and camera effects; its part map and key points.
 
-Everything is drawn once into an 8-bit image of ink numbers at twice the size; colours and part ids are look-ups in it,
-which makes the part map exact and costs no second drawing.
+Everything is drawn once into an 8-bit image of ink indices at twice the size; colours and part ids are looked up in it:
+the part map is exact and needs no second drawing.
 """
 
 import math
@@ -12,10 +12,23 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from fgfast.data._attributes import COLOURS, RGB, Traits
-from fgfast.data._bird import BODY, BREAST, CIRCLE, HEAD, KEYPOINTS, TAIL, WING, Shape, Sketch, hsv, sketch_bird, turned
+from fgfast.data._bird import (
+    BODY,
+    BREAST,
+    CIRCLE,
+    HEAD,
+    KEYPOINTS,
+    TAIL,
+    WING,
+    Shape,
+    Sketch,
+    hsv,
+    rotation,
+    sketch_bird,
+)
 from fgfast.data.maps import ABSENT
 
-# How strongly the speckle of the plumage shows in each part, the last entry being the background.
+# Strength of the plumage's speckle by part id; the last entry is the background.
 _SPECKLE = np.zeros(256, np.float32)
 _SPECKLE[[BREAST, BODY, WING, TAIL, HEAD]] = (0.05, 0.16, 0.07, 0.05, 0.03)
 _ROUND = np.zeros(256, np.float32)
@@ -23,7 +36,7 @@ _ROUND[[HEAD, BREAST, BODY]] = (0.5, 1.0, 1.0)
 
 
 def _scene_colour(plumage: list[RGB], rng: np.random.Generator) -> RGB:
-    """Background colours: foliage and earth, and as often the bird's own and the marks' colours."""
+    """A background colour: of the bird's plumage (30%), of the marks (15%), or of foliage and earth."""
     pick = rng.uniform()
     if pick < 0.3:
         return plumage[int(rng.integers(1, len(plumage)))]
@@ -33,13 +46,13 @@ def _scene_colour(plumage: list[RGB], rng: np.random.Generator) -> RGB:
 
 
 def _clutter(s: Sketch, own: list[RGB], foot: complex, nuisance: float, rng: np.random.Generator) -> Sketch:
-    """What lies behind the bird, in image units (0..1): a perch, leaves, stems, stray beak-like wedges."""
+    """Shapes behind the bird, in image units (0..1): a perch, leaves, stems, beak-like wedges."""
     behind = Sketch(colours=s.colours, parts=s.parts)
     for _ in range(int(rng.poisson(9 * nuisance))):
         centre = complex(*rng.uniform(-0.05, 1.05, 2))
         kind, reach, angle, thin = rng.uniform(size=4)
         ink = behind.ink(_scene_colour(own, rng))
-        turn = turned(360 * angle) * (0.03 + 0.13 * reach * reach)
+        turn = rotation(360 * angle) * (0.03 + 0.13 * reach * reach)
         if kind < 0.55:
             behind.fill(centre + turn * (CIRCLE[::2].real + (0.25 + 0.5 * thin) * 1j * CIRCLE[::2].imag), ink)
         elif kind < 0.8:
@@ -58,16 +71,16 @@ def _occluders(s: Sketch, own: list[RGB], nuisance: float, rng: np.random.Genera
     if rng.uniform() < 0.35 * nuisance:
         ink = front.ink(_scene_colour(own, rng))
         start = complex(*rng.uniform(0, 1, 2))
-        turn = turned(rng.uniform(0, 360))
+        turn = rotation(rng.uniform(0, 360))
         front.line(start + turn * np.array([-2, 0, 2 + 0.4j]), ink, rng.uniform(0.008, 0.02))
         for t in rng.uniform(-0.5, 0.5, 3):
             leaf = 0.045 * (CIRCLE[::2].real + 0.4j * CIRCLE[::2].imag)
-            front.fill(start + turn * (t + leaf * turned(50)), ink)
+            front.fill(start + turn * (t + leaf * rotation(50)), ink)
     return front
 
 
 def _backdrop(size: int, own: list[RGB], nuisance: float, rng: np.random.Generator) -> Image.Image:
-    """Two smooth random fields of random coarseness that mix three colours."""
+    """Two smooth random fields of random coarseness that blend three colours."""
     first = np.array(_scene_colour(own, rng))
     layers = []
     for _ in range(2):
@@ -81,13 +94,13 @@ def _backdrop(size: int, own: list[RGB], nuisance: float, rng: np.random.Generat
 def _paint(
     pen: ImageDraw.ImageDraw, shapes: list[Shape], move: Callable[[np.ndarray], np.ndarray], zoom: float
 ) -> None:
-    """Draw shapes after one move of all their points (a move a shape would cost more than the drawing)."""
+    """Draw shapes after transforming all their points at once (once per shape would cost more than the drawing)."""
     if not shapes:
         return
-    flat = move(np.concatenate([points for points, _, _ in shapes])).view(np.float64).tolist()
+    coordinates = move(np.concatenate([points for points, _, _ in shapes])).view(np.float64).tolist()
     at = 0
     for points, ink, width in shapes:
-        corners = flat[at : at + 2 * len(points)]
+        corners = coordinates[at : at + 2 * len(points)]
         at += len(corners)
         if width:
             joint = "curve" if len(points) > 2 else None
@@ -97,9 +110,9 @@ def _paint(
 
 
 def _place(s: Sketch, nuisance: float, rng: np.random.Generator) -> tuple[complex, complex, bool]:
-    """Scale (with the camera's roll), shift and flip that put the bird into the unit square, sometimes a little cut."""
+    """Scale (with the camera's roll), shift and flip that place the bird in the unit square, sometimes cut off."""
     flip = bool(rng.uniform() < 0.5)
-    turn = turned(4 * nuisance * float(rng.uniform(-1, 1)))
+    turn = rotation(4 * nuisance * float(rng.uniform(-1, 1)))
     every = np.concatenate([points for points, _, _ in s.shapes]) * turn
     if flip:
         every = -every.conj()
@@ -124,7 +137,7 @@ def _light(labels: np.ndarray, centre: complex, nuisance: float, rng: np.random.
     size = len(labels)
     x, y = _grid(size)
     angle, strength, shadow, where, depth = rng.uniform(size=5)
-    turn = turned(360 * angle)
+    turn = rotation(360 * angle)
     along = np.float32(turn.real) * (x - np.float32(0.5)) + np.float32(turn.imag) * (y - np.float32(0.5))
     light = 1 + np.float32(0.5 * nuisance * (strength - 0.2)) * along
     if shadow < 0.3 * nuisance:
@@ -151,20 +164,20 @@ def _camera(pixels: np.ndarray, nuisance: float, rng: np.random.Generator) -> Im
     return image.filter(ImageFilter.GaussianBlur(blur)) if rng.uniform() < 0.35 else image
 
 
-def draw(
+def draw_image(
     traits: Traits, size: int, nuisance: float, rng: np.random.Generator
 ) -> tuple[Image.Image, np.ndarray, np.ndarray]:
-    """One image with its truth.
+    """Draw one image with its ground truth.
 
     Args:
         traits: the bird's part attributes.
         size: side of the image in pixels.
         nuisance: 0 = one pose, plain light; 1 = wide variation; more is allowed.
-        rng: the only source of chance.
+        rng: the random number generator.
 
     Returns:
         The RGB image; part ids uint8 [S, S] (255 = no part); key points float64 [P, 3] (x, y, visible) in pixels
-        from the upper left corner, in the order of KEYPOINTS, zeros where not visible.
+        from the upper left corner, in the order of KEYPOINTS, zeros if not visible.
     """
     bird, foot = sketch_bird(traits, nuisance, rng)
     zoom, shift, flip = _place(bird, nuisance, rng)

@@ -1,4 +1,4 @@
-"""A thread that makes batches ahead of the training, and leaves the cores to it."""
+"""A thread that prepares batches ahead of the training without competing for its cores."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ T = TypeVar("T")
 
 
 class Producer(Generic[T]):
-    """Runs an iterator of batches in a thread, a few ahead of whoever takes them.
+    """Runs an iterator of batches in a thread, a few ahead of the consumer.
 
     Args:
-        items: what to run.
+        items: the iterator.
         start: (epoch, batch) of its first item.
-        length: batches an epoch.
-        depth: how many items may wait.
+        length: batches per epoch.
+        depth: maximum number of waiting items.
 
     Attributes:
         next: (epoch, batch) of the item that ``get`` returns next.
@@ -39,7 +39,7 @@ class Producer(Generic[T]):
         _running.add(self)
 
     def _work(self) -> None:
-        _one_thread()
+        _use_one_thread()
         try:
             for item in self._items:
                 if not self._put(item):
@@ -58,7 +58,7 @@ class Producer(Generic[T]):
         return False
 
     def get(self) -> T:
-        """The next item; what the iterator raised is raised here."""
+        """The next item; an error of the iterator is raised here."""
         item = self._queue.get()
         if isinstance(item, BaseException):
             self.next = (-1, -1)  # the thread has ended: the next iteration starts another
@@ -68,7 +68,7 @@ class Producer(Generic[T]):
         return item
 
     def close(self) -> None:
-        """End the thread and throw away what it has made."""
+        """End the thread and discard the waiting items."""
         self._stopped.set()
         while self._thread.is_alive():
             try:
@@ -79,15 +79,15 @@ class Producer(Generic[T]):
 
 @atexit.register
 def _stop_all() -> None:
-    """A thread that is still inside DALI when the interpreter goes away would abort the process."""
+    """Stop the threads before the interpreter exits: one that is still inside DALI would abort the process."""
     for producer in list(_running):
         producer.close()
 
 
-def _one_thread() -> None:
-    """Keep torch's operations of this thread on one core: the team of OpenMP threads belongs to the training.
+def _use_one_thread() -> None:
+    """Keep torch's operations of this thread on one core; the OpenMP threads are left to the training.
 
-    omp_set_num_threads holds for the calling thread alone, while torch.set_num_threads changes the whole process.
+    omp_set_num_threads affects only the calling thread, torch.set_num_threads the full process.
     """
     try:
         with open("/proc/self/maps") as maps:

@@ -1,4 +1,4 @@
-"""What every loader is: an endless, resumable schedule of batches over the usable records of an image set."""
+"""The base class of the loaders: an endless, resumable schedule of batches over the usable images of a set."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ log = logging.getLogger("fgfast")
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Where a loader's pixels come from and how they are dealt out; plain data, so that a worker process can have it.
+    """The images, views and order of a loader; plain data that can be sent to a worker process.
+
+    A ``row`` is the position of an image in ``records``.
 
     Args:
         records: the usable images.
         spec: the views.
         batch_size: B.
         shuffle: a new order each epoch.
-        drop_last: leave an incomplete last batch out instead of padding it.
-        seed: of order and augmentation.
+        drop_last: leave out an incomplete last batch instead of padding it.
+        seed: seed of order and augmentation.
         maps: folder of id maps, or None.
         map_sizes: (H, W) of each map, int32 [N, 2], or None.
-        rank: number of this process.
+        rank: rank of this process.
         world: number of processes.
     """
 
@@ -50,41 +52,41 @@ class BatchPlan:
     world: int
 
     def __len__(self) -> int:
-        """Batches an epoch, the same on every rank."""
-        each = self.batch_size * self.world
-        return len(self.records) // each if self.drop_last else -(-len(self.records) // each)
+        """Batches per epoch, the same on every rank."""
+        global_batch = self.batch_size * self.world
+        return len(self.records) // global_batch if self.drop_last else -(-len(self.records) // global_batch)
 
-    def rows(self, epoch: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers within ``records`` of one batch and their validity, int64 [B] and bool [B].
+    def batch_rows(self, epoch: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of a batch and their validity, int64 [B] and bool [B].
 
-        Rank r takes every world-th place of the common order; what is missing at the end repeats the start as padding.
+        Rank r takes every world-th image of the common order; the last batch is padded with images from its start.
         """
         order = epoch_order(len(self.records), self.seed, epoch, self.shuffle)
         places = (np.arange(self.batch_size) + batch * self.batch_size) * self.world + self.rank
         return order[places % len(order)], places < len(order)
 
-    def draws(self, epoch: int, batch: int, rows: np.ndarray) -> list[Draw]:
-        """The crops of one batch, one ``Draw`` a view."""
+    def draw_crops(self, epoch: int, batch: int, rows: np.ndarray) -> list[Draw]:
+        """The random numbers of a batch, one ``Draw`` per crop of the specification."""
         rng = generator(self.seed, epoch, self.rank, batch)
         return [draw_crop(crop, self.records.sizes[rows], rng) for crop in self.spec.crops]
 
-    def corners(self, epoch: int, batch: int, rows: np.ndarray) -> np.ndarray:
-        """Upper left corner (y, x) of the patch of each image of one batch, int64 [B, 2].
+    def draw_corners(self, epoch: int, batch: int, rows: np.ndarray) -> np.ndarray:
+        """Upper left corner (y, x) of the patch of each image of a batch, int64 [B, 2].
 
         Raises:
             UserError: an image is smaller than the patch.
         """
         assert self.spec.patch is not None
         check_patch(self.records, self.spec.patch, rows)
-        rng = np.random.default_rng([self.seed, epoch, self.rank, batch, 1])  # apart from what the crops draw
+        rng = np.random.default_rng([self.seed, epoch, self.rank, batch, 1])  # independent of the crops
         return rng.integers(0, self.records.sizes[rows] - self.spec.patch.size, endpoint=True)
 
-    def whole(self, rows: np.ndarray) -> np.ndarray:
-        """Window of the unaugmented view in pixels, float32 [B, 4]."""
+    def whole_windows(self, rows: np.ndarray) -> np.ndarray:
+        """Windows of the unaugmented view in pixels, float32 [B, 4]."""
         return whole_window(self.records.sizes[rows], self.spec.center)
 
-    def rel(self, row: int) -> str:
-        """The path of a record within its image set."""
+    def relative_path(self, row: int) -> str:
+        """The path of an image within its set."""
         return self.records.images.paths[self.records.index[row]]
 
 
@@ -92,7 +94,7 @@ def check_patch(records: Records, patch: Patch, rows: np.ndarray | None = None) 
     """Refuse images that are smaller than a patch.
 
     Raises:
-        UserError: the first of them, its size and the remedy.
+        UserError: there are such images; the message names the first one and a size that fits.
     """
     rows = np.arange(len(records)) if rows is None else rows
     small = rows[records.sizes[rows].min(1) < patch.size]
@@ -123,7 +125,7 @@ def make_plan(
     """Check the files and the arguments of a loader.
 
     Raises:
-        ValueError: sizes or ranks that cannot be.
+        ValueError: an invalid batch size or rank, or id maps are asked for and no folder is given.
         UserError: images or maps are missing or broken, or no batch is full under ``drop_last``.
     """
     if batch_size < 1 or not 0 <= rank < world:
@@ -131,7 +133,7 @@ def make_plan(
             f"batch_size {batch_size}, rank {rank}, world {world}: need batch_size >= 1, 0 <= rank < world."
         )
     if spec.needs_maps and maps is None:
-        raise ValueError("The views ask for id maps: give make_loader the folder in maps.")
+        raise ValueError("The views need id maps: pass their folder to make_loader as maps.")
     records = check_images(images, full=check, threads=threads)
     if spec.patch is not None:
         check_patch(records, spec.patch)
@@ -150,15 +152,15 @@ def make_plan(
 
 
 class Loader(ABC):
-    """Deals out one epoch of ``Batch`` each time it is iterated.
+    """Yields one epoch of ``Batch`` each time it is iterated.
 
-    Epoch n is shuffled with seed + n, and every window and colour is drawn from (seed, n, rank, batch), so a run that
-    is resumed with ``load_state_dict`` sees the very same values. A new iteration before the end of an epoch starts
-    that epoch again; the end of an epoch moves on to the next.
+    Epoch n is shuffled with seed + n, and every window and colour is drawn from (seed, n, rank, batch): a run that is
+    resumed with ``load_state_dict`` gets exactly the same values. A new iteration before the end of an epoch restarts
+    that epoch; after its end the next one begins.
 
     Attributes:
         backend: "dali" or "torchvision".
-        epoch: number of the epoch that is running or comes next.
+        epoch: index of the current or next epoch.
         skipped: (path, reason) of every image that is left out.
     """
 
@@ -174,11 +176,11 @@ class Loader(ABC):
         self._failed: set[int] = set()
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Batches per epoch."""
         return len(self.plan)
 
     def __iter__(self) -> Iterator[Batch]:
-        """One epoch, or the rest of the one that ``load_state_dict`` has set."""
+        """One epoch, or the rest of it after ``load_state_dict``."""
         self._position, self._resume = self._resume, 0
         for batch in self._batches(self.epoch, self._position):
             self._position += 1
@@ -186,15 +188,15 @@ class Loader(ABC):
         self.epoch, self._position = self.epoch + 1, 0
 
     def state_dict(self) -> dict:
-        """Where the loader stands: enough for an exact resume in a loader made with the same arguments."""
+        """The position of the loader, for an exact resume in a loader with the same arguments."""
         epoch, batch = (self.epoch, self._position) if self._position < len(self) else (self.epoch + 1, 0)
         return {"epoch": epoch, "batch": batch, "failed": sorted(self._failed), "fingerprint": self._fingerprint()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go to where ``state`` was taken; the next iteration continues there.
+        """Restore the position that ``state_dict`` returned; the next iteration continues there.
 
         Raises:
-            UserError: the state belongs to other images, another batch size or other ranks.
+            UserError: the state is of other images, another batch size or other ranks.
         """
         if state["fingerprint"] != self._fingerprint():
             raise UserError(
@@ -210,24 +212,25 @@ class Loader(ABC):
 
     @abstractmethod
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
-        """The batches of an epoch from number ``start`` on."""
+        """The batches of an epoch from index ``start`` on."""
 
     def _fingerprint(self) -> list:
         plan = self.plan
         return [len(plan.records), plan.batch_size, plan.seed, plan.rank, plan.world]
 
-    def _fail(self, row: int, reason: str) -> None:
-        """Leave an image out from now on: its place is padding (another image, valid False)."""
+    def _exclude(self, row: int, reason: str) -> None:
+        """Leave out an image from now on: padding takes its place (another image, valid False)."""
         if row not in self._failed:
             self._failed.add(row)
-            self.skipped.append((self.plan.rel(row), reason))
-            log.warning("skipped %s, which no longer decodes: %s", self.plan.rel(row), reason)
+            path = self.plan.relative_path(row)
+            self.skipped.append((path, reason))
+            log.warning("skipped %s, which no longer decodes: %s", path, reason)
         if len(self._failed) == len(self.plan.records):
             raise UserError(f"No image of {self.plan.records.images.root} decodes any longer: restore the files.")
 
 
 def replace_failed(rows: np.ndarray, valid: np.ndarray, failed: set[int], n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Put the next usable record in the place of each failed one and mark the place as padding."""
+    """Replace each failed row by the next usable one and mark it as padding."""
     if not failed:
         return rows, valid
     rows, valid = rows.copy(), valid.copy()
@@ -239,7 +242,7 @@ def replace_failed(rows: np.ndarray, valid: np.ndarray, failed: set[int], n: int
 
 
 def default_threads(threads: int | None) -> int:
-    """The number asked for, else one a core that this process may use, at most eight."""
+    """``threads`` if given, else one per core that this process may use, at most eight."""
     if threads is not None:
         return max(1, threads)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

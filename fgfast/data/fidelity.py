@@ -1,4 +1,4 @@
-"""How close an image is to the true one: PSNR and SSIM of batches."""
+"""Image fidelity: PSNR and SSIM of batches."""
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ def ssim(x: Tensor, truth: Tensor) -> Tensor:
 
         (2 mx my + c1) (2 cov + c2) / ((mx^2 + my^2 + c1) (vx + vy + c2)),   c1 = 0.01^2, c2 = 0.03^2,
 
-    moments under a Gaussian window of standard deviation 1.5 and 11 x 11 pixels that lies inside the image.
+    moments under a Gaussian window of standard deviation 1.5 and 11 x 11 pixels, at all positions inside the image.
 
     Args:
         x: [B, C, H, W], values in [0, 1], H and W at least 11.
@@ -60,7 +60,7 @@ def ssim(x: Tensor, truth: Tensor) -> Tensor:
 
 def _smooth(x: Tensor) -> Tensor:
     """Means under the window, [B, C, H - 10, W - 10]."""
-    at = torch.arange(-_RADIUS, _RADIUS + 1, dtype=x.dtype, device=x.device)
-    taps = torch.exp(-at.square() / (2 * _SIGMA**2))
+    offset = torch.arange(-_RADIUS, _RADIUS + 1, dtype=x.dtype, device=x.device)
+    taps = torch.exp(-offset.square() / (2 * _SIGMA**2))
     taps = (taps / taps.sum()).expand(x.shape[1], 1, 1, -1)  # [C, 1, 1, 11]
     return F.conv2d(F.conv2d(x, taps, groups=x.shape[1]), taps.transpose(2, 3), groups=x.shape[1])

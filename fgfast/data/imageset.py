@@ -1,4 +1,4 @@
-"""What every reader returns: the records of a data set, and where their files lie."""
+"""ImageSet: the images of a data set with their classes, splits and annotations, as every reader returns them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fgfast.errors import UserError
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2"})
 
 EXTRA = "@unlabelled"
-"""First part of the paths of images that :meth:`ImageSet.with_folder` adds."""
+"""First component of the paths of images that :meth:`ImageSet.with_folder` adds."""
 
 
 def entries(folder: Path) -> tuple[list[str], list[str]]:
-    """Sorted names of the visible sub-folders and of everything else that looks like an image."""
+    """Sorted names of the visible subfolders and of the visible files with the extension of an image."""
     with os.scandir(folder) as scan:
         found = sorted((entry.name, entry.is_dir()) for entry in scan if not entry.name.startswith("."))
     images = [name for name, is_dir in found if not is_dir and Path(name).suffix.lower() in EXTENSIONS]
@@ -26,7 +26,7 @@ def entries(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def images_below(folder: Path, *, skip: str = "") -> list[str]:
-    """Relative paths of all visible images below a folder, sorted; folders called ``skip`` are left out."""
+    """Sorted relative paths of all visible images below a folder, except in folders named ``skip``."""
     folders, images = entries(folder)
     inside = (f"{name}/{rel}" for name in folders if name != skip for rel in images_below(folder / name, skip=skip))
     return [*images, *inside]
@@ -34,21 +34,23 @@ def images_below(folder: Path, *, skip: str = "") -> list[str]:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The records of a data set: N images with class, split and whatever else the set knows.
+    """A data set of N images with their classes, splits and annotations.
 
     Args:
         root: folder that ``paths`` are relative to.
-        paths: N relative paths with forward slashes; those that begin with the name of a mount lie there instead.
-        targets: class numbers, int64 [N]; -1 where an image has no label (it is for pretext training alone).
+        paths: N relative paths with forward slashes; see ``other_roots`` for those outside ``root``.
+        targets: class indices, int64 [N]; -1 for an image without a label, used only for pretraining.
         classes: class names.
         train: bool [N], True for the training split and for images without a label.
-        boxes: (x, y, w, h) of the object in pixels, float32 [N, 4], NaN where an image has none; or None.
+        boxes: (x, y, w, h) of the object in pixels, float32 [N, 4], NaN for an image without a box; or None.
         keypoints: (x, y, visible) of P parts in pixels, float32 [N, P, 3], or None.
         part_names: P names.
-        masks: folder of true part id maps in the form of ``fgfast.data.maps``, or None.
-        groups: the coarser class of each class (a genus, a manufacturer), or nothing.
-        banner: rows at the bottom of every image that are no part of the photograph; no view shows them.
-        mounts: (name, folder) of paths that lie outside ``root``.
+        masks: folder of ground-truth id maps in the format of ``fgfast.data.maps``, or None.
+        groups: the coarser class of each class (a genus, a manufacturer), or empty.
+        banner: height in pixels of a strip at the bottom of every image that is not part of the photograph; views
+            leave it out.
+        other_roots: (name, folder) of images outside ``root``: a path whose first component is the name is relative
+            to the folder.
     """
 
     root: Path
@@ -62,7 +64,7 @@ class ImageSet:
     masks: Path | None = None
     groups: tuple[str, ...] = ()
     banner: int = 0
-    mounts: tuple[tuple[str, Path], ...] = ()
+    other_roots: tuple[tuple[str, Path], ...] = ()
 
     def __len__(self) -> int:
         """N."""
@@ -72,14 +74,14 @@ class ImageSet:
         """The N absolute paths."""
         root = str(self.root.resolve())
         files = [f"{root}/{rel}" for rel in self.paths]
-        for name, folder in self.mounts:
+        for name, folder in self.other_roots:
             for i, rel in enumerate(self.paths):
                 if rel.startswith(f"{name}/"):
                     files[i] = f"{folder}{rel.removeprefix(name)}"
         return files
 
     def subset(self, which: np.ndarray | Sequence[int]) -> ImageSet:
-        """The records that a bool mask [N] or a list of numbers picks, in that order."""
+        """The images that a bool mask [N] or a list of indices selects, in that order."""
         rows = np.asarray(which)
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
         return replace(
@@ -92,18 +94,18 @@ class ImageSet:
         )
 
     def train_set(self) -> ImageSet:
-        """The training split; images without a label are not in it."""
+        """The labelled images of the training split."""
         return self.subset(self.train & (self.targets >= 0))
 
     def test_set(self) -> ImageSet:
-        """The labelled records outside the training split."""
+        """The labelled images outside the training split."""
         return self.subset(~self.train & (self.targets >= 0))
 
     def with_unlabelled(self, paths: Sequence[str]) -> ImageSet:
-        """The same set with further images without labels at its end."""
+        """The set with further images, without labels, appended."""
         n = len(paths)
 
-        def padded(values: np.ndarray | None, fill: float) -> np.ndarray | None:
+        def pad(values: np.ndarray | None, fill: float) -> np.ndarray | None:
             if values is None:
                 return None
             return np.concatenate([values, np.full((n, *values.shape[1:]), fill, values.dtype)])
@@ -113,15 +115,16 @@ class ImageSet:
             paths=(*self.paths, *paths),
             targets=np.concatenate([self.targets, np.full(n, -1, np.int64)]),
             train=np.concatenate([self.train, np.ones(n, bool)]),
-            boxes=padded(self.boxes, np.nan),
-            keypoints=padded(self.keypoints, 0),
+            boxes=pad(self.boxes, np.nan),
+            keypoints=pad(self.keypoints, 0),
         )
 
     def with_folder(self, folder: Path) -> ImageSet:
-        """The same set with every image below another folder, without labels, at its end.
+        """The set with every image below another folder appended, without labels.
 
         Raises:
-            UserError: the folder is missing, holds no image, or one of this set (test images would be trained on).
+            UserError: the folder is missing, holds no image, or holds one of this set (test images would be used for
+                training).
         """
         if not folder.is_dir():
             raise UserError(f"The folder {folder} of --unlabelled does not exist: check the path.")
@@ -129,8 +132,8 @@ class ImageSet:
         found = images_below(folder, skip="part_masks")
         if not found:
             raise UserError(f"The folder {folder} of --unlabelled holds no image: check the path.")
-        both = set(self.files()) & {f"{folder}/{rel}" for rel in found}
-        if both:
-            raise UserError(f"{min(both)} is in --data and in --unlabelled: give a folder that holds none of the set.")
-        mounted = replace(self, mounts=(*self.mounts, (EXTRA, folder)))
-        return mounted.with_unlabelled([f"{EXTRA}/{rel}" for rel in found])
+        shared = set(self.files()) & {f"{folder}/{rel}" for rel in found}
+        if shared:
+            raise UserError(f"{min(shared)} is in --data and in --unlabelled: give a folder without images of the set.")
+        with_root = replace(self, other_roots=(*self.other_roots, (EXTRA, folder)))
+        return with_root.with_unlabelled([f"{EXTRA}/{rel}" for rel in found])

@@ -1,4 +1,4 @@
-"""make_loader: the one way to get batches, whichever library makes them."""
+"""make_loader: batches of views, from DALI or torchvision."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ def make_loader(
     check: bool = True,
     memory_mb: int = 1024,
 ) -> Loader:
-    """A loader that deals out the views of ``spec`` for the images of ``images``.
+    """Create a loader of the views ``spec`` of a set of images.
 
     Args:
-        images: the records; ``Batch.index`` counts in it.
-        spec: what a batch holds.
+        images: the images; ``Batch.index`` is the position in it.
+        spec: the views of a batch.
         batch_size: B on this rank, >= 1.
         shuffle: a new order each epoch, the same on every rank.
         drop_last: leave out an incomplete last batch; otherwise it is padded (valid False).
-        seed: of order and augmentation, >= 0.
-        maps: folder of id maps; needed where the spec asks for masks.
-        device: where the batches lie; a CUDA device decodes and resizes there too (DALI).
-        threads: decoding threads or worker processes; None = one a usable core, at most eight.
-        rank: number of this process.
+        seed: seed of order and augmentation, >= 0.
+        maps: folder of id maps; needed if the spec asks for masks.
+        device: device of the batches; on a CUDA device DALI also decodes and resizes there.
+        threads: decoding threads or worker processes; None = one per usable core, at most eight.
+        rank: rank of this process.
         world: number of processes; rank r takes every world-th image of the common order.
-        backend: "dali", "torchvision" or "auto" (DALI where it is installed).
-        prefetch: batches made ahead, >= 1.
-        check: decode every new or changed file in full first, so that broken ones are skipped.
-        memory_mb: DALI keeps the decoded images of a shuffled loader in memory where they fit into this many MiB;
-            0 decodes again each epoch.
+        backend: "dali", "torchvision" or "auto" (DALI if it is installed).
+        prefetch: number of batches prepared ahead, >= 1.
+        check: decode every new or changed file in full first, and skip broken ones.
+        memory_mb: DALI keeps the decoded images of a shuffled loader in memory if they fit into this many MiB;
+            0 decodes them again each epoch.
 
     Raises:
         UserError: an image or a map is missing, too many are broken, a library is not installed, or no batch is full.
-        ValueError: an unknown backend, or numbers that cannot be.
+        ValueError: an unknown backend, an invalid number, or id maps are asked for without ``maps``.
 
     Example:
         >>> loader = make_loader(open_images("birds"), ViewSpec(crops=(Crop(), Crop())), 128)  # doctest: +SKIP

@@ -1,7 +1,7 @@
-"""Which files of a data set can be used: every file is decoded once, in full, and the verdict is kept.
+"""The usable files of a data set: every file is decoded in full once, and the result is cached.
 
-One broken image stops a whole DALI pipeline, and a JPEG cut at 98% has a perfect header, so only a full decode
-finds it. Verdicts stand in a cache file beside size and time of the image; an unchanged file costs one stat.
+One broken image stops a DALI pipeline, and only a full decode finds it: the header of a JPEG that is cut off at 98% is
+intact. The cache stores a verdict with the size and modification time of each file; an unchanged file costs one stat.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from fgfast.data.imageset import ImageSet
 from fgfast.data.maps import write_atomically
-from fgfast.deprecated import moved
+from fgfast.deprecated import forward_names
 from fgfast.errors import UserError
 
 log = logging.getLogger("fgfast")
@@ -39,16 +39,16 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of one file.
+    """The result of checking one file.
 
     Args:
-        size: bytes of the file.
-        mtime_ns: time of its last change.
+        size: size of the file in bytes.
+        mtime_ns: time of its last modification.
         full: it was decoded in full; False = only the header was read.
-        height: rows of the upright image, 0 where it is broken.
-        width: columns of the upright image.
+        height: height of the upright image, 0 if the file is broken.
+        width: width of the upright image.
         source: the file to read instead (a converted copy), "" for the file itself.
-        reason: why it is broken, "" when it is not.
+        reason: why it is broken, "" if it is not.
     """
 
     size: int
@@ -65,12 +65,12 @@ class Records:
     """The usable images of an image set.
 
     Args:
-        images: the image set, broken images included.
-        index: record numbers of the usable ones, int64 [N].
+        images: the image set, with the broken images.
+        index: indices of the usable images in it, int64 [N].
         files: the files to read, N absolute paths.
-        stamps: (bytes, time of change) of each file when it was decoded in full; None = it never was.
+        stamps: (bytes, modification time) of each file when it was decoded in full; None = it never was.
         sizes: (H, W) of the upright images without the banner, int32 [N, 2].
-        skipped: (relative path, reason) of the others.
+        skipped: (relative path, reason) of each broken image.
     """
 
     images: ImageSet
@@ -86,7 +86,7 @@ class Records:
 
 
 def upright_rgb(image: object) -> np.ndarray:
-    """An opened PIL image as uint8 [H, W, 3], upright; 16-bit and float values are scaled, never clipped."""
+    """An opened PIL image as uint8 [H, W, 3], upright; 16-bit and float values are scaled, not clipped."""
     from PIL import Image, ImageOps
 
     assert isinstance(image, Image.Image)
@@ -107,7 +107,7 @@ def read_image(path: str) -> np.ndarray:
     """Decode a file with PIL to uint8 [H, W, 3], upright.
 
     Raises:
-        OSError: it does not decode.
+        OSError: the file does not decode.
     """
     from PIL import Image
 
@@ -119,10 +119,10 @@ def read_image(path: str) -> np.ndarray:
 
 
 def convert(path: str) -> str:
-    """Write the image as an 8-bit RGB PNG into the cache and return that file's path.
+    """Write the image as an 8-bit RGB PNG to the cache and return the path of that file.
 
     Raises:
-        OSError: it does not decode.
+        OSError: the file does not decode.
     """
     stat = os.stat(path)
     key = hashlib.sha1(f"{os.path.abspath(path)}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()
@@ -136,7 +136,7 @@ def convert(path: str) -> str:
     return str(target)
 
 
-def _inspect(path: str, size: int, mtime_ns: int, full: bool) -> Verdict:
+def _check_file(path: str, size: int, mtime_ns: int, full: bool) -> Verdict:
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -150,7 +150,7 @@ def _inspect(path: str, size: int, mtime_ns: int, full: bool) -> Verdict:
             if full:
                 image.load()
         if direct and path[-4:].lower() != ".jpg":
-            direct = _ends_well(path)
+            direct = _has_end(path)
         return Verdict(size, mtime_ns, full, height, width, "" if direct else convert(path))
     except UserError:
         raise
@@ -159,8 +159,8 @@ def _inspect(path: str, size: int, mtime_ns: int, full: bool) -> Verdict:
         return Verdict(size, mtime_ns, full, reason=reason or type(error).__name__)
 
 
-def _ends_well(path: str) -> bool:
-    """A PNG without its last chunk decodes in PIL and stops DALI."""
+def _has_end(path: str) -> bool:
+    """Whether a PNG has its last chunk (True for other formats); without it PIL decodes the file, but DALI fails."""
     with open(path, "rb") as file:
         if file.read(4) != b"\x89PNG":
             return True
@@ -169,16 +169,16 @@ def _ends_well(path: str) -> bool:
 
 
 def check_images(images: ImageSet, *, full: bool = True, threads: int | None = None, quiet: bool = False) -> Records:
-    """Find the images that can be used, decoding only files that are new or changed since the last time.
+    """Find the usable images, decoding only files that are new or changed since the last check.
 
     Args:
         images: the set.
-        full: decode every file; False reads headers only.
-        threads: decoding threads; None = one a CPU core.
-        quiet: leave what is skipped out of the log.
+        full: decode every file; False reads only headers.
+        threads: decoding threads; None = one per CPU core.
+        quiet: do not log the skipped images.
 
     Returns:
-        The usable records; broken ones are named in ``skipped`` and in the log.
+        The usable images; broken ones are named in ``skipped`` and in the log.
 
     Raises:
         UserError: a file is missing, more than 5% are broken, or nothing is left.
@@ -191,7 +191,7 @@ def check_images(images: ImageSet, *, full: bool = True, threads: int | None = N
     verdicts: list[Verdict | None] = []
     unknown: list[tuple[int, str, int, int]] = []
     files = images.files()
-    keys = [file.removeprefix(f"{root}/") for file in files]  # of a mounted image the whole path
+    keys = [file.removeprefix(f"{root}/") for file in files]  # the absolute path of an image outside the root
     for i, (path, rel) in enumerate(zip(files, keys, strict=True)):
         try:
             stat = os.stat(path)
@@ -208,14 +208,14 @@ def check_images(images: ImageSet, *, full: bool = True, threads: int | None = N
     if unknown:
         with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
             for (i, *_), found in zip(
-                unknown, pool.map(lambda u: _inspect(u[1], u[2], u[3], full), unknown), strict=True
+                unknown, pool.map(lambda u: _check_file(u[1], u[2], u[3], full), unknown), strict=True
             ):
                 verdicts[i] = known[keys[i]] = found
         table = {rel: list(vars(verdict).values()) for rel, verdict in known.items()}
         try:
             write_atomically(cache, json.dumps({"version": _VERSION, "root": root, "files": table}).encode())
-        except UserError as error:  # the verdicts are known, they only have to be found again next time
-            log.warning("the manifest is not kept: %s", error)
+        except UserError as error:  # not fatal: the files are only checked again next time
+            log.warning("the manifest is not saved: %s", error)
     return _records(images, files, [verdict for verdict in verdicts if verdict is not None], quiet)
 
 
@@ -244,7 +244,7 @@ def _records(images: ImageSet, paths: list[str], verdicts: list[Verdict], quiet:
 
 
 def shown_size(images: ImageSet, height: int, width: int) -> tuple[int, int]:
-    """Size of the part of an upright image that views are cut from: without the banner at the bottom."""
+    """Height and width of the part of an upright image that views show: without the banner at the bottom."""
     return max(1, height - images.banner), width
 
 
@@ -268,4 +268,4 @@ def _load(cache: Path) -> dict[str, Verdict]:
         return {}
 
 
-__getattr__ = moved(__name__, __name__, {"read_picture": "read_image"})
+__getattr__ = forward_names(__name__, __name__, {"read_picture": "read_image"})

@@ -1,4 +1,4 @@
-"""Id maps on disk: one 8-bit grey PNG for each image, 255 = absent, and a maps.json that says what the ids mean."""
+"""Id maps on disk: one 8-bit grey PNG per image, 255 = absent, and maps.json with number of ids, size and origin."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WRITER = "`fgfast discover` (masks that came with a set: restore them)"
 
 
 def map_path(maps: Path, rel: str) -> Path:
-    """Where the id map of the image ``rel`` (relative path, extension included) lies.
+    """The file with the id map of the image ``rel`` (relative path with extension).
 
     Example:
         >>> map_path(Path("MAPS"), "birds/one.jpg").as_posix()
@@ -30,7 +30,7 @@ def map_path(maps: Path, rel: str) -> Path:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never half of it.
+    """Write a file atomically: a reader sees either the old content or the new.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -42,13 +42,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_maps_info(maps: Path, n_parts: int, size: tuple[int, int], run: str) -> None:
-    """Write MAPS/maps.json; call it last, so that a folder with maps.json is a complete one.
+    """Write MAPS/maps.json. Call it last: it marks a folder as complete.
 
     Args:
         maps: the folder.
         n_parts: K, ids are 0..K-1; at most 255, as 255 means absent.
         size: (H, W) of every map.
-        run: what made the maps, a hash of its weights included.
+        run: origin of the maps: the run, a hash of its weights, and settings.
     """
     if not 1 <= n_parts <= ABSENT:
         raise ValueError(f"n_parts is {n_parts}: an 8-bit map holds 1 to 255 parts.")
@@ -57,10 +57,10 @@ def write_maps_info(maps: Path, n_parts: int, size: tuple[int, int], run: str) -
 
 
 def read_maps_info(maps: Path) -> dict:
-    """The content of MAPS/maps.json: {"n_parts": K, "size": [H, W], "run": what made them}.
+    """The content of MAPS/maps.json: {"n_parts": K, "size": [H, W], "run": origin of the maps}.
 
     Raises:
-        UserError: the file is missing or does not hold these keys.
+        UserError: the file is missing or lacks one of these keys.
     """
     path = Path(maps) / "maps.json"
     try:
@@ -75,13 +75,13 @@ def read_maps_info(maps: Path) -> dict:
 
 
 def save_maps(maps: Path, rels: Sequence[str], labels: np.ndarray, *, threads: int = 4) -> None:
-    """Write one id map for each image, in threads, each file at once or not at all.
+    """Write one id map per image, each file atomically, in threads.
 
     Args:
-        maps: the folder; made where it is missing.
+        maps: the folder; created if it is missing.
         rels: B relative image paths.
         labels: uint8 [B, H, W] (an array or a CPU tensor); 255 = absent.
-        threads: how many write at a time.
+        threads: number of threads.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -107,7 +107,7 @@ def map_sizes(maps: Path, rels: Sequence[str]) -> np.ndarray:
     """Height and width of the map of every image, read from the headers: int32 [N, 2].
 
     Raises:
-        UserError: an image has no map, or its map is no 8-bit grey PNG.
+        UserError: an image has no map, or its map is not an 8-bit grey PNG.
     """
     if not Path(maps).is_dir():
         raise UserError(f"The map folder {maps} does not exist: write it with {WRITER}.")
@@ -132,7 +132,7 @@ def read_map(maps: Path, rel: str) -> np.ndarray:
     """The id map of one image, uint8 [H, W].
 
     Raises:
-        UserError: it is missing or does not decode.
+        UserError: the file is missing or does not decode.
     """
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""Images as networks are fed them, and as values in [0, 1]."""
+"""Normalisation of images with ImageNet's statistics, and its inverse."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def normalise(values: Tensor) -> Tensor:
-    """(values - mean) / std of each channel with ImageNet's statistics; values in [0, 1], [..., 3 or 1, H, W].
+    """(values - mean) / std per channel with ImageNet's statistics; values in [0, 1], [..., 3 or 1, H, W].
 
     Example:
         >>> import torch
@@ -19,7 +19,7 @@ def normalise(values: Tensor) -> Tensor:
 
 
 def denormalise(images: Tensor) -> Tensor:
-    """What :func:`normalise` was given: images std + mean, [..., 3, H, W]; changed images may leave [0, 1].
+    """The inverse of :func:`normalise`: images * std + mean, [..., 3, H, W]; not clamped to [0, 1].
 
     Example:
         >>> import torch

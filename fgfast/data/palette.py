@@ -1,4 +1,4 @@
-"""Colours of parts: well apart from each other, for people with and without colour blindness."""
+"""Colours of parts that are easy to tell apart, with and without colour blindness."""
 
 from functools import lru_cache
 
@@ -19,7 +19,7 @@ _TO_LMS = [[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.68069954
 _TO_LAB = [[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099],
            [0.0259040371, 0.7827717662, -0.8086757660]]  # fmt: skip
 
-_MAX_COLOURS = 255  # as many ids as an 8-bit map holds besides "absent"
+_MAX_COLOURS = 255  # the ids of an 8-bit map without "absent"
 
 
 def _oklab(linear: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -27,8 +27,8 @@ def _oklab(linear: NDArray[np.float64]) -> NDArray[np.float64]:
     return lms @ np.array(_TO_LAB).T
 
 
-def _seen(rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Oklab coordinates of ``rgb`` [n, 3] as three kinds of eyes see them, [3, n, 3]."""
+def _perceived(rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Oklab coordinates of ``rgb`` [n, 3] under normal vision, protanopia and deuteranopia, [3, n, 3]."""
     srgb = rgb / 255.0
     linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
     return np.stack(
@@ -38,19 +38,19 @@ def _seen(rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 @lru_cache(maxsize=1)
 def _all_colours() -> NDArray[np.uint8]:
-    """The whole palette, in the order in which it is handed out, [255, 3]."""
+    """The full palette in the order of the ids, [255, 3]."""
     start = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in OKABE_ITO], dtype=np.uint8)
     steps = np.linspace(0, 255, 16).round().astype(np.uint8)
     candidates = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
     lab = _oklab((candidates / 255.0) ** 2.2)
     vivid = (lab[:, 0] > 0.35) & (lab[:, 0] < 0.92) & (np.hypot(lab[:, 1], lab[:, 2]) > 0.05)
     candidates = candidates[vivid]
-    seen = _seen(candidates)
+    perceived = _perceived(candidates)
 
     def distance(rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
-        # Normal sight counts half: most people have it, and it has the most room.
-        apart = np.linalg.norm(seen - _seen(rgb[None]), axis=-1) * np.array([[0.5], [1.0], [1.0]])
-        return np.asarray(apart.min(axis=0))
+        # Distances under normal vision are halved: most people have it, and its colours are farther apart.
+        distances = np.linalg.norm(perceived - _perceived(rgb[None]), axis=-1) * np.array([[0.5], [1.0], [1.0]])
+        return np.asarray(distances.min(axis=0))
 
     colours = list(start)
     nearest = np.min([distance(colour) for colour in start], axis=0)
@@ -61,10 +61,11 @@ def _all_colours() -> NDArray[np.uint8]:
 
 
 def label_colours(n_parts: int) -> NDArray[np.uint8]:
-    """One colour for each part id, each as far as possible from those before it.
+    """One colour per part id, each as far as possible from the previous ones.
 
-    The first seven are those of Okabe and Ito; each further one maximises the smallest distance to the colours before
-    it in Oklab, over normal sight, protanopia and deuteranopia. A part keeps its colour when ``n_parts`` grows.
+    The first seven are those of Okabe and Ito; each further one maximises the smallest distance in Oklab to the
+    previous colours, over normal vision, protanopia and deuteranopia. The colour of an id is the same for any
+    ``n_parts``.
 
     Args:
         n_parts: number of ids, 0 to 255.

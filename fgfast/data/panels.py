@@ -1,4 +1,4 @@
-"""Images as people see them: pixels of a tensor, part ids over an image, a caption under it."""
+"""Images for display: tensors as pixels, id maps drawn over an image, captions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fgfast.data.normalise import denormalise
 from fgfast.data.palette import label_colours
+from fgfast.tensors import shape_error
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Panel:
 
     Args:
         image: uint8 [H, W, 3], sRGB.
-        caption: a few words under it; may be empty.
+        caption: text below it; may be empty.
     """
 
     image: NDArray[np.uint8]
@@ -26,16 +27,16 @@ class Panel:
 
 
 def to_pixels(values: Tensor) -> NDArray[np.uint8]:
-    """Values as an image: round(255 x), clipped to 0..255, NaN black.
+    """Convert values in [0, 1] to pixels: round(255 x), clipped to 0..255, NaN black.
 
     Args:
-        values: [..., 3, H, W], in [0, 1] or about, any float dtype and device.
+        values: [..., 3, H, W], any float dtype and device.
 
     Returns:
         uint8 [..., H, W, 3].
 
     Raises:
-        ValueError: values does not end in three channels, height and width.
+        ValueError: a wrong shape.
 
     Example:
         >>> import torch
@@ -43,13 +44,13 @@ def to_pixels(values: Tensor) -> NDArray[np.uint8]:
         [[[128, 128, 128]]]
     """
     if values.ndim < 3 or values.shape[-3] != 3:
-        raise ValueError(f"values has shape {tuple(values.shape)}: images are [..., 3, H, W].")
+        raise shape_error("values", "[..., 3, H, W]", values)
     x = values.detach().float().cpu()
     return (x.nan_to_num(0.0) * 255).round().clamp(0, 255).byte().movedim(-3, -1).contiguous().numpy()
 
 
 def to_uint8(image: Tensor | NDArray[Any]) -> NDArray[np.uint8]:
-    """One image as uint8 [H, W, 3], whatever form it has.
+    """Convert an image to uint8 [H, W, 3].
 
     Args:
         image: float tensor [3, H, W], normalised with ImageNet's mean and std, or uint8 [H, W, 3] or [3, H, W].
@@ -58,7 +59,7 @@ def to_uint8(image: Tensor | NDArray[Any]) -> NDArray[np.uint8]:
         uint8 [H, W, 3].
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: another dtype or shape.
 
     Example:
         >>> import torch
@@ -85,20 +86,19 @@ def overlay(
     alpha: float = 0.55,
     n_parts: int | None = None,
 ) -> NDArray[np.uint8]:
-    """Paint part ids over a photograph: tinted inside, solid along borders; absent pixels as they are.
+    """Draw an id map over an image: parts tinted, their borders almost opaque; pixels without a part unchanged.
 
     Args:
         image: normalised float tensor [3, H, W] (ImageNet's mean and std), or uint8 [H, W, 3] or [3, H, W].
-        labels: integer [h, w], -1 = absent; another resolution is enlarged to the image's without interpolation.
-        alpha: weight of the colour, 0 (photograph alone) to 1 (colour alone).
-        n_parts: number of ids, where the palette should not follow from the largest label; ids have the same colour
-            either way.
+        labels: integer [h, w], -1 = absent; resized to the image by nearest neighbour.
+        alpha: opacity of the colours, 0 (only the image) to 1 (only the colours).
+        n_parts: number of ids; None takes the largest label + 1. The colour of an id does not depend on it.
 
     Returns:
         uint8 [H, W, 3].
 
     Raises:
-        ValueError: a shape or alpha is not as above, or a label is n_parts or more.
+        ValueError: a wrong shape, alpha outside [0, 1], or a label >= n_parts.
 
     Example:
         >>> grey = np.full((4, 4, 3), 128, dtype=np.uint8)
@@ -106,21 +106,21 @@ def overlay(
         [[230, 159, 0], [230, 159, 0], [128, 128, 128], [128, 128, 128]]
     """
     if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha is {alpha}: it is a share from 0 to 1.")
+        raise ValueError(f"alpha is {alpha}: give a number from 0 to 1.")
     pixels = to_uint8(image)
     ids = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"labels is {ids.dtype} {ids.shape}: an id map is integer [h, w].")
+        raise ValueError(f"labels is {ids.dtype} {ids.shape}: give an id map, integer [h, w].")
     n_parts = int(ids.max(initial=-1)) + 1 if n_parts is None else n_parts
     if ids.max(initial=-1) >= n_parts:
-        raise ValueError(f"labels holds the id {ids.max()}, but n_parts is {n_parts}: ids are -1 to n_parts - 1.")
+        raise ValueError(f"labels holds the id {ids.max()}, but n_parts is {n_parts}: give ids of -1 to n_parts - 1.")
     height, width = pixels.shape[:2]
     if 0 in ids.shape or 0 in (height, width):
         return pixels.copy()
     ids = ids[np.arange(height) * ids.shape[0] // height][:, np.arange(width) * ids.shape[1] // width]
     painted = np.zeros_like(pixels) if n_parts == 0 else label_colours(n_parts)[ids.clip(0)]
     edge = np.zeros(ids.shape, dtype=bool)
-    # One pixel a border: the later of two parts carries it, and a part carries it towards absent pixels.
+    # Borders are one pixel wide: in the right or lower one of two parts, and in a part next to absent pixels.
     for rows, ahead, behind in ((edge, ids[1:], ids[:-1]), (edge.T, ids.T[1:], ids.T[:-1])):
         rows[1:] |= (ahead != behind) & (ahead >= 0)
         rows[:-1] |= (ahead != behind) & (ahead < 0)
@@ -130,7 +130,7 @@ def overlay(
 
 
 def in_rows(panels: Sequence[Panel], columns: int) -> list[list[Panel]]:
-    """Break a list of panels into rows of ``columns``; the last row may be shorter.
+    """Split a list of panels into rows of ``columns``; the last row may be shorter.
 
     Example:
         >>> [len(row) for row in in_rows([Panel(np.zeros((1, 1, 3), np.uint8))] * 5, 2)]

@@ -1,9 +1,9 @@
 """The colour changes of a batch of views, gamma first, in a few batched torch operations on the CPU or the GPU.
 
-DALI's operators for these cost 300 us a 64-pixel view on one CPU core, mostly in rounding to 8 bits between them; the
-same changes on a whole batch in float32 cost a tenth. Brightness, contrast and saturation are torchvision's formulas;
-hue turns the chroma plane of YIQ (as DALI does), where torchvision goes through HSV; values are clamped once, after
-all four. The blur reflects at the border, as both do.
+DALI's operators for these cost 300 us per view of 64 pixels on one CPU core, mostly in rounding to 8 bits between them;
+the same changes on a full batch in float32 cost a tenth. Brightness, contrast and saturation are torchvision's
+formulas; hue rotates the chroma plane of YIQ (as DALI does), where torchvision goes through HSV; values are clamped
+once, after all four. The blur reflects at the border, as in both libraries.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def colour_matrix(colour: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Contrast mixes with the mean grey m of the brightened image, b m, so the result is M x + k m.
 
     Args:
-        colour: (b, c, s, t) with t a share of the circle, float [B, 4].
+        colour: (b, c, s, t) with t a fraction of the circle, float [B, 4].
 
     Returns:
         M float32 [B, 3, 3] and k float32 [B].
@@ -68,7 +68,7 @@ def blur(x: Tensor, sigma: np.ndarray) -> Tensor:
     size = x.shape[-1]
     radius = min(math.ceil(3 * float(sigma.max())), size - 1)
     taps = np.exp(-(np.arange(radius + 1) ** 2) / (2.0 * sigma[:, None].astype(np.float64) ** 2))  # [B, R + 1]
-    taps *= np.arange(radius + 1) <= np.ceil(3 * sigma[:, None])  # each image has its own width, as alone
+    taps *= np.arange(radius + 1) <= np.ceil(3 * sigma[:, None])  # the width does not depend on the other images
     taps /= taps[:, :1] + 2 * taps[:, 1:].sum(1, keepdims=True)
     weight = upload(taps.astype(np.float32), x.device)[:, :, None, None, None]
     for axis, border in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
@@ -81,10 +81,11 @@ def blur(x: Tensor, sigma: np.ndarray) -> Tensor:
 
 
 def with_reduced(pixels: Tensor, factor: int) -> list[Tensor]:
-    """Patches and their copies reduced by ``factor``, both in [0, 1].
+    """Patches and their copies downscaled by ``factor``, both in [0, 1].
 
-    Bicubic (a = -1/2) with antialiasing, weights renormalised at the border, rounded once to 8 bits: PIL's, whose two
-    passes round twice. DALI's resize repeats the border instead, which moves values there by up to 10 of 255.
+    Bicubic (a = -1/2) with antialiasing, weights renormalised at the border, rounded once to 8 bits: PIL's filter, but
+    PIL rounds after each of its two passes. DALI's resize repeats the border instead, which changes values there by up
+    to 10 of 255.
 
     Args:
         pixels: uint8 [B, 3, P, P], P a multiple of ``factor``.
@@ -107,7 +108,7 @@ def photometric(pixels: Tensor, draw: Draw | None, mean: Triple, std: Triple) ->
 
     Args:
         pixels: uint8 [B, S, S, 3].
-        draw: what happens to each image; None only normalises.
+        draw: the random numbers of each view; None only normalises.
         mean: of each channel, for values in [0, 1].
         std: of each channel, for values in [0, 1].
 
@@ -121,7 +122,7 @@ def photometric(pixels: Tensor, draw: Draw | None, mean: Triple, std: Triple) ->
 
 
 def chunks(pixels: Tensor, values: int = _CHUNK_VALUES) -> list[slice]:
-    """On the CPU a few images at a time, so that the steps in between stay in the cache; all at once on a GPU."""
+    """Slices of a batch: a few images each on the CPU, whose intermediate values fit the cache; all on a GPU."""
     few = values // max(1, pixels.shape[1:].numel()) if pixels.device.type == "cpu" else len(pixels)
     return [slice(start, start + max(1, few)) for start in range(0, len(pixels), max(1, few))]
 
@@ -151,7 +152,7 @@ def _photometric(pixels: Tensor, draw: Draw | None, mean: Triple, std: Triple, o
 
 
 def powers(gamma: np.ndarray, device: torch.device) -> Tensor:
-    """255 (v / 255)^g of every 8-bit value v, float32 [B, 256]: a table costs a quarter of a power for each pixel.
+    """255 (v / 255)^g of every 8-bit value v, float32 [B, 256]; the table costs a quarter of a power per pixel.
 
     Example:
         >>> powers(np.array([2.0]), torch.device("cpu"))[0, 51].item()  # 255 * 0.2^2
@@ -162,16 +163,17 @@ def powers(gamma: np.ndarray, device: torch.device) -> Tensor:
 
 
 def upload(values: np.ndarray, device: torch.device) -> Tensor:
+    """An array as a tensor on ``device``, without waiting for the copy."""
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _recolour(x: Tensor, colour: np.ndarray) -> Tensor:
-    matrix, share = colour_matrix(colour)
+    matrix, grey_weight = colour_matrix(colour)
     factor = upload(matrix, x.device)[:, :, :, None, None]  # [B, 3, 3, 1, 1]
     weights = upload(_GREY.astype(np.float32), x.device)
     grey = (x.mean((2, 3)) * weights).sum(1)  # [B]
-    offset = (upload(share, x.device) * grey)[:, None, None]  # [B, 1, 1]
+    offset = (upload(grey_weight, x.device) * grey)[:, None, None]  # [B, 1, 1]
     out = torch.empty_like(x)
     for c in range(3):
         channel = torch.mul(x[:, 0], factor[:, c, 0], out=out[:, c])

@@ -1,9 +1,9 @@
-"""Pixels that change places or go, for a batch of views at once: swapped patches, blocks, holes, a pasted region.
+"""Transforms that move or erase pixels, for a batch of views at once: swapped patches, blocks, holes, a pasted region.
 
-Every change is an index into the pixels of the whole batch, made on the device from the few numbers that were drawn on
-the host, so that id maps go through the very same index and both loaders share the code. DALI has operators for two of
-them, ``fn.erase`` (holes) and ``fn.multi_paste`` (blocks of equal size): fed with rectangles for each image they take
-three to five times the CPU time of an index for all images on views of 64 pixels, and about the same on 224.
+Each is an index into the pixels of the full batch, computed on the device from the few numbers that were drawn on the
+host. Id maps go through the same index, and both loaders share the code. DALI has operators for two of them,
+``fn.erase`` (holes) and ``fn.multi_paste`` (blocks of equal size): fed with rectangles per image they take three to
+five times the CPU time of an index for all images on views of 64 pixels, and about the same on 224.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ _CHUNK_BYTES = 2**20
 
 
 def rearrange(pixels: Tensor, draw: Draw, labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Do to B views, and to the id maps on them, what ``draw`` says of patches, blocks, holes and paste, in this order.
+    """Apply the patches, blocks, holes and paste of ``draw``, in this order, to B views and their id maps.
 
     Args:
-        pixels: uint8 [B, S, S, 3], left as it is.
-        draw: what happens to each image.
-        labels: id maps, a signed integer type [B, S, S], left as they are; holes and what is around a pasted region
-            become -1.
+        pixels: uint8 [B, S, S, 3]; not modified.
+        draw: the random numbers of each view.
+        labels: id maps, a signed integer type [B, S, S]; not modified. The result is -1 in holes and around a pasted
+            region.
 
     Returns:
-        New pixels and labels of the same shapes and types; the arguments themselves where ``draw`` moves nothing.
+        New pixels and labels of the same shapes and types; the arguments themselves if ``draw`` has no such change.
 
     Example:
         >>> from dataclasses import replace
         >>> from fgfast.data.sampling import draw_crop, generator
+        >>> from fgfast.data.transforms import BlockShuffle
         >>> from fgfast.data.views import Crop
         >>> view = torch.arange(16, dtype=torch.uint8).reshape(1, 4, 4, 1).expand(-1, -1, -1, 3)
-        >>> draw = draw_crop(Crop(size=4, grid=2), np.array([[9, 9]]), generator(0, 0, 0, 0))
+        >>> draw = draw_crop(Crop(size=4, transforms=(BlockShuffle(2),)), np.array([[9, 9]]), generator(0, 0, 0, 0))
         >>> draw = replace(draw, blocks=np.array([[[2, 0], [3, 1]]]))
         >>> rearrange(view, draw)[0][0, :, :, 0].tolist()
         [[8, 9, 0, 1], [12, 13, 4, 5], [10, 11, 2, 3], [14, 15, 6, 7]]
@@ -56,25 +57,25 @@ def _rearrange(pixels: Tensor, draw: Draw, labels: Tensor | None) -> list[Tensor
     if labels is not None:
         layers.append(labels.clone(memory_format=torch.contiguous_format).view(batch * size**2, 1))
     if draw.patches is not None:
-        cells = _squares(draw.patches, size, pixels.device).view(batch, 2, -1)
+        cells = _square_indices(draw.patches, size, pixels.device).view(batch, 2, -1)
         for x in layers:
             x.index_copy_(0, cells.flatten(), x.index_select(0, cells.flip(1).flatten()))
     if draw.blocks is not None:
         blocks = upload(draw.blocks, pixels.device)
-        layers = [_permuted(x, blocks, size) for x in layers]
+        layers = [_permute_blocks(x, blocks, size) for x in layers]
     if draw.holes is not None:
-        cells = _squares(draw.holes, size, pixels.device).flatten()
+        cells = _square_indices(draw.holes, size, pixels.device).flatten()
         for x, fill in zip(layers, (BLACK, ABSENT), strict=False):
             x.index_fill_(0, cells, fill)
     if draw.paste is not None:
-        layers = _pasted(layers, draw.paste, size)
+        layers = _paste_on_white(layers, draw.paste, size)
     return [layers[0].view(pixels.shape), *(x.view(batch, size, size) for x in layers[1:])]
 
 
-def _cells(image: Tensor, corner: Tensor, extent: Tensor, most: int, size: int) -> Tensor:
-    """Numbers of the pixels of rectangles among those of a batch, [R, most^2]; the last row and column repeat.
+def _rectangle_indices(image: Tensor, corner: Tensor, extent: Tensor, most: int, size: int) -> Tensor:
+    """Indices of the pixels of R rectangles in a flattened batch, [R, most^2]; the last row and column repeat.
 
-    ``image`` [R], ``corner`` and ``extent`` (y, x) [R, 2]; ``most`` is the longest side, known to the host.
+    ``image`` [R], ``corner`` and ``extent`` (y, x) [R, 2]; ``most`` is the longest side, known on the host.
     """
     step = torch.arange(most, device=corner.device)
     inside = corner[:, :, None] + torch.minimum(step, extent[:, :, None] - 1)  # [R, 2, most]
@@ -82,18 +83,19 @@ def _cells(image: Tensor, corner: Tensor, extent: Tensor, most: int, size: int) 
     return (rows[:, :, None] * size + inside[:, 1, None, :]).flatten(1)
 
 
-def _squares(squares: np.ndarray, size: int, device: torch.device) -> Tensor:
-    """The pixels of every square (y, x, side) [B, N, 3] with a side."""
+def _square_indices(squares: np.ndarray, size: int, device: torch.device) -> Tensor:
+    """Indices of the pixels of every square (y, x, side) [B, N, 3] with side > 0."""
     image, which = np.nonzero(squares[..., 2])
-    found = np.concatenate([image[:, None], squares[image, which]], 1)
-    y_x_side = upload(found, device)
-    return _cells(y_x_side[:, 0], y_x_side[:, 1:3], y_x_side[:, 3:], int(found[:, 3].max(initial=1)), size)
+    rows = np.concatenate([image[:, None], squares[image, which]], 1)  # (image, y, x, side)
+    on_device = upload(rows, device)
+    most = int(rows[:, 3].max(initial=1))
+    return _rectangle_indices(on_device[:, 0], on_device[:, 1:3], on_device[:, 3:], most, size)
 
 
-def _permuted(x: Tensor, blocks: Tensor, size: int) -> Tensor:
-    """Each block of the grid replaced by the one that comes to its place.
+def _permute_blocks(x: Tensor, blocks: Tensor, size: int) -> Tensor:
+    """Replace each block of the grid by the one that moves to its place.
 
-    Where the grid divides the size, rows of a block are moved instead of pixels.
+    If the grid divides the size, rows of a block are moved instead of pixels.
     """
     batch, n = blocks.shape[:2]
     run = size // n if size % n == 0 else 1
@@ -116,25 +118,25 @@ def _permuted(x: Tensor, blocks: Tensor, size: int) -> Tensor:
     return x.view(-1, run * x.shape[1]).index_select(0, cells.flatten()).view_as(x)
 
 
-def _pasted(layers: list[Tensor], paste: np.ndarray, size: int) -> list[Tensor]:
-    """A region around the centre of the edges, alone at the centre of a white view."""
+def _paste_on_white(layers: list[Tensor], paste: np.ndarray, size: int) -> list[Tensor]:
+    """A region around the centre of the edges, at the centre of an otherwise white view."""
     device = layers[0].device
     extent, most = upload(paste, device), int(paste.max())
     image = torch.arange(len(paste), device=device)
-    corner = (_centre(layers[0].view(len(paste), size, size, -1)) - extent // 2).clamp_(min=0)
-    cut = _cells(image, torch.minimum(corner, size - extent), extent, most, size).flatten()
-    to = _cells(image, (size - extent) // 2, extent, most, size).flatten()
+    corner = (_centre_of_edges(layers[0].view(len(paste), size, size, -1)) - extent // 2).clamp_(min=0)
+    source = _rectangle_indices(image, torch.minimum(corner, size - extent), extent, most, size).flatten()
+    target = _rectangle_indices(image, (size - extent) // 2, extent, most, size).flatten()
     pasted = []
     for x, fill in zip(layers, (WHITE, ABSENT), strict=False):
         pasted.append(torch.full_like(x, fill))
-        pasted[-1].index_copy_(0, to, x.index_select(0, cut))
+        pasted[-1].index_copy_(0, target, x.index_select(0, source))
     return pasted
 
 
-def _centre(pixels: Tensor) -> Tensor:
-    """Mean place (y, x) of the steps between neighbours, weighted by their heights, int64 [B, 2].
+def _centre_of_edges(pixels: Tensor) -> Tensor:
+    """Mean position (y, x), weighted by the absolute differences between neighbouring pixels, int64 [B, 2].
 
-    Whole numbers throughout, so that every device finds the same.
+    Integer arithmetic throughout: the result is the same on every device.
     """
     size = pixels.shape[1]
     light = pixels.sum(3, dtype=torch.int32)

@@ -1,8 +1,7 @@
 """The synthetic set: drawn birds whose classes differ only in part attributes, with exact part masks and key points.
 
-Body shape, base plumage, pose, scale, light, background and clutter vary from bird to bird and say nothing about the
-class. On disk it is a folder in CUB-200-2011's layout plus ``part_masks/`` (8-bit grey, 255 = no part) and
-``synthetic.json``.
+Body shape, base plumage, pose, scale, light, background and clutter vary between birds independently of the class. On
+disk it is a folder in CUB-200-2011's layout plus ``part_masks/`` (8-bit grey, 255 = no part) and ``synthetic.json``.
 """
 
 import errno
@@ -23,15 +22,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fgfast.data._attributes import design_classes, individual, level_names
+from fgfast.data._attributes import design_classes, draw_traits, level_names
 from fgfast.data._bird import KEYPOINTS, PARTS
-from fgfast.data._drawing import draw
+from fgfast.data._drawing import draw_image
 from fgfast.data.maps import ABSENT
 from fgfast.errors import UserError
 
-VERSION = 2  # goes up when the same settings give other images
-# The drawing's own amount of variation at nuisance 1: a linear probe on a ResNet-18 of random weights then stands at
-# about twice chance, one on mean colours near chance. At 1.0 random weights are at chance.
+VERSION = 2  # incremented when the same settings give other images
+# Amount of variation in the drawing at nuisance 1: a linear probe of a ResNet-18 with random weights then has about
+# twice the accuracy of chance, a probe of mean colours about that of chance. At 1.0 random weights are at chance.
 _USUAL_NUISANCE = 0.6
 _SETTINGS_FILE = "synthetic.json"
 # fmt: off
@@ -48,7 +47,7 @@ _BIRDS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides the bytes of a set."""
+    """The settings that determine the bytes of a set."""
 
     classes: int = 20
     images: int = 2000
@@ -59,6 +58,7 @@ class Settings:
     version: int = VERSION
 
     def check(self) -> None:
+        """Raise a UserError for a value out of range."""
         for name in ("classes", "images", "size", "seed"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -68,7 +68,7 @@ class Settings:
         if self.images < 2 * self.classes:
             raise UserError(
                 f"images is {self.images}, too few for {self.classes} classes: give at least {2 * self.classes}, "
-                "one to train and one to test a class."
+                "one for training and one for testing per class."
             )
         if not 32 <= self.size <= 4096:
             raise UserError(f"size is {self.size}: give a side from 32 to 4096 pixels.")
@@ -94,26 +94,27 @@ def generate(
 ) -> Path:
     """Draw a set of birds into a new folder in CUB-200-2011's layout.
 
-    Every class has the same number of images (the first ones one more where it does not divide), every second one for
-    training. The same settings give the same bytes on one set of library versions, whatever the number of workers. The
-    folder appears when everything is written; the same set already there is returned at once.
+    Every class has the same number of images (the first ones one more if the number does not divide); every second
+    image is for training. With the same library versions the same settings give the same bytes for any number of
+    workers. The folder appears only when it is complete; a set with the same settings already there is returned at
+    once.
 
     Args:
-        out: the folder to make.
-        classes: 2 to 1000.
-        images: images in all, at least two a class.
+        out: the folder to create.
+        classes: number of classes, 2 to 1000.
+        images: total number of images, at least two per class.
         size: side of the square images in pixels, 32 to 4096.
-        seed: 0 or more.
-        difficulty: 0 to 1: fewer attributes tell classes apart, and their levels lie closer.
+        seed: random seed, 0 or more.
+        difficulty: 0 to 1; higher values let fewer attributes distinguish the classes, with closer levels.
         nuisance: 0 to 3, usually 1: how much pose, plumage, light, background and clutter vary.
-        workers: processes; None = a process a core up to 8 for more than 2,000 images of 128 px (or as much to draw),
-            else this process alone. More than one needs the usual ``if __name__ == "__main__":`` in a script.
-        force: replace an older synthetic set at ``out``. Any other folder with something in it is never touched.
+        workers: processes; None = one per core, at most 8, for more than 2,000 images of 128 px (or an equal number of
+            pixels), else only this process. More than one needs ``if __name__ == "__main__":`` in a script.
+        force: replace another synthetic set at ``out``. A non-empty folder of other content is never touched.
 
     Returns:
         The folder, with images/, images.txt, image_class_labels.txt, classes.txt, train_test_split.txt,
         bounding_boxes.txt, parts/, part_masks/ (``part_masks/<path in images.txt>.png``, maps.json) and synthetic.json
-        (the settings, and the attributes of every class).
+        (the settings and the attributes of every class).
 
     Raises:
         UserError: a value out of range, a folder in the way, no space or no permission.
@@ -129,7 +130,7 @@ def generate(
     if workers is not None and workers < 1:
         raise UserError(f"workers is {workers}: give 1 or more.")
     out = Path(os.path.abspath(Path(out).expanduser()))
-    if _is_there(out, settings, force):
+    if _holds_set(out, settings, force):
         return out
     with _readable_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -137,14 +138,14 @@ def generate(
         draft.mkdir()
         try:
             _write_set(draft, settings, workers)
-            _put_in_place(draft, out, settings, force)
+            _move_into_place(draft, out, settings, force)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     return out
 
 
-def _is_there(out: Path, settings: Settings, force: bool) -> bool:
-    """True when the very same set is there, False when the place is free (or may be freed), else an error."""
+def _holds_set(out: Path, settings: Settings, force: bool) -> bool:
+    """Whether ``out`` holds this set; False if it is free or may be replaced, else an error."""
     if not out.exists() and not out.is_symlink():
         return False
     if not out.is_dir():
@@ -161,7 +162,7 @@ def _is_there(out: Path, settings: Settings, force: bool) -> bool:
         return True
     if not force:
         raise UserError(
-            f"{out} holds a synthetic set of other settings: choose another folder or replace it with force."
+            f"{out} holds a synthetic set with other settings: choose another folder or replace it with force."
         )
     return False
 
@@ -184,8 +185,8 @@ def _readable_errors(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _put_in_place(draft: Path, out: Path, settings: Settings, force: bool) -> None:
-    if _is_there(out, settings, force):  # another process wrote the same set meanwhile
+def _move_into_place(draft: Path, out: Path, settings: Settings, force: bool) -> None:
+    if _holds_set(out, settings, force):  # another process has written the same set in the meantime
         return
     old = draft.with_suffix(".old")
     if out.exists():
@@ -200,16 +201,16 @@ def _put_in_place(draft: Path, out: Path, settings: Settings, force: bool) -> No
 
 
 def _class_name(index: int) -> str:
-    """A name that is unique for every index below 1000 and carries no meaning: 001.Northern_Finch."""
-    kind, bird, again = index % 20, (index + index // 20) % 20, index // 400
-    return f"{index + 1:03d}.{_KINDS[kind]}_{_BIRDS[bird]}" + (f"_{again + 1}" if again else "")
+    """A name without meaning, unique for every index below 1000: 001.Northern_Finch."""
+    kind, bird, repeat = index % 20, (index + index // 20) % 20, index // 400
+    return f"{index + 1:03d}.{_KINDS[kind]}_{_BIRDS[bird]}" + (f"_{repeat + 1}" if repeat else "")
 
 
 def _write_set(root: Path, settings: Settings, workers: int | None) -> None:
     levels = design_classes(settings.classes, settings.seed, settings.difficulty)
     names = [_class_name(i) for i in range(settings.classes)]
-    share, more = divmod(settings.images, settings.classes)
-    items = [(c, n) for c in range(settings.classes) for n in range(share + (c < more))]
+    per_class, remainder = divmod(settings.images, settings.classes)
+    items = [(c, n) for c in range(settings.classes) for n in range(per_class + (c < remainder))]
     files = [f"{names[c]}/{names[c][4:]}_{n + 1:04d}.jpg" for c, n in items]
     (root / "parts").mkdir()
     for name in names:
@@ -218,16 +219,17 @@ def _write_set(root: Path, settings: Settings, workers: int | None) -> None:
 
     boxes, points = _draw_all(root, settings, levels, items, files, workers)
 
-    def table(name: str, rows: list[str]) -> None:
+    def write_lines(name: str, rows: list[str]) -> None:
         (root / name).write_bytes(("\n".join(rows) + "\n").encode())
 
-    table("images.txt", [f"{i} {file}" for i, file in enumerate(files, 1)])
-    table("image_class_labels.txt", [f"{i} {c + 1}" for i, (c, _) in enumerate(items, 1)])
-    table("classes.txt", [f"{c} {name}" for c, name in enumerate(names, 1)])
-    table("train_test_split.txt", [f"{i} {(n + 1) % 2}" for i, (_, n) in enumerate(items, 1)])
-    table("bounding_boxes.txt", [f"{i} {x:.2f} {y:.2f} {w:.2f} {h:.2f}" for i, (x, y, w, h) in enumerate(boxes, 1)])
-    table("parts/parts.txt", [f"{p} {name}" for p, name in enumerate(KEYPOINTS, 1)])
-    table(
+    write_lines("images.txt", [f"{i} {file}" for i, file in enumerate(files, 1)])
+    write_lines("image_class_labels.txt", [f"{i} {c + 1}" for i, (c, _) in enumerate(items, 1)])
+    write_lines("classes.txt", [f"{c} {name}" for c, name in enumerate(names, 1)])
+    write_lines("train_test_split.txt", [f"{i} {(n + 1) % 2}" for i, (_, n) in enumerate(items, 1)])
+    box_lines = [f"{i} {x:.2f} {y:.2f} {w:.2f} {h:.2f}" for i, (x, y, w, h) in enumerate(boxes, 1)]
+    write_lines("bounding_boxes.txt", box_lines)
+    write_lines("parts/parts.txt", [f"{p} {name}" for p, name in enumerate(KEYPOINTS, 1)])
+    write_lines(
         "parts/part_locs.txt",
         [
             f"{i} {p} {x:.2f} {y:.2f} {int(v)}"
@@ -236,9 +238,9 @@ def _write_set(root: Path, settings: Settings, workers: int | None) -> None:
         ],
     )
     maps = {"n_parts": len(PARTS), "size": [settings.size] * 2, "run": f"truth-{settings.seed}", "parts": list(PARTS)}
-    table("part_masks/maps.json", [json.dumps(maps, indent=1)])
+    write_lines("part_masks/maps.json", [json.dumps(maps, indent=1)])
     attributes = {name: level_names(row) for name, row in zip(names, levels, strict=True)}
-    table(_SETTINGS_FILE, [json.dumps({"settings": asdict(settings), "attributes": attributes}, indent=1)])
+    write_lines(_SETTINGS_FILE, [json.dumps({"settings": asdict(settings), "attributes": attributes}, indent=1)])
 
 
 def _draw_all(
@@ -254,13 +256,13 @@ def _draw_all(
         workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         workers = workers if heavy else 1
     chunk = max(1, min(256, math.ceil(len(items) / (4 * workers))))
-    parts = [slice(a, a + chunk) for a in range(0, len(items), chunk)]
-    jobs = [(root, settings, [levels[c] for c, _ in items[p]], items[p], files[p]) for p in parts]
+    slices = [slice(start, start + chunk) for start in range(0, len(items), chunk)]
+    jobs = [(root, settings, [levels[c] for c, _ in items[s]], items[s], files[s]) for s in slices]
     if workers == 1:
         done = [_draw_some(*job) for job in jobs]
     else:
         context = multiprocessing.get_context("spawn")
-        ignore = (signal.SIGINT, signal.SIG_IGN)  # an interruption is this process's to report, once
+        ignore = (signal.SIGINT, signal.SIG_IGN)  # only this process reports an interruption
         with ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignore) as pool:
             futures = [pool.submit(_draw_some, *job) for job in jobs]
             try:
@@ -274,13 +276,13 @@ def _draw_all(
 def _draw_some(
     root: Path, settings: Settings, levels: list[np.ndarray], items: list[tuple[int, int]], files: list[str]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Draw and write some images; every one has its own stream of chance, so who draws it does not matter."""
+    """Draw and write some images; each has its own random number generator, whichever process draws it."""
     boxes, points = [], []
     for row, item, file in zip(levels, items, files, strict=True):
         rng = np.random.default_rng(np.random.SeedSequence(settings.seed, spawn_key=(1, *item)))
         nuisance = _USUAL_NUISANCE * settings.nuisance
-        traits = individual(row, settings.difficulty, nuisance, rng)
-        image, labels, keypoints = draw(traits, settings.size, nuisance, rng)
+        traits = draw_traits(row, settings.difficulty, nuisance, rng)
+        image, labels, keypoints = draw_image(traits, settings.size, nuisance, rng)
         quality = 90 - int(rng.integers(0, 1 + round(25 * min(nuisance, 1.0))))
         image.save(root / "images" / file, "JPEG", quality=quality)
         Image.fromarray(labels).save(root / "part_masks" / f"{file}.png", "PNG", compress_level=1)
@@ -290,7 +292,7 @@ def _draw_some(
 
 
 def _box(labels: np.ndarray) -> np.ndarray:
-    """The tight box (x, y, w, h) around everything that carries a part."""
+    """The bounding box (x, y, w, h) of all pixels with a part."""
     bird = labels != ABSENT
     xs, ys = np.flatnonzero(bird.any(axis=0)), np.flatnonzero(bird.any(axis=1))
     return np.array([xs[0], ys[0], xs[-1] + 1 - xs[0], ys[-1] + 1 - ys[0]], np.float64)

@@ -1,7 +1,7 @@
-"""The torchvision loader: the same batches where DALI has no wheel, by PIL and transforms.v2 in worker processes.
+"""The torchvision loader: PIL and transforms.v2 in worker processes, for platforms without a wheel of DALI.
 
-It applies the same draws as the DALI loader (same windows, flips and factors), with torchvision's own formulas for
-colour and blur; only the hue (HSV instead of YIQ) and the rounding to 8 bits between the steps differ.
+It applies the same random numbers as the DALI loader (same windows, flips and factors), with torchvision's formulas
+for colour and blur; only the hue (HSV instead of YIQ) and the rounding to 8 bits between the steps differ.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class TorchvisionLoader(Loader):
     backend = "torchvision"
 
     def __init__(self, plan: BatchPlan, *, device: torch.device, threads: int, prefetch: int = 2) -> None:
-        """Start no process yet."""
+        """Set up the worker processes; they start with the first iteration."""
         super().__init__(plan)
         self.device = device
         self._order = _Order()
@@ -45,7 +45,7 @@ class TorchvisionLoader(Loader):
             prefetch_factor=max(1, prefetch),
             persistent_workers=True,
             pin_memory=device.type == "cuda",
-            collate_fn=_as_is,
+            collate_fn=_identity,
         )
 
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
@@ -56,7 +56,7 @@ class TorchvisionLoader(Loader):
                 raise item
             batch, broken = item
             for row, reason in broken:
-                self._fail(row, reason)
+                self._exclude(row, reason)
             yield batch if self.device.type == "cpu" else batch.to(self.device)
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ class TorchvisionLoader(Loader):
 
 
 class _Order(Sampler):
-    """The batches that the next epoch consists of; the loader sets ``keys`` before it starts one."""
+    """The batches of the next epoch; the loader sets ``keys`` before each epoch."""
 
     def __init__(self) -> None:
         self.keys: list[tuple[int, int, tuple[int, ...]]] = []
@@ -78,12 +78,12 @@ class _Order(Sampler):
         return len(self.keys)
 
 
-def _as_is(item: Any) -> Any:
+def _identity(item: Any) -> Any:
     return item
 
 
 class _Batches(Dataset):
-    """Whole batches by (epoch, batch, failed records)."""
+    """Full batches by (epoch, batch, failed rows)."""
 
     def __init__(self, plan: BatchPlan) -> None:
         self.plan = plan
@@ -91,7 +91,7 @@ class _Batches(Dataset):
     def __getitem__(self, key: tuple[int, int, tuple[int, ...]]) -> tuple[Batch, list[tuple[int, str]]] | UserError:
         epoch, number, known = key
         failed, broken = set(known), []
-        rows, valid = self.plan.rows(epoch, number)
+        rows, valid = self.plan.batch_rows(epoch, number)
         while True:
             rows, valid = replace_failed(rows, valid, failed, len(self.plan.records))
             try:
@@ -106,12 +106,12 @@ class _Batches(Dataset):
                     return UserError(f"No image of {self.plan.records.images.root} decodes any longer: restore them.")
         try:
             return self._batch(epoch, number, rows, valid, [p.permute(2, 0, 1) for p in images]), broken
-        except UserError as error:  # raised here it would reach the user with a traceback of the worker
+        except UserError as error:  # raising it here would show the user a traceback of the worker
             return error
 
     def _batch(self, epoch: int, number: int, rows: np.ndarray, valid: np.ndarray, images: list[Tensor]) -> Batch:
         plan, spec = self.plan, self.plan.spec
-        draws = plan.draws(epoch, number, rows)
+        draws = plan.draw_crops(epoch, number, rows)
         sizes = plan.records.sizes[rows]
         boxes = torch.zeros(len(rows), len(draws), 5)
         for v, draw in enumerate(draws):
@@ -119,29 +119,30 @@ class _Batches(Dataset):
         maps = []
         if plan.maps is not None:
             for row in rows:
-                ids = torch.from_numpy(read_map(plan.maps, plan.rel(row))).long()
+                ids = torch.from_numpy(read_map(plan.maps, plan.relative_path(row))).long()
                 maps.append(ids.masked_fill_(ids == ABSENT, -1)[None])  # [1, H, W]
         views, labels = [], []
         for v, (crop, draw) in enumerate(zip(spec.crops, draws, strict=True)):
             warped = [warp_labels(m, boxes[i : i + 1, v], crop.size) for i, m in enumerate(maps)] if spec.masks else []
-            cut = torch.stack([_cut(x, draw, i, crop.size) for i, x in enumerate(images)])
-            moved, found = rearrange(cut.permute(0, 2, 3, 1), draw, torch.cat(warped) if warped else None)
-            views.append(self._stack([_colour(x, draw, i) for i, x in enumerate(moved.permute(0, 3, 1, 2))]))
-            labels += [] if found is None else [found]
-        boxes[:, spec.moved] = torch.nan
+            cropped = torch.stack([_crop(x, draw, i, crop.size) for i, x in enumerate(images)])
+            pixels, view_labels = rearrange(cropped.permute(0, 2, 3, 1), draw, torch.cat(warped) if warped else None)
+            views.append(self._stack([_change_colours(x, draw, i) for i, x in enumerate(pixels.permute(0, 3, 1, 2))]))
+            labels += [] if view_labels is None else [view_labels]
+        boxes[:, spec.without_box] = torch.nan
         whole, whole_labels = None, None
         if spec.whole is not None:
-            windows = plan.whole(rows)
-            whole = self._stack([_resized(x, window, spec.whole) for x, window in zip(images, windows, strict=True)])
+            windows = plan.whole_windows(rows)
+            pairs = zip(images, windows, strict=True)
+            whole = self._stack([_crop_and_resize(image, window, spec.whole) for image, window in pairs])
             if spec.whole_masks:
                 full = np.concatenate([windows / np.concatenate([sizes, sizes], 1), np.zeros((len(rows), 1))], 1)
                 box = torch.from_numpy(full.astype(np.float32))
                 whole_labels = torch.cat([warp_labels(m, box[i : i + 1], spec.whole) for i, m in enumerate(maps)])
         patch, reduced = None, None
         if spec.patch is not None:
-            corners, side = plan.corners(epoch, number, rows), spec.patch.size
-            cuts = [x[:, i : i + side, j : j + side] for x, (i, j) in zip(images, corners, strict=True)]
-            patch, reduced = with_reduced(torch.stack(cuts), spec.patch.reduce)
+            corners, side = plan.draw_corners(epoch, number, rows), spec.patch.size
+            patches = [x[:, i : i + side, j : j + side] for x, (i, j) in zip(images, corners, strict=True)]
+            patch, reduced = with_reduced(torch.stack(patches), spec.patch.reduce)
         index = plan.records.index[rows]
         return Batch(
             views=views,
@@ -157,25 +158,25 @@ class _Batches(Dataset):
         )
 
     def _stack(self, images: list[Tensor]) -> Tensor:
-        """Normalised float32 [B, 3, S, S], channels_last."""
+        """A batch of uint8 images, normalised, float32 [B, 3, S, S], channels_last."""
         batch = F.to_dtype(torch.stack(images), torch.float32, scale=True)
         mean, std = list(self.plan.spec.mean), list(self.plan.spec.std)
         return F.normalize(batch, mean, std).contiguous(memory_format=torch.channels_last)
 
 
-def _resized(image: Tensor, window: np.ndarray, size: int) -> Tensor:
+def _crop_and_resize(image: Tensor, window: np.ndarray, size: int) -> Tensor:
     y, x, h, w = (round(float(value)) for value in window)
     return F.resized_crop(image, y, x, max(1, h), max(1, w), [size, size], InterpolationMode.BILINEAR, antialias=True)
 
 
-def _cut(image: Tensor, draw: Draw, i: int, size: int) -> Tensor:
-    """The window of one view, uint8 [3, size, size]."""
-    view = _resized(image, draw.window[i], size)
+def _crop(image: Tensor, draw: Draw, i: int, size: int) -> Tensor:
+    """The window of view ``i``, resized and perhaps flipped, uint8 [3, size, size]."""
+    view = _crop_and_resize(image, draw.window[i], size)
     return F.horizontal_flip(view) if draw.flip[i] else view
 
 
-def _colour(view: Tensor, draw: Draw, i: int) -> Tensor:
-    """One view, uint8 [3, size, size], in its own colours."""
+def _change_colours(view: Tensor, draw: Draw, i: int) -> Tensor:
+    """View ``i``, uint8 [3, size, size], after gamma, colour jitter, blur and solarise."""
     if draw.gamma is not None:
         view = F.adjust_gamma(view, float(draw.gamma[i]))
     brightness, contrast, saturation, hue = (float(value) for value in draw.colour[i])

@@ -1,59 +1,52 @@
-"""What a data pipeline must deliver: the crops of one image, a batch of them, and id maps that follow their crop."""
+"""The views of an image that a data loader delivers, batches of them, and id maps cropped like their view."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fgfast.data.normalise import IMAGENET_MEAN, IMAGENET_STD
-from fgfast.tensors import values_checked
+from fgfast.data.transforms import Transform
+from fgfast.tensors import shape_error, values_checked
+
+T = TypeVar("T", bound=Transform)
 
 
 @dataclass(frozen=True)
 class Crop:
-    """One random view of an image: a window, a flip, pixels that move or go, and changes of colour.
+    """One random view of an image: a window, resized and perhaps flipped, and random changes of its pixels.
 
-    The order is fixed: window, border and flip, swap, blocks, holes, paste, gamma, brightness, contrast, saturation,
-    hue, grey, blur, solarise, normalise. The resize is bilinear with antialiasing (torchvision v2's default; the
-    PARTICLE release used bicubic). Lengths are shares of the view's side, rounded to pixels, so that a setting given
-    for 512 pixels works at any size. An id map moves with its view and is -1 in holes and around a pasted region;
-    the box of a view whose pixels move is NaN, as no window describes it.
+    The order is fixed: window, ``TrimBorder``, flip, ``PatchSwap``, ``BlockShuffle``, ``Holes``, ``PasteOnWhite``,
+    ``Gamma``, brightness, contrast, saturation, hue, grey, blur, solarise, normalise. The resize is bilinear with
+    antialiasing (torchvision v2's default; the PARTICLE release used bicubic). An id map undergoes the same window,
+    flip and moves as its view.
 
     Args:
         size: side of the square view in pixels, >= 1.
-        scale: range of the share of the image's area that the window covers, in (0, 1]; None takes the whole
-            image, squashed to the square.
+        scale: range of the fraction of the image's area that the window covers, in (0, 1]; None takes the full image,
+            resized to the square without keeping its aspect ratio.
         ratio: range of the window's width / height, drawn uniformly in the logarithm.
         flip: probability of a left-right flip.
         jitter: strengths (brightness, contrast, saturation, hue); the first three draw a factor from
-            [max(0, 1 - s), 1 + s], hue turns the colour circle by a share in [-s, s], s <= 0.5.
+            [max(0, 1 - s), 1 + s], hue turns the colour circle by a fraction in [-s, s], s <= 0.5.
         jitter_p: probability that the four colour changes happen at all.
         grayscale: probability of dropping the colour.
         blur: probability of a Gaussian blur.
         blur_sigma: range of its standard deviation in pixels of the view.
         solarize: probability of inverting every value from 128 up.
-        border: share of the window that is cut off at each of its sides, in [0, 0.5).
-        gamma: range of the exponent g of x^g, x in [0, 1], drawn uniformly; None leaves it out.
-        holes: range of the number of square holes, drawn uniformly; they are black and may overlap.
-        hole_size: range of their sides as shares of the view, in (0, 1]: uniform over whole pixels, at least one.
-        swap: side, as a share in [0, 0.5], of two patches that change places, one of the upper and one of the lower
-            half; 0 leaves it out.
-        grid: blocks a side that change places; where it does not divide the size, blocks differ by a pixel and are
-            stretched by nearest neighbour. 0 leaves it out.
-        reach: the farthest that a block moves along each axis, in places: first the blocks of each row, then those of
-            each column are sorted by i + u, u uniform in +-(reach + 1) / 2 (DCL, whose k is half of reach + 1).
-            0: every order of all blocks is as likely as any other.
-        paste: range of the sides, as shares in (0, 1], of a region that is pasted at the centre of a white view: its
-            height and width are uniform over whole pixels, its own centre is that of the image's edges (the mean
-            place of the steps between neighbouring pixels, weighted by their heights). None leaves it out.
+        transforms: further changes from ``fgfast.data.transforms``, at most one of each class; their order has no
+            effect.
 
     Raises:
-        ValueError: a probability outside [0, 1] or an empty range; the message names the field.
+        ValueError: a probability outside [0, 1], an empty range, or a transform that does not fit the size; the
+            message names the field.
 
     Example:
-        >>> Crop(size=32, blur=1.0).size
+        >>> from fgfast.data.transforms import Holes, PatchSwap
+        >>> Crop(size=32, blur=1.0, transforms=(PatchSwap(0.2), Holes((5, 20)))).size
         32
     """
 
@@ -67,14 +60,7 @@ class Crop:
     blur: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize: float = 0.0
-    border: float = 0.0
-    gamma: tuple[float, float] | None = None
-    holes: tuple[int, int] = (0, 0)
-    hole_size: tuple[float, float] = (10 / 512, 25 / 512)
-    swap: float = 0.0
-    grid: int = 0
-    reach: int = 0
-    paste: tuple[float, float] | None = None
+    transforms: tuple[Transform, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse values that no view can have."""
@@ -83,47 +69,32 @@ class Crop:
         for name in ("flip", "jitter_p", "grayscale", "blur", "solarize"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Crop.{name} is {getattr(self, name)}: give a probability in [0, 1].")
-        inf = float("inf")
-        tops = {"scale": 1, "ratio": inf, "blur_sigma": inf, "gamma": inf, "hole_size": 1, "paste": 1}
-        for name, top in tops.items():
+        for name, top in {"scale": 1, "ratio": float("inf"), "blur_sigma": float("inf")}.items():
             low, high = getattr(self, name) or (1, 1)
             if not 0 < low <= high <= top:
                 raise ValueError(f"Crop.{name} is ({low}, {high}): give a range with 0 < low <= high <= {top:g}.")
         if len(self.jitter) != 4 or min(self.jitter) < 0 or self.jitter[3] > 0.5:
             raise ValueError(f"Crop.jitter is {self.jitter}: give four strengths >= 0, the last (hue) at most 0.5.")
-        if not 0 <= self.border < 0.5:
-            raise ValueError(f"Crop.border is {self.border}: give a share in [0, 0.5).")
-        if not 0 <= self.holes[0] <= self.holes[1]:
-            raise ValueError(f"Crop.holes is {self.holes}: give a range with 0 <= low <= high.")
-        if self.swap and not 1 <= self.pixels(self.swap) <= self.size // 2:
-            raise ValueError(
-                f"Crop.swap is {self.swap} on a view of {self.size} pixels: "
-                f"give a share for 1 to {self.size // 2} pixels, so that each half holds a patch."
-            )
-        if not 0 <= self.grid <= self.size:
-            raise ValueError(
-                f"Crop.grid is {self.grid} on a view of {self.size} pixels: give 0 to {self.size} blocks a side."
-            )
-        if not 0 <= self.reach < max(1, self.grid):
-            raise ValueError(
-                f"Crop.reach is {self.reach} with {self.grid} blocks a side: give less than these, or 0 for all orders."
-            )
+        for transform in self.transforms:
+            transform.check(self.size)
+        if len({type(transform) for transform in self.transforms}) < len(self.transforms):
+            raise ValueError("Crop.transforms holds two of one class: give at most one of each.")
 
-    def pixels(self, share: float) -> int:
-        """A share of the view's side in whole pixels."""
-        return round(share * self.size)
+    def find(self, kind: type[T]) -> T | None:
+        """The transform of a class, if the crop has it."""
+        return next((transform for transform in self.transforms if isinstance(transform, kind)), None)
 
     @property
     def moves(self) -> bool:
         """Whether pixels change places within the view, so that no box describes it."""
-        return bool(self.swap or self.grid or self.paste)
+        return any(transform.moves for transform in self.transforms)
 
 
 @dataclass(frozen=True)
 class Patch:
-    """A square window of an image's own pixels, never resized, with a reduced copy of it.
+    """A square window of an image at its original resolution, with a downscaled copy of it.
 
-    The window lies anywhere in the image with equal chance. The copy is made of the window alone: bicubic (a = -1/2)
+    All positions inside the image are equally likely. The copy is computed from the window only: bicubic (a = -1/2)
     with antialiasing, rounded to 8 bits.
 
     Args:
@@ -131,7 +102,7 @@ class Patch:
         reduce: factor by which the copy is smaller, >= 1.
 
     Raises:
-        ValueError: the sizes do not fit together.
+        ValueError: ``size`` is not a multiple of ``reduce``.
 
     Example:
         >>> Patch(size=96, reduce=4).size
@@ -149,17 +120,19 @@ class Patch:
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """Everything that one batch must hold; a method's ``views()`` returns one.
+    """The content of the batches of a loader; a method's ``views()`` returns one.
 
     Args:
         crops: the random views, each drawn independently.
-        masks: id maps of a maps folder travel with each crop (same window, flip and moves, nearest).
-        whole: side of an unaugmented view of the whole image, squashed to a square; None for none.
-        whole_masks: the id map of the whole image too, at that side.
-        center: the whole view is a centred square of this share of the short side instead; None squashes.
+        masks: deliver the id map of each crop, from a folder of maps (same window, flip and moves, nearest neighbour).
+        whole: side of an unaugmented view of the full image, resized to a square without keeping its aspect ratio;
+            None for none.
+        whole_masks: deliver the id map of the full image too, at that side.
+        center: take a centred square of this fraction of the short side as the unaugmented view instead; None takes
+            the full image.
         mean: mean of each channel for values in [0, 1].
         std: standard deviation of each channel for values in [0, 1].
-        patch: a window of the image's own pixels and its reduced copy; None for none.
+        patch: a window at the original resolution and its downscaled copy; None for none.
 
     Raises:
         ValueError: nothing to deliver, or ``whole_masks`` or ``center`` without ``whole``.
@@ -183,17 +156,19 @@ class ViewSpec:
         if not self.crops and self.whole is None and self.patch is None:
             raise ValueError("ViewSpec delivers nothing: give at least one crop, a side for whole, or a patch.")
         if self.whole is None and (self.whole_masks or self.center is not None):
-            raise ValueError("ViewSpec.whole_masks and ViewSpec.center describe the whole view: give whole a side.")
+            raise ValueError(
+                "ViewSpec.whole_masks and ViewSpec.center describe the unaugmented view: set whole to its side."
+            )
         if self.whole is not None and self.whole < 1:
             raise ValueError(f"ViewSpec.whole is {self.whole}: give a side of at least 1 pixel.")
         if self.center is not None and not 0 < self.center <= 1:
-            raise ValueError(f"ViewSpec.center is {self.center}: give a share in (0, 1].")
+            raise ValueError(f"ViewSpec.center is {self.center}: give a fraction in (0, 1].")
         if self.masks and not self.crops:
             raise ValueError("ViewSpec.masks asks for id maps of crops: give at least one crop.")
 
     @property
-    def moved(self) -> list[int]:
-        """The numbers of the crops whose pixels change places."""
+    def without_box(self) -> list[int]:
+        """Indices of the crops whose pixels change places, so that no box describes them."""
         return [v for v, crop in enumerate(self.crops) if crop.moves]
 
     @property
@@ -211,13 +186,13 @@ class Batch:
         boxes: float32 [B, V, 5]: window (y0, x0, h, w) in [0, 1] of the upright image, then 1 where flipped; NaN
             for a view whose pixels change places (``Crop.moves``).
         labels: V id maps int64 [B, S, S], -1 = absent; empty without maps.
-        whole: the unaugmented image, float32 [B, 3, W, W], or None.
+        whole: the unaugmented view, float32 [B, 3, W, W], or None.
         whole_labels: its id map, int64 [B, W, W], or None.
         target: class, int64 [B].
-        index: record number in the image set, int64 [B].
-        valid: bool [B]; False marks padding, which no loss and no score may count.
-        patch: windows of the images' own pixels, float32 [B, 3, P, P] in [0, 1], not normalised, or None.
-        reduced: their reduced copies, float32 [B, 3, P / reduce, P / reduce] in [0, 1], or None.
+        index: position in the image set, int64 [B].
+        valid: bool [B]; False marks padding, which losses and scores leave out.
+        patch: windows at the original resolution, float32 [B, 3, P, P] in [0, 1], not normalised, or None.
+        reduced: their downscaled copies, float32 [B, 3, P / reduce, P / reduce] in [0, 1], or None.
 
     Example:
         >>> batch = Batch(target=torch.zeros(2, dtype=torch.int64))
@@ -241,7 +216,7 @@ class Batch:
         return len(self.target)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """The batch on ``device``; tensors that are there already are not copied."""
+        """The batch on ``device``; tensors already there are not copied."""
 
         def move(value: object) -> object:
             if isinstance(value, Tensor):
@@ -252,14 +227,14 @@ class Batch:
 
 
 def warp_labels(labels: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cut the window of a view out of the id map of the whole image, by nearest neighbour.
+    """Crop the id map of the full image to the window of a view, by nearest neighbour.
 
     Output cell (i, j) takes the map at row floor((y0 + (i + 0.5) / size * h) * H) and column
-    floor((x0 + (j' + 0.5) / size * w) * W), j' = size - 1 - j where the view is flipped. Nothing is interpolated, and
-    nothing waits for the device.
+    floor((x0 + (j' + 0.5) / size * w) * W), j' = size - 1 - j where the view is flipped. There is no interpolation and
+    no device sync.
 
     Args:
-        labels: id map of the whole image, [B, H, W], any integer type; the result has the same.
+        labels: id map of the full image, [B, H, W], any integer type; the result has the same.
         boxes: windows, float [B, 5] as in ``Batch.boxes[:, v]``.
         size: side of the view, >= 1.
 
@@ -267,21 +242,21 @@ def warp_labels(labels: Tensor, boxes: Tensor, size: int) -> Tensor:
         [B, size, size].
 
     Raises:
-        ValueError: shapes that do not belong together, or boxes with NaN, of views whose pixels change places: take
-            ``Batch.labels`` for those (on a GPU, where looking would wait, the result is -1 there).
+        ValueError: wrong shapes, or boxes with NaN, of views whose pixels change places: take ``Batch.labels`` for
+            those. On a GPU, where the check would be a device sync, the result is -1 there.
 
     Example:
         >>> ids = torch.arange(16).reshape(1, 4, 4)
         >>> warp_labels(ids, torch.tensor([[0.0, 0.5, 0.5, 0.5, 1.0]]), 2).tolist()
         [[[3, 2], [7, 6]]]
     """
-    if labels.ndim != 3 or boxes.shape != (labels.shape[0], 5):
-        raise ValueError(
-            f"warp_labels got labels {tuple(labels.shape)} and boxes {tuple(boxes.shape)}: give [B, H, W] and [B, 5]."
-        )
+    if labels.ndim != 3:
+        raise shape_error("labels", "[B, H, W]", labels)
+    if boxes.shape != (labels.shape[0], 5):
+        raise shape_error("boxes", f"[{labels.shape[0]}, 5]", boxes)
     if values_checked(boxes) and bool(boxes.isnan().any()):
         raise ValueError(
-            "warp_labels got a box of a view whose pixels change places: no window describes it, take Batch.labels."
+            "boxes holds NaN, of a view whose pixels change places: no window describes it, take Batch.labels."
         )
     batch, height, width = labels.shape
     step = (torch.arange(size, device=labels.device, dtype=torch.float32) + 0.5) / size  # [S]

@@ -1,4 +1,4 @@
-"""Frozen features of a set of images: one row an image, from the whole image without augmentation or its parts."""
+"""Frozen features of a set of images, one row per image: of the full image without augmentation, or of its parts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,18 +27,19 @@ def extract(
     loader: str = "auto",
     maps: Path | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Features and classes of every image that decodes, in the order of the set.
+    """Features and classes of every image that can be read, in the order of the set.
 
-    A module is put into evaluation mode and back. Broken images have no row.
+    A module runs in evaluation mode and then returns to its own mode. Broken images have no row.
 
     Args:
         encoder: maps images [B, 3, S, S] (normalised, on ``device``) to features [B, D].
         images: the images.
         size: side S in pixels.
-        batch_size: images at a time.
-        device: where the encoder is.
-        center: share of the short side that a centre crop keeps before resizing; None squashes the whole image.
-        threads: decoding threads; None = the loader's choice.
+        batch_size: images per batch.
+        device: device of the encoder.
+        center: side of a centred square as a fraction of the short side; None takes the full image. Both are resized to
+            the square without keeping the aspect ratio.
+        threads: decoding threads; None leaves the choice to the loader.
         loader: backend of the loader: "auto", "dali" or "torchvision".
         maps: folder of id maps; ``encoder`` then takes (images, id maps int64 [B, S, S], -1 = absent).
 
@@ -46,7 +47,7 @@ def extract(
         Features float32 [N, D] and classes int64 [N], both on the CPU.
 
     Raises:
-        UserError: no image is left, or a feature is not finite.
+        UserError: no image can be read, or a feature is not finite.
     """
     spec = ViewSpec(whole=size, center=center, whole_masks=maps is not None)
     batches = make_loader(
@@ -61,8 +62,8 @@ def extract(
         for batch in batches:
             assert batch.whole is not None  # the spec asks for it
             valid = batch.valid.cpu()
-            given = (batch.whole,) if maps is None else (batch.whole, batch.whole_labels)
-            rows.append(encoder(*given).float()[valid.to(device)].cpu())
+            inputs = (batch.whole,) if maps is None else (batch.whole, batch.whole_labels)
+            rows.append(encoder(*inputs).float()[valid.to(device)].cpu())
             targets.append(batch.target.cpu()[valid])
             order.append(batch.index.cpu()[valid])
     finally:
@@ -71,18 +72,18 @@ def extract(
             encoder.train()  # type: ignore[attr-defined]
     if not rows or not sum(map(len, rows)):
         raise UserError(f"No image under {images.root} could be read: check the data folder.")
-    features, place = torch.cat(rows), torch.cat(order).argsort()
+    features, in_order = torch.cat(rows), torch.cat(order).argsort()
     if not features.isfinite().all():
-        raise UserError("The features are not finite: the network's weights have diverged, take an earlier checkpoint.")
-    return features[place], torch.cat(targets)[place]
+        raise UserError("The features are not finite: the weights have diverged, use an earlier checkpoint.")
+    return features[in_order], torch.cat(targets)[in_order]
 
 
 class PartFeatures(nn.Module):
-    """The last map of an encoder averaged over each part, side by side; zeros where a part is absent.
+    """The final feature map of an encoder averaged over each part, concatenated; zeros for absent parts.
 
     Args:
         encoder: the network.
-        n_parts: K; ids are 0..K-1, -1 is no part.
+        n_parts: K; ids are 0..K-1, and -1 where there is no part.
 
     Example:
         >>> features = PartFeatures(Backbone("resnet18", size=64), 5)

@@ -1,4 +1,4 @@
-"""Fine-tuning the last stages of an encoder, or all of it, with labels."""
+"""Fine-tuning of the last stages of an encoder, or all of it, with labels."""
 
 import re
 from dataclasses import asdict, dataclass
@@ -26,48 +26,48 @@ class FinetuneOptions:
     """Options of :func:`finetune`; the defaults are those of Al Breiki et al."""
 
     stages: str = "1"
-    """How many of the last stages (blocks of a ViT) are trained: a number, 0 for the classifier alone, or all."""
+    """How many of the last stages (blocks of a ViT) are trained: a number, 0 for only the classifier, or all."""
     epochs: int = 20
-    """Epochs; the last one is scored."""
+    """Epochs; the weights of the last one are scored."""
     lr: float = 1e-4
     """Learning rate of Adam, constant."""
     weight_decay: float = 5e-4
     """Weight decay of Adam."""
     batch_size: int = 32
-    """Images a step."""
+    """Images per step."""
     class_weights: ClassWeights = "none"
-    """Weights of the classes: none, inverse to frequency, or the release's proportional to frequency."""
+    """Weights of the classes: none, inverse to their frequency, or proportional to it (as released)."""
     seed: int = 0
     """Seed of the classifier, the views and the order."""
 
 
 def stages_of(net: Any) -> list[list[str]]:
-    """Names of the parameters of the stem and of every stage after it, as timm groups them.
+    """Names of the parameters of the stem and of each stage after it, as timm groups them.
 
-    A stage is a layer1, a stages.0 or a ViT's block; what stands behind the last one (a last norm) is part of it.
+    A stage is, for example, layer1, stages.0 or one block of a ViT; a final norm belongs to the last stage.
 
     Raises:
-        UserError: timm does not know the stages of this network.
+        UserError: timm defines no stages for this network.
     """
     from timm.models import group_parameters
 
     if not hasattr(net, "group_matcher"):
-        raise UserError(f"timm does not know the stages of {type(net).__name__}: give --stages all.")
+        raise UserError(f"timm defines no stages for {type(net).__name__}: give --stages all.")
     matcher = net.group_matcher(coarse=True)
     groups = list(group_parameters(net, matcher).values())
     patterns = [
         p for spec in matcher.values() for p in ([spec] if isinstance(spec, str) else [s[0] for s in spec or ()])
     ]
     if len(groups) > 1 and not any(re.match(pattern, groups[-1][0]) for pattern in patterns):
-        groups[-2:] = [groups[-2] + groups[-1]]  # what no pattern names comes last
+        groups[-2:] = [groups[-2] + groups[-1]]  # timm groups the parameters that no pattern matches last
     return groups
 
 
 def unfreeze(encoder: Backbone, stages: str) -> list[nn.Parameter]:
-    """Let the last stages train, and hold everything before them still, BatchNorm's statistics included.
+    """Make the last stages trainable and freeze everything before them, including BatchNorm statistics.
 
     Returns:
-        The parameters that train.
+        The trainable parameters.
 
     Raises:
         UserError: ``stages`` is neither "all" nor a number of stages that the network has.
@@ -79,17 +79,17 @@ def unfreeze(encoder: Backbone, stages: str) -> list[nn.Parameter]:
         groups = stages_of(net)
         if not stages.isdecimal() or int(stages) >= len(groups):
             raise UserError(
-                f"--stages is {stages}: {encoder.name} has {len(groups) - 1} stages, give a number up to that or all."
+                f"--stages is {stages}: {encoder.name} has {len(groups) - 1} stages, give at most that many, or all."
             )
         names = {name for group in groups[len(groups) - int(stages) :] for name in group}
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in names)
     encoder.eval()
-    moving: dict[str, bool] = {}
-    for name, module in net.named_modules():  # a module comes before what is in it
+    trained: dict[str, bool] = {}
+    for name, module in net.named_modules():  # a module comes before its submodules
         inside = [f"{name}.{inner}" if name else inner for inner, _ in module.named_parameters()]
-        moving[name] = names.issuperset(inside) if inside else moving[name.rpartition(".")[0]]
-        module.training = moving[name]
+        trained[name] = names.issuperset(inside) if inside else trained[name.rpartition(".")[0]]
+        module.training = trained[name]
     return [parameter for parameter in net.parameters() if parameter.requires_grad]
 
 
@@ -101,73 +101,75 @@ def finetune(
     options: FinetuneOptions,
     *,
     device: torch.device,
-    keep: Path | None = None,
+    state_file: Path | None = None,
     start: str = "",
 ) -> tuple[Tensor, Tensor]:
     """Train the last stages and a new linear classifier on ``fit``, then classify ``test``.
 
-    Views are those of supervised training: a crop, a flip, mild colour jitter; tests are whole images. Adam with a
-    constant rate. Frozen stages run in evaluation mode.
+    Training views are those of supervised training: a crop, a flip, mild colour jitter; test images are used in full.
+    Adam with a constant rate. Frozen stages run in evaluation mode.
 
     Args:
-        encoder: where training starts; it is changed.
+        encoder: the network to start from; it is changed.
         fit: labelled images.
         test: images to classify.
-        config: of the run: size of the views, crops, precision, data threads.
+        config: configuration of the run: size of the views, crops, precision, data threads.
         options: see ``FinetuneOptions``.
-        device: where the encoder is.
-        keep: file that holds the state after every epoch, from which an interrupted call with the same options goes on;
+        device: device of the encoder.
+        state_file: file for the state after every epoch, from which an interrupted call with the same options resumes;
             removed at the end.
-        start: names the weights of ``encoder``; a kept state of other weights is not taken up.
+        start: identifies the weights of ``encoder``; the state of other weights is ignored.
 
     Returns:
-        Predicted and true classes of the test images that decode, int64 [M].
+        Predicted and true classes of the test images that can be read, int64 [M].
 
     Raises:
         UserError: no such number of stages, a class without a training image, or a loss that is not finite.
 
     Source: the downstream training of Al Breiki, Ridzuan and Grandhe, "Self-Supervised Learning for Fine-Grained Image
-    Classification", 2021. Not as there: the views (the release repeats the set under six transforms), and the new
-    classifier trains (the release freezes it by a mistake in a name).
+    Classification", 2021. Differences: the views (the release repeats the set under six transforms); the new
+    classifier is trained (the release freezes it, because of a mistake in a name).
     """
     o = options
     weight = class_weights(fit.targets, fit.classes, o.class_weights)
-    trained = unfreeze(encoder, o.stages)
+    trainable = unfreeze(encoder, o.stages)
     crop = Crop(size=config.size, scale=(config.crop_scale, 1.0), jitter=(0.2, 0.2, 0.2, 0.02))
     loader = make_loader(
         fit, ViewSpec(crops=(crop,)), o.batch_size, seed=o.seed, device=device, threads=config.threads,
         backend=config.loader,
     )  # fmt: skip
-    what = {**asdict(o), "start": start, "data": str(fit.root.resolve()), "pictures": len(fit)}
+    call = {**asdict(o), "start": start, "data": str(fit.root.resolve()), "pictures": len(fit)}
     with torch.random.fork_rng():
         torch.manual_seed(o.seed)
         head = nn.Linear(encoder.dim, len(fit.classes)).to(device)
-        optimizer = torch.optim.Adam([*trained, *head.parameters()], lr=o.lr, weight_decay=o.weight_decay, fused=True)
+        optimizer = torch.optim.Adam([*trainable, *head.parameters()], lr=o.lr, weight_decay=o.weight_decay, fused=True)
         criterion = nn.CrossEntropyLoss(None if weight is None else weight.to(device))
         modules = nn.ModuleList([encoder, head])
         try:
-            for epoch in range(_resume(keep, what, modules, optimizer, loader), o.epochs):
-                loss = _epoch(encoder, head, criterion, optimizer, loader, config.amp == "bf16")
+            for epoch in range(_resume(state_file, call, modules, optimizer, loader), o.epochs):
+                loss = _train_epoch(encoder, head, criterion, optimizer, loader, config.amp == "bf16")
                 if not np.isfinite(loss):
                     raise UserError(f"The loss is not finite after epoch {epoch + 1} of fine-tuning: lower --lr.")
-                if keep is not None and epoch + 1 < o.epochs:
-                    state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
-                    more = {"what": what, "loader": loader.state_dict(), "rng": torch.get_rng_state()}
-                    save_checkpoint(keep, state | more)
+                if state_file is not None and epoch + 1 < o.epochs:
+                    state = {
+                        "modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1,
+                        "what": call, "loader": loader.state_dict(), "rng": torch.get_rng_state(),
+                    }  # fmt: skip
+                    save_checkpoint(state_file, state)
         finally:
             loader.close()
     predicted, truth = extract(
         nn.Sequential(encoder, head), test, config.size, device=device, threads=config.threads, loader=config.loader
     )
-    if keep is not None:
-        keep.unlink(missing_ok=True)
+    if state_file is not None:
+        state_file.unlink(missing_ok=True)
     return predicted.argmax(1), truth
 
 
-def _epoch(
+def _train_epoch(
     encoder: Backbone, head: nn.Linear, criterion: nn.Module, optimizer: torch.optim.Optimizer, loader: Any, amp: bool
 ) -> float:
-    """One pass; returns the sum of the losses, so that one that is not finite shows."""
+    """One epoch; returns the sum of the losses, which is finite only if all of them are."""
     total = torch.zeros((), device=head.weight.device)
     for batch in loader:
         valid = batch.valid
@@ -182,13 +184,13 @@ def _epoch(
 
 
 def _resume(
-    keep: Path | None, what: dict[str, Any], modules: nn.Module, optimizer: torch.optim.Optimizer, loader: Any
+    state_file: Path | None, call: dict[str, Any], modules: nn.Module, optimizer: torch.optim.Optimizer, loader: Any
 ) -> int:
-    """Take up the kept state of an interrupted call with the same options; returns the number of epochs done."""
-    if keep is None or not keep.is_file():
+    """Load the state of an interrupted call with the same options; returns the number of epochs done."""
+    if state_file is None or not state_file.is_file():
         return 0
-    state = read_checkpoint(keep)
-    if state.get("what") != what:
+    state = read_checkpoint(state_file)
+    if state.get("what") != call:
         return 0
     modules.load_state_dict(state["modules"])
     optimizer.load_state_dict(state["optimizer"])

@@ -1,4 +1,4 @@
-"""Heads that are trained with labels: weights of the classes, and an MLP on frozen features."""
+"""An MLP classifier on frozen features, and class weights for cross-entropy."""
 
 import copy
 from dataclasses import dataclass
@@ -14,22 +14,22 @@ ClassWeights = Literal["none", "inverse", "frequency"]
 
 
 def class_weights(targets: np.ndarray, classes: tuple[str, ...], kind: ClassWeights) -> Tensor | None:
-    """Weights of the classes in a cross-entropy, from how often each one stands in the training set.
+    """Weights of the classes in a cross-entropy, from their frequencies in the training set.
 
-    With n_c of N images in class c of C: "inverse" is N / (C n_c), so that every class counts alike; "frequency" is
-    n_c / N, which the release of Al Breiki et al. has and which favours common classes, against its purpose; "none" is
-    no weights.
+    With n_c of N images in class c of C: "inverse" is N / (C n_c), which gives every class the same total weight;
+    "frequency" is n_c / N, as in the release of Al Breiki et al., which favours common classes against its purpose;
+    "none" is no weights.
 
     Args:
         targets: classes of the training images, int64 [N], 0..C-1.
         classes: C names.
-        kind: see above.
+        kind: one of the three.
 
     Returns:
         float32 [C], or None.
 
     Raises:
-        UserError: a class has no image to learn from.
+        UserError: a class has no training image.
 
     Example:
         >>> class_weights(np.array([0, 0, 0, 1]), ("a", "b"), "inverse").tolist()
@@ -41,8 +41,8 @@ def class_weights(targets: np.ndarray, classes: tuple[str, ...], kind: ClassWeig
         raise UserError(f"Class {name} has no training image: add images, or drop the class from the set.")
     if kind == "none":
         return None
-    share = counts / counts.sum()
-    return torch.from_numpy(1 / (len(classes) * share) if kind == "inverse" else share).float()
+    frequency = counts / counts.sum()
+    return torch.from_numpy(1 / (len(classes) * frequency) if kind == "inverse" else frequency).float()
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,17 @@ class MLPOptions:
     hidden: int = 256
     """Width of the hidden layer."""
     epochs: int = 100
-    """Epochs at most."""
+    """Largest number of epochs."""
     patience: int = 5
-    """Epochs without gain on the held-out tenth after which training ends."""
+    """Epochs without improvement on the held-out tenth after which training stops."""
     lr: float = 3e-4
     """Learning rate of Adam."""
     weight_decay: float = 0.0
     """Weight decay of Adam."""
     batch_size: int = 16
-    """Rows a step."""
+    """Rows per step."""
     class_weights: ClassWeights = "none"
-    """Weights of the classes: none, inverse to frequency, or the release's proportional to frequency."""
+    """Weights of the classes: none, inverse to their frequency, or proportional to it (as released)."""
     seed: int = 0
     """Seed of the weights, the order and the held-out tenth."""
 
@@ -70,11 +70,10 @@ class MLPOptions:
 def mlp_probe(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, classes: tuple[str, ...], options: MLPOptions | None = None
 ) -> Tensor:
-    """A classifier with one hidden layer on frozen features: D -> hidden -> C, Adam, early stop.
+    """A classifier with one hidden layer on frozen features: D -> hidden -> C, Adam, early stopping.
 
-    A tenth of the rows of each class (at least one where it has two) is held out; the weights of the epoch with the
-    smallest loss there are kept. Features are standardised as in :func:`fgfast.evaluate.linear.linear_probe`. The
-    features come from the encoder in evaluation mode and do not change.
+    A tenth of the rows of each class (at least one of two or more) is held out; the weights of the epoch with the
+    smallest loss on them predict. Features are standardised as in :func:`fgfast.evaluate.linear.linear_probe`.
 
     Args:
         train_x: float [N, D].
@@ -90,8 +89,8 @@ def mlp_probe(
         UserError: a class has no row.
 
     Source: the downstream classifier of Al Breiki, Ridzuan and Grandhe, "Self-Supervised Learning for Fine-Grained
-    Image Classification", 2021. Not as there: the release's encoder is in training mode in the first epoch, so that
-    its BatchNorm drifts; the split by class, the criterion (loss) and the standardised features are ours.
+    Image Classification", 2021. Differences: the release's encoder is in training mode in the first epoch, in which
+    its BatchNorm statistics drift; here the split is by class, stopping by the loss, and features are standardised.
     """
     o = options or MLPOptions()
     y = train_y.cpu()
@@ -99,13 +98,13 @@ def mlp_probe(
     mean, spread = train_x.float().mean(0), train_x.float().std(0, correction=0)
     spread = torch.where(spread < 1e-6 * mean.abs().clamp(min=1), 1, spread)
     x, test = (((t.float() - mean) / spread).cpu() for t in (train_x, test_x))
-    held = torch.from_numpy(tenth(y.numpy(), o.seed))
+    held = torch.from_numpy(tenth_of_each_class(y.numpy(), o.seed))
     with torch.random.fork_rng():
         torch.manual_seed(o.seed)
         net = nn.Sequential(nn.Linear(x.shape[1], o.hidden), nn.ReLU(), nn.Linear(o.hidden, len(classes)))
         optimizer = torch.optim.Adam(net.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=True)
         criterion = nn.CrossEntropyLoss(weight)
-        best, kept, waited = float("inf"), copy.deepcopy(net.state_dict()), 0
+        best_loss, best_weights, waited = float("inf"), copy.deepcopy(net.state_dict()), 0
         rows = (~held).nonzero().flatten()
         for _ in range(o.epochs):
             for batch in rows[torch.randperm(len(rows))].split(o.batch_size):
@@ -113,20 +112,20 @@ def mlp_probe(
                 criterion(net(x[batch]), y[batch]).backward()
                 optimizer.step()
             with torch.no_grad():
-                watched = held if held.any() else ~held
-                loss = float(criterion(net(x[watched]), y[watched]))
+                scored = held if held.any() else ~held
+                loss = float(criterion(net(x[scored]), y[scored]))
             waited += 1
-            if loss < best:
-                best, kept, waited = loss, copy.deepcopy(net.state_dict()), 0
+            if loss < best_loss:
+                best_loss, best_weights, waited = loss, copy.deepcopy(net.state_dict()), 0
             if waited >= o.patience:
                 break
-    net.load_state_dict(kept)
+    net.load_state_dict(best_weights)
     with torch.no_grad():
         return net(test).argmax(1)
 
 
-def tenth(targets: np.ndarray, seed: int) -> np.ndarray:
-    """A random tenth of the rows of each class, at least one where a class has two, bool [N]."""
+def tenth_of_each_class(targets: np.ndarray, seed: int) -> np.ndarray:
+    """Mask of a random tenth of the rows of each class, at least one of two or more, bool [N]."""
     held = np.zeros(len(targets), bool)
     order = np.random.default_rng(seed).permutation(len(targets))
     for c in np.unique(targets):

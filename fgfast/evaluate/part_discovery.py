@@ -1,4 +1,4 @@
-"""Part discovery of a run against the true parts of a set that has them."""
+"""Scores of discovered parts against the true part masks of a data set."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,35 +11,35 @@ from fgfast.data.layouts import open_images
 from fgfast.data.loader import make_loader
 from fgfast.data.views import ViewSpec
 from fgfast.errors import UserError
-from fgfast.methods.stored import Checkpoint, load_encoder_of
+from fgfast.methods.run_folder import Checkpoint, load_run_encoder
 from fgfast.parts.clustering import ClusteringConfig, cluster_keys, cluster_pyramid
 
 
 def score_discovery(
     run: Path, data: Path, *, checkpoint: Checkpoint = "last", device: torch.device, n_images: int = 200
 ) -> dict[str, float]:
-    """NMI and ARI of clustered pixels against true part masks, mean over images, true-part pixels only.
+    """NMI, ARI and other scores of clustered pixels against true part masks, means over images.
 
-    Every image is clustered alone: a CNN's hypercolumns by the run's own settings (the defaults for methods without
-    parts; no cluster is taken for background), a ViT's keys into the run's number of parts.
+    Every image is clustered separately: a CNN's hypercolumns with the settings of the run (the defaults for methods
+    without parts) and without background removal, a ViT's keys into the number of parts of the run.
 
     Args:
         run: run folder.
         data: a set with part masks.
         checkpoint: "init" or "last".
-        device: where the encoder runs.
-        n_images: test images that are scored, drawn with a fixed seed.
+        device: device of the encoder.
+        n_images: number of test images to score, drawn with a fixed seed.
 
     Returns:
-        {"nmi": ..., "ari": ..., ...} as :func:`nmi_ari` gives them.
+        {"nmi": ..., "ari": ..., ...}, see :func:`nmi_ari`.
 
     Raises:
         UserError: the set has no part masks.
     """
-    encoder, config = load_encoder_of(run, checkpoint, device)
+    encoder, config = load_run_encoder(run, checkpoint, device)
     images = open_images(data)
     if images.masks is None:
-        raise UserError(f"{data} has no true part masks to score against: use a synthetic set.")
+        raise UserError(f"{data} has no part masks to score against: use a synthetic set.")
     test = images.test_set()
     test = test.subset(np.sort(np.random.default_rng(0).permutation(len(test))[:n_images]))
     size, n_parts = 2 * config.size, getattr(config, "n_parts", 15)
@@ -47,7 +47,7 @@ def score_discovery(
         test, ViewSpec(whole=size, whole_masks=True), 32, shuffle=False, maps=images.masks, device=device,
         threads=config.threads, backend=config.loader,
     )  # fmt: skip
-    found, true = [], []
+    found, true = [], []  # id maps
     try:
         for batch in loader:
             assert batch.whole is not None  # the specification asks for both
@@ -67,12 +67,12 @@ def score_discovery(
 
 
 def nmi_ari(labels: Tensor | np.ndarray, truth: Tensor | np.ndarray, ignore: int = -1) -> dict[str, float]:
-    """Agreement of two part maps; ids need not match, neither between the maps nor between images.
+    """Agreement of two id maps; ids need not match, neither between the maps nor between images.
 
-    Each score is computed in each image and averaged. Over the pixels that carry a true part: normalised mutual
-    information (arithmetic mean of the entropies), adjusted Rand index, purity (share of pixels whose cluster's
-    commonest true part is theirs) and coverage (share of pixels that carry any discovered part). Over all pixels, what
-    has no part counting as one more cluster: ``nmi_all`` and ``ari_all``.
+    Each score is computed for each image and averaged. Over the pixels with a true part: normalised mutual information
+    (arithmetic mean of the entropies), adjusted Rand index, purity (fraction of pixels whose true part is the most
+    common one of their cluster) and coverage (fraction of pixels with a discovered part). Over all pixels, with "no
+    part" as one more cluster: ``nmi_all`` and ``ari_all``.
 
     Args:
         labels: discovered ids, integer [H, W] or [B, H, W].
@@ -80,11 +80,11 @@ def nmi_ari(labels: Tensor | np.ndarray, truth: Tensor | np.ndarray, ignore: int
         ignore: the id that means "no part" in both.
 
     Returns:
-        nmi, ari, purity, coverage, nmi_all, ari_all (NaN when no image counts), and images and skipped: how many
-        images counted, and how many have no true part and did not.
+        nmi, ari, purity, coverage, nmi_all, ari_all (NaN if no image has a true part), images (number of images with a
+        true part) and skipped (number of images without).
 
     Raises:
-        ValueError: shapes that differ or are not [H, W] or [B, H, W].
+        ValueError: the maps have different shapes, or are not integers [H, W] or [B, H, W].
 
     Example:
         >>> truth = np.array([[0, 0, 1], [0, 1, -1]])
@@ -97,14 +97,14 @@ def nmi_ari(labels: Tensor | np.ndarray, truth: Tensor | np.ndarray, ignore: int
 
     found, true = _pixels(labels), _pixels(truth)
     if found.shape != true.shape:
-        raise ValueError(f"labels are {list(labels.shape)}, truth {list(truth.shape)}: give the same shape.")
+        raise ValueError(f"labels and truth: expected one shape, got {list(labels.shape)} and {list(truth.shape)}.")
     names = ("nmi", "ari", "purity", "coverage", "nmi_all", "ari_all")
     rows = []
     for all_found, all_true in zip(found, true, strict=True):
-        part = all_true != ignore
-        if not part.any():
+        on_part = all_true != ignore
+        if not on_part.any():
             continue
-        a, b = all_found[part], all_true[part]
+        a, b = all_found[on_part], all_true[on_part]
         rows.append(
             (
                 normalized_mutual_info_score(b, a),
@@ -123,7 +123,7 @@ def nmi_ari(labels: Tensor | np.ndarray, truth: Tensor | np.ndarray, ignore: int
 def _pixels(ids: Tensor | np.ndarray) -> np.ndarray:
     array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
     if array.ndim not in (2, 3) or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"A part map is {array.dtype} {list(array.shape)}: give integers [H, W] or [B, H, W].")
+        raise ValueError(f"An id map is {array.dtype} {list(array.shape)}: give integers [H, W] or [B, H, W].")
     return array.reshape(len(array) if array.ndim == 3 else 1, -1).astype(np.int64)
 
 

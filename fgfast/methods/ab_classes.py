@@ -1,4 +1,4 @@
-"""Colour as a class: bins of the ab plane that sRGB can reach, soft labels, and weights that favour rare colours."""
+"""Colours as classes: bins of the ab plane inside the sRGB gamut, soft labels, and weights that favour rare colours."""
 
 import itertools
 from functools import lru_cache
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from fgfast.data.lab import rgb_to_lab
 
 NEIGHBOURS = 5
-SIGMA = 5.0  # of the soft labels and of the smoothed prior, in units of ab
+SIGMA = 5.0  # standard deviation of the soft labels and of the smoothing of the prior, in units of ab
 
 
 @lru_cache(maxsize=4)
 def ab_bins(step: int = 10) -> Tensor:
     """The points of a grid over the ab plane that surround the colours of sRGB, float32 [Q, 2], sorted by a, then b.
 
-    The gamut is a solid, so its shadow on the ab plane is that of its surface: all 8-bit colours with a channel at 0
-    or 255 are converted, and the corners of every square of the grid that holds one are kept.
+    The gamut is a solid, so its projection to the ab plane is that of its surface: all 8-bit colours with a channel at
+    0 or 255 are converted, and the bins are the corners of the grid cells that contain any of them.
 
     Example:
         >>> ab_bins().shape
@@ -36,10 +36,10 @@ def ab_bins(step: int = 10) -> Tensor:
 
 
 def _candidates(centres: Tensor, origin: Tensor, shape: Tensor, step: int) -> Tensor:
-    """For each square of the grid the numbers of the bins that can be among the five nearest of a colour in it.
+    """Indices of the bins that can be among the five nearest to a colour, for each cell of the grid.
 
-    A bin is left out when five others are nearer to every point of the square: even the nearest point of the square
-    is farther from it than the farthest one is from each of those.
+    A bin is excluded if five others are nearer to every point of the cell: the smallest distance of the bin to the
+    cell is larger than the largest distance of each of those.
     """
     rows, columns = shape.tolist()
     low = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)) * step + origin  # [squares, 2]
@@ -53,15 +53,16 @@ def _candidates(centres: Tensor, origin: Tensor, shape: Tensor, step: int) -> Te
 
 
 class AbClasses(nn.Module):
-    """The bins as classes of a colour.
+    """Soft classification of colours over the bins of :func:`ab_bins`.
 
-    A colour x gets the weights exp(-|x - c|^2 / (2 sigma^2)) of its five nearest bins c, which sum to 1 (sigma = 5).
+    The label of a colour x has the weights exp(-|x - c|^2 / (2 sigma^2)), sigma = 5, on its five nearest bins c,
+    normalised to sum 1.
 
     Args:
-        step: side of a bin.
+        step: side of a bin in units of ab.
 
     Attributes:
-        centres: float32 [Q, 2]. It and the other tables are constants, so checkpoints do not hold them.
+        centres: the bins, float32 [Q, 2]. Like the other tables it is a constant and not stored in checkpoints.
     """
 
     centres: Tensor
@@ -83,52 +84,52 @@ class AbClasses(nn.Module):
             self.register_buffer(name, values, persistent=False)
 
     def __len__(self) -> int:
-        """Q."""
+        """Q, the number of bins."""
         return len(self.centres)
 
     def encode(self, ab: Tensor) -> tuple[Tensor, Tensor]:
         """The soft label of each colour.
 
         Args:
-            ab: float32 [N, 2], colours of sRGB.
+            ab: colours inside the sRGB gamut, float32 [N, 2].
 
         Returns:
-            numbers of the five nearest bins, nearest first, int64 [N, 5], and their weights, float32 [N, 5].
+            Indices of the five nearest bins, nearest first, int64 [N, 5], and their weights, float32 [N, 5].
         """
-        square = torch.minimum(((ab - self._origin) / self.step).long().clamp(min=0), self._shape - 1)
-        square = square[:, 0] * self._shape[1] + square[:, 1]
-        distance = (ab[:, :1] - self._a[square]).square() + (ab[:, 1:] - self._b[square]).square()  # [N, candidates]
+        row_column = torch.minimum(((ab - self._origin) / self.step).long().clamp(min=0), self._shape - 1)
+        cell = row_column[:, 0] * self._shape[1] + row_column[:, 1]
+        distance = (ab[:, :1] - self._a[cell]).square() + (ab[:, 1:] - self._b[cell]).square()  # [N, candidates]
         nearest, which = distance.topk(NEIGHBOURS, dim=1, largest=False)
-        return self._table[square].gather(1, which), (-nearest / (2 * SIGMA**2)).softmax(1)
+        return self._table[cell].gather(1, which), (-nearest / (2 * SIGMA**2)).softmax(1)
 
     def histogram(self, ab: Tensor) -> Tensor:
-        """Sum of the soft labels of colours [N, 2], float64 [Q]."""
+        """Sum of the soft labels of colours [N, 2], as float64 [Q]."""
         index, weight = self.encode(ab)
         total = torch.zeros(len(self), dtype=torch.float64, device=ab.device)
         return total.index_add_(0, index.flatten(), weight.flatten().double())
 
-    def smoothed(self, counts: Tensor) -> Tensor:
-        """Counts [Q] as probabilities, smoothed over the ab plane by the same Gaussian, float64 [Q]."""
+    def smooth(self, counts: Tensor) -> Tensor:
+        """Smooth counts [Q] over the ab plane with the same Gaussian and normalise them to sum 1, float64 [Q]."""
         distance = torch.cdist(self.centres.double(), self.centres.double())
         kernel = (-distance.square() / (2 * SIGMA**2)).exp()
-        kernel = kernel / kernel.sum(0, keepdim=True)  # a bin at the edge of the gamut hands out 1 like any other
-        smooth = kernel @ counts.double()
-        return smooth / smooth.sum()
+        kernel = kernel / kernel.sum(0, keepdim=True)  # also at the edge of the gamut no mass is lost
+        smoothed = kernel @ counts.double()
+        return smoothed / smoothed.sum()
 
     def annealed_mean(self, logits: Tensor, temperature: float = 0.38) -> Tensor:
-        """One colour out of a distribution: the mean of softmax(logits / T), [..., Q] to [..., 2]."""
+        """One colour for each distribution: the mean of softmax(logits / T), from [..., Q] to [..., 2]."""
         return (logits.float() / temperature).softmax(-1) @ self.centres
 
 
 def rebalancing_weights(prior: Tensor, mix: float = 0.5) -> Tensor:
-    """Weights 1 / ((1 - mix) p + mix / Q), scaled so that their expectation under the prior p is 1.
+    """Weights 1 / ((1 - mix) p + mix / Q), scaled to expectation 1 under the prior p.
 
     Args:
-        prior: probabilities [Q], sum 1.
-        mix: share of the uniform distribution, 0 to 1.
+        prior: probabilities p, [Q], sum 1.
+        mix: weight of the uniform distribution in the mixture, 0 to 1.
 
     Returns:
-        the dtype and shape of ``prior``.
+        The weights, with the dtype and shape of ``prior``.
 
     Example:
         >>> rebalancing_weights(torch.tensor([0.5, 0.5]))

@@ -1,4 +1,4 @@
-"""Colourisation: which colour has each place of a grey image?"""
+"""Colourisation: predict the colours of a grey image."""
 
 import json
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fgfast.data.panels import Panel
     from fgfast.data.views import Batch, ViewSpec
 
-STRIDE = 4  # pixels of a view a side for each colour that is predicted
+STRIDE = 4  # a colour is predicted for every 4 x 4 pixels
 
 
 @dataclass
@@ -34,31 +34,33 @@ class ColorConfig(TrainConfig):
     hidden: Count = 128
     """Width of the decoder."""
     uniform: Fraction = 0.5
-    """Share of the uniform distribution in the prior that rare colours are weighted by; 1 weights all alike."""
+    """Weight of the uniform distribution in the prior by whose inverse colours are weighted; 1 weights all equally."""
     prior_pictures: Count = 10_000
-    """Training images, at most, on which that prior is measured."""
+    """Largest number of training images on which that prior is measured."""
 
 
 class Color(Method):
-    """The encoder sees lightness alone; a decoder tells the colour, as one of the bins of the ab plane, every 4 pixels.
+    """The encoder sees only lightness; a decoder predicts, for every 4 x 4 pixels, one of the bins of the ab plane.
 
-    loss = mean over places of  w(z) x ( - sum_q z_q log p_q ),   z the soft label of the place's colour over its five
+    loss = mean over positions of  w(z) x ( - sum_q z_q log p_q ),   z the soft label of the colour over its five
     nearest bins, p = softmax(decoder(encoder(grey))), and w the weight of the nearest bin,
 
-    w = 1 / ((1 - uniform) prior + uniform / Q), with expectation 1 under the prior, that of the training images
-    smoothed by a Gaussian of 5 units. It is measured before training and kept in RUN/colours.json. In evaluation the
-    encoder sees grey images too. "accuracy" is the share of places whose nearest bin is told.
+    w = 1 / ((1 - uniform) prior + uniform / Q), scaled to expectation 1 under the prior. The prior is the distribution
+    of the colours of the training images, smoothed by a Gaussian of 5 units; it is measured before training and stored
+    in RUN/colours.json. In evaluation too the encoder sees grey images. "accuracy" is the fraction of positions whose
+    nearest bin is predicted.
 
-    What is ours: the network (any of timm's with a decoder of two layers, instead of a dilated VGG), the bins (309 that
-    surround the colours of sRGB, where the release has 313), colours averaged over 4 x 4 pixels before they become
-    classes, a prior of the training images and not of ImageNet, random crops, the optimiser. A ViT's CLS, which is
-    what is evaluated, is added to its patches, or it would learn nothing.
+    Differences from the paper: the network (any timm model with a decoder of two layers, not a dilated VGG), the bins
+    (309 that surround the colours of sRGB; the release has 313), colours averaged over 4 x 4 pixels before they are
+    assigned to classes, the prior (of the training images, not of ImageNet), random crops, the optimiser. The CLS token
+    of a ViT, which is what evaluation uses, is added to its patch tokens; otherwise it would get no gradient.
 
     Source: Zhang, Isola, Efros, "Colorful Image Colorization", ECCV 2016.
     """
 
     name = "color"
     Config = ColorConfig
+    config: ColorConfig
     passes_per_image = 1
     held_out = ("accuracy",)
 
@@ -70,32 +72,35 @@ class Color(Method):
         self.narrow = nn.Conv2d(self.encoder.dim, config.hidden, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(config.hidden)
         self.classifier = nn.Conv2d(config.hidden, len(self.classes), 1)
-        self.weights = torch.ones(len(self.classes))  # no buffer: a run's own file holds the prior
+        self.weights = torch.ones(len(self.classes))  # not a buffer: RUN/colours.json holds the prior
 
     def views(self) -> "ViewSpec":
-        """One crop with flip; the colours stay."""
+        """One crop with flip and no colour changes."""
         from fgfast.data.views import Crop, ViewSpec
 
         return ViewSpec(crops=(Crop(size=self.config.size, scale=(self.config.crop_scale, 1.0), jitter_p=0.0),))
 
     def prepare(self, images: "ImageSet", run: Path, round_: int) -> Path | None:
-        """Measure the prior of the colours, or read it where this run has done so before."""
+        """Measure the prior of the colours, or read it if this run has measured it before."""
         from fgfast.files import write_json
 
         chosen = np.sort(np.random.default_rng(0).permutation(len(images))[: self.config.prior_pictures])
         measured = {"root": str(images.root), "pictures": len(chosen), "of": len(images), "size": self.config.size}
         file = run / "colours.json"
-        found = json.loads(file.read_text()) if file.is_file() else {}
-        if {k: found.get(k) for k in measured} != measured:
-            found = {**measured, "prior": self.measure(images.subset(chosen)).tolist()}
-            write_json(file, found)
-        prior = torch.tensor(found["prior"], dtype=torch.float64)
+        stored = json.loads(file.read_text()) if file.is_file() else {}
+        if {k: stored.get(k) for k in measured} != measured:
+            stored = {**measured, "prior": self.measure_prior(images.subset(chosen)).tolist()}
+            write_json(file, stored)
+        prior = torch.tensor(stored["prior"], dtype=torch.float64)
         self.weights = rebalancing_weights(prior, self.config.uniform).float().to(self.classes.centres.device)
         return None
 
     @torch.no_grad()
-    def measure(self, images: "ImageSet") -> Tensor:
-        """Smoothed prior over the bins of whole images at the size of the predictions, float64 [Q] on the CPU."""
+    def measure_prior(self, images: "ImageSet") -> Tensor:
+        """Smoothed distribution of the colours of full images over the bins, float64 [Q] on the CPU.
+
+        The images have the resolution of the predictions.
+        """
         from fgfast.data.loader import make_loader
         from fgfast.data.views import ViewSpec
 
@@ -112,11 +117,11 @@ class Color(Method):
         finally:
             loader.close()
         if not counts.sum() > 0:
-            raise UserError(f"No image of {images.root} could be read for the prior of its colours: check the data.")
-        return self.classes.smoothed(counts).cpu()
+            raise UserError(f"No image of {images.root} could be read to measure the colours: check the data.")
+        return self.classes.smooth(counts).cpu()
 
     def colours(self, images: Tensor) -> Tensor:
-        """Mean colour of every 4 x 4 pixels of normalised images [B, 3, S, S], ab [B * (S / 4)^2, 2]."""
+        """Mean colour of every 4 x 4 pixels of normalised images [B, 3, S, S], in ab, [B * (S / 4)^2, 2]."""
         side = images.shape[-1] // STRIDE
         small = F.adaptive_avg_pool2d(denormalise(images).clamp(0, 1), side)
         return rgb_to_lab(small)[:, 1:].permute(0, 2, 3, 1).reshape(-1, 2)
@@ -125,30 +130,30 @@ class Color(Method):
         """Logits [B, S / 4, S / 4, Q] of normalised images [B, 3, S, S]."""
         features = self.encoder.features(images)
         size = (images.shape[-2], images.shape[-1])
-        found = self.encoder.to_map(features, size)
+        x = self.encoder.to_map(features, size)
         if self.encoder.is_vit:
-            found = found + self.encoder.pool(features)[:, :, None, None]
-        found = F.interpolate(self.narrow(found), (size[0] // STRIDE, size[1] // STRIDE), mode="bilinear")
-        return self.classifier(self.norm(found).relu()).permute(0, 2, 3, 1)
+            x = x + self.encoder.pool(features)[:, :, None, None]
+        x = F.interpolate(self.narrow(x), (size[0] // STRIDE, size[1] // STRIDE), mode="bilinear")
+        return self.classifier(self.norm(x).relu()).permute(0, 2, 3, 1)
 
     def forward(self, batch: "Batch") -> dict[str, Tensor]:
-        """Weighted cross-entropy with soft labels and accuracy over the places of the valid images."""
+        """Weighted cross-entropy with soft labels, and accuracy, over the positions of the valid images."""
         images = batch.views[0]
         logits = self.logits(images).flatten(0, 2).float()  # [N, Q]
         with torch.no_grad():
             index, soft = self.classes.encode(self.colours(images))  # [N, 5]
-            places = len(logits) // len(batch)
-            counted = batch.valid.repeat_interleave(places, output_size=len(logits))
-            count = counted.sum().clamp(min=1)
-            right = ((logits.argmax(1) == index[:, 0]) & counted).sum()
+            positions = len(logits) // len(batch)
+            valid = batch.valid.repeat_interleave(positions, output_size=len(logits))
+            count = valid.sum().clamp(min=1)
+            correct = ((logits.argmax(1) == index[:, 0]) & valid).sum()
         losses = self.weights.to(index.device)[index[:, 0]] * (
             logits.logsumexp(1) - (soft * logits.gather(1, index)).sum(1)
         )
-        return {"loss": torch.where(counted, losses, 0).sum() / count, "accuracy": right / count}
+        return {"loss": torch.where(valid, losses, 0).sum() / count, "accuracy": correct / count}
 
     @torch.no_grad()
     def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":
-        """What the encoder sees, the colours that are told (annealed mean), and the photograph."""
+        """The input of the encoder, the predicted colours (annealed mean), and the image."""
         from fgfast.data.panels import Panel, to_uint8
 
         shown = batch.views[0][:8]
@@ -159,14 +164,14 @@ class Color(Method):
         finally:
             self.train(was_training)
         ab = F.interpolate(ab, shown.shape[-2:], mode="bilinear")
-        told = lab_to_rgb(torch.cat([lightness(denormalise(shown).clamp(0, 1)), ab], 1))
+        predicted = lab_to_rgb(torch.cat([lightness(denormalise(shown).clamp(0, 1)), ab], 1))
         grey = to_grey(shown)
         rows = [
             [
                 Panel(to_uint8(grey[i]), "grey"),
-                Panel(to_uint8((255 * told[i]).round().byte()), "colours told"),
-                Panel(to_uint8(photograph), "photograph"),
+                Panel(to_uint8((255 * predicted[i]).round().byte()), "predicted colours"),
+                Panel(to_uint8(image), "image"),
             ]
-            for i, photograph in enumerate(shown)
+            for i, image in enumerate(shown)
         ]
         return {"colours": rows}

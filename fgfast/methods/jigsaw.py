@@ -1,4 +1,4 @@
-"""Jigsaw puzzles: which permutation put the tiles of an image where they are?"""
+"""Jigsaw puzzles: predict the permutation of the tiles of an image."""
 
 import logging
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fgfast")
 
-CROP_SHARE = 64 / 75  # of a tile's side: the release crops 64 pixels out of 75
+CROP_FRACTION = 64 / 75  # of the side of a tile: the release crops 64 of 75 pixels
 
 
 @dataclass
@@ -32,43 +32,44 @@ class JigsawConfig(TrainConfig):
     """Options of the jigsaw."""
 
     grid: Count = 3
-    """Tiles a side of the puzzle."""
+    """Tiles per side of the puzzle."""
     n_permutations: Annotated[int, Range(2)] = 100
-    """Permutations among which the right one is to be told."""
+    """Number of permutations, the classes to predict."""
     permutation_rule: Literal["greedy", "pairs"] = "greedy"
-    """Far from each other as a set (largest smallest distance), or in pairs as in the release."""
+    """Choice of permutations: all far from each other (greedy), or far from each other in pairs (as released)."""
     tile: Natural = 0
-    """Side of the random crop inside a tile, pixels; 0 takes 64/75 of the tile (a ViT: whole patches of it)."""
+    """Side of the random crop of a tile in pixels; 0 takes 64/75 of the tile (ViT: the whole patches in that)."""
     brightness: Fraction = 0.5
-    """Strength of the brightness jitter of each tile: a factor from 1 - s to 1 + s."""
+    """Strength s of the brightness jitter of each tile, a factor from 1 - s to 1 + s."""
     cells: Natural = 0
-    """Cells a side to which the map of a tile is averaged; 0 is 2 where the map has them, and 1 for a ViT (its CLS)."""
+    """Cells per side to which the feature map of a tile is averaged; 0 takes 2 if it has them, and 1 for a ViT."""
     dropout: Fraction = 0.5
     """Dropout before the classifier."""
     centre: Fraction = 0.0
-    """Share of the short side that a fixed centre square takes; 0 takes random crops and flips instead."""
+    """Side of a fixed centre square as a fraction of the short side; 0 takes random crops and flips instead."""
     preset: Literal["small", "paper"] = "small"
-    """paper takes the released settings of the authors."""
+    """paper takes the settings released by the authors."""
 
 
 class Jigsaw(Method):
-    """The tiles of an image in a permuted order; a siamese encoder sees each alone, a classifier tells the order.
+    """Permuted tiles of an image: a shared encoder sees each tile separately, a classifier predicts the permutation.
 
-    loss = CE( W dropout([f(t_1), ..., f(t_T)]), number of the permutation ),   t_p = the tile on place p,
+    loss = CE( W dropout([f(t_1), ..., f(t_T)]), index of the permutation ),   t_p = the tile at position p,
 
-    T = grid^2, f = the encoder, shared by all tiles. Every tile is cropped at a random place and changed in brightness
-    by itself, so that neither edges that go on in the neighbour nor a common light tell where it belongs. A step costs
-    T (tile / size)^2 passes an image: tiles count by their area. In evaluation the encoder sees whole images of
+    T = grid^2, f = the encoder, shared by all tiles. Each tile is cropped and changed in brightness independently;
+    otherwise edges that continue in a neighbour, or a common brightness, would reveal the order. A step costs
+    T (tile / size)^2 passes per image, as tiles count by their area. In evaluation the encoder sees full images of
     ``size``; a ViT is built for those, and its position embeddings are resized to the patches of a tile in training.
-    Puzzles are drawn from (seed, step, rank), on held-out images from the seed and the image's number. "accuracy"
-    is the share of permutations told right: of the step, and as held_out_accuracy (no dropout) beside the online kNN.
+    Puzzles are drawn from (seed, step, rank), and for held-out images from the seed and the position of the image in
+    the set. "accuracy" is the fraction of permutations predicted correctly, in the step and, as held_out_accuracy
+    (without dropout), on held-out images.
 
-    Defaults that are ours: random crops and flips of the image instead of its centre; normalised values instead of
-    [0, 1]; uniform draws among all permutations, where the release goes through ten at a time in ten passes that it
-    calls an epoch (hence 150 epochs in ``--preset paper``, not 15); the permutations of the set are far from each
-    other, the release asks this of drawn pairs alone (``--permutation-rule pairs``). Quirks of the release that are
-    not reproduced: its dropout stays active in evaluation, a mistake; images are squashed before the centre is
-    taken (the preset takes a square of the same share of the short side); the rate falls on plateaus (half a cosine).
+    Different defaults here: random crops and flips of the image, not its centre; normalised values, not [0, 1];
+    permutations drawn uniformly, where the release goes through ten at a time in ten passes that it calls an epoch
+    (hence 150 epochs in ``--preset paper``, not 15); all permutations are far from each other, which the release
+    requires only of pairs (``--permutation-rule pairs``). Not reproduced from the release: dropout that stays active in
+    evaluation, a mistake; images resized to a square before the centre is taken (the preset takes a square of the same
+    fraction of the short side); a learning rate that falls on plateaus (here as half a cosine).
 
     Source: Noroozi and Favaro, "Unsupervised Learning of Visual Representations by Solving Jigsaw Puzzles", ECCV 2016;
     settings of the release of Al Breiki, Ridzuan, Grandhe, "Self-Supervised Learning for Fine-Grained Image
@@ -77,6 +78,7 @@ class Jigsaw(Method):
 
     name = "jigsaw"
     Config = JigsawConfig
+    config: JigsawConfig
     held_out = ("accuracy",)
     permutations: Tensor
 
@@ -84,16 +86,16 @@ class Jigsaw(Method):
         super().__init__()
         self.config = config
         if config.size < config.grid:
-            raise UserError(f"Images of {config.size} pixels have no {config.grid} tiles a side: lower --grid.")
+            raise UserError(f"Images of {config.size} pixels have no {config.grid} tiles per side: lower --grid.")
         places = config.grid**2
         rule = config.permutation_rule
-        found = permutation_set(config.n_permutations, places, rule=rule, seed=config.seed)
-        self.register_buffer("permutations", torch.from_numpy(found))
+        permutations = permutation_set(config.n_permutations, places, rule=rule, seed=config.seed)
+        self.register_buffer("permutations", torch.from_numpy(permutations))
         self.encoder = build_encoder(config)
         self.side = self._crop_side()
         self.passes_per_image = places * (self.side / config.size) ** 2
         self.cells = config.cells
-        width = self._probe().shape[1]
+        width = self._try_tile().shape[1]
         self.head = nn.Sequential(nn.Dropout(config.dropout), nn.Linear(places * width, config.n_permutations))
         self.step, self.rank = 0, 0
 
@@ -107,46 +109,46 @@ class Jigsaw(Method):
         )  # fmt: skip
 
     def _crop_side(self) -> int:
-        """Side of the crops, fit for the network."""
+        """Side of the crops of tiles; whole patches for a ViT."""
         c = self.config
         tile = c.size // c.grid
         patch = self.encoder.patch
-        side = c.tile or max(1, round(CROP_SHARE * tile)) // patch * patch or patch
+        side = c.tile or max(1, round(CROP_FRACTION * tile)) // patch * patch or patch
         if side > tile or side % patch:
-            what = f"in whole patches of {patch} pixels " if patch > 1 else ""
+            patches = f"in whole patches of {patch} pixels " if patch > 1 else ""
             raise UserError(
-                f"--tile {side} does not fit tiles of {tile} pixels {what}({c.size} pixels, {c.grid} a side): "
+                f"--tile {side} does not fit tiles of {tile} pixels {patches}({c.size} pixels, {c.grid} per side): "
                 "lower --grid or --tile, or raise --size."
             )
         return side
 
     def prepare(self, images: "ImageSet", run: Path, round_: int) -> None:
-        """Warn of maps so small that the last stage starts from one cell, for which a CPU gives wrong gradients."""
+        """Warn if the last stage starts from a single cell, for which bfloat16 on a CPU gives wrong gradients."""
         net, on_cpu = self.encoder.net, next(self.parameters()).device.type == "cpu"
         reduction = 1 if self.encoder.is_vit else net.feature_info[-1]["reduction"]
         if on_cpu and self.config.amp == "bf16" and 2 * self.side <= reduction:
             log.warning(
-                "Tiles of %d pixels leave the last stage a map of 1 x 1, whose bfloat16 gradients PyTorch was seen to "
-                "get wrong on a CPU: give --amp off, or larger tiles.",
+                "Tiles of %d pixels leave the last stage a map of 1 x 1, for which PyTorch was seen to give wrong "
+                "bfloat16 gradients on a CPU: give --amp off, or larger tiles.",
                 self.side,
             )
 
     @torch.no_grad()
-    def _probe(self) -> Tensor:
-        """Features of an empty tile, which show whether the network takes tiles at all; settles ``cells``."""
+    def _try_tile(self) -> Tensor:
+        """Features of a blank tile, after ``cells`` is set; raises a UserError if the network does not take tiles."""
         blank = torch.zeros(1, 3, self.side, self.side)
         self.encoder.eval()
         try:
             features = self.encoder.features(blank)
-            # The patch tokens of a ViT alone would leave its CLS, which is evaluated, without a gradient.
-            room = 1 if self.encoder.is_vit else min(features.shape[-2:])
-            self.cells = self.cells or min(2, room)
-            if self.cells > room:
-                raise UserError(f"{self.config.model} gives {room} cells a side, not --cells {self.cells}: lower it.")
+            # A ViT takes its CLS token: with patch tokens only, the CLS that is evaluated would get no gradient.
+            most = 1 if self.encoder.is_vit else min(features.shape[-2:])
+            self.cells = self.cells or min(2, most)
+            if self.cells > most:
+                raise UserError(f"--cells is {self.cells}: {self.config.model} has {most} cells per side, lower it.")
             return self.tile_features(blank)
         except (RuntimeError, AssertionError, ValueError) as error:
             raise UserError(
-                f"{self.config.model} takes no tiles of {self.side} pixels ({error}): "
+                f"{self.config.model} does not take tiles of {self.side} pixels ({error}): "
                 "raise --size, lower --grid, or choose another --model."
             ) from error
         finally:
@@ -160,24 +162,24 @@ class Jigsaw(Method):
         return nn.functional.adaptive_avg_pool2d(features, self.cells).flatten(1)
 
     def get_extra_state(self) -> dict[str, int]:
-        """The step, from which puzzles are drawn; kept in checkpoints."""
+        """The step, from which puzzles are drawn; stored in checkpoints."""
         return {"step": self.step}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        """Take the step from a checkpoint."""
+        """Restore the step from a checkpoint."""
         self.step = state["step"]
 
     def set_group(self, group: "ProcessGroup | None") -> None:
-        """Every rank draws puzzles of its own."""
+        """Take the rank, from which puzzles are drawn."""
         super().set_group(group)
         self.rank = 0 if group is None else torch.distributed.get_rank(group)
 
     def after_step(self, progress: Progress) -> None:
-        """The next puzzles."""
+        """Count the step, from which puzzles are drawn."""
         self.step = progress.step
 
     def views(self) -> "ViewSpec":
-        """One crop with flip, or the centre; the colours stay."""
+        """One crop with flip, or the centre; no colour changes."""
         from fgfast.data.views import Crop, ViewSpec
 
         c = self.config
@@ -185,8 +187,8 @@ class Jigsaw(Method):
             return ViewSpec(whole=c.size, center=c.centre)
         return ViewSpec(crops=(Crop(size=c.size, scale=(c.crop_scale, 1.0), jitter_p=0.0),))
 
-    def photographs(self, batch: "Batch") -> Tensor:
-        """The uncut images [B, 3, S, S]."""
+    def uncut_images(self, batch: "Batch") -> Tensor:
+        """The images before they are cut into tiles, [B, 3, S, S]."""
         if batch.views:
             return batch.views[0]
         assert batch.whole is not None  # views() asks for one of the two
@@ -194,17 +196,17 @@ class Jigsaw(Method):
 
     @torch.no_grad()
     def puzzles(self, batch: "Batch") -> tuple[Tensor, Tensor]:
-        """Permuted tiles [B * T, 3, side, side] and the number of each image's permutation [B]."""
+        """Permuted tiles [B * T, 3, side, side] and the index of the permutation of each image [B]."""
         from fgfast.data.normalise import IMAGENET_MEAN, IMAGENET_STD
 
         c, device = self.config, self.permutations.device
         key = (self.step, self.rank, 0) if self.training else (int(batch.index[0]), 0, 1)
-        drawn: Any = draw_puzzles(
+        draws: Any = draw_puzzles(
             len(self.permutations), c.grid**2, len(batch), c.size // c.grid - self.side,
             (1 - c.brightness, 1 + c.brightness), np.random.default_rng([c.seed, *key, 1]),
         )  # fmt: skip
-        label, corner, factor = (torch.from_numpy(x).to(device, non_blocking=True) for x in drawn)
-        tiles = cut_tiles(self.photographs(batch), c.grid, self.side, self.permutations[label], corner)
+        label, corner, factor = (torch.from_numpy(x).to(device, non_blocking=True) for x in draws)
+        tiles = cut_tiles(self.uncut_images(batch), c.grid, self.side, self.permutations[label], corner)
         return brighten(tiles, factor.flatten(), IMAGENET_MEAN, IMAGENET_STD), label
 
     def logits(self, tiles: Tensor) -> Tensor:
@@ -217,32 +219,32 @@ class Jigsaw(Method):
         logits = self.logits(tiles)
         losses = nn.functional.cross_entropy(logits, label, reduction="none")
         count = batch.valid.sum().clamp(min=1)
-        right = ((logits.argmax(1) == label) & batch.valid).sum()
-        return {"loss": torch.where(batch.valid, losses, 0).sum() / count, "accuracy": right.detach() / count}
+        correct = ((logits.argmax(1) == label) & batch.valid).sum()
+        return {"loss": torch.where(batch.valid, losses, 0).sum() / count, "accuracy": correct.detach() / count}
 
     @torch.no_grad()
     def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":
-        """Photographs, their tiles as the network gets them, and how it puts them together."""
+        """Images, their tiles as the network sees them, and the tiles in the predicted order."""
         from fgfast.data.panels import Panel, to_uint8
 
         was_training = self.training
         self.eval()
         try:
             tiles, label = self.puzzles(batch)
-            found = self.permutations[self.logits(tiles).argmax(1)]
+            predicted = self.permutations[self.logits(tiles).argmax(1)]
         finally:
             self.train(was_training)
         grid, places = self.config.grid, self.config.grid**2
-        as_seen = torch.arange(places, device=found.device).expand(len(found), -1)
+        as_seen = torch.arange(places, device=predicted.device).expand(len(predicted), -1)
         shuffled = join_tiles(tiles, grid, as_seen)
-        solved = join_tiles(tiles, grid, found.argsort(1))  # place p holds the tile that was told to come from p
-        right = (found == self.permutations[label]).sum(1).tolist()
+        solved = join_tiles(tiles, grid, predicted.argsort(1))  # position p shows the tile predicted to come from p
+        correct = (predicted == self.permutations[label]).sum(1).tolist()
         rows = [
             [
-                Panel(to_uint8(photograph), "photograph"),
+                Panel(to_uint8(image), "image"),
                 Panel(to_uint8(shuffled[i]), "as the network sees it"),
-                Panel(to_uint8(solved[i]), f"put together: {right[i]} of {places} right"),
+                Panel(to_uint8(solved[i]), f"predicted order: {correct[i]} of {places} right"),
             ]
-            for i, photograph in enumerate(self.photographs(batch)[:8])
+            for i, image in enumerate(self.uncut_images(batch)[:8])
         ]
         return {"puzzles": rows}

@@ -1,4 +1,4 @@
-"""LoDisc: MoCo v3 with local discrimination; the local key sees only what the momentum encoder attends to."""
+"""LoDisc: MoCo v3 with local discrimination; local keys see only the patches that the momentum encoder attends to."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -22,34 +22,34 @@ class LoDiscConfig(MoCoV3Config):
     """Options of LoDisc."""
 
     keep: Annotated[float, Range(0, 1, open=True)] = 0.3
-    """Share of the patches that the local key sees."""
+    """Fraction of the patches that the local key sees."""
     strategy: Literal["topk", "sample", "block", "random"] = "topk"
-    """How they are chosen: the paper's top k, or a control (see fgfast.pivotal_mask)."""
+    """Choice of the patches: the top k as in the paper, or a control (see fgfast.pivotal_mask)."""
     local_weight: Weight = 1.0
     """Weight of the local loss."""
     drop_tokens: bool = False
-    """Leave the masked tokens of a ViT out instead of feeding them zeros: faster, and another function."""
+    """Drop the masked tokens of a ViT instead of setting their patches to zero: faster, and a different function."""
     project: bool = True
-    """Contrast projections; False contrasts the features themselves, as the released training does."""
+    """Contrast projections; otherwise the features themselves, as in the released training code."""
     ema_updates: Count = 1
-    """Momentum updates a step; the release makes 4."""
+    """Momentum updates per step (4 in the release)."""
     preset: Literal["small", "paper"] = "small"
-    """paper takes the released settings of the authors."""
+    """paper takes the settings released by the authors."""
 
 
 class LoDisc(MoCoV3):
-    """Global branch: MoCo v3. Local branch: the same momentum encoder sees each view under its pivotal mask.
+    """Global branch: MoCo v3. Local branch: the momentum encoder sees only the pivotal patches of each view.
 
     loss = C(q1, k2) + C(q2, k1) + local_weight x (C(q1, l2) + C(q2, l1)),
 
-    q of the whole views, k = f'(x), l = f'(x masked), f' the momentum encoder and projector. The mask keeps the share
-    ``keep`` of the patches with the largest product over layers of the attention of CLS, averaged over heads (a CNN:
-    the norm of its last map); dropped patches are zero, the mean colour.
+    q of the complete views, k = f'(x), l = f'(x masked), f' the momentum encoder and projector. The mask keeps the
+    fraction ``keep`` of the patches with the largest product over layers of the attention of CLS, averaged over heads
+    (a CNN: the norm of its final feature map); dropped patches are zero, the mean colour.
 
-    Quirks of the release that are not the default, each with its switch: the projector is bypassed in training
-    (``--no-project``); the momentum encoder moves four times a step (``--ema-updates 4``); the patch embedding
-    learns although a flag says that it is frozen (``--no-freeze-patch-embed``). Its runs start from weights of
-    supervised ImageNet training: give them by ``--init``. Batch and learning rate were not released: those of
+    Peculiarities of the release that are not the default, each with its switch: training bypasses the projector
+    (``--no-project``); the momentum encoder is updated four times per step (``--ema-updates 4``); the patch embedding
+    is trained although a flag is set to freeze it (``--no-freeze-patch-embed``). Its runs start from supervised
+    ImageNet weights: give them by ``--init``. Batch size and learning rate were not released: those of
     ``--preset paper`` are MoCo v3's for a ViT.
 
     Source: Shi, Wei, Nie, Huang, "LoDisc: Learning Global-Local Discriminative Features for Self-Supervised
@@ -63,21 +63,21 @@ class LoDisc(MoCoV3):
     def __init__(self, config: LoDiscConfig) -> None:
         super().__init__(config)
         if config.drop_tokens and not self.encoder.is_vit:
-            raise UserError(f"{config.model} has no tokens to drop: leave --drop-tokens out.")
+            raise UserError(f"--drop-tokens needs a ViT, which {config.model} is not: leave it out.")
         patches = (config.size // self.encoder.patch) ** 2 if self.encoder.is_vit else 0
         if patches and config.keep * patches < 1 - 1e-9:
-            raise UserError(f"--keep is {config.keep} of {patches} patches: give {1 / patches:.4g} or more.")
+            raise UserError(f"--keep is {config.keep} of {patches} patches: give at least {1 / patches:.4g}.")
         if not config.project:
             self.projector, self.target_projector = nn.Identity(), nn.Identity()  # type: ignore[assignment]
             if config.projection != self.encoder.dim:
                 raise UserError(
-                    f"Without a projector the predictor takes features: give --projection {self.encoder.dim}."
+                    f"With --no-project the predictor takes the features: give --projection {self.encoder.dim}."
                 )
         self.passes_per_image = 4 + 2 * (config.keep if config.drop_tokens else 1)
 
     @classmethod
     def paper(cls, model: str | None) -> LoDiscConfig:
-        """The released settings for a ViT-B/16."""
+        """The released settings, for a ViT-B/16."""
         return LoDiscConfig(
             model=model or "vit_base_patch16_224", preset="paper", size=224, hidden=4096, projection=768, dropout=0.2,
             optimizer="adamw", lr=1.5e-4, weight_decay=0.5, warmup=0.0, batch_size=256, epochs=100, crop_scale=0.08,
@@ -86,7 +86,7 @@ class LoDisc(MoCoV3):
 
     @torch.no_grad()
     def pivots(self, views: Tensor, *, strategy: str | None = None) -> tuple[Tensor, PivotalMask]:
-        """Pooled momentum features [N, D] of whole views, and the pivotal mask of each, its images masked."""
+        """Pooled momentum features [N, D] of complete views, and their pivotal masks with the masked images."""
         features, attention = self.target.attend(views)
         strategy = strategy or self.config.strategy
         images = None if self.config.drop_tokens else views
@@ -99,36 +99,36 @@ class LoDisc(MoCoV3):
         q1, q2 = self.queries(batch)
         views = torch.cat(batch.views)
         with torch.no_grad():
-            whole, found = self.pivots(views)
-            if found.images is None:
-                local = self.target.pool(self.target.kept_features(views, found.index))
+            features, pivotal = self.pivots(views)
+            if pivotal.images is None:
+                local_features = self.target.pool(self.target.kept_features(views, pivotal.index))
             else:
-                local = self.target(found.images)
-            k1, k2 = self.target_projector(whole).chunk(2)
-            l1, l2 = self.target_projector(local).chunk(2)
+                local_features = self.target(pivotal.images)
+            k1, k2 = self.target_projector(features).chunk(2)
+            l1, l2 = self.target_projector(local_features).chunk(2)
         global_ = self.contrast(q1, k2, batch) + self.contrast(q2, k1, batch)
-        part = self.contrast(q1, l2, batch) + self.contrast(q2, l1, batch)
-        loss = global_ + self.config.local_weight * part
-        return {"loss": loss, "global": global_.detach(), "local": part.detach()}
+        local = self.contrast(q1, l2, batch) + self.contrast(q2, l1, batch)
+        loss = global_ + self.config.local_weight * local
+        return {"loss": loss, "global": global_.detach(), "local": local.detach()}
 
     def after_step(self, progress: Progress) -> None:
-        """Move the momentum copies as often as the configuration says."""
+        """Update the momentum copies ``ema_updates`` times."""
         for _ in range(self.config.ema_updates):
             super().after_step(progress)
 
     def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":
-        """Photographs beside what each strategy keeps of them."""
+        """Images beside the patches that each strategy keeps."""
         from fgfast.data.panels import Panel, to_uint8
         from fgfast.ops.mask import STRATEGIES
 
         shown = (batch.views[0] if batch.whole is None else batch.whole)[:8]
-        rows = [[Panel(to_uint8(x), "photograph")] for x in shown]
+        rows = [[Panel(to_uint8(x), "image")] for x in shown]
         was_training = self.target.training
         self.target.eval()
         try:
             for strategy in STRATEGIES:
-                _, found = self.pivots(shown, strategy=strategy)
-                for row, kept in zip(rows, mask_images(shown, found.mask), strict=True):
+                _, pivotal = self.pivots(shown, strategy=strategy)
+                for row, kept in zip(rows, mask_images(shown, pivotal.mask), strict=True):
                     row.append(Panel(to_uint8(kept), strategy))
         finally:
             self.target.train(was_training)

@@ -1,4 +1,4 @@
-"""MoCo v3: each view predicts the momentum encoder's view of the same image among those of all others."""
+"""MoCo v3: each view is contrasted with the momentum features of the other view of its image and of other images."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,17 +31,17 @@ class MoCoV3Config(TrainConfig):
     momentum: Fraction = 0.99
     """Start of the momentum encoder's decay, which rises to 1 as a cosine."""
     freeze_patch_embed: bool = True
-    """Keep the patch embedding of a ViT as it is at the start, which steadies its training."""
+    """Do not train the patch embedding of a ViT, which makes its training more stable."""
 
 
 class MoCoV3(Method):
-    """Contrast of online queries with momentum keys over the batch, both views in both roles, no queue.
+    """Contrast of online queries with momentum keys of the batch, symmetric in the views, without a queue.
 
     C(q, k) = 2 T x mean_i [ log sum_j exp(<q_i, k_j> / T) - <q_i, k_i> / T ],   loss = C(q1, k2) + C(q2, k1),
 
     q = predictor(projector(encoder(view))), k = projector'(encoder'(view)), both normalised, primed = momentum copies,
-    which stay in training mode. Defaults that are ours: heads of 512 and 128, crops of at least 0.2 of the image,
-    blur scaled by the size of the views.
+    which stay in training mode. Different defaults here: heads of 512 and 128, crops of at least 0.2 of the image area,
+    blur in proportion to the size of the views.
 
     Source: Chen, Xie, He, "An Empirical Study of Training Self-Supervised Vision Transformers", ICCV 2021.
     """
@@ -76,7 +76,7 @@ class MoCoV3(Method):
         return ViewSpec(crops=(Crop(blur=1.0, **common), Crop(blur=0.1, solarize=0.2, **common)))
 
     def queries(self, batch: "Batch") -> tuple[Tensor, ...]:
-        """Predictions of both views, [B, projection] each."""
+        """Predictions for both views, [B, projection] each."""
         return self.predictor(self.projector(self.encoder(torch.cat(batch.views)))).chunk(2)
 
     def contrast(self, query: Tensor, key: Tensor, batch: "Batch") -> Tensor:
@@ -97,7 +97,7 @@ class MoCoV3(Method):
         return {"loss": self.contrast(q1, k2, batch) + self.contrast(q2, k1, batch)}
 
     def after_step(self, progress: Progress) -> None:
-        """Move the momentum copies; the decay rises from ``momentum`` to 1 as a cosine."""
+        """Update the momentum copies; the decay rises from ``momentum`` to 1 as a cosine."""
         decay = cosine_momentum(self.config.momentum, progress.fraction)
         update_momentum(self.target, self.encoder, decay)
         update_momentum(self.target_projector, self.projector, decay)

@@ -1,7 +1,7 @@
-"""Contrastive bases that other methods build on: SimCLR, MoCo v2, SimSiam and BYOL, from pooled features to a loss.
+"""Contrastive objectives that methods build on: SimCLR, MoCo v2, SimSiam and BYOL, from pooled features to a loss.
 
-A base holds heads and momentum copies; the encoder, its features and the queue belong to the method that uses it. So
-the same base serves photographs and images made from them.
+An objective holds heads and momentum copies; the encoder, its features and the queue belong to the method. The same
+objective can therefore be applied to images and to images decoded from their features.
 """
 
 from typing import TYPE_CHECKING, Protocol
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Heads(Protocol):
-    """The options that a base reads."""
+    """The options that an objective reads."""
 
     hidden: int
     projection: int
@@ -35,13 +35,13 @@ class Heads(Protocol):
 
 
 class Base(nn.Module):
-    """A contrast of two views of each image.
+    """An objective on two views of each image.
 
     Attributes:
-        n_online_views: how many of the two views go through the online encoder, first one first.
-        passes: encoder passes that a pair of views costs, momentum encoder included.
+        n_online_views: number of views that go through the online encoder, from the first.
+        passes: encoder passes per pair of views, those of the momentum encoder included.
         has_queue: whether it needs a queue of keys.
-        group: process group whose ranks share their columns, or None.
+        group: process group over whose images the loss is computed, or None.
     """
 
     n_online_views = 2
@@ -53,14 +53,14 @@ class Base(nn.Module):
         """The loss of a batch of two views.
 
         Args:
-            features: pooled online features [n_online_views x B, D] of its first views, in their order.
-            batch: views, image numbers and which images are valid.
-            queue: negatives, of a base that has them; the new keys are pushed in training.
+            features: pooled online features [n_online_views x B, D], view by view.
+            batch: the views, the indices of the images and which of them are valid.
+            queue: further negatives if ``has_queue``; in training the new keys are pushed to it.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no loss.")
+        raise NotImplementedError(f"{type(self).__name__} does not implement forward().")
 
     def after_step(self, encoder: "Backbone", progress: "Progress") -> None:
-        """Move the momentum copies, where there are any."""
+        """Update the momentum copies, if there are any."""
 
 
 class SimCLRBase(Base):
@@ -77,10 +77,10 @@ class SimCLRBase(Base):
 
 
 class MoCoBase(Base):
-    """View 1 predicts the momentum key of view 2 against a queue of older keys (MoCo v2).
+    """View 1 is contrasted with the momentum key of view 2 and a queue of older keys (MoCo v2).
 
-    The release shuffles batches among GPUs so that BatchNorm tells a query nothing of its key; here both encoders see
-    whole batches of their own. Decay is constant. Source: Chen et al., 2020 (arXiv 2003.04297).
+    The release shuffles batches among GPUs to keep BatchNorm from leaking information between queries and keys; here
+    each encoder sees complete batches. The decay is constant. Source: Chen et al., 2020 (arXiv 2003.04297).
     """
 
     n_online_views = 1
@@ -93,13 +93,13 @@ class MoCoBase(Base):
         self.target, self.target_projector = momentum_copy(encoder), momentum_copy(self.projector)
 
     def forward(self, features: Tensor, batch: "Batch", queue: "KeyQueue | None" = None) -> Tensor:
-        """InfoNCE of one direction."""
-        assert queue is not None  # has_queue says so
+        """InfoNCE in one direction."""
+        assert queue is not None  # has_queue
         query = self.projector(features).float()
         with torch.no_grad():
             key = self.target_projector(self.target(batch.views[1])).float()
         part, zero = torch.where(batch.valid, 0, -1), torch.zeros_like(batch.index)
-        bank = queue.keys.clone()  # backward reads it after the push
+        bank = queue.keys.clone()  # the backward pass reads it after the push
         loss = contrastive_loss(
             query, key, query_ids=Ids(batch.index, part, zero), key_ids=Ids(batch.index, part, zero + 1), bank=bank,
             negatives="same_image", temperature=self.temperature, reduction="mean_valid", group=self.group,
@@ -109,13 +109,13 @@ class MoCoBase(Base):
         return loss
 
     def after_step(self, encoder: "Backbone", progress: "Progress") -> None:
-        """Move the momentum copies."""
+        """Update the momentum copies."""
         update_momentum(self.target, encoder, self.momentum)
         update_momentum(self.target_projector, self.projector, self.momentum)
 
 
 class SimSiamBase(Base):
-    """Each view predicts the other's projection, which gets no gradient: loss = -(cos(p1, z2) + cos(p2, z1)) / 2.
+    """Each view predicts the projection of the other, without gradient: loss = -(cos(p1, z2) + cos(p2, z1)) / 2.
 
     Source: Chen and He, 2021 (arXiv 2011.10566).
     """
@@ -157,7 +157,7 @@ class BYOLBase(Base):
         return mean_valid(4 - 2 * cosine(p1, z2) - 2 * cosine(p2, z1), batch.valid, self.group)
 
     def after_step(self, encoder: "Backbone", progress: "Progress") -> None:
-        """Move the momentum copies."""
+        """Update the momentum copies."""
         decay = cosine_momentum(self.momentum, progress.fraction)
         update_momentum(self.target, encoder, decay)
         update_momentum(self.target_projector, self.projector, decay)
@@ -172,7 +172,7 @@ def cosine(x: Tensor, y: Tensor) -> Tensor:
 
 
 def mean_valid(values: Tensor, valid: Tensor, group: "ProcessGroup | None" = None) -> Tensor:
-    """Mean of values [B] where valid [B]; what stands elsewhere, NaN included, reaches nothing.
+    """Mean of values [B] over the valid ones [B]; the others, NaN included, affect neither loss nor gradients.
 
     With a group: world size x local sum / global count, whose average over ranks is the mean over all of them.
 

@@ -1,4 +1,4 @@
-"""PARTICLE: parts found by clustering pixels, then contrasted across two views."""
+"""PARTICLE: discover parts by clustering pixels, then contrast them across two views."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from fgfast.methods.base import Method, Progress, build_encoder
 from fgfast.methods.simclr import nt_xent
 from fgfast.models.heads import MLP, DINOHead, cosine_momentum, momentum_copy, update_momentum
 from fgfast.parts.clustering import ClusteringConfig, check_pixels, cluster_keys, cluster_pyramid, grid_labels
-from fgfast.parts.discover import discover
+from fgfast.parts.discover import DiscoveryConfig, discover
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -29,31 +29,34 @@ class PARTICLEConfig(TrainConfig):
     """Options of PARTICLE."""
 
     parts: Literal["discovered", "online", "truth", "grid", "random"] = "discovered"
-    """Id maps: stored clusters, clusters made inside the step, the set's own masks, fixed cells, or noise."""
+    """Source of the id maps: clusters found before each round, or in each step; the masks of the data set; fixed grid
+    cells; or random ids."""
     maps: str = ""
-    """Folder of id maps for --parts discovered, as fgfast discover writes them; none are discovered then."""
+    """Folder of id maps written by fgfast discover, for --parts discovered; no parts are discovered then."""
     rounds: Count = 1
-    """Outer rounds: before each, parts are discovered anew with the network as it is."""
+    """Rounds of training; before each one, parts are discovered with the current network."""
     n_parts: Annotated[int, Range(2, 254)] = 15
-    """Clusters an image (ViT: foreground parts; 5 in the paper)."""
+    """Clusters per image (ViT: foreground parts; 5 in the paper)."""
     max_parts: Natural = 10
-    """Parts sampled an image and view; 0 takes all that are there."""
+    """Parts sampled per image and view; 0 takes all."""
     negatives: Literal["all", "same_image", "other_images"] = "all"
-    """Which parts a part is contrasted with."""
+    """Negatives of a part: all other parts, or only those of the same image or of other images."""
     levels: Count = 4
-    """Last maps of the network that the hypercolumns take, at most all of them; 1 is the last map alone."""
+    """Number of feature maps in the hypercolumns, from the last one; 1 takes only the final feature map."""
     metric: Literal["euclidean", "cosine"] = "euclidean"
-    """Distance of pixels in the clustering of a CNN; a ViT's keys always take cosine."""
+    """Distance of pixels in the clustering of a CNN; a ViT always uses cosine."""
     border: Weight = 0.0
-    """Clusters of a CNN that touch the border by more than border x sqrt(area) are background (1, say); 0 keeps all."""
+    """Clusters of a CNN with more than border x sqrt(area) pixels on the image border are background (try 1); 0 keeps
+    all clusters."""
     position: Weight = 0.0
-    """Variance of the pixels' coordinates, in units of the features', which join them in the clustering of a CNN."""
+    """Variance of the pixel coordinates that are appended to the features in the clustering of a CNN, relative to the
+    variance of the features; 0 appends none."""
     discover_size: Natural = 0
-    """Side to which the whole image is squashed for discovery; 0 is twice the training size."""
+    """Side to which full images are resized for discovery; 0 takes twice --size."""
     map_size: Annotated[int, Range(2)] = 64
-    """Side of the id maps."""
+    """Side of the id maps in pixels."""
     grid: Annotated[int, Range(1, 15)] = 4
-    """Cells a side of --parts grid."""
+    """Cells per side, for --parts grid."""
     temperature: Positive = 0.1
     """Temperature of the contrast."""
     hidden: Count = 512
@@ -61,29 +64,29 @@ class PARTICLEConfig(TrainConfig):
     projection: Count = 128
     """Width of the projection."""
     norm: Literal["batch", "layer"] = "layer"
-    """Norm inside the heads; "batch" also counts the zero rows of absent parts."""
+    """Norm in the heads; the statistics of batch include the zero vectors of absent parts."""
     target: Literal["momentum", "self"] = "momentum"
-    """Keys of the contrast: a momentum copy behind a predictor (DetCon-B), or the network itself (DetCon-S)."""
+    """Network of the keys: a momentum copy, with a predictor for the queries (DetCon-B), or the same (DetCon-S)."""
     momentum: Fraction = 0.99
     """Start of the momentum encoder's decay, which rises to 1 as a cosine."""
     image_weight: Weight = 0.0
-    """Weight of NT-Xent between whole views beside the contrast of parts (CNN only); 0 leaves it out."""
+    """Weight of NT-Xent between complete views, added to the contrast of parts (CNN only); 0 leaves it out."""
     dino_weight: Weight = 1.0
     """Weight of the DINO loss (ViT only)."""
     prototypes: Annotated[int, Range(2)] = 4096
     """Outputs of the DINO head (65,536 in the paper)."""
     preset: Literal["small", "paper"] = "small"
-    """paper takes the released settings of the authors for the network at hand."""
+    """paper takes the settings released by the authors for --model."""
 
     def check(self) -> None:
-        """Refuse maps that are not used, and a clustering that cannot be."""
+        """Refuse maps that are not used, and settings of the clustering that exclude each other."""
         if self.maps and self.parts != "discovered":
-            raise UserError(f"--maps are the parts of --parts discovered, not {self.parts}: leave one of them out.")
+            raise UserError(f"--maps needs --parts discovered, not {self.parts}: leave one of them out.")
         self.clustering.check()
 
     @property
     def clustering(self) -> ClusteringConfig:
-        """How pixels are clustered."""
+        """The settings of the clustering."""
         return ClusteringConfig(self.n_parts, self.levels, self.metric, self.border, self.position)
 
 
@@ -101,30 +104,29 @@ _PAPER = {
 }  # fmt: skip
 
 
-IMAGE_TEMPERATURE = 0.2  # of NT-Xent between whole views: SimCLR's default
-ONLINE = 4  # id maps made inside a step are this much smaller than stored ones: nearer to the grid that pools
+IMAGE_TEMPERATURE = 0.2  # temperature of NT-Xent between complete views: the default of SimCLR
+ONLINE_REDUCTION = 4  # factor by which id maps of --parts online are smaller: closer to the resolution of pooling
 
 
 class PARTICLE(Method):
     """Part discovery and part contrast (DetCon-B loss); for a ViT together with DINO.
 
-    Before each round the pixels of every image are clustered; in training the id map of an image is warped with
-    each view, the maps of the encoder are averaged over each part, and
+    Before each round the pixels of every image are clustered. In training the id map of an image is cropped with each
+    view, the final feature map of the encoder is averaged over each part, and
 
-        loss = PartContrast(predictor(projector(part)), projector'(part')) over both directions,
+        loss = PartContrast(predictor(projector(part)), projector'(part')) in both directions,
 
-    where the primed networks are momentum copies (``--target self``: the networks themselves, and no predictor, as in
-    DetCon-S). A ViT adds ``dino_weight`` x DINO on the CLS tokens of both views. For a CNN the paper has the parts
-    alone; ``--image-weight`` is ours and adds NT-Xent between the averages of whole views, which nothing trains else.
+    where the primed networks are momentum copies (``--target self``: the networks themselves, without predictor, as in
+    DetCon-S). A ViT adds ``dino_weight`` x DINO on the CLS tokens of both views. For a CNN the paper contrasts only
+    parts; ``--image-weight``, which is not in the paper, adds NT-Xent between the averages over complete views.
 
-    Defaults that are ours: heads of 512 and 128, momentum 0.99 to 1, blur scaled by the size of the views, parts that
-    are absent from a view masked and the mean taken over the rows with a positive.
-    ``--preset paper`` gives the released settings. Quirks of the release that are not reproduced, because they are
-    mistakes there: ids drawn for absent parts become positives of each other (masked here); solarise at 0.5 of a
-    0..255 image (128 here); a warm-up that is computed and never applied; momentum capped in early steps. Left out
-    besides: the dense CRF of the ViT recipe, as its package no longer builds, and its drop path of 0.1 (give it by
-    ``--model-args drop_path_rate=0.1``); the CNN's flat momentum, which rises to 1 here. The weights that the authors
-    start from are given by ``--init PATH``.
+    Different defaults here: heads of 512 and 128, momentum from 0.99 to 1, blur in proportion to the size of the views;
+    parts that are absent from a view are masked out, and the mean is taken over the rows with a positive. ``--preset
+    paper`` has the released settings. Not reproduced, as mistakes of the release: ids drawn for absent parts, which
+    become positives of each other; solarise at 0.5 for images in 0..255 (128 here); a warm-up that is computed and
+    never applied; momentum capped in early steps. Also left out: the dense CRF of the ViT recipe, as its package no
+    longer builds; its drop path of 0.1 (give ``--model-args drop_path_rate=0.1``); the constant momentum of the CNN
+    recipe, which rises to 1 here. Give the weights from which the authors start by ``--init PATH``.
 
     Source: Saha and Maji, "PARTICLE: Part Discovery and Contrastive Learning for Fine-grained Recognition", 2023;
     Henaff et al., "Efficient Visual Pretraining with Contrastive Detection", 2021.
@@ -132,6 +134,7 @@ class PARTICLE(Method):
 
     name = "particle"
     Config = PARTICLEConfig
+    config: PARTICLEConfig
 
     def __init__(self, config: PARTICLEConfig) -> None:
         super().__init__()
@@ -143,10 +146,10 @@ class PARTICLE(Method):
             check_pixels(config.n_parts, config.map_size if config.parts == "discovered" else self.online_size)
         with_copy = config.target == "momentum"
         if self.encoder.is_vit and not with_copy:
-            raise UserError("A ViT learns by DINO too, which needs its momentum copy: leave --target self out.")
-        whole = (self.discover_size / config.size) ** 2  # a pass over the whole image, in passes over a view
-        self.passes_per_image = (4 if with_copy else 2) + (whole if config.parts == "online" else 0)
-        self.passes_to_prepare = whole if config.parts == "discovered" and not config.maps else 0
+            raise UserError("A ViT is trained by DINO too, which needs a momentum copy: leave --target self out.")
+        discovery = (self.discover_size / config.size) ** 2  # a pass over the full image, in passes over a view
+        self.passes_per_image = (4 if with_copy else 2) + (discovery if config.parts == "online" else 0)
+        self.passes_to_prepare = discovery if config.parts == "discovered" and not config.maps else 0
         dim, head = self.encoder.dim, config.projection
         projector = MLP((dim, config.hidden, head), config.norm)
         predictor = MLP((head, config.hidden, head), config.norm) if with_copy else None
@@ -157,7 +160,7 @@ class PARTICLE(Method):
         )  # fmt: skip
         if config.image_weight:
             if self.encoder.is_vit:
-                raise UserError("A ViT contrasts whole views by DINO (--dino-weight): leave --image-weight out.")
+                raise UserError("A ViT contrasts complete views by DINO (--dino-weight): leave --image-weight out.")
             self.image_projector = MLP((dim, config.hidden, head))
         if self.encoder.is_vit:
             self.dino_head = DINOHead(dim, config.prototypes)
@@ -167,12 +170,12 @@ class PARTICLE(Method):
 
     @classmethod
     def paper(cls, model: str | None) -> PARTICLEConfig:
-        """The released settings: ResNet-50 or ViT-S/8; their DetCon or DINO weights are given by ``init``."""
+        """The released settings, for ResNet-50 or ViT-S/8; give their DetCon or DINO weights by ``init``."""
         import timm
 
         model = model or "resnet50"
         if not timm.is_model(model):
-            return PARTICLEConfig(model=model)  # building the encoder says what is wrong
+            return PARTICLEConfig(model=model)  # building the encoder raises the error
         is_vit = model.startswith(("vit_", "deit"))
         return PARTICLEConfig(model=model, preset="paper", **_PAPER[is_vit])  # type: ignore[arg-type]
 
@@ -183,14 +186,14 @@ class PARTICLE(Method):
         if config.parts == "truth":
             from fgfast.data.maps import read_maps_info
 
-            return int(read_maps_info(self._truth())["n_parts"])
+            return int(read_maps_info(self._true_masks())["n_parts"])
         if config.parts == "discovered" and config.maps:
             from fgfast.data.maps import read_maps_info
 
             return int(read_maps_info(Path(config.maps))["n_parts"])
         return config.n_parts + int(self.encoder.is_vit and config.parts == "discovered")
 
-    def _truth(self) -> Path:
+    def _true_masks(self) -> Path:
         from fgfast.data.layouts import open_images
 
         masks = open_images(Path(self.config.data)).masks
@@ -199,20 +202,20 @@ class PARTICLE(Method):
         return masks
 
     def get_extra_state(self) -> dict[str, int]:
-        """The epoch, which DINO's teacher temperature follows; kept in checkpoints."""
+        """The epoch, on which DINO's teacher temperature depends; stored in checkpoints."""
         return {"epoch": self.epoch}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        """Take the epoch from a checkpoint."""
+        """Restore the epoch from a checkpoint."""
         self.epoch = state["epoch"]
 
     def set_group(self, group: "ProcessGroup | None") -> None:
-        """Contrast the parts of all ranks."""
+        """Contrast the parts of the images of all ranks."""
         super().set_group(group)
         self.part_loss.group = group
 
     def views(self) -> "ViewSpec":
-        """The BYOL pair without grey: blur 1.0 and 0.1, solarise 0 and 0.2; id maps or the whole image as needed."""
+        """The BYOL pair without grey: blur 1.0 and 0.1, solarise 0 and 0.2; id maps or the full image as needed."""
         from fgfast.data.views import Crop, ViewSpec
 
         c = self.config
@@ -226,39 +229,38 @@ class PARTICLE(Method):
 
     @property
     def online_size(self) -> int:
-        """Side of the id maps that are made inside a step, pixels."""
-        return max(2, self.config.map_size // ONLINE)
+        """Side of the id maps of --parts online in pixels."""
+        return max(2, self.config.map_size // ONLINE_REDUCTION)
 
     @property
     def discover_size(self) -> int:
-        """Side of the whole image in discovery, pixels."""
+        """Side of the full image in discovery in pixels."""
         return self.config.discover_size or 2 * self.config.size
 
     def check_training_set(self, images: "ImageSet") -> None:
-        """The set's own masks are needed for every image."""
+        """Refuse images without a label for --parts truth, as they have no masks."""
         if self.config.parts == "truth" and (images.targets < 0).any():
             raise UserError("--parts truth has no masks of images without a label: choose other --parts.")
 
     def prepare(self, images: "ImageSet", run: Path, round_: int) -> Path | None:
-        """Discover the parts of a round, or point to the set's own masks."""
+        """Discover the parts of a round, or return the masks of the data set."""
         c = self.config
         if c.parts == "truth":
-            return self._truth()
+            return self._true_masks()
         if c.parts != "discovered":
             return None
         if c.maps:
             return Path(c.maps)
         out = run / f"parts_{round_}"
         if not (out / "maps.json").exists():
-            discover(
-                self.encoder, images, out, self.config.clustering, image_size=self.discover_size, map_size=c.map_size,
-                run=f"{run.name}, round {round_}", device=next(self.parameters()).device, threads=c.threads,
-                seed=c.seed, loader=c.loader,
-            )  # fmt: skip
+            discovery = DiscoveryConfig(
+                self.discover_size, c.map_size, f"{run.name}, round {round_}", c.seed, c.threads, c.loader
+            )
+            discover(self.encoder, images, out, c.clustering, discovery)
         return out
 
     def labels(self, batch: "Batch") -> list[Tensor]:
-        """The id map of each view, int64 [B, S, S], -1 where no part is."""
+        """The id map of each view, int64 [B, S, S], -1 where there is no part."""
         from fgfast.data.views import warp_labels
 
         c = self.config
@@ -268,15 +270,15 @@ class PARTICLE(Method):
         if c.parts == "random":
             shape = (len(batch), self.grid_side(side), self.grid_side(side))
             return [torch.randint(c.n_parts, shape, device=v.device) for v in batch.views]
-        grid = c.parts == "grid"
-        whole = (
-            grid_labels(len(batch), c.grid, batch.boxes.device) if grid else self.cluster(batch.whole, self.online_size)
-        )
-        return [warp_labels(whole, batch.boxes[:, v], side) for v in range(len(batch.views))]
+        if c.parts == "grid":
+            full = grid_labels(len(batch), c.grid, batch.boxes.device)
+        else:
+            full = self.cluster(batch.whole, self.online_size)
+        return [warp_labels(full, batch.boxes[:, v], side) for v in range(len(batch.views))]
 
     @torch.no_grad()
     def cluster(self, images: Tensor | None, size: int) -> Tensor:
-        """Parts of whole images by the momentum encoder, if there is one, int64 [B, size, size] (ViT: its grid)."""
+        """Parts of full images, int64 [B, size, size] (ViT: its grid), by the momentum encoder if there is one."""
         assert images is not None  # views() asks for them
         c = self.config
         network = self.encoder if self.target is None else self.target
@@ -285,12 +287,12 @@ class PARTICLE(Method):
         try:
             if self.encoder.is_vit:
                 return cluster_keys(network, images, n_parts=c.n_parts, seed=c.seed)
-            return cluster_pyramid(network, images, self.config.clustering, size=size, n_iter=10, seed=c.seed)
+            return cluster_pyramid(network, images, c.clustering, size=size, n_iter=10, seed=c.seed)
         finally:
             network.train(was_training)
 
     def grid_side(self, side: int) -> int:
-        """Side of the encoder's map for views of ``side`` pixels."""
+        """Side of the final feature map of the encoder for views of ``side`` pixels."""
         if not hasattr(self, "_sides"):
             self._sides: dict[int, int] = {}
         if side not in self._sides:
@@ -298,16 +300,16 @@ class PARTICLE(Method):
         return self._sides[side]
 
     def forward(self, batch: "Batch") -> dict[str, Tensor]:
-        """Part contrast of both views, and DINO for a ViT."""
+        """Part contrast of both views; DINO for a ViT, and NT-Xent of complete views if it has a weight."""
         size = (batch.views[0].shape[-2], batch.views[0].shape[-1])
-        labels = [torch.where(batch.valid[:, None, None], m, -1) for m in self.labels(batch)]
-        both = torch.cat(batch.views)
-        online = self.encoder.features(both)
+        labels = [torch.where(batch.valid[:, None, None], ids, -1) for ids in self.labels(batch)]
+        views = torch.cat(batch.views)
+        online = self.encoder.features(views)
         f1, f2 = self.encoder.to_map(online, size).chunk(2)
         targets: tuple[Tensor, ...] = ()
         if self.target is not None:
             with torch.no_grad():
-                momentum = self.target.features(both)
+                momentum = self.target.features(views)
             targets = self.target.to_map(momentum, size).chunk(2)
         part = self.part_loss(f1, f2, labels[0], labels[1], *targets)
         if self.config.image_weight:
@@ -324,7 +326,7 @@ class PARTICLE(Method):
         return {"loss": part + self.config.dino_weight * dino, "part": part.detach(), "dino": dino.detach()}
 
     def after_step(self, progress: Progress) -> None:
-        """Move the momentum copies; the decay rises from ``momentum`` to 1 as a cosine."""
+        """Update the momentum copies; the decay rises from ``momentum`` to 1 as a cosine."""
         self.epoch = int(progress.fraction * self.config.epochs)
         if self.target is None:
             return
@@ -341,17 +343,17 @@ class PARTICLE(Method):
             update_momentum(target, online, decay)
 
     def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":
-        """Parts over whole photographs as the network finds them now, and its views, each beside its parts."""
+        """Images and the parts that the current network finds in them, and views beside their parts."""
         from fgfast.data.panels import Panel, in_rows, overlay, to_uint8
 
         def beside(image: Tensor, labels: Tensor, caption: str) -> list[Panel]:
             return [Panel(to_uint8(image), caption), Panel(overlay(image, labels), f"parts of the {caption}")]
 
         shown = range(min(8, len(batch)))
-        found: dict[str, list[list[Panel]]] = {}
+        figures: dict[str, list[list[Panel]]] = {}
         if batch.whole is not None:
             parts = self.cluster(batch.whole, self.config.map_size)
-            found["parts"] = in_rows([p for i in shown for p in beside(batch.whole[i], parts[i], "photograph")], 4)
+            figures["parts"] = in_rows([p for i in shown for p in beside(batch.whole[i], parts[i], "image")], 4)
         views = list(enumerate(zip(batch.views, self.labels(batch), strict=True), start=1))
-        found["views"] = [[p for v, (x, ids) in views for p in beside(x[i], ids[i], f"view {v}")] for i in shown]
-        return found
+        figures["views"] = [[p for v, (x, ids) in views for p in beside(x[i], ids[i], f"view {v}")] for i in shown]
+        return figures

@@ -1,7 +1,7 @@
-"""SimCLR: two views of an image agree, all other images of the batch disagree."""
+"""SimCLR: the views of an image are positives of each other, those of all other images of the batch negatives."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from fgfast.ops.contrast import contrastive_loss
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from fgfast.data.transforms import Transform
     from fgfast.data.views import Batch, ViewSpec
 
 
@@ -32,38 +33,40 @@ class SimCLRConfig(TrainConfig):
     views: Literal[
         "original", "gamma", "coarse-dropout", "patch-swap", "random-jigsaw", "dcl-jigsaw", "cropped-region"
     ] = "original"
-    """What an image is compared with: another crop of it, or a transform of it."""
+    """The second view of an image: another crop of it (original), or a transform of it."""
     pair: Literal["asymmetric", "symmetric"] = "asymmetric"
-    """Whether one view is the image and the other its transform, or both are transformed."""
+    """Whether one view is the image and the other its transform (asymmetric), or both are transformed."""
     blocks: Natural = 0
-    """Blocks a side of the jigsaws (no other view looks at it); 0 takes 4 (random-jigsaw) or 7 (dcl-jigsaw)."""
+    """Blocks per side, for the jigsaw views only; 0 takes 4 (random-jigsaw) or 7 (dcl-jigsaw)."""
     preset: Literal["small", "paper"] = "small"
-    """paper takes the settings of the study of views."""
+    """paper takes the settings released with the study of views."""
 
 
-def transform(views: str, blocks: int = 0) -> dict[str, Any]:
-    """The fields of ``Crop`` that turn an image into its transform, by the name that --views has for it.
+def transform(views: str, blocks: int = 0) -> "tuple[Transform, ...]":
+    """``Crop.transforms`` of the transformed view, by its name in --views.
 
-    Lengths were given for views of 512 pixels and are shares of the side here.
+    The study gives lengths for views of 512 pixels; here they are fractions of the side.
 
     Example:
-        >>> transform("random-jigsaw"), transform("dcl-jigsaw", blocks=3)["grid"]
-        ({'grid': 4}, 3)
+        >>> transform("random-jigsaw")
+        (BlockShuffle(grid=4, reach=0),)
     """
-    fields: dict[str, dict[str, Any]] = {
-        "original": {},
-        "gamma": {"gamma": (0.5, 2.5)},
-        "coarse-dropout": {"holes": (5, 20), "hole_size": (10 / 512, 25 / 512)},
-        "patch-swap": {"swap": 200 / 512},
-        "random-jigsaw": {"grid": blocks or 4},
-        "dcl-jigsaw": {"grid": blocks or 7, "reach": 1, "border": 10 / 512},
-        "cropped-region": {"paste": (200 / 512, 300 / 512)},
+    from fgfast.data.transforms import BlockShuffle, Gamma, Holes, PasteOnWhite, PatchSwap, TrimBorder
+
+    transforms: dict[str, tuple[Transform, ...]] = {
+        "original": (),
+        "gamma": (Gamma((0.5, 2.5)),),
+        "coarse-dropout": (Holes((5, 20), side=(10 / 512, 25 / 512)),),
+        "patch-swap": (PatchSwap(200 / 512),),
+        "random-jigsaw": (BlockShuffle(blocks or 4),),
+        "dcl-jigsaw": (TrimBorder(10 / 512), BlockShuffle(blocks or 7, reach=1)),
+        "cropped-region": (PasteOnWhite((200 / 512, 300 / 512)),),
     }
-    return fields[views]
+    return transforms[views]
 
 
 def simclr_views(config: TrainConfig) -> "ViewSpec":
-    """Two alike crops: flip, colour jitter, grey 0.2, blur 0.5 (scaled by the size)."""
+    """Two crops with the same settings: flip, colour jitter, grey 0.2, blur 0.5 (in proportion to the size)."""
     from fgfast.data.views import Crop, ViewSpec
 
     crop = Crop(
@@ -74,25 +77,29 @@ def simclr_views(config: TrainConfig) -> "ViewSpec":
 
 
 class SimCLR(Method):
-    """Instance discrimination by NT-Xent over the 2B views of a batch.
+    """Instance discrimination with NT-Xent over the 2B views of a batch.
 
     loss = mean over views i of  log sum_{k != i} exp(<z_i, z_k>/T) - <z_i, z_j>/T,   z normalised, j the other view.
 
-    Defaults are for sets of thousands of images on small inputs (temperature, head and crops are ours); the
-    ImageNet recipe has temperature 0.1, a 2048-wide head, LARS and batches of 4,096. ``--preset paper`` has those of
-    the study of views below: ResNet-18 from scratch at 512 pixels, head 512-512, temperature 0.5, Adam, batches of 64,
-    500 epochs; its rate was constant, because its cosine was never stepped, and is half a cosine here.
+    The defaults are for sets of thousands of small images (temperature, head and crops differ from the paper); the
+    ImageNet recipe has temperature 0.1, a 2048-wide head, LARS and batches of 4,096. ``--preset paper`` has the
+    settings of the study of views below: ResNet-18 from scratch at 512 pixels, head 512-512, temperature 0.5, Adam,
+    batches of 64, 500 epochs; its learning rate was constant, because its cosine schedule was never stepped, and is
+    half a cosine here.
 
-    ``--views`` other than original compare an image with a transform of it (``transform``), made anew each epoch:
-    gamma on crops of both, otherwise both squashed whole; then each flipped 0.5, jitter (0.8, 0.8, 0.8, 0.2) 0.3, grey
-    0.2, no blur. Lengths are shares of the view, given for 512 pixels. Differences from the release of these views: a
-    transform was made once for each image and stored; its files were paired by their order in two folders; the
-    DCL blocks were shuffled two by two along a row, so that one could drift to its end, and rows as wholes (here by
-    the rule of DCL's paper, one place at most); random jigsaw moved every block (here all orders are alike); the
-    lower patch lay within 50 pixels of the middle (here anywhere in the lower half); a region was cropped around the
-    corners that a detector found and pasted off the centre (here re-created, around the mean place of the edges);
-    flips and strengths that differ between its notebooks are the same for all here, and ``original`` keeps
-    ours, where the release had no flip and jitter 0.4 of the time.
+    All ``--views`` but original contrast an image with a transform of it (``transform``), drawn again in each epoch.
+    Both views are crops for gamma, and otherwise full images resized to a square; each then has flip 0.5, jitter
+    (0.8, 0.8, 0.8, 0.2) with probability 0.3, grey 0.2 and no blur. Differences from the release of these views:
+
+    - The release transforms each image once, stores the result, and pairs files by their order in two folders.
+    - DCL blocks: the release swaps neighbours along a row, by which one block can move to the end, and complete rows;
+      here blocks move by at most one place, as in DCL's paper.
+    - Random jigsaw: the release moves every block; here all orders are equally likely.
+    - Patch swap: the release takes the lower patch within 50 pixels of the middle; here anywhere in the lower half.
+    - Cropped region: the release crops around corners found by a detector and pastes off-centre; here the crop is
+      around the mean position of the edges.
+    - Flips and strengths, which differ between the notebooks of the release, are the same for all views here; for
+      original the release had no flip, and jitter with probability 0.4.
 
     Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020; Al Breiki,
     Ridzuan and Grandhe, "Self-Supervised Learning for Fine-Grained Image Classification", 2021; Chen et al.,
@@ -101,6 +108,7 @@ class SimCLR(Method):
 
     name = "simclr"
     Config = SimCLRConfig
+    config: SimCLRConfig
     passes_per_image = 2
 
     def __init__(self, config: SimCLRConfig) -> None:
@@ -117,21 +125,21 @@ class SimCLR(Method):
 
     @classmethod
     def paper(cls, model: str | None) -> SimCLRConfig:
-        """The released settings of the study of views."""
+        """The settings released with the study of views."""
         return SimCLRConfig(
             model=model or "resnet18", preset="paper", size=512, temperature=0.5, hidden=512, projection=512,
             crop_scale=0.08, lr=1e-3, weight_decay=1e-5, warmup=0.0, batch_size=64, epochs=500, clip=0.0, amp="off",
         )  # fmt: skip
 
     def views(self) -> "ViewSpec":
-        """Two alike crops: flip, colour jitter, grey 0.2, blur 0.5; or an image and its transform."""
+        """Two crops with the same settings, or an image and its transform."""
         from fgfast.data.views import Crop, ViewSpec
 
         c = self.config
         if c.views != "original":
             scale = (c.crop_scale, 1.0) if c.views == "gamma" else None
             plain = Crop(size=c.size, scale=scale, jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.3, grayscale=0.2)
-            changed = replace(plain, **transform(c.views, c.blocks))
+            changed = replace(plain, transforms=transform(c.views, c.blocks))
             return ViewSpec(crops=(changed if c.pair == "symmetric" else plain, changed))
         return simclr_views(c)
 
@@ -142,7 +150,7 @@ class SimCLR(Method):
 
 
 def nt_xent(z: Tensor, batch: "Batch", temperature: float, group: "ProcessGroup | None" = None) -> Tensor:
-    """NT-Xent of stacked views [V * B, D], padded images absent, ranks joined."""
+    """NT-Xent of V stacked views [V * B, D] over the images of all ranks; padded images are masked out."""
     n_views = len(batch.views)
     image = batch.index.repeat(n_views)
     part = torch.where(batch.valid, 0, -1).repeat(n_views)

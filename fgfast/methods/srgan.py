@@ -1,4 +1,4 @@
-"""SRGAN: images four times as large from small ones; the generator or the discriminator is the encoder."""
+"""SRGAN: super-resolution by a factor of 4 as the pretext task; the encoder is the generator or the discriminator."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("fgfast")
 
 FACTOR = 4
-SCORED = 256  # held-out images on which PSNR and SSIM are taken
-MOST_DB = 60.0  # a flat window is met exactly, and its infinite PSNR would be the mean's
+N_SCORED = 256  # held-out images on which PSNR and SSIM are computed
+MAX_DB = 60.0  # a flat window is reproduced exactly: its infinite PSNR would make the mean infinite
 
 
 @dataclass
@@ -37,46 +37,47 @@ class SRGANConfig(TrainConfig):
     """Options of SRGAN."""
 
     model: str = "srgan"
-    """Its own networks; see width and blocks."""
+    """Only srgan: the networks of this method, see --width and --blocks."""
     size: Annotated[int, Range(16)] = 96
-    """Side of the true windows, pixels, a multiple of 4; the networks see a quarter of it."""
+    """Side of the true windows in pixels, a multiple of 4; the input of the generator has a quarter of it."""
     batch_size: Annotated[int, Range(2)] = 16
-    """Images a step and process."""
+    """Images per step and process."""
     weight_decay: Weight = 0.0
-    """Weight decay; norms and biases get none."""
+    """Weight decay; not applied to norms and biases."""
     clip: Weight = 0.0
-    """Largest gradient norm of both networks together; 0 does not clip."""
+    """Largest gradient norm of both networks together; 0 disables clipping."""
     width: Count = 64
-    """Channels of the generator, and of the discriminator's first block."""
+    """Channels of the generator, and of the first block of the discriminator."""
     blocks: Count = 16
     """Residual blocks of the generator."""
     gan_share: Fraction = 36 / 216
-    """Share of the steps, the last ones, that are adversarial; those before minimise the squared error alone."""
+    """Fraction of the steps, at the end, that are adversarial; those before minimise only the squared error."""
     gan_lr: Weight = 1e-4
     """Peak learning rate of the adversarial steps."""
     schedule: Literal["cosine", "step"] = "cosine"
-    """Of each stage: warm-up and half a cosine; or constant, a tenth from the middle of the adversarial stage on."""
+    """Learning rate: warm-up and half a cosine in each stage, or constant with a step to a tenth in the middle of the
+    adversarial stage."""
     perceptual: str = "none"
-    """Network of the perceptual loss: none, a run folder, a timm name (weights are fetched) or NAME=WEIGHTS_FILE."""
+    """Network of the perceptual loss: none, a run folder, a timm name (downloaded) or NAME=WEIGHTS_FILE."""
     perceptual_weight: Weight = 0.006
     """Weight of the perceptual loss."""
     adversarial_weight: Weight = 0.001
     """Weight of the generator's adversarial loss."""
     features: Literal["generator", "discriminator"] = "generator"
-    """The network whose blocks are the encoder."""
+    """The network that is the encoder."""
     drop: Natural = 0
-    """How many of its last blocks the encoder leaves out."""
+    """Number of its last blocks that the encoder leaves out."""
     fixed_flatten: bool = False
-    """The discriminator refuses images whose last map is not 6 x 6 (81 to 96 pixels), as the paper's does."""
+    """Refuse images whose final map in the discriminator is not 6 x 6 (81 to 96 pixels), as in the paper."""
     preset: Literal["small", "paper"] = "small"
-    """paper takes the released settings of the authors."""
+    """paper takes the settings released by the authors."""
 
     def first_adversarial(self, total: int) -> int:
-        """Number of the first adversarial step of ``total``."""
+        """Index of the first adversarial step of ``total``."""
         return total - round(self.gan_share * total)
 
     def learning_rate(self, step: int, total: int) -> float:
-        """Each stage has a schedule of its own, so that the discriminator does not start at a rate near 0."""
+        """The schedule starts over with the adversarial stage: the discriminator would else start at a rate near 0."""
         first = self.first_adversarial(total)
         start, end, peak = (0, first, self.lr) if step < first else (first, total, self.gan_lr)
         if self.schedule == "step":
@@ -85,30 +86,31 @@ class SRGANConfig(TrainConfig):
 
 
 class SRGAN(Method):
-    """Super-resolution by 4 as the pretext task: squared error first, then an adversary besides.
+    """Super-resolution by 4 as the pretext task: squared error, in a second stage with an adversarial loss.
 
-    x = G(y), y the true window t reduced by 4 (bicubic).  First stage: loss = mean |x - t|^2.  Second stage:
+    x = G(y), y the true window t downscaled by 4 (bicubic).  First stage: loss = mean |x - t|^2.  Second stage:
 
         generator      |x - t|^2 + 0.006 |V(x) - V(t)|^2 - 0.001 log D(x)
         discriminator  - log D(t) - log(1 - D(x))
 
-    V is the last map of ``--perceptual`` (of a VGG the one before its last pooling) for images normalised with
-    ImageNet's statistics; without a network the term is left out, and the log says so. One optimiser holds both
-    networks: Adam's step of a parameter depends on its own gradient alone, the discriminator's loss sees x detached and
-    the generator's sees the discriminator's weights detached, so the sum of the losses trains each network by its own.
+    V is the final feature map of ``--perceptual`` (of a VGG the one before its last pooling) for images normalised with
+    ImageNet's statistics; without a network the term is left out, with a warning. One optimiser holds both networks.
+    The sum of the losses trains each network by its own loss: Adam's step of a parameter depends only on the gradient
+    of that parameter, the discriminator's loss sees x detached, and the generator's loss sees the weights of the
+    discriminator detached.
 
-    The encoder is the blocks of the generator or the discriminator but for the last ``drop``, averaged over their map;
-    it takes images of any size. ``fgfast eval ... --set features=discriminator --set drop=3`` reads a run otherwise.
+    The encoder is the generator or the discriminator without its last ``drop`` blocks, followed by average pooling; it
+    takes images of any size. ``fgfast eval ... --set features=discriminator --set drop=3`` evaluates another encoder of
+    the same run.
 
-    Quirks of the release and of the code that it builds on which differ here: both networks step at once instead of
-    the discriminator first, because there is one optimiser step; the discriminator averages its last map into 6 x 6
-    cells, which is the same at 81 to 96 pixels and possible at others (``--fixed-flatten`` refuses others); the
-    generator's downstream features are its averaged map instead of a new convolution and a linear layer with
-    3 x 176 x 176 inputs, tied to one size; probes have no class weights, where the release weights classes by
-    their frequency. How long the release trained is unknown: ``--preset paper`` has the epochs, rates and losses of
-    the code that it builds on, and wants its VGG19, ``--perceptual vgg19`` (fetched) or ``--perceptual vgg19=FILE``.
-    Defaults that are ours: the cosine in each stage, and a first rate of 1e-3. A step counts as one pass, whatever its
-    stage.
+    Differences from the release and the code that it builds on: both networks are updated in the same step, not the
+    discriminator first; the discriminator averages its final map into 6 x 6 cells, which is equal at 81 to 96 pixels
+    and possible at other sizes (``--fixed-flatten`` refuses those); the downstream features of the generator are its
+    averaged map, not a new convolution and a linear layer with 3 x 176 x 176 inputs, which fix the image size; probes
+    have no class weights, where the release weights classes by their frequency. How long the release trained is
+    unknown: ``--preset paper`` has the epochs, rates and losses of the code that it builds on, and should be given its
+    VGG19 by ``--perceptual vgg19`` (downloaded) or ``--perceptual vgg19=FILE``. Different defaults here: a cosine in
+    each stage, and a first learning rate of 1e-3. A step counts as one encoder pass in both stages.
 
     Source: Ledig et al., "Photo-Realistic Single Image Super-Resolution Using a Generative Adversarial Network", CVPR
     2017; as a pretext: Al Breiki, Ridzuan, Grandhe, "Self-Supervised Learning for Fine-Grained Image Classification",
@@ -117,6 +119,7 @@ class SRGAN(Method):
 
     name = "srgan"
     Config = SRGANConfig
+    config: SRGANConfig
     passes_per_image = 1
     idle_parameters = True
 
@@ -125,7 +128,7 @@ class SRGAN(Method):
         if config.model != "srgan" or config.model_args or config.init == "timm" or config.compile:
             raise UserError(
                 "srgan has its own networks: leave --model, --model-args, --init timm and --compile out (in a "
-                "comparison of methods with a shared model give srgan:model=srgan)."
+                "comparison with a shared model give srgan:model=srgan)."
             )
         if config.size % FACTOR:
             raise UserError(f"--size is {config.size}: srgan needs a multiple of {FACTOR}.")
@@ -135,14 +138,14 @@ class SRGAN(Method):
         self.generator = Generator(config.width, config.blocks)
         self.discriminator = Discriminator(config.width, config.fixed_flatten)
         self.adversarial = config.gan_share >= 1
-        self._judge: list[Backbone] = []  # the perceptual network: no part of the checkpoint, nothing that trains
+        self._perceptual: list[Backbone] = []  # in a list, not as a submodule, as it is neither trained nor stored
         encoder = self.encoder
         if config.init != "none":
             load_encoder(encoder.net, Path(config.init))
 
     @classmethod
     def paper(cls, model: str | None) -> SRGANConfig:
-        """The settings of the code that the release was made from; its perceptual network has to be given."""
+        """The settings of the code that the release builds on; its perceptual network has to be given."""
         return SRGANConfig(
             model=model or "srgan", preset="paper", epochs=216, lr=1e-4, gan_lr=1e-4, warmup=0.0, schedule="step",
             fixed_flatten=True,
@@ -150,26 +153,26 @@ class SRGAN(Method):
 
     @property
     def encoder(self) -> Backbone:  # type: ignore[override]
-        """The blocks that are evaluated; they are those of the networks themselves."""
+        """The encoder, which shares the weights of the network that is trained."""
         network = self.generator if self.config.features == "generator" else self.discriminator
         return SRGANEncoder(network, self.config.drop).train(self.training)
 
     @classmethod
     def stored_encoder(cls, config: TrainConfig, checkpoint: dict[str, Any]) -> Backbone:
-        """The encoder of a checkpoint, of the network and blocks that ``config`` names."""
+        """The encoder stored in a checkpoint: the network and blocks that ``config`` chooses."""
         assert isinstance(config, SRGANConfig)
         method = cls(replace(config, init="none"))
         method.load_state_dict(checkpoint["method"])
         return method.encoder
 
     def views(self) -> "ViewSpec":
-        """A window of the image's own pixels and its copy of a quarter."""
+        """A window at the original resolution and its copy downscaled by 4."""
         from fgfast.data.views import Patch, ViewSpec
 
         return ViewSpec(patch=Patch(self.config.size, FACTOR))
 
     def prepare(self, images: "ImageSet", run: Path, round_: int) -> None:
-        """Refuse what would end the run later: images of either split that are too small, a missing network."""
+        """Refuse images of either split that are too small and a perceptual network that cannot be loaded."""
         from fgfast.data.base import check_patch
         from fgfast.data.layouts import open_images
         from fgfast.data.manifest import check_images
@@ -178,60 +181,63 @@ class SRGAN(Method):
         assert patch is not None
         check_patch(check_images(open_images(Path(self.config.data)), full=False), patch)
         if self.config.gan_share > 0:
-            if self.judge is None:
-                log.warning("srgan trains without a perceptual loss; --perceptual names a network for it.")
+            if self.perceptual_network is None:
+                log.warning("srgan trains without a perceptual loss; give a network for it by --perceptual.")
             else:
-                log.warning("srgan's perceptual loss compares maps of %s.", self.config.perceptual)
+                log.warning("srgan's perceptual loss compares feature maps of %s.", self.config.perceptual)
 
     @property
-    def judge(self) -> Backbone | None:
-        """The frozen network of the perceptual loss, loaded when it is first asked for; None where there is none."""
-        if not self._judge and self.config.perceptual != "none":
-            network = perceptual_network(self.config.perceptual, self.config.size)
-            self._judge.append(network.to(next(self.parameters()).device).requires_grad_(False).eval())
-        return self._judge[0] if self._judge else None
+    def perceptual_network(self) -> Backbone | None:
+        """The frozen network of the perceptual loss, loaded at the first access; None without one."""
+        if not self._perceptual and self.config.perceptual != "none":
+            network = load_perceptual_network(self.config.perceptual, self.config.size)
+            self._perceptual.append(network.to(next(self.parameters()).device).requires_grad_(False).eval())
+        return self._perceptual[0] if self._perceptual else None
 
     def before_step(self, progress: Progress) -> None:
-        """Choose the stage."""
+        """Choose the stage of the next step."""
         self.adversarial = progress.step >= self.config.first_adversarial(progress.total)
 
     def forward(self, batch: "Batch") -> dict[str, Tensor]:
-        """Losses of the stage, means over the valid images."""
+        """Losses of the current stage, means over the valid images."""
         truth, valid = batch.patch, batch.valid
         assert truth is not None
         assert batch.reduced is not None
-        made = self.generator(batch.reduced).float()
-        pixel = _mean((made - truth).square().flatten(1).mean(1), valid)
+        generated = self.generator(batch.reduced).float()
+        pixel = _mean((generated - truth).square().flatten(1).mean(1), valid)
         if not self.adversarial:
             return {"loss": pixel, "pixel": pixel.detach()}
         c, terms = self.config, {"pixel": pixel.detach()}
         frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
-        fooled = _mean(F.softplus(-functional_call(self.discriminator, frozen, (made,)).float())[:, 0], valid)
-        real, fake = (self.discriminator(x).float()[:, 0] for x in (truth, made.detach()))
+        logits = functional_call(self.discriminator, frozen, (generated,)).float()[:, 0]
+        adversarial = _mean(F.softplus(-logits), valid)
+        real, fake = (self.discriminator(x).float()[:, 0] for x in (truth, generated.detach()))
         discriminator = _mean(F.softplus(-real) + F.softplus(fake), valid)
-        generator = pixel + c.adversarial_weight * fooled
-        if self.judge is not None:
+        generator = pixel + c.adversarial_weight * adversarial
+        if self.perceptual_network is not None:
             with torch.no_grad():
-                true_map = _last_map(self.judge, truth).float()
-            off = _last_map(self.judge, made).float() - true_map
-            perceptual = _mean(off.square().flatten(1).mean(1), valid)
+                true_map = perceptual_map(self.perceptual_network, truth).float()
+            difference = perceptual_map(self.perceptual_network, generated).float() - true_map
+            perceptual = _mean(difference.square().flatten(1).mean(1), valid)
             generator = generator + c.perceptual_weight * perceptual
             terms["perceptual"] = perceptual.detach()
-        terms |= {"adversarial": fooled.detach(), "discriminator": discriminator.detach()}
+        terms |= {"adversarial": adversarial.detach(), "discriminator": discriminator.detach()}
         return {"loss": generator + discriminator, **terms}
 
     @torch.no_grad()
     def scores(self, device: torch.device) -> dict[str, float]:
-        """PSNR (dB, at most 60 a window) and SSIM of windows of held-out images, generated and bicubic, means."""
+        """Mean PSNR (dB, at most 60 per window) and SSIM of windows of held-out images, generated and bicubic."""
         from fgfast.data.loader import make_loader
         from fgfast.data.splits import scored_images
 
         c = self.config
-        held = scored_images(c)
-        if not len(held):
+        images = scored_images(c)
+        if not len(images):
             return {}
-        held = held.subset(np.sort(np.random.default_rng(0).permutation(len(held))[:SCORED]))
-        loader = make_loader(held, self.views(), 16, shuffle=False, device=device, threads=c.threads, backend=c.loader)
+        images = images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:N_SCORED]))
+        loader = make_loader(
+            images, self.views(), 16, shuffle=False, device=device, threads=c.threads, backend=c.loader
+        )  # fmt: skip
         was_training, rows = self.training, []
         self.eval()
         try:
@@ -239,8 +245,8 @@ class SRGAN(Method):
                 assert batch.patch is not None
                 assert batch.reduced is not None
                 pair = self.generator(batch.reduced), bicubic(batch.reduced)
-                kinds = [f(x.clamp(0, 1), batch.patch).clamp(max=MOST_DB) for f in (psnr, ssim) for x in pair]
-                rows.append(torch.stack(kinds, 1)[batch.valid])
+                scores = [f(x.clamp(0, 1), batch.patch).clamp(max=MAX_DB) for f in (psnr, ssim) for x in pair]
+                rows.append(torch.stack(scores, 1)[batch.valid])
         finally:
             loader.close()
             self.train(was_training)
@@ -248,15 +254,15 @@ class SRGAN(Method):
         return dict(zip(names, torch.cat(rows).mean(0).tolist(), strict=True))
 
     def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":
-        """What the generator gets, what bicubic makes of it, what it makes of it, and the truth."""
+        """The input of the generator, its bicubic enlargement, the output of the generator, and the true window."""
         from fgfast.data.panels import Panel, to_pixels
 
         assert batch.patch is not None
         assert batch.reduced is not None
         small, truth = batch.reduced[:8], batch.patch[:8]
-        kinds = {"bicubic": bicubic(small).clamp(0, 1), "generated": self.generator(small).clamp(0, 1)}
+        enlarged = {"bicubic": bicubic(small).clamp(0, 1), "generated": self.generator(small).clamp(0, 1)}
         rows = [[Panel(to_pixels(x), "input")] for x in small]
-        for name, large in kinds.items():
+        for name, large in enlarged.items():
             for row, x, score in zip(rows, large, psnr(large, truth), strict=True):
                 row.append(Panel(to_pixels(x), f"{name}, {score:.1f} dB"))
         for row, x in zip(rows, truth, strict=True):
@@ -269,27 +275,27 @@ def bicubic(small: Tensor) -> Tensor:
     return F.interpolate(small, scale_factor=FACTOR, mode="bicubic", antialias=True)
 
 
-def perceptual_network(text: str, size: int) -> Backbone:
-    """The network that ``--perceptual`` names: a run folder, NAME=FILE, or a timm name.
+def load_perceptual_network(text: str, size: int) -> Backbone:
+    """Load the network given by ``--perceptual``: a run folder, NAME=FILE, or a timm name.
 
     Raises:
-        UserError: the network or its weights cannot be had.
+        UserError: the network or its weights cannot be loaded.
     """
-    from fgfast.methods.stored import load_encoder_of
+    from fgfast.methods.run_folder import load_run_encoder
 
     name, sign, file = text.partition("=")
     if Path(text).is_dir():
-        return load_encoder_of(Path(text), "last", torch.device("cpu"))[0]
+        return load_run_encoder(Path(text), "last", torch.device("cpu"))[0]
     if Path(text).is_file():
-        raise UserError(f"--perceptual {text} is a file of weights: name its network too, such as vgg19={text}.")
+        raise UserError(f"--perceptual {text} is a file of weights: give its network too, such as vgg19={text}.")
     network = Backbone(name, size=size, pretrained=not sign)
     if sign:
         load_encoder(network.net, Path(file))
     return network
 
 
-def _last_map(network: Backbone, x: Tensor) -> Tensor:
-    """The last map [B, D, h, w] of images in [0, 1]; of a VGG the one before its last pooling."""
+def perceptual_map(network: Backbone, x: Tensor) -> Tensor:
+    """The final feature map [B, D, h, w] of images in [0, 1]; of a VGG the one before its last pooling."""
     return network.pyramid(normalise(x), 2)[1 if network.name.startswith("vgg") else 0]
 
 

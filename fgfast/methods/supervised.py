@@ -1,4 +1,4 @@
-"""Supervised training with the labels: the ceiling that the methods without labels are held against."""
+"""Supervised training with the labels: an upper bound for methods that use none."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -21,16 +21,17 @@ class SupervisedConfig(TrainConfig):
     takes_unlabelled: ClassVar[bool] = False
 
     n_classes: int = 0
-    """Number of classes; 0 counts those of the data set."""
+    """Number of classes; 0 takes that of the data set."""
     smoothing: Annotated[float, Range(0, 0.99)] = 0.1
     """Label smoothing."""
 
 
 class Supervised(Method):
-    """Cross-entropy of a linear classifier on the pooled features; it reads the labels of the training split."""
+    """Cross-entropy of a linear classifier on the pooled features, with the labels of the training split."""
 
     name = "supervised"
     Config = SupervisedConfig
+    config: SupervisedConfig
     passes_per_image = 1
 
     def __init__(self, config: SupervisedConfig) -> None:

@@ -1,4 +1,4 @@
-"""Contrast on synthesised pairs: what an image decodes to should not change with the features that do not matter."""
+"""Contrast of images that are decoded from features before and after unimportant dimensions are perturbed."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class SynthPairConfig(TrainConfig):
-    """Options of contrast on synthesised pairs."""
+    """Options of contrast of synthesised pairs."""
 
     base: Literal["simclr", "moco", "simsiam", "byol"] = "simclr"
-    """The contrast that it builds on."""
+    """The contrastive objective that it builds on."""
     temperature: Positive = 0.2
     """Temperature of the contrast (SimCLR, MoCo)."""
     hidden: Count = 512
@@ -38,70 +38,71 @@ class SynthPairConfig(TrainConfig):
     projection: Count = 128
     """Width of the projection."""
     momentum: Fraction = 0.99
-    """Decay of the momentum encoder (MoCo; BYOL: its start, which rises to 1 as a cosine)."""
+    """Decay of the momentum encoder: constant (MoCo), or its start, which rises to 1 as a cosine (BYOL)."""
     queue: Count = 512
-    """Keys of the queues (MoCo)."""
+    """Length of the queues of keys (MoCo)."""
     criterion: Literal["both", "variance", "gradcam", "random"] = "both"
-    """What calls a dimension unimportant: low variance, low Grad-CAM importance, both, or chance (a control)."""
+    """Criterion for unimportant dimensions: low variance, low Grad-CAM importance, both, or random (a control)."""
     combine: Literal["union", "intersection"] = "union"
-    """How both criteria are joined."""
+    """How --criterion both combines the two sets of dimensions."""
     importance: Literal["absolute", "positive"] = "absolute"
     """Grad-CAM importance: |w r|, or max(w r, 0)."""
     p_v: Fraction = 0.3
-    """Share of the dimensions that the variance calls unimportant."""
+    """Fraction of the dimensions that are unimportant by their variance."""
     p_g: Fraction = 0.3
-    """Share of the dimensions of an image that Grad-CAM (or chance) calls unimportant."""
+    """Fraction of the dimensions of each image that are unimportant by Grad-CAM (or at random)."""
     decay: Annotated[float, Range(0, 0.9999)] = 0.99
     """Decay of the running variance."""
     strategy: Literal["noise", "swap", "zero"] = "noise"
-    """How a dimension is changed: noise of its own spread, the value of another image, or none."""
+    """How a dimension is perturbed: noise of its standard deviation, the value of another image, or zero."""
     strength: Weight = 1.0
-    """Size of the change, lambda; 0 changes nothing."""
+    """Strength of the perturbation, lambda; 0 changes nothing."""
     alpha: Weight = 0.05
     """Weight of the reconstruction loss."""
     nu: Weight = 0.2
     """Weight of the contrast of synthesised pairs."""
     synth_warmup: Fraction = 0.15
-    """Share of the steps before synthesised pairs count."""
+    """Fraction of the steps before synthesised pairs are used."""
     synth_share: Annotated[float, Range(0, 1, open=True)] = 1.0
-    """Share of the batch that pairs are synthesised from."""
+    """Fraction of the batch from which pairs are synthesised."""
     synth_size: Natural = 0
-    """Side to which decoded images are resized before they are encoded; 0 leaves them at --size."""
+    """Side to which decoded images are resized before they are encoded; 0 keeps --size."""
     both_views: bool = False
-    """Reconstruct the second view too (bases that encode both): twice the decoder's time."""
+    """Reconstruct the second view too, if the objective encodes both; doubles the time of the decoder."""
     stop_gradient: bool = False
-    """Keep the reconstruction from training the encoder."""
+    """Train only the decoder by the reconstruction loss, not the encoder."""
     latent: Count = 128
-    """Width of the decoder's code."""
+    """Width of the code of the decoder."""
     decoder_width: Natural = 0
-    """Channels of the decoder at the encoder's grid; 0 takes the encoder's, at most 512."""
+    """Channels of the decoder at the resolution of the encoder; 0 takes those of the encoder, at most 512."""
     decoder_depth: Count = 1
-    """Residual blocks of the decoder a stage."""
+    """Residual blocks per stage of the decoder."""
 
 
-GUARD = 0.5  # share of the energy of a feature vector that may change
+MAX_ENERGY = 0.5  # largest fraction of the energy of a feature vector that may be perturbed
 
 
 class SynthPair(Method):
-    r"""A contrastive base, a decoder, and the same contrast on pairs of images that the decoder makes.
+    r"""A contrastive objective, a decoder, and the same objective on pairs of images made by the decoder.
 
     .. math:: L = L_C + \alpha L_R + \nu L_{Cp}, \quad L_R = \|D(r) - x\|^2, \quad
               L_{Cp} = \text{contrast of } D(r) \text{ with } D(r'), \quad r' = r + M \lambda \|r\| \sigma \epsilon,
 
     r the pooled features of the view x. The mask M holds the dimensions of low variance over the data (running, of
-    r / ||r||) and, in each image, those of least Grad-CAM importance |w r|, w the mean over positions of
-    the gradient of L_C; together at most half of the energy of r. The pair gets no gradient itself: it trains the
-    encoder to tell no difference. nu is 0 until the decoder has learned to reconstruct (``synth_warmup``).
+    r / ||r||) and, in each image, those of least Grad-CAM importance |w r|, w the mean over positions of the gradient
+    of L_C; together at most half of the energy of r. The decoded images get no gradient: L_Cp trains only the encoder,
+    to be invariant to the perturbation. nu is 0 until the decoder has learned to reconstruct (``synth_warmup``).
 
-    This is a re-creation: the paper's code, settings and tables are not public. Known are the two criteria, the three
-    losses and that it builds on bases such as MoCo v2 and SimSiam. Ours are: all numbers, the running variance, the
-    first-order gradient as Grad-CAM weight, its absolute value (of a loss, either sign matters), the guard, noise of
-    the dimension's own spread (of the mean spread where that is low, or it would not show), the decoder's group norms
-    (two equal vectors give one image), and that pairs are made from the first view, only flipped at random, have a
-    queue of their own and leave no trace in the encoder's running statistics.
+    This is a re-creation: the code, settings and tables of the paper are not public. The paper gives the two criteria,
+    the three losses, and that it builds on objectives such as MoCo v2 and SimSiam. Chosen here: all numbers; the
+    running variance; the first-order gradient as Grad-CAM weight, and its absolute value (for a loss either sign
+    matters); the limit on the energy; noise of the standard deviation of the dimension (of the mean one for dimensions
+    of low variance, where it would not be visible); the group norms of the decoder (two equal vectors give the same
+    image); pairs made from the first view, only flipped at random, with a separate queue and without effect on the
+    running statistics of the encoder.
 
-    ``passes_per_image`` counts the encoder passes over decoded images by their area and share, after the warm-up; the
-    decoder is not counted.
+    ``passes_per_image`` includes the encoder passes over decoded images after the warm-up, by their number and area;
+    the decoder is not counted.
 
     Source: after Wang, Liu, Weston, Tian, Li, "On Learning Discriminative Features from Synthesized Data for
     Self-Supervised Fine-Grained Visual Recognition", ECCV 2024.
@@ -109,6 +110,7 @@ class SynthPair(Method):
 
     name = "synthpair"
     Config = SynthPairConfig
+    config: SynthPairConfig
 
     def __init__(self, config: SynthPairConfig) -> None:
         super().__init__()
@@ -128,20 +130,20 @@ class SynthPair(Method):
         self.progress = Progress(0, 1)
 
     def get_extra_state(self) -> dict[str, int]:
-        """Where training stands, which the warm-up and the noise follow; kept in checkpoints."""
+        """The step, on which warm-up and noise depend; stored in checkpoints."""
         return {"step": self.progress.step, "total": self.progress.total}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        """Take the step from a checkpoint."""
+        """Restore the step from a checkpoint."""
         self.progress = Progress(state["step"], state["total"])
 
     def set_group(self, group: "ProcessGroup | None") -> None:
-        """Contrast with, and take statistics over, the images of all ranks."""
+        """Compute losses and statistics over the images of all ranks."""
         super().set_group(group)
         self.base.group = group
 
     def views(self) -> "ViewSpec":
-        """MoCo v2's pair, which is SimCLR's."""
+        """The views of SimCLR, which MoCo v2 uses too."""
         return simclr_views(self.config)
 
     def forward(self, batch: "Batch") -> dict[str, Tensor]:
@@ -151,28 +153,31 @@ class SynthPair(Method):
         valid = batch.valid.repeat(self.base.n_online_views)
         maps = self.encoder.features(x)
         r = self.encoder.pool(maps)  # [V B, D]
-        contrast = self.base(r, batch, self._queue(0))
+        contrast = self.base(r, batch, self.queue(0))
         self.variance.update(r, valid, self.group)
-        shown = len(x) if c.both_views else len(batch)
-        decoded = self.decoder(r[:shown].detach() if c.stop_gradient else r[:shown]).float()
-        error = (decoded - x[:shown]).square().mean((1, 2, 3))
-        reconstruction = mean_valid(error, valid[:shown], self.group)
+        n_decoded = len(x) if c.both_views else len(batch)
+        decoded = self.decoder(r[:n_decoded].detach() if c.stop_gradient else r[:n_decoded]).float()
+        error = (decoded - x[:n_decoded]).square().mean((1, 2, 3))
+        reconstruction = mean_valid(error, valid[:n_decoded], self.group)
         out = {"contrast": contrast.detach(), "reconstruction": reconstruction.detach()}
         loss = contrast + c.alpha * reconstruction
         if c.nu and self.progress.fraction >= c.synth_warmup:
             n = min(len(batch), max(2, round(c.synth_share * len(batch))))
-            changed = self.perturbed(r[:n], maps, contrast)
+            perturbed = self.perturb_features(r[:n], maps, contrast)
             with torch.no_grad():
-                other = self.decoder(changed.features).float()
-            pair = self.contrast_pair(decoded[:n].detach(), other, batch)
+                decoded_again = self.decoder(perturbed.features).float()
+            pair = self.contrast_pair(decoded[:n].detach(), decoded_again, batch)
             loss = loss + c.nu * pair
-            out |= {"pair": pair.detach(), "changed": changed.mask.float().mean()}
+            out |= {"pair": pair.detach(), "changed": perturbed.mask.float().mean()}
         return {"loss": loss, **out}
 
-    def perturbed(self, r: Tensor, maps: Tensor, contrast: Tensor) -> Perturbed:
-        """Features r [n, D] changed where they matter least to the contrast, whose graph stays; maps are the encoder's.
+    def perturb_features(self, r: Tensor, maps: Tensor, contrast: Tensor) -> Perturbed:
+        """Perturb the dimensions of pooled features that matter least to the contrast.
 
-        r are the first n rows of those that were pooled from the maps.
+        Args:
+            r: features of the first n images, [n, D].
+            maps: feature maps of the encoder from which they were pooled, of n or more images.
+            contrast: the loss; its graph is retained.
         """
         c, dim = self.config, r.shape[1]
         variance = self.variance.variance
@@ -189,58 +194,58 @@ class SynthPair(Method):
         return perturb(
             r.detach().float(), gradient, low_variance=low if c.criterion in ("variance", "both") else None, std=std,
             fraction=c.p_g, importance=importance, combine=c.combine, strategy=c.strategy, strength=c.strength,
-            budget=GUARD, seed=self._seed(0),
+            budget=MAX_ENERGY, seed=self._seed(0),
         )  # fmt: skip
 
-    def contrast_pair(self, decoded: Tensor, other: Tensor, batch: "Batch") -> Tensor:
-        """L_Cp of images decoded from features as they are and as they were changed, of the first rows of a batch."""
+    def contrast_pair(self, decoded: Tensor, decoded_again: Tensor, batch: "Batch") -> Tensor:
+        """L_Cp of the first images of a batch, decoded from their features and from the perturbed ones."""
         from fgfast.data.views import Batch
 
         n, side = len(decoded), self.config.synth_size
         coins = philox(self._seed(2), 2, n, decoded.device) < 0.5
         views = [
             torch.where(coin[:, None, None, None], y.flip(3), y)
-            for y, coin in zip((decoded, other), coins, strict=True)
+            for y, coin in zip((decoded, decoded_again), coins, strict=True)
         ]
         if side:
             views = [F.interpolate(y, (side, side), mode="bilinear", antialias=True) for y in views]
         pairs = Batch(views=views, target=batch.target[:n], index=batch.index[:n], valid=batch.valid[:n])
         with freeze_bn_stats(self.encoder, self.base):
             r = self.encoder(torch.cat(views[: self.base.n_online_views]))
-            return self.base(r, pairs, self._queue(1))
+            return self.base(r, pairs, self.queue(1))
 
-    def _queue(self, number: int) -> KeyQueue | None:
-        """The queue of photographs (0) or of decoded images (1), of a base that has them."""
+    def queue(self, number: int) -> KeyQueue | None:
+        """The queue of views (0) or of decoded images (1); None for objectives without a queue."""
         queue = self.queues[number] if self.base.has_queue else None
         assert queue is None or isinstance(queue, KeyQueue)
         return queue
 
     def _seed(self, stream: int) -> int:
-        """A seed of this step and rank: counter-based numbers make a resumed run draw what it would have drawn."""
+        """A seed for this step and rank: with counter-based random numbers a resumed run repeats the same draws."""
         rank = 0 if self.group is None else dist.get_rank(self.group)
         return (self.config.seed % 2**16) << 46 | stream << 44 | rank << 32 | self.progress.step
 
     def after_step(self, progress: Progress) -> None:
-        """Move the momentum copies."""
+        """Update the momentum copies and the step."""
         self.base.after_step(self.encoder, progress)
         self.progress = progress
 
     def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":
-        """Views beside what their features decode to, as they are and changed."""
+        """Views beside the images decoded from their features and from the perturbed features."""
         from fgfast.data.panels import Panel, in_rows, to_uint8
 
         x = torch.cat(batch.views[: self.base.n_online_views])
         with torch.enable_grad():
             maps = self.encoder.features(x)
             r = self.encoder.pool(maps)
-            changed = self.perturbed(r[: len(batch)], maps, self.base(r, batch, self._queue(0)))
+            perturbed = self.perturb_features(r[: len(batch)], maps, self.base(r, batch, self.queue(0)))
         with torch.no_grad():
-            decoded, other = self.decoder(r.float()), self.decoder(changed.features)
+            decoded, decoded_again = self.decoder(r.float()), self.decoder(perturbed.features)
         panels = []
         for i in range(min(8, len(batch))):
             panels += [
                 Panel(to_uint8(x[i]), "view"),
                 Panel(to_uint8(decoded[i]), "decoded"),
-                Panel(to_uint8(other[i]), f"{changed.mask[i].float().mean():.0%} changed"),
+                Panel(to_uint8(decoded_again[i]), f"decoded, {perturbed.mask[i].float().mean():.0%} perturbed"),
             ]
         return {"decoded": in_rows(panels, 6)} | super().pictures(batch)

@@ -1,1 +1,1 @@
-"""Networks: backbones from timm, heads, momentum copies, weights from files."""
+"""Networks: timm backbones, heads, momentum copies, decoders, and loading of weights."""

@@ -1,4 +1,4 @@
-"""Any timm network as an encoder that also hands out its maps, its pyramid and, for ViTs, its keys."""
+"""Any timm network as an encoder with access to its feature maps, its pyramid and, for ViTs, keys and attention."""
 
 import ast
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ class Keys(NamedTuple):
     """Keys of the last attention block and the attention of CLS, both on the patch grid."""
 
     keys: Tensor  # [B, D, h, w]
-    attention: Tensor  # [B, heads, h, w], rows of softmax over all tokens
+    attention: Tensor  # [B, heads, h, w], from a softmax over all tokens
 
 
 def parse_model_args(text: str) -> dict[str, Any]:
-    """Keyword arguments for timm from "name=value,name=value", the values as Python literals.
+    """Keyword arguments for timm from "name=value,name=value" with Python literals as values.
 
     Raises:
-        UserError: the text is not of this form.
+        UserError: the text does not have this format.
 
     Example:
         >>> parse_model_args("channels=(16, 32, 64, 128), output_stride=16")
@@ -43,10 +43,10 @@ class Backbone(nn.Module):
 
     Args:
         name: a timm model name, such as "resnet18" or "vit_small_patch16_224".
-        size: side of the images in training, pixels; ViTs are built for it and accept other sizes too.
+        size: side of the images in training, in pixels; ViTs are built for it and also accept other sizes.
         args: further arguments of timm.create_model, such as {"output_stride": 16}.
-        pretrained: take timm's weights (needs a network).
-        grey: show the network the lightness of the images alone.
+        pretrained: load timm's weights (needs an internet connection).
+        grey: convert the input images to their lightness.
 
     Raises:
         UserError: timm has no such model, refuses the arguments, or cannot fetch the weights.
@@ -68,7 +68,7 @@ class Backbone(nn.Module):
 
         if not timm.is_model(name):
             close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
-            hint = f"did you mean one of {close}?" if close else "timm.list_models() lists what it has."
+            hint = f"did you mean one of {close}?" if close else "timm.list_models() lists its models."
             raise UserError(f"timm has no model {name!r}: {hint}")
         options: dict[str, Any] = {"num_classes": 0, "pretrained": pretrained, **(args or {})}
         if name.startswith(("vit_", "deit", "test_vit")):
@@ -84,7 +84,7 @@ class Backbone(nn.Module):
         self.name, self.grey = name, grey
         self.dim: int = self.net.num_features
         self.is_vit = hasattr(self.net, "blocks") and hasattr(self.net, "patch_embed")
-        self.patch = int(self.net.patch_embed.patch_size[0]) if self.is_vit else 1  # pixels a side
+        self.patch = int(self.net.patch_embed.patch_size[0]) if self.is_vit else 1  # side in pixels
         if size % self.patch:
             raise UserError(f"--size is {size}: {name} takes multiples of its patches of {self.patch} pixels.")
 
@@ -93,10 +93,11 @@ class Backbone(nn.Module):
         return self.pool(self.features(x))
 
     def features(self, x: Tensor) -> Tensor:
-        """Unpooled features: a map [B, D, h, w] of a CNN, normalised tokens [B, T, D] of a ViT."""
-        return self.net.forward_features(self._seen(x))
+        """Unpooled features: the final map [B, D, h, w] of a CNN, the normalised tokens [B, T, D] of a ViT."""
+        return self.net.forward_features(self._prepare(x))
 
-    def _seen(self, x: Tensor) -> Tensor:
+    def _prepare(self, x: Tensor) -> Tensor:
+        """The images as the network takes them."""
         if not self.grey:
             return x
         from fgfast.data.lab import to_grey
@@ -104,11 +105,11 @@ class Backbone(nn.Module):
         return to_grey(x)
 
     def pool(self, features: Tensor) -> Tensor:
-        """Pooled features [B, D] from :meth:`features`: average of a map, CLS of a ViT that has it."""
+        """Pooled features [B, D] from :meth:`features`: the mean of a map, or CLS of a ViT with a CLS token."""
         return self.net.forward_head(features, pre_logits=True)
 
     def to_map(self, features: Tensor, size: tuple[int, int]) -> Tensor:
-        """The map [B, D, h, w] from :meth:`features` of images of ``size``; tokens lose their prefix."""
+        """The map [B, D, h, w] from :meth:`features` of images of ``size``; prefix tokens are dropped."""
         if not self.is_vit:
             return features
         grid = self.net.patch_embed.dynamic_feat_size(size)
@@ -116,27 +117,27 @@ class Backbone(nn.Module):
         return patches.transpose(1, 2).unflatten(2, grid)
 
     def map_side(self, side: int) -> int:
-        """Side of the map of images of ``side`` x ``side`` pixels.
+        """Side of the feature map of images of ``side`` x ``side`` pixels.
 
         Raises:
-            UserError: the network's features are no map [B, D, h, w] with as many channels as pooled features.
+            UserError: the features are not a map [B, D, h, w] with D the width of the pooled features.
         """
         was_training = self.training
         self.eval()
         with torch.no_grad():
             x = torch.zeros(1, 3, side, side, device=next(self.parameters()).device)
-            found = self.to_map(self.features(x), (side, side))
+            features = self.to_map(self.features(x), (side, side))
         self.train(was_training)
-        if found.dim() != 4 or found.shape[1] != self.dim:
+        if features.dim() != 4 or features.shape[1] != self.dim:
             raise UserError(
-                f"{self.name} gives {tuple(found.shape)} where a map [1, {self.dim}, h, w] is needed: "
+                f"{self.name} has features of shape {list(features.shape)} instead of a map [1, {self.dim}, h, w]: "
                 "choose another --model."
             )
-        return found.shape[-1]
+        return features.shape[-1]
 
     def pyramid(self, x: Tensor, levels: int = 4) -> list[Tensor]:
         """Maps [B, D_l, h_l, w_l] of the last ``levels`` stages (blocks of a ViT), deepest first."""
-        maps = self.net.forward_intermediates(self._seen(x), intermediates_only=True, norm=self.is_vit)
+        maps = self.net.forward_intermediates(self._prepare(x), intermediates_only=True, norm=self.is_vit)
         return maps[-levels:][::-1]
 
     def keys(self, x: Tensor, *, stride: int | None = None) -> Keys:
@@ -144,76 +145,77 @@ class Backbone(nn.Module):
 
         Args:
             x: images [B, 3, H, W].
-            stride: stride of the patch embedding in pixels; None leaves it at the patch size. Half of it gives
-                overlapping patches and a grid of twice the side.
+            stride: stride of the patch embedding in pixels; None keeps the patch size. Half the patch size gives
+                overlapping patches and a grid of about twice the side.
 
         Raises:
-            UserError: the network is no plain ViT with a CLS token.
+            UserError: the network is not a plain ViT with a CLS token.
         """
-        with self._rows(last=1) as seen, _patch_stride(self.net.patch_embed, stride):
-            self.net.forward_features(self._seen(x))
+        with self._collect_attention(last=1) as collected, _patch_stride(self.net.patch_embed, stride):
+            self.net.forward_features(self._prepare(x))
             grid = tuple(
                 (n - p) // s + 1
                 for n, p, s in zip(
                     x.shape[-2:], self.net.patch_embed.patch_size, self.net.patch_embed.proj.stride, strict=True
                 )
             )
-        k, attention = seen[0]
+        k, attention = collected[0]
         return Keys(k.flatten(2).transpose(1, 2).unflatten(2, grid), attention.unflatten(2, grid))
 
     def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Unpooled features and where the network looks, [L, B, heads, P] over the P patches in row-major order.
+        """Unpooled features and an attention map [L, B, heads, P] over the P patches in row-major order.
 
-        A ViT gives the attention of CLS in every block: only that row of each T x T matrix is computed, from the
-        queries and keys that pass by. A CNN gives one layer and head: the norm of its last map, summing to 1.
+        For a ViT it is the attention of CLS in every block: only that row of each T x T matrix is computed, from the
+        queries and keys of the forward pass. For a CNN it has one layer and one head: the norm of the final feature
+        map, normalised to a sum of 1.
 
         Raises:
-            UserError: the network is a ViT of another kind, or without a CLS token.
+            UserError: the network is a ViT, but not a plain one with a CLS token.
         """
         if not self.is_vit:
             features = self.features(x)
             norm = features.detach().float().norm(dim=1).flatten(1)  # [B, h w]
             return features, (norm / norm.sum(1, keepdim=True).clamp(min=1e-12))[None, :, None]
-        with self._rows() as seen:
+        with self._collect_attention() as collected:
             features = self.features(x)
-        return features, torch.stack([attention for _, attention in seen])
+        return features, torch.stack([attention for _, attention in collected])
 
     def kept_features(self, x: Tensor, index: Tensor) -> Tensor:
-        """Normalised tokens [B, prefix + k, D] of a ViT that sees the patches index [B, k] alone.
+        """Normalised tokens [B, prefix + k, D] of a ViT that processes only the patches ``index`` [B, k].
 
         Raises:
-            UserError: the network is no ViT.
+            UserError: the network is not a ViT.
         """
         if not self.is_vit:
-            raise UserError(f"{self.name} has no tokens to drop: leave --drop-tokens out.")
+            raise UserError(f"{self.name} has no tokens to drop: leave out --drop-tokens.")
         net = self.net
-        tokens = net._pos_embed(net.patch_embed(self._seen(x)))
+        tokens = net._pos_embed(net.patch_embed(self._prepare(x)))
         prefix, patches = tokens.split([net.num_prefix_tokens, tokens.shape[1] - net.num_prefix_tokens], 1)
         kept = patches.gather(1, index[..., None].expand(-1, -1, patches.shape[2]))
         return net.norm(net.blocks(net.norm_pre(torch.cat([prefix, kept], 1))))
 
     @contextmanager
-    def _rows(self, last: int = 0) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Collects keys [B, P, heads, d] and attention of CLS [B, heads, P] of the last blocks (0: all) as they run."""
+    def _collect_attention(self, last: int = 0) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Collect keys [B, P, heads, d] and attention of CLS [B, heads, P] of the last blocks (0: all) as they run."""
         if not self.is_vit or not hasattr(self.net.blocks[-1].attn, "qkv") or self.net.num_prefix_tokens < 1:
             raise UserError(
                 f"{self.name} has no keys and CLS attention: choose a plain ViT such as vit_small_patch16_224."
             )
-        seen: list[tuple[Tensor, Tensor]] = []
+        collected: list[tuple[Tensor, Tensor]] = []
         skip = self.net.num_prefix_tokens
 
         def collect(attn: Any, out: Tensor) -> None:
             q, k, _ = out.unflatten(-1, (3, attn.num_heads, -1)).unbind(2)  # [B, T, heads, d]
             q, k = attn.q_norm(q[:, :1]), attn.k_norm(k)
             scores = torch.einsum("bhd,bthd->bht", q[:, 0].float() * attn.scale, k.float())
-            seen.append((k[:, skip:], scores.softmax(-1)[:, :, skip:]))
+            collected.append((k[:, skip:], scores.softmax(-1)[:, :, skip:]))
 
         hooks = [
             block.attn.qkv.register_forward_hook(lambda _m, _i, out, attn=block.attn: collect(attn, out))
             for block in self.net.blocks[-last:]
         ]
         try:
-            yield seen
+            yield collected
         finally:
             for hook in hooks:
                 hook.remove()

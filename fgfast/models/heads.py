@@ -13,13 +13,13 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class MLP(nn.Module):
-    """Linear, norm, ReLU, ..., Linear on rows [M, D].
+    """Linear, norm, ReLU, ..., Linear on vectors [M, D].
 
     Args:
         dims: widths from input to output, at least two.
         norm: "batch" (SimCLR, BYOL, DeepMind's DetCon) or "layer" (PARTICLE).
-        bias: biases of the linear layers.
-        dropout: probability of dropping an entry after each hidden layer.
+        bias: whether the linear layers have biases.
+        dropout: probability of zeroing an entry after each hidden layer.
         last_norm: end with a BatchNorm without affine parameters (MoCo v3).
 
     Example:
@@ -45,7 +45,7 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rows [M, dims[0]] to rows [M, dims[-1]]."""
+        """Map [M, dims[0]] to [M, dims[-1]]."""
         return self.layers(x)
 
 
@@ -70,17 +70,17 @@ class DINOHead(nn.Module):
         self.last.parametrizations.weight.original0.data.fill_(1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features [M, D] to logits [M, prototypes]."""
+        """Map features [M, D] to logits [M, prototypes]."""
         return self.last(nn.functional.normalize(self.mlp(x), dim=-1))
 
 
 def momentum_copy(module: M) -> M:
-    """A frozen deep copy that :func:`update_momentum` moves."""
+    """A frozen deep copy for :func:`update_momentum`."""
     return copy.deepcopy(module).requires_grad_(False)
 
 
 def cosine_momentum(base: float, progress: float) -> float:
-    """The decay of a momentum copy after the fraction ``progress`` of the steps: from ``base`` to 1 as half a cosine.
+    """The decay of a momentum copy after the fraction ``progress`` of the steps: a half cosine from ``base`` to 1.
 
     Example:
         >>> [round(cosine_momentum(0.9, t), 3) for t in (0.0, 0.5, 1.0)]
@@ -91,7 +91,7 @@ def cosine_momentum(base: float, progress: float) -> float:
 
 @torch.no_grad()
 def update_momentum(target: nn.Module, online: nn.Module, momentum: float) -> None:
-    """Move the parameters of ``target``: t <- momentum * t + (1 - momentum) * o; buffers stay the target's own."""
+    """Update the parameters of ``target``: t <- momentum * t + (1 - momentum) * o; its buffers are unchanged."""
     targets: list[Tensor] = list(target.parameters())
     sources: list[Tensor] = list(online.parameters())
     torch._foreach_lerp_(targets, sources, 1.0 - momentum)

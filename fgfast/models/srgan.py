@@ -1,4 +1,4 @@
-"""SRGAN's generator and discriminator, and either of them as an encoder of images."""
+"""SRGAN's generator and discriminator, and an encoder from either of them."""
 
 from typing import Literal
 
@@ -8,11 +8,11 @@ from fgfast.data.normalise import denormalise
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone
 
-FIXED = (81, 96)  # sides that four halvings take to 6
+FIXED = (81, 96)  # range of sides that are 6 after four halvings
 
 
-class Residual(nn.Module):
-    """x + BN(conv(PReLU(BN(conv(x))))), 3 x 3, the map's size and width kept."""
+class ResidualBlock(nn.Module):
+    """x + BN(conv(PReLU(BN(conv(x))))), 3 x 3, of constant size and width."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Residual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, width, H, W] to the same."""
+        """Map [B, width, H, W] to the same shape."""
         return x + self.body(x)
 
 
@@ -30,7 +30,7 @@ def _conv(inside: int, outside: int, stride: int = 1, bias: bool = False) -> nn.
 
 
 class Generator(nn.Module):
-    """Images four times as large: 9 x 9, residual blocks, a skip around them, two pixel shuffles, 9 x 9.
+    """Super-resolution by 4: 9 x 9 conv, residual blocks with a skip around them, two pixel shuffles, 9 x 9 conv.
 
     Args:
         width: channels, 64 in the paper.
@@ -45,7 +45,7 @@ class Generator(nn.Module):
     def __init__(self, width: int = 64, blocks: int = 16) -> None:
         super().__init__()
         self.head = nn.Sequential(nn.Conv2d(3, width, 9, 1, 4), nn.PReLU())
-        self.blocks = nn.Sequential(*(Residual(width) for _ in range(blocks)))
+        self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
         self.neck = nn.Sequential(_conv(width, width), nn.BatchNorm2d(width))
         self.up = nn.Sequential(
             *(m for _ in range(2) for m in (_conv(width, 4 * width, bias=True), nn.PixelShuffle(2), nn.PReLU()))
@@ -54,24 +54,24 @@ class Generator(nn.Module):
 
     @property
     def reach(self) -> int:
-        """Pixels of the small image, to each side, that a pixel of the large one depends on (or more)."""
+        """Radius of the receptive field in pixels of the small image (an upper bound)."""
         return 4 + 2 * len(self.blocks) + 1 + 1 + 1 + 1  # 9 x 9; blocks; neck; two shuffles; 9 x 9 at four times
 
     def forward(self, x: Tensor) -> Tensor:
-        """Small images [B, 3, H, W] to large ones [B, 3, 4 H, 4 W]; values of about [0, 1] on both sides."""
+        """Map images [B, 3, H, W] to [B, 3, 4 H, 4 W]; values of about [0, 1] in both."""
         x = self.head(x)
         return self.tail(self.up(x + self.neck(self.blocks(x))))
 
 
 class Discriminator(nn.Module):
-    """Logit that an image is real: eight 3 x 3 convolutions, every second one halving, then two linear layers.
+    """Logit that an image is real: eight 3 x 3 convolutions, every second one of stride 2, then two linear layers.
 
-    The last map is averaged into 6 x 6 cells, which for sides of 81 to 96 pixels is the map itself: there the network
-    is the paper's, and other sizes have the same weights.
+    The final feature map is averaged into 6 x 6 cells. For sides of 81 to 96 pixels it is 6 x 6 already, and the
+    network is the paper's; other sizes use the same weights.
 
     Args:
         width: channels of the first block, 64 in the paper; the last has eight times as many.
-        fixed: refuse images whose last map is not 6 x 6, as the paper's flatten does.
+        fixed: refuse images whose final feature map is not 6 x 6, like the flatten layer of the paper.
 
     Example:
         >>> import torch
@@ -85,7 +85,7 @@ class Discriminator(nn.Module):
         widths = [width, width, 2 * width, 2 * width, 4 * width, 4 * width, 8 * width, 8 * width]
         self.blocks = nn.Sequential()
         for i, (inside, outside) in enumerate(zip([3, *widths], widths, strict=False)):
-            norm = [nn.BatchNorm2d(outside)] if i else []  # the first has none, so it keeps its bias
+            norm = [nn.BatchNorm2d(outside)] if i else []  # the first has none and therefore a bias
             act = nn.LeakyReLU(0.2, inplace=True)
             self.blocks.append(nn.Sequential(_conv(inside, outside, 1 + i % 2, bias=i == 0), *norm, act))
         self.head = nn.Sequential(
@@ -94,7 +94,7 @@ class Discriminator(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W], values of about [0, 1], to logits [B, 1].
+        """Map images [B, 3, H, W], values of about [0, 1], to logits [B, 1].
 
         Raises:
             UserError: ``fixed``, and a side outside 81 to 96.
@@ -105,7 +105,7 @@ class Discriminator(nn.Module):
 
 
 def check_fixed(*sides: int) -> None:
-    """Refuse sides that the fixed flatten does not take."""
+    """Refuse sides that the fixed flatten layer cannot take."""
     if not all(FIXED[0] <= side <= FIXED[1] for side in sides):
         raise UserError(
             f"The fixed flatten takes images of {FIXED[0]} to {FIXED[1]} pixels, not {' x '.join(map(str, sides))}: "
@@ -116,11 +116,11 @@ def check_fixed(*sides: int) -> None:
 class Trunk(nn.Module):
     """The first blocks of a generator or discriminator, with the methods of timm's networks that an encoder needs.
 
-    It shares the modules of the network that it is made from, and takes images normalised as the loaders do.
+    It shares the modules of the network, and takes images as the loaders normalise them.
 
     Args:
         network: a generator or a discriminator.
-        drop: how many of its last blocks are left out; what follows the blocks always is.
+        drop: number of its last blocks to leave out; the layers after the blocks are always left out.
 
     Raises:
         UserError: no block would be left.
@@ -141,7 +141,7 @@ class Trunk(nn.Module):
     def forward_intermediates(
         self, x: Tensor, intermediates_only: Literal[True] = True, norm: bool = False
     ) -> list[Tensor]:
-        """The map after every layer, first to last."""
+        """The feature map after every layer, first to last."""
         x, maps = denormalise(x), []
         for layer in self.layers:
             x = layer(x)
@@ -149,20 +149,20 @@ class Trunk(nn.Module):
         return maps
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The last map [B, D, h, w]."""
+        """The final feature map [B, D, h, w]."""
         return self.forward_intermediates(x)[-1]
 
     def forward_head(self, x: Tensor, pre_logits: bool = True) -> Tensor:
-        """Its mean [B, D]."""
+        """The mean of a feature map, [B, D]."""
         return x.mean((2, 3))
 
 
 class SRGANEncoder(Backbone):
-    """A trunk as the encoder that evaluation, discovery and images take.
+    """A trunk as an encoder for evaluation, discovery and images.
 
     Args:
         network: a generator or a discriminator, whose modules it shares.
-        drop: how many of its last blocks are left out.
+        drop: number of its last blocks to leave out.
 
     Example:
         >>> import torch
@@ -172,6 +172,6 @@ class SRGANEncoder(Backbone):
     """
 
     def __init__(self, network: Generator | Discriminator, drop: int = 0) -> None:
-        nn.Module.__init__(self)  # Backbone's own builds a timm network
+        nn.Module.__init__(self)  # that of Backbone builds a timm network
         self.net = Trunk(network, drop)
         self.name, self.dim, self.is_vit, self.grey = "srgan", self.net.num_features, False, False

@@ -1,4 +1,4 @@
-"""What is remembered from batch to batch: the variance of features, the queue of keys; and what is kept out of it."""
+"""Statistics over batches: a running variance, a queue of keys, and batch norms that do not update theirs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,15 +15,16 @@ if TYPE_CHECKING:
 
 
 class RunningVariance(nn.Module):
-    r"""Variance of each dimension of features scaled to norm 1, over batches that fade.
+    r"""Variance of each dimension of L2-normalised features, over batches with exponentially decaying weights.
 
     .. math:: v_d = E[\tilde r_d^2] - E[\tilde r_d]^2, \qquad \tilde r = r / \|r\|,
 
-    where a batch counts ``decay`` times as much as the one after it; the first one is not mixed with zeros.
+    where the weight of a batch is ``decay`` times that of the next one; the estimate is not biased towards zero at the
+    start.
 
     Args:
         dim: D, the width of the features.
-        decay: 0 (the last batch alone) to below 1.
+        decay: in [0, 1); 0 takes only the last batch.
 
     Example:
         >>> running = RunningVariance(2)
@@ -38,12 +39,12 @@ class RunningVariance(nn.Module):
     def __init__(self, dim: int, decay: float = 0.99) -> None:
         super().__init__()
         self.decay = decay
-        self.register_buffer("moments", torch.zeros(2, dim, dtype=torch.float64))  # of 1 and 2, not yet normalised
-        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))  # the weight that they have gathered
+        self.register_buffer("moments", torch.zeros(2, dim, dtype=torch.float64))  # first and second, unnormalised
+        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))  # their total weight
 
     @torch.no_grad()
     def update(self, features: Tensor, valid: Tensor | None = None, group: "ProcessGroup | None" = None) -> None:
-        """Take in features [B, D]; rows where valid [B] is False do not count, those of all ranks of group do."""
+        """Add features [B, D] of all ranks of group, without the rows where valid [B] is False."""
         with torch.autocast(features.device.type, enabled=False):
             rows = F.normalize(features.double(), dim=1)
         kept = torch.ones(len(rows), dtype=torch.bool, device=rows.device) if valid is None else valid
@@ -51,9 +52,9 @@ class RunningVariance(nn.Module):
         sums = torch.cat([rows.sum(0), rows.square().sum(0), kept.sum()[None].double()])
         if group is not None:
             dist.all_reduce(sums, group=group)
-        share = (1 - self.decay) * (sums[-1] > 0).double()
-        self.moments.lerp_((sums[:-1] / sums[-1].clamp(min=1)).view_as(self.moments), share)
-        self.seen.lerp_(torch.ones_like(self.seen), share)
+        weight = (1 - self.decay) * (sums[-1] > 0).double()
+        self.moments.lerp_((sums[:-1] / sums[-1].clamp(min=1)).view_as(self.moments), weight)
+        self.seen.lerp_(torch.ones_like(self.seen), weight)
 
     @property
     def variance(self) -> Tensor:
@@ -63,11 +64,11 @@ class RunningVariance(nn.Module):
 
 
 class KeyQueue(nn.Module):
-    """The last keys of a momentum encoder, newest first, the same on every rank: the bank of MoCo.
+    """The last keys of a momentum encoder, newest first, the same on every rank: the memory bank of MoCo.
 
     Args:
-        size: Q, how many.
-        dim: their width.
+        size: Q, the number of keys.
+        dim: width of the keys.
 
     Example:
         >>> queue = KeyQueue(3, 2)
@@ -84,17 +85,17 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, keys: Tensor, valid: Tensor, group: "ProcessGroup | None" = None) -> None:
-        """Put keys [B, D] in front, those of all ranks of group; rows where valid [B] is False stay out."""
+        """Insert keys [B, D] of all ranks of group at the front, without the rows where valid [B] is False."""
         if group is not None:
-            keys, valid = _gathered(keys, group), _gathered(valid.to(torch.uint8), group)
-        every = torch.cat([keys.to(self.keys.dtype), self.keys])
+            keys, valid = _all_gather(keys, group), _all_gather(valid.to(torch.uint8), group)
+        candidates = torch.cat([keys.to(self.keys.dtype), self.keys])
         kept = torch.cat([valid.to(torch.uint8), valid.new_ones(len(self.keys), dtype=torch.uint8)])
-        order = kept.argsort(descending=True, stable=True)  # how many stay out is known to the device alone
-        self.keys.copy_(every[order[: len(self.keys)]])
+        order = kept.argsort(descending=True, stable=True)  # the number of valid keys is known only on the device
+        self.keys.copy_(candidates[order[: len(self.keys)]])
 
 
-def _gathered(x: Tensor, group: "ProcessGroup") -> Tensor:
-    """The rows of all ranks, which have as many each."""
+def _all_gather(x: Tensor, group: "ProcessGroup") -> Tensor:
+    """The rows of all ranks, an equal number from each."""
     out = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:])
     dist.all_gather_into_tensor(out, x.contiguous(), group=group)
     return out
@@ -102,7 +103,7 @@ def _gathered(x: Tensor, group: "ProcessGroup") -> Tensor:
 
 @contextmanager
 def freeze_bn_stats(*modules: nn.Module) -> Iterator[None]:
-    """Let batch norms normalise by the batch, as in training, without taking it into their running statistics.
+    """Let batch norms normalise by the batch, as in training, without updating their running statistics.
 
     Example:
         >>> norm = nn.BatchNorm1d(1)

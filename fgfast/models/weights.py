@@ -1,4 +1,4 @@
-"""Weights from files: fgfast's own runs, timm's, and the public layouts of DetCon, MoCo and DINO."""
+"""Loading of weights from files: runs of fgfast, timm, and public checkpoints of DetCon, MoCo and DINO."""
 
 import argparse
 from pathlib import Path
@@ -20,7 +20,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint file as a dictionary, read with weights_only=True.
 
     Raises:
-        UserError: the file is missing, truncated, or holds more than weights.
+        UserError: the file is missing or truncated, or holds objects other than weights.
     """
     if not path.is_file():
         raise UserError(f"The weights {path} do not exist: give a file, a run folder, 'timm' or 'none'.")
@@ -33,15 +33,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # torch and safetensors raise many kinds for a file that is not theirs
-        raise UserError(f"The weights {path} could not be read ({type(error).__name__}): is the file whole?") from error
+    except Exception as error:  # torch and safetensors raise various types for a broken file
+        raise UserError(
+            f"The weights {path} could not be read ({type(error).__name__}): check that the file is complete."
+        ) from error
 
 
 def encoder_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of the encoder in a checkpoint of any supported layout, with the names of the bare network.
+    """The encoder's tensors in a checkpoint of any supported format, with the names of the bare network.
 
-    Takes the entry "teacher" of DINO, "state_dict", "model" or "method" where there is one, and strips the longest
-    of the known prefixes that any name carries.
+    Takes the entry "teacher" (DINO), "state_dict", "model" or "method" if there is one, keeps the names with the first
+    known prefix that occurs, and strips it, until none occurs.
     """
     for name in ("teacher", "state_dict", "model", "method"):
         if isinstance(checkpoint.get(name), dict):
@@ -56,24 +58,22 @@ def encoder_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def load_encoder(net: nn.Module, path: Path) -> None:
-    """Load the encoder of a checkpoint into ``net``; heads in the file are left aside.
+    """Load the encoder of a checkpoint into ``net``; heads in the file are ignored.
 
     Args:
         net: the bare timm network.
-        path: a weights file, or a run folder (its encoder.safetensors is taken).
+        path: a weights file, or a run folder, whose encoder.safetensors is read.
 
     Raises:
-        UserError: the file cannot be read, or its tensors are not those of this network.
+        UserError: the file cannot be read, or its tensors do not match the network.
     """
     file = path / "encoder.safetensors" if path.is_dir() else path
     state = encoder_state(read_checkpoint(file))
-    own = net.state_dict()
-    wrong = [k for k in own if k in state and state[k].shape != own[k].shape]
-    absent = [k for k in own if k not in state]
-    if wrong or absent:
-        first = (wrong or absent)[0]
-        what = "has another shape for" if wrong else "lacks"
-        raise UserError(
-            f"The weights {file} are of another network (it {what} {first!r}): make --model and --model-args match."
-        )
-    net.load_state_dict({k: state[k] for k in own})
+    needed = net.state_dict()
+    wrong = [k for k in needed if k in state and state[k].shape != needed[k].shape]
+    missing = [k for k in needed if k not in state]
+    if wrong or missing:
+        first = (wrong or missing)[0]
+        difference = f"another shape of {first!r}" if wrong else f"no {first!r}"
+        raise UserError(f"The weights {file} are of another network ({difference}): give its --model and --model-args.")
+    net.load_state_dict({k: state[k] for k in needed})

@@ -1,1 +1,1 @@
-"""Where parts come from: clustered pixels of an encoder, stored as id maps."""
+"""Part discovery: clustering the pixels of an encoder's features, stored as id maps."""

@@ -1,4 +1,4 @@
-"""Parts by clustering: pixels of a CNN or a ViT, and the controls (fixed cells, random ids)."""
+"""Parts by clustering the pixels of a CNN's features or the keys of a ViT, and the control of fixed grid cells."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,10 +10,10 @@ from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone
 from fgfast.ops.kmeans import kmeans
 
-SALIENCY = 0.065  # mean saliency over which a cluster is foreground in an image
-VOTES = 0.75  # share of the images of a group that must call a cluster foreground
-ELBOW = 0.975  # stop when one more cluster keeps more than this share of the inertia
-STAGE1 = 14  # most clusters of stage one
+MIN_SALIENCY = 0.065  # mean saliency above which a cluster is foreground in an image
+MIN_VOTES = 0.75  # fraction of the images of a group in which a foreground cluster must be foreground
+ELBOW = 0.975  # stop adding clusters when one more leaves more than this fraction of the inertia
+MAX_GROUP_CLUSTERS = 14  # maximum number of clusters of the first stage
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class ClusteringConfig:
     """How the pixels of an image are clustered.
 
     Args:
-        n_parts: clusters an image (ViT: foreground parts).
-        levels: last maps of a CNN that the hypercolumn takes; 1 is the last map alone.
-        metric: "euclidean", as released, or "cosine", which weighs pixels alike and hides differences of contrast.
-        border: boundary connectivity over which a cluster of a CNN is background and becomes -1; 0 keeps all.
-        position: variance of the two coordinates of a pixel that join the hypercolumn of a CNN, in units of the
-            variance of its features in the image; parts then hang together. Euclidean only.
+        n_parts: clusters per image (ViT: foreground parts).
+        levels: number of feature maps of a CNN, from the last one, in the hypercolumn; 1 takes only the final map.
+        metric: "euclidean", as released, or "cosine", which weights pixels equally and ignores differences of contrast.
+        border: boundary connectivity above which a cluster of a CNN is background and becomes -1; 0 keeps all.
+        position: variance of the two pixel coordinates that are appended to the hypercolumn of a CNN, relative to the
+            variance of the features in the image; makes parts contiguous. Euclidean only.
     """
 
     n_parts: int = 15
@@ -36,19 +36,19 @@ class ClusteringConfig:
     position: float = 0.0
 
     def check(self) -> None:
-        """Raise a UserError for what cannot be clustered that way."""
+        """Raise a UserError for settings that exclude each other."""
         if self.position and self.metric == "cosine":
-            raise UserError("Coordinates have no direction to compare: give --position with --metric euclidean.")
+            raise UserError("--position cannot be combined with --metric cosine: use --metric euclidean.")
 
     def describe(self) -> str:
-        """What is not as released, for the record of a folder of maps."""
+        """The settings that differ from the release, for the origin of a folder of maps."""
         changes = [str(self.metric)] if self.metric != "euclidean" else []
         changes += [f"{name} {value:g}" for name in ("border", "position") if (value := getattr(self, name))]
         return "".join(f", {change}" for change in changes)
 
 
 def check_pixels(n_parts: int, side: int) -> None:
-    """Raise a UserError for more clusters than a map of ``side`` has pixels."""
+    """Raise a UserError for more clusters than a map of ``side`` x ``side`` has pixels."""
     if n_parts > side**2:
         raise UserError(
             f"--n-parts {n_parts} is more than the {side} x {side} pixels that are clustered: "
@@ -60,73 +60,79 @@ def check_pixels(n_parts: int, side: int) -> None:
 def cluster_pyramid(
     encoder: Backbone, images: Tensor, config: ClusteringConfig, *, size: int, n_iter: int = 20, seed: int = 0
 ) -> Tensor:
-    """Parts of each image by k-means of its hypercolumns, which are never built.
+    """Parts of each image by k-means on its hypercolumns, which are never materialised.
 
     Args:
-        encoder: the CNN (or ViT, whose blocks are then the levels).
+        encoder: the CNN (or a ViT; its blocks are then the levels).
         images: images [B, 3, H, W], normalised.
-        how: number of parts, levels, metric, border.
+        config: number of parts, levels, metric, border, position.
         size: side of the id maps.
-        n_iter: most Lloyd steps.
+        n_iter: maximum number of Lloyd steps.
         seed: seed of the k-means++ starts.
 
     Returns:
-        Labels int64 [B, size, size] in [0, n_parts), -1 for background; they mean nothing across images.
+        Labels int64 [B, size, size] in [0, n_parts), -1 for background; ids of different images are unrelated.
 
     Source: Saha and Maji, "PARTICLE: Part Discovery and Contrastive Learning for Fine-grained Recognition", 2023.
     """
     maps = [m.float() for m in encoder.pyramid(images, config.levels)]
     if config.position:
-        maps.append(_coordinates(maps, config.position))
+        maps.append(coordinate_map(maps, config.position))
     labels = kmeans(maps, config.n_parts, size=(size, size), n_iter=n_iter, metric=config.metric, seed=seed).labels
-    return without_background(labels, config.n_parts, config.border) if config.border else labels
+    return remove_background(labels, config.n_parts, config.border) if config.border else labels
 
 
-def _coordinates(maps: list[Tensor], share: float) -> Tensor:
-    """Coordinates of the pixels [B, 2, h, w], with ``share`` of the variance that the features of an image have."""
+def coordinate_map(maps: list[Tensor], scale: float) -> Tensor:
+    """Coordinates of the pixels [B, 2, h, w] as features.
+
+    Args:
+        maps: the feature maps [B, D_l, h_l, w_l]; [h, w] is the largest of them.
+        scale: variance of the coordinates, relative to the total variance of an image's features.
+    """
     variance = torch.stack([m.flatten(2).var(2, correction=0).sum(1) for m in maps]).sum(0)  # [B]
     height, width = max((m.shape[-2], m.shape[-1]) for m in maps)
     axes = [
         torch.linspace(-1, 1, n, device=variance.device) if n > 1 else variance.new_zeros(1) for n in (height, width)
     ]
-    place = torch.stack(torch.meshgrid(*axes, indexing="ij"))  # [2, h, w]
-    own = place.flatten(1).var(1, correction=0).sum().clamp(min=1e-12)
-    return (share * variance / own).sqrt()[:, None, None, None] * place
+    coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"))  # [2, h, w]
+    unscaled = coordinates.flatten(1).var(1, correction=0).sum().clamp(min=1e-12)
+    return (scale * variance / unscaled).sqrt()[:, None, None, None] * coordinates
 
 
-def without_background(labels: Tensor, n_parts: int, border: float) -> Tensor:
-    """Take out the clusters that lie along the border of the image, as backgrounds do and objects seldom.
+def remove_background(labels: Tensor, n_parts: int, border: float) -> Tensor:
+    """Set the clusters along the border of the image to -1: background often lies there, objects rarely.
 
-    A cluster's boundary connectivity is (its pixels on the border) / sqrt(its pixels): 4 for the whole of a square
-    image, about 1 for a quarter disc in a corner, less for what touches the border with a small part of its outline.
+    The boundary connectivity of a cluster is (its pixels on the border) / sqrt(its pixels): 4 for a full square image,
+    about 1 for a quarter disc in a corner, less for a region with a small part of its outline on the border.
 
     Args:
         labels: int64 [B, H, W] in [0, n_parts), -1 for none.
         n_parts: K.
-        border: connectivity over which a cluster becomes -1, above 0.
+        border: connectivity above which a cluster becomes -1, > 0.
 
     Example:
         >>> labels = torch.zeros(1, 5, 5, dtype=torch.int64)
         >>> labels[0, 1:4, 1:4] = 1
-        >>> without_background(labels, 2, 1.0)[0, 1].tolist()
+        >>> remove_background(labels, 2, 1.0)[0, 1].tolist()
         [-1, 1, 1, 1, -1]
 
     Source: Zhu, Liang, Wei, Sun, "Saliency Optimization from Robust Background Detection", CVPR 2014, for clusters
     instead of superpixels.
     """
-    edge = torch.zeros_like(labels, dtype=torch.bool)
-    edge[:, 0], edge[:, -1], edge[:, :, 0], edge[:, :, -1] = True, True, True, True
+    on_border = torch.zeros_like(labels, dtype=torch.bool)
+    for side in (on_border[:, 0], on_border[:, -1], on_border[:, :, 0], on_border[:, :, -1]):
+        side.fill_(True)
     cluster = torch.where(labels < 0, n_parts, labels).flatten(1)  # [B, H W]
     area = torch.zeros(len(labels), n_parts + 1, device=labels.device)
-    along = area.scatter_add(1, cluster, edge.flatten(1).to(area.dtype))
+    perimeter = area.scatter_add(1, cluster, on_border.flatten(1).to(area.dtype))
     area = area.scatter_add(1, cluster, torch.ones_like(cluster, dtype=area.dtype))
-    background = along > border * area.sqrt()
+    background = perimeter > border * area.sqrt()
     return torch.where(background.gather(1, cluster).view_as(labels), -1, labels)
 
 
 @torch.no_grad()
 def cluster_keys(encoder: Backbone, images: Tensor, *, n_parts: int, seed: int = 0) -> Tensor:
-    """Parts of each image by cosine k-means of its last keys: the ViT's parts inside a training step.
+    """Parts of each image by cosine k-means on the keys of the last block of a ViT, for use inside a training step.
 
     Returns:
         Labels int64 [B, h, w] on the patch grid.
@@ -136,13 +142,13 @@ def cluster_keys(encoder: Backbone, images: Tensor, *, n_parts: int, seed: int =
 
 @torch.no_grad()
 def discover_group(encoder: Backbone, images: Tensor, *, n_parts: int, stride: int | None, seed: int = 0) -> Tensor:
-    """Parts that a group of images shares, by two stages of k-means on the keys of a ViT.
+    """Parts with common ids for a group of images, by two stages of k-means on the keys of a ViT.
 
-    Stage one clusters the normalised keys of the whole group with the smallest number of clusters at the elbow of
-    the inertia. A cluster is foreground when its mean saliency (attention of CLS, averaged over heads, scaled to
-    [0, 1] in each image) is over 0.065 in at least 75% of the images that hold it. Stage two clusters the
-    foreground keys into ``n_parts`` parts. The dense CRF of the authors' release is left out, as its package no longer
-    builds; its saliency takes heads 0, 2, 4 and 5, chosen for one network, where all heads are averaged here.
+    The first stage clusters the normalised keys of the full group; the number of clusters is at the elbow of the
+    inertia. A cluster is foreground if its mean saliency (attention of CLS, averaged over heads, scaled to [0, 1] in
+    each image) is above 0.065 in at least 75% of the images that contain it. The second stage clusters the foreground
+    keys into ``n_parts`` parts. Differences from the authors' release: no dense CRF, as its package no longer builds;
+    and the saliency averages all heads, where the release takes heads 0, 2, 4 and 5, chosen for one network.
 
     Args:
         encoder: a ViT.
@@ -152,24 +158,24 @@ def discover_group(encoder: Backbone, images: Tensor, *, n_parts: int, stride: i
         seed: seed of the starts.
 
     Returns:
-        Labels int64 [G, h, w]: 0 is background, 1..n_parts are parts. No foreground gives parts of the whole.
+        Labels int64 [G, h, w]: 0 is background, 1..n_parts are parts. With fewer foreground pixels than parts, the full
+        images are clustered into parts.
     """
-    found = encoder.keys(images, stride=stride)
-    keys = torch.nn.functional.normalize(found.keys.float(), dim=1).permute(0, 2, 3, 1)  # [G, h, w, D]
-    saliency = found.attention.mean(1)  # [G, h, w]
+    last = encoder.keys(images, stride=stride)
+    keys = torch.nn.functional.normalize(last.keys.float(), dim=1).permute(0, 2, 3, 1)  # [G, h, w, D]
+    saliency = last.attention.mean(1)  # [G, h, w]
     low, high = saliency.amin((1, 2), keepdim=True), saliency.amax((1, 2), keepdim=True)
     saliency = (saliency - low) / (high - low).clamp(min=1e-12)
 
     flat = keys.flatten(0, 2)  # [G h w, D]
-    first = _elbow(flat, seed)
-    labels = first.view(saliency.shape)
+    labels = _cluster_to_elbow(flat, seed).view(saliency.shape)
     foreground = torch.zeros_like(labels, dtype=torch.bool)
     for cluster in range(int(labels.max()) + 1):
         inside = labels == cluster
         area = inside.sum((1, 2))
         mean = torch.where(inside, saliency, 0).sum((1, 2)) / area.clamp(min=1)
-        here = area > 0
-        if here.any() and (mean[here] > SALIENCY).float().mean() >= VOTES:
+        present = area > 0
+        if present.any() and (mean[present] > MIN_SALIENCY).float().mean() >= MIN_VOTES:
             foreground |= inside
     if int(foreground.sum()) < n_parts:
         foreground = torch.ones_like(foreground)
@@ -179,19 +185,19 @@ def discover_group(encoder: Backbone, images: Tensor, *, n_parts: int, stride: i
     return out
 
 
-def _elbow(x: Tensor, seed: int) -> Tensor:
-    """Labels of rows [N, D] with the first number of clusters after which one more hardly helps."""
+def _cluster_to_elbow(x: Tensor, seed: int) -> Tensor:
+    """Labels of vectors [N, D] with the first number of clusters at which one more hardly reduces the inertia."""
     best = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    before = float("inf")
-    for k in range(1, min(STAGE1, len(x)) + 1):
+    previous = float("inf")
+    for k in range(1, min(MAX_GROUP_CLUSTERS, len(x)) + 1):
         result = kmeans(x, k, n_iter=50, n_init=2, seed=seed)
         inertia = float(result.inertia)
-        if inertia > ELBOW * before:
+        if inertia > ELBOW * previous:
             break
-        best, before = result.labels, inertia
+        best, previous = result.labels, inertia
     return best
 
 
 def grid_labels(batch: int, cells: int, device: torch.device) -> Tensor:
-    """Fixed cells of the whole image as an id map int64 [batch, cells, cells]: the control without any content."""
+    """Fixed grid cells of the full image as an id map int64 [batch, cells, cells]: parts independent of the content."""
     return torch.arange(cells * cells, device=device).view(1, cells, cells).expand(batch, -1, -1)

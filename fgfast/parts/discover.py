@@ -1,130 +1,165 @@
-"""Id maps of a whole set: open the folder of maps, label every image, write."""
+"""Discovery: the id map of every image of a set, in three steps: open the folder, label the images, write the maps."""
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fgfast.data.imageset import ImageSet
+from fgfast.data.loader import make_loader
+from fgfast.data.maps import map_path, read_maps_info, save_maps, write_maps_info
+from fgfast.data.views import ViewSpec
 from fgfast.errors import UserError
 from fgfast.files import write_atomic
 from fgfast.models.backbone import Backbone
 from fgfast.parts.clustering import ClusteringConfig, check_pixels, cluster_pyramid, discover_group
 
-GROUP = 30  # images whose ids agree in the ViT recipe
+BATCH = 32  # images that a CNN labels at once; each is clustered separately
+GROUP = 30  # images that a ViT clusters together, with common ids
+STARTED = "begun.json"  # marks a folder whose maps are incomplete
+
+
+class DiscoveryConfig(NamedTuple):
+    """How the id maps of a set are made, apart from the clustering.
+
+    Args:
+        image_size: side to which the images are resized, ignoring their aspect ratio.
+        map_size: side of the id maps of a CNN; those of a ViT have the size of its grid of keys.
+        run: origin of the maps, for maps.json.
+        seed: seed of the k-means starts.
+        threads: threads of the loader.
+        loader: backend of the loader.
+    """
+
+    image_size: int
+    map_size: int
+    run: str
+    seed: int = 0
+    threads: int = 2
+    loader: str = "auto"
+
+
+class Origin(NamedTuple):
+    """Identifies how the maps of a folder were made; the content of begun.json, and in part of maps.json."""
+
+    run: str
+    n_parts: int
+    map_size: int
 
 
 def discover(
-    encoder: Backbone,
-    images: "ImageSet",
-    out: Path,
-    config: ClusteringConfig,
-    *,
-    image_size: int,
-    map_size: int,
-    run: str,
-    device: torch.device,
-    threads: int = 2,
-    seed: int = 0,
-    loader: str = "auto",
+    encoder: Backbone, images: ImageSet, out: Path, clustering: ClusteringConfig, config: DiscoveryConfig
 ) -> Path:
     """Write the id map of every image of a set; CNNs by :func:`cluster_pyramid`, ViTs by :func:`discover_group`.
 
     Args:
-        encoder: the network whose features are clustered; it runs in evaluation mode.
+        encoder: the network whose features are clustered, on its device; it runs in evaluation mode.
         images: the images.
-        out: folder of maps that is written. A call that was interrupted goes on where it stopped (CNN; a ViT's groups
-            begin again); one that is complete is left as it is.
-        how: number of parts (a ViT's maps have one id more, for the background), levels, metric, border.
-        image_size: side to which the whole image is squashed.
-        map_size: side of the id maps of a CNN (a ViT's have its key grid).
-        run: what made the maps, for maps.json.
-        device: where to run.
-        threads: data threads.
-        seed: seed of the k-means starts.
-        loader: data pipeline.
+        out: folder of maps to write. After an interruption a CNN continues where it stopped, a ViT starts over, as
+            its ids are common to a group of images; a complete folder is not changed.
+        clustering: number of parts (maps of a ViT have one more id, for the background), levels, metric, border.
+        config: sizes, origin, seed and loader.
 
     Returns:
         ``out``.
 
     Raises:
-        UserError: the folder holds maps that other weights or settings made, or there are fewer pixels than clusters.
+        UserError: the folder holds maps of other weights or settings, or there are fewer pixels than clusters.
     """
-    from fgfast.data.maps import map_path, read_maps_info, save_maps, write_maps_info
-
-    if not encoder.is_vit:
-        config.check()
-        check_pixels(config.n_parts, map_size)
-    total = config.n_parts + 1 if encoder.is_vit else config.n_parts
-    name = f"{run}, weights {_digest(encoder)}, image size {image_size}, levels {config.levels}, seed {seed}"
-    name += "" if encoder.is_vit else config.describe()
-    if (out / "maps.json").is_file():
-        info = read_maps_info(out)
-        if info["run"] == name and info["n_parts"] == total:
-            return out
-        raise UserError(f"{out} already holds maps of {info['run']}: give another --out, or remove it.")
-    begun, what = out / "begun.json", {"run": name, "n_parts": total, "map_size": map_size}
-    if not encoder.is_vit and begun.is_file() and begun.read_text() == json.dumps(what):
-        images = images.subset([i for i, rel in enumerate(images.paths) if not map_path(out, rel).is_file()])
-    write_atomic(begun, lambda p: p.write_text(json.dumps(what)))
-    side = (map_size, map_size)
-    for rels, labels in _label_batches(
-        encoder, images, config, image_size=image_size, map_size=map_size, device=device, threads=threads, seed=seed,
-        loader=loader,
-    ):  # fmt: skip
-        save_maps(out, rels, labels.to(torch.uint8).cpu().numpy())
-        side = (labels.shape[1], labels.shape[2])
-    write_maps_info(out, n_parts=total, size=side, run=name)
-    begun.unlink()
+    origin = describe_origin(encoder, clustering, config)
+    unlabelled = open_maps(out, images, origin, resume=not encoder.is_vit)
+    if unlabelled is not None:
+        write_maps(out, label_images(encoder, unlabelled, clustering, config), origin)
     return out
 
 
-def _digest(encoder: Backbone) -> str:
-    """Twelve digits that name the weights."""
-    found = hashlib.sha256()
-    for tensor in encoder.net.state_dict().values():
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return found.hexdigest()[:12]
+def describe_origin(encoder: Backbone, clustering: ClusteringConfig, config: DiscoveryConfig) -> Origin:
+    """Check the settings and describe the maps that they give.
+
+    Raises:
+        UserError: the images cannot be clustered with these settings.
+    """
+    c = config
+    run = f"{c.run}, weights {_digest(encoder)}, image size {c.image_size}, levels {clustering.levels}, seed {c.seed}"
+    if encoder.is_vit:
+        return Origin(run, clustering.n_parts + 1, c.map_size)
+    clustering.check()
+    check_pixels(clustering.n_parts, c.map_size)
+    return Origin(run + clustering.describe(), clustering.n_parts, c.map_size)
 
 
-def _label_batches(
-    encoder: Backbone,
-    images: "ImageSet",
-    config: ClusteringConfig,
-    *,
-    image_size: int,
-    map_size: int,
-    device: torch.device,
-    threads: int,
-    seed: int,
-    loader: str,
+def open_maps(out: Path, images: ImageSet, origin: Origin, *, resume: bool) -> ImageSet | None:
+    """Open a folder of maps for writing.
+
+    Args:
+        out: the folder; created if it is missing.
+        images: the images to label.
+        origin: origin of the maps to write.
+        resume: keep the maps of an interrupted call with the same origin.
+
+    Returns:
+        The images that still need a map; None if the folder is complete.
+
+    Raises:
+        UserError: the folder is complete and has another origin.
+    """
+    if (out / "maps.json").is_file():
+        info = read_maps_info(out)
+        if (info["run"], info["n_parts"]) == (origin.run, origin.n_parts):
+            return None
+        raise UserError(f"{out} already holds maps of {info['run']}: give another --out, or remove it.")
+    started, content = out / STARTED, json.dumps(origin._asdict())
+    if resume and started.is_file() and started.read_text() == content:
+        images = images.subset([i for i, path in enumerate(images.paths) if not map_path(out, path).is_file()])
+    write_atomic(started, lambda p: p.write_text(content))
+    return images
+
+
+def label_images(
+    encoder: Backbone, images: ImageSet, clustering: ClusteringConfig, config: DiscoveryConfig
 ) -> Iterator[tuple[list[str], Tensor]]:
-    from fgfast.data.loader import make_loader
-    from fgfast.data.views import ViewSpec
-
+    """Yield the relative paths and id maps, int64 [B, h, w], of batches of images."""
     if not len(images):
         return
-    spec = ViewSpec(whole=image_size)
+    device = next(encoder.parameters()).device
     batches = make_loader(
-        images, spec, GROUP if encoder.is_vit else 32, shuffle=False, device=device, threads=threads, backend=loader
-    )
+        images, ViewSpec(whole=config.image_size), GROUP if encoder.is_vit else BATCH, shuffle=False, device=device,
+        threads=config.threads, backend=config.loader,
+    )  # fmt: skip
     was_training = encoder.training
     encoder.eval()
     try:
         for batch in batches:
-            valid = batch.valid
             assert batch.whole is not None  # the specification asks for it
-            whole = batch.whole[valid]
-            rels = [images.paths[i] for i in batch.index[valid].tolist()]
+            whole = batch.whole[batch.valid]
             if encoder.is_vit:
-                patch = encoder.patch
-                labels = discover_group(encoder, whole, n_parts=config.n_parts, stride=max(1, patch // 2), seed=seed)
+                stride = max(1, encoder.patch // 2)
+                labels = discover_group(encoder, whole, n_parts=clustering.n_parts, stride=stride, seed=config.seed)
             else:
-                labels = cluster_pyramid(encoder, whole, config, size=map_size, seed=seed)
-            yield rels, labels
+                labels = cluster_pyramid(encoder, whole, clustering, size=config.map_size, seed=config.seed)
+            yield [images.paths[i] for i in batch.index[batch.valid].tolist()], labels
     finally:
         encoder.train(was_training)
         batches.close()
+
+
+def write_maps(out: Path, batches: Iterable[tuple[list[str], Tensor]], origin: Origin) -> None:
+    """Save batches of id maps, then mark the folder as complete with maps.json."""
+    size = (origin.map_size, origin.map_size)
+    for paths, labels in batches:
+        save_maps(out, paths, labels.to(torch.uint8).cpu().numpy())
+        size = (labels.shape[1], labels.shape[2])
+    write_maps_info(out, n_parts=origin.n_parts, size=size, run=origin.run)
+    (out / STARTED).unlink()
+
+
+def _digest(encoder: Backbone) -> str:
+    """Twelve hexadecimal digits of a hash of the weights."""
+    digest = hashlib.sha256()
+    for tensor in encoder.net.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]

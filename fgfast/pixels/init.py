@@ -9,9 +9,29 @@ from fgfast.pixels.source import Dense, PixelSource
 from fgfast.reference.draws import uniform
 
 
-def _sample(w: Tensor, keys: Tensor, n: int) -> Tensor:
-    """The n pixels of weight > 0 with the largest keys, ascending [B, n]."""
-    return torch.where(w > 0, keys, -math.inf).topk(n, dim=1).indices.sort(1).values
+def pixel_keys(seed: Tensor, run: int, weight: Tensor, init: str) -> Tensor:
+    """Random keys of the N pixels for :func:`sample_pixels`, float64 [N] ("k-means++") or [B, N] ("random").
+
+    Keys of "random" draw pixels without replacement in proportion to their weight [B, N]: log(u) / weight.
+
+    Source: Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006.
+    """
+    keys = uniform(seed, 3 * run + 1, weight.shape[1])
+    return torch.log(keys + 2**-33) / weight.double().clamp_min(1e-30) if init == "random" else keys
+
+
+def sample_pixels(weight: Tensor, keys: Tensor, n: int) -> Tensor:
+    """Indices [B, n], ascending, of the n pixels of positive weight [B, N] with the largest keys; all if n is N."""
+    batch, pixels = weight.shape
+    if n == pixels:
+        return torch.arange(n, device=weight.device).expand(batch, -1)
+    return torch.where(weight > 0, keys, -math.inf).topk(n, dim=1).indices.sort(1).values
+
+
+def trial_numbers(seed: Tensor, run: int, n_clusters: int) -> Tensor:
+    """Uniform numbers [K, trials] for the candidates of greedy k-means++, 2 + floor(log K) of them per centroid."""
+    trials = 2 + int(math.log(n_clusters))
+    return uniform(seed, 3 * run + 2, n_clusters * trials).view(n_clusters, trials)
 
 
 def _drawn(p: Tensor, u: Tensor) -> Tensor:
@@ -26,20 +46,18 @@ def start(source: PixelSource, n_clusters: int, init: str, init_samples: int, se
     k-means++ draws 2 + floor(log K) candidates in proportion to weight x distance and keeps the one that leaves the
     least, as scikit-learn does (Arthur and Vassilvitskii, SODA 2007).
     """
-    keys = uniform(seed, 3 * run + 1, source.pixels)
+    keys = pixel_keys(seed, run, source.w, init)
     if init == "random":
-        keys = torch.log(keys + 2**-33) / source.w.double().clamp_min(1e-30)
-        return source.points(_sample(source.w, keys, n_clusters))
+        return source.points(sample_pixels(source.w, keys, n_clusters))
     w = source.w
     if init_samples < source.pixels:
-        chosen = _sample(w, keys, init_samples)
+        chosen = sample_pixels(w, keys, init_samples)
         if isinstance(source, Dense):
             source = source.subset(chosen)
             w = source.w
         else:
             w = w * torch.zeros_like(w).scatter_(1, chosen, 1)
-    trials = 2 + int(math.log(n_clusters))
-    u = uniform(seed, 3 * run + 2, n_clusters * trials).view(n_clusters, trials)
+    u = trial_numbers(seed, run, n_clusters)
     first = source.points(_drawn(w, u[0, :1]))  # [B, 1, D]
     found = [first]
     closest = source.distances(first)[:, 0]  # [B, N]

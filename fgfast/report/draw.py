@@ -1,4 +1,4 @@
-"""Images of a run: what its method sees, drawn by the method, and nearest neighbours of its features."""
+"""Figures of a run: the images that its method draws, and nearest neighbours by its features."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,22 +12,22 @@ from fgfast.data.loader import make_loader
 from fgfast.data.views import ViewSpec
 from fgfast.evaluate.features import extract
 from fgfast.methods.base import method_class
-from fgfast.methods.stored import Checkpoint, read_run
-from fgfast.report.pictures import grid, neighbours
+from fgfast.methods.run_folder import Checkpoint, read_run
+from fgfast.report.pictures import neighbour_panels, write_grid
 from fgfast.run import load_checkpoint
 
-SHOWN = 8  # images in a grid
-SEARCHED = 1000  # images among which neighbours are looked for
+SHOWN = 8  # images per figure
+SEARCHED = 1000  # images among which nearest neighbours are searched
 
 
 def draw_run(run: Path, data: Path, *, checkpoint: Checkpoint = "last", device: torch.device) -> list[Path]:
-    """Draw RUN/parts.png (methods with parts) and RUN/pictures/*.png; those of step 0 end in -init.
+    """Write RUN/parts.png (methods with parts) and RUN/pictures/*.png; names for the checkpoint "init" end in -init.
 
     Args:
         run: run folder.
-        data: images to draw on; the test split where there is one.
+        data: data set; its test split is shown if there is one.
         checkpoint: "init" or "last".
-        device: where the networks run.
+        device: device of the networks.
 
     Returns:
         The files written.
@@ -43,35 +43,32 @@ def draw_run(run: Path, data: Path, *, checkpoint: Checkpoint = "last", device: 
     method.eval()
 
     shown = images.test_set() if len(images.test_set()) else images.train_set()
-    some = shown.subset(np.sort(np.random.default_rng(0).permutation(len(shown))[:SHOWN]))
+    sample = shown.subset(np.sort(np.random.default_rng(0).permutation(len(shown))[:SHOWN]))
     spec = method.views()
-    if spec.masks:  # stored maps are those of the training images: draw on them
-        some = images.train_set()
-        some = some.subset(np.arange(min(SHOWN, len(some))))
+    if spec.masks:  # only the training images have stored id maps
+        sample = images.train_set()
+        sample = sample.subset(np.arange(min(SHOWN, len(sample))))
     maps = method.prepare(images.train_set(), run, max(0, getattr(config, "rounds", 1) - 1)) if spec.masks else None
     loader = make_loader(
-        some, replace(spec, whole=spec.whole or 2 * config.size), len(some), shuffle=False, seed=config.seed, maps=maps,
-        device=device, threads=config.threads, backend=config.loader,
+        sample, replace(spec, whole=spec.whole or 2 * config.size), len(sample), shuffle=False, seed=config.seed,
+        maps=maps, device=device, threads=config.threads, backend=config.loader,
     )  # fmt: skip
     try:
         batch = next(iter(loader))
     finally:
         loader.close()
-    written, mark = [], "" if checkpoint == "last" else f"-{checkpoint}"
+    written, suffix = [], "" if checkpoint == "last" else f"-{checkpoint}"
     with torch.no_grad():
         for title, rows in method.pictures(batch).items():
-            slug = title.replace(" ", "-") + mark
+            slug = title.replace(" ", "-") + suffix
             path = run / f"{slug}.png" if title == "parts" else run / "pictures" / f"{slug}.png"
-            written.append(grid(rows, path, description=f"{title} ({name}, {checkpoint})"))
-    written.append(
-        _neighbours(
-            method.encoder, shown, config.size, run / "pictures" / f"neighbours{mark}.png", device, config.threads
-        )
-    )
+            written.append(write_grid(rows, path, description=f"{title} ({name}, {checkpoint})"))
+    path = run / "pictures" / f"neighbours{suffix}.png"
+    written.append(_draw_neighbours(method.encoder, shown, config.size, path, device, config.threads))
     return written
 
 
-def _neighbours(
+def _draw_neighbours(
     encoder: torch.nn.Module, images: ImageSet, size: int, path: Path, device: torch.device, threads: int
 ) -> Path:
     searched = images.subset(np.sort(np.random.default_rng(1).permutation(len(images))[:SEARCHED]))
@@ -82,12 +79,9 @@ def _neighbours(
     finally:
         loader.close()
     queries = list(range(0, len(searched), max(1, len(searched) // 6)))[:6]
-    rows = neighbours(
-        whole,
-        torch.as_tensor(features),
-        min(5, len(features) - 1),
-        queries=queries,
-        targets=targets,
-        classes=searched.classes,
+    k = min(5, len(features) - 1)
+    rows = neighbour_panels(
+        whole, torch.as_tensor(features), k, queries=queries, targets=targets, classes=searched.classes
     )
-    return grid(rows, path, description="Each row: an image and its five nearest by cosine similarity of the features")
+    description = "Each row: an image and its five nearest neighbours by cosine similarity of the features"
+    return write_grid(rows, path, description=description)

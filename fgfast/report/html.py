@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run: what was run, what it gained, how it went, what it sees."""
+"""The HTML report of a run, one self-contained page: settings, results, training curves and figures."""
 
 import base64
 import json
@@ -19,17 +19,17 @@ from fgfast.info import versions
 from fgfast.report import plots
 from fgfast.train.log import read_metrics
 
-CHECKPOINTS = {"init": "before", "last": "after"}
+CHECKPOINTS = {"init": "before", "last": "after"}  # column heads of the results
 PROTOCOLS = {
     "knn": "kNN", "linear": "Linear probe", "parts": "Linear probe of true parts", "mlp": "MLP",
     "finetune": "Fine-tuning", "retrieval": "Retrieval, rank 1",
 }  # fmt: skip
-ALT = {"parts": "Photographs with the discovered parts painted over them, one colour a part"}
+ALT = {"parts": "Images with the discovered parts painted over them, one colour per part"}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """An image of the page: where its bytes come from has no part in it."""
+    """A figure of the page, with its PNG inside."""
 
     title: str
     alt: str
@@ -38,11 +38,11 @@ class Figure:
 
 @dataclass
 class Page:
-    """What the template draws; whatever the run folder lacks is empty here and absent from the page."""
+    """The data for the template; a file that the run folder lacks leaves its field empty and its section out."""
 
     title: str
     subtitle: str = ""
-    tiles: list[tuple[str, str, str]] = field(default_factory=list)  # name, value, remark
+    summary: list[tuple[str, str, str]] = field(default_factory=list)  # name, value, remark
     config: list[tuple[str, str]] = field(default_factory=list)
     checkpoints: list[str] = field(default_factory=list)
     results: list[dict[str, Any]] = field(default_factory=list)
@@ -54,24 +54,24 @@ class Page:
     notes: list[str] = field(default_factory=list)
 
 
-def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Items of nested tables under dotted names.
+def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The items of nested tables under dotted names.
 
     Example:
-        >>> list(flat({"method": "particle", "optimiser": {"lr": 0.1}}))
+        >>> list(flatten({"method": "particle", "optimiser": {"lr": 0.1}}))
         [('method', 'particle'), ('optimiser.lr', 0.1)]
     """
     for key, value in table.items():
         if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
 def _find(config: list[tuple[str, Any]], key: str) -> Any:
-    """The value called ``key`` at the lowest depth of the flattened configuration, or None."""
-    found = [(name.count("."), value) for name, value in config if name.rsplit(".", 1)[-1] == key]
-    return min(found, key=lambda item: item[0])[1] if found else None
+    """The least nested value called ``key`` in a flattened configuration, or None."""
+    matches = [(name.count("."), value) for name, value in config if name.rsplit(".", 1)[-1] == key]
+    return min(matches, key=lambda item: item[0])[1] if matches else None
 
 
 def _text(value: object) -> str:
@@ -84,12 +84,12 @@ def _text(value: object) -> str:
     return str(value)
 
 
-def _percent(share: object) -> str:
-    return f"{100 * share:.1f}" if isinstance(share, int | float) and math.isfinite(share) else ""
+def _percent(fraction: object) -> str:
+    return f"{100 * fraction:.1f}" if isinstance(fraction, int | float) and math.isfinite(fraction) else ""
 
 
-def _results(page: Page, rows: list[dict[str, Any]]) -> None:
-    """Fill the table: a line for each protocol and data set, a cell for each checkpoint; of repeats the last counts."""
+def _add_results(page: Page, rows: list[dict[str, Any]]) -> None:
+    """Fill the table: a line per protocol and data set, a cell per checkpoint; the last of repeated rows is shown."""
     lines: dict[tuple[str, str, str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
         key = str(row["protocol"]), str(row.get("options", "")), str(row.get("data", "")), str(row.get("path", ""))
@@ -118,32 +118,36 @@ def _median(rows: list[dict[str, Any]], key: str) -> float | None:
     return values[len(values) // 2] if values else None
 
 
-def _tiles(page: Page, rows: list[dict[str, Any]]) -> None:
+def _add_summary(page: Page, rows: list[dict[str, Any]]) -> None:
     knn = [v for v in plots.series(rows, "knn")[1].tolist() if math.isfinite(v)]
     if knn:
-        page.tiles.append(
-            ("kNN while training", f"{100 * knn[-1]:.1f} %", f"first {100 * knn[0]:.1f} %, best {100 * max(knn):.1f} %")
+        page.summary.append(
+            (
+                "kNN during training",
+                f"{100 * knn[-1]:.1f} %",
+                f"first {100 * knn[0]:.1f} %, best {100 * max(knn):.1f} %",
+            )
         )
     loss = [v for v in plots.series(rows, "loss")[1].tolist() if math.isfinite(v)]
     if loss:
-        page.tiles.append(("Loss", f"{loss[-1]:.3g}", f"at first {loss[0]:.3g}"))
+        page.summary.append(("Loss", f"{loss[-1]:.3g}", f"first {loss[0]:.3g}"))
     if rows:
         epoch = rows[-1].get("epoch")
-        page.tiles.append(("Steps", f"{int(rows[-1]['step']):,}", "" if epoch is None else f"epoch {_text(epoch)}"))
+        page.summary.append(("Steps", f"{int(rows[-1]['step']):,}", "" if epoch is None else f"epoch {_text(epoch)}"))
     if (speed := _median(rows, "images_per_s")) is not None:
-        page.tiles.append(("Speed", f"{speed:,.0f}", "images a second, median"))
+        page.summary.append(("Speed", f"{speed:,.0f}", "images per second, median"))
     if (wait := _median(rows, "data_wait")) is not None:
-        page.tiles.append(("Waiting for data", f"{100 * wait:.1f} %", "of the step, median"))
+        page.summary.append(("Waiting for data", f"{100 * wait:.1f} %", "of the step time, median"))
     memory = plots.series(rows, "memory_mb")[1]
     if memory.size:
-        page.tiles.append(("Memory", f"{memory.max():,.0f} MiB", "peak"))
+        page.summary.append(("Memory", f"{memory.max():,.0f} MiB", "peak"))
 
 
 def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def _pictures(page: Page, run: Path) -> None:
+def _add_figures(page: Page, run: Path) -> None:
     for path in [run / "parts.png", *sorted((run / "pictures").glob("*.png"))]:
         if not path.is_file():
             continue
@@ -151,17 +155,17 @@ def _pictures(page: Page, run: Path) -> None:
             with Image.open(path) as image:
                 image.load()
                 description = str(image.info.get("Description", ""))
-        except (OSError, SyntaxError) as error:  # what Pillow raises for a PNG that was cut short
+        except (OSError, SyntaxError) as error:  # Pillow's errors for a truncated PNG
             page.notes.append(f"{path.relative_to(run)} is not a readable PNG and was left out ({error}).")
             continue
         name = path.stem.replace("_", " ").replace("-", " ")
-        alt = description or ALT.get(path.stem, f"Image called {name}")
+        alt = description or ALT.get(path.stem, f"Figure: {name}")
         title = description or name
         page.figures.append(Figure(title[:1].upper() + title[1:], alt, _data_uri(path.read_bytes())))
 
 
 def _parse_error(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} cannot be read ({error}): mend the file, or delete it and the report leaves it out.")
+    return UserError(f"{path} cannot be read ({error}): repair it, or delete it to leave it out of the report.")
 
 
 def _read_config(page: Page, path: Path) -> None:
@@ -171,41 +175,41 @@ def _read_config(page: Page, path: Path) -> None:
         raise _parse_error(path, error) from error
     environment = config.pop("environment", None)
     if isinstance(environment, dict):
-        page.versions = [(name, _text(value)) for name, value in flat(environment)]
+        page.versions = [(name, _text(value)) for name, value in flatten(environment)]
         page.versions_from_run = True
-    items = list(flat(config))
+    items = list(flatten(config))
     page.config = [(name, _text(value)) for name, value in items]
     if (method := _find(items, "method")) is not None:
         page.title = str(method)
-    parts = [
+    phrases = [
         ("on", Path(str(_find(items, "data") or "")).name),
         ("with", _find(items, "model")),
         ("from", _find(items, "init")),
     ]
-    words = [f"{word} {value}" for word, value in parts if value not in (None, "")]
-    page.subtitle = " ".join(words).replace("from none", "from random weights")
+    texts = [f"{word} {value}" for word, value in phrases if value not in (None, "")]
+    page.subtitle = " ".join(texts).replace("from none", "from random weights")
 
 
 def _read_results(page: Page, path: Path) -> None:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        _results(page, rows)
+        _add_results(page, rows)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _parse_error(path, error) from error
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report.html from whatever the run folder holds.
+    """Write RUN/report.html from the files of a run folder.
 
-    Read are config.toml, metrics.jsonl, eval.json (a list of {"protocol", "checkpoint", "top1", "low", "high", "n"},
-    accuracies 0 to 1), parts.png and pictures/*.png; what is missing is left out. The page needs nothing outside
-    itself: images are inside it, there is no script and no link. It is written atomically.
+    The report reads config.toml, metrics.jsonl, eval.json (a list of {"protocol", "checkpoint", "top1", "low", "high",
+    "n"}, accuracies 0 to 1), parts.png and pictures/*.png; a missing file is left out. The page is self-contained:
+    images are embedded, and it has no scripts and no links. It is written atomically.
 
     Args:
         run: the run folder.
 
     Returns:
-        path of the page.
+        The path of the page.
 
     Raises:
         UserError: the folder is missing, or config.toml or eval.json cannot be parsed.
@@ -218,7 +222,7 @@ def write_report(run: Path) -> Path:
     """
     run = Path(run)
     if not run.is_dir():
-        raise UserError(f"{run} is not a folder: give the run folder that fgfast pretrain --out made.")
+        raise UserError(f"{run} is not a folder: give a run folder, the --out of fgfast pretrain.")
     page = Page(title=run.resolve().name)
     if (run / "config.toml").is_file():
         _read_config(page, run / "config.toml")
@@ -229,13 +233,13 @@ def write_report(run: Path) -> Path:
         if broken:
             lines = ", ".join(map(str, broken[:8])) + (" and more" if len(broken) > 8 else "")
             page.notes.append(
-                f"metrics.jsonl: line {lines} could not be read, as after a run that was killed, and is left out."
+                f"metrics.jsonl: line {lines} could not be read (perhaps the run was killed) and is left out."
             )
-        _tiles(page, rows)
+        _add_summary(page, rows)
         if (figure := plots.curves(rows)) is not None:
             titles = ", ".join(axes.get_title(loc="left").lower() for axes in figure.axes)
             page.curves = Figure("Curves", f"Curves over training steps: {titles}", _data_uri(plots.png_bytes(figure)))
-    _pictures(page, run)
+    _add_figures(page, run)
     page.versions = page.versions or list(versions().items())
 
     template = resources.files("fgfast.report").joinpath("report.html.j2").read_text(encoding="utf-8")

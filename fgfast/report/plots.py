@@ -1,4 +1,4 @@
-"""Curves of a run and comparisons of runs, as matplotlib figures without global state."""
+"""Training curves of a run and bar charts that compare runs, as matplotlib figures without global state."""
 
 import io
 import math
@@ -18,10 +18,10 @@ from fgfast.files import write_atomic
 Row = Mapping[str, Any]
 
 INK, FAINT, GRID = "#202124", "#5f6368", "#e8eaed"
-# Lines need more contrast with white than areas do: Okabe and Ito's colours, dark ones first, the yellow left out.
+# Okabe and Ito's colours, dark ones first and without yellow: lines need more contrast with white than areas do.
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#202124")
 
-# What a row of metrics.jsonl holds besides the terms of the loss.
+# Keys of metrics.jsonl that are not terms of the loss.
 NOT_LOSS = frozenset({
     "step", "epoch", "round", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_mb", "ema", "knn",
     "passes_per_s", "weight_decay", "time", "seconds", "skipped",
@@ -29,7 +29,7 @@ NOT_LOSS = frozenset({
 
 
 def series(rows: Sequence[Row], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Steps and values of the rows that hold a number under ``key``; NaN stays, and leaves a gap in the line.
+    """Steps and values of the rows with a number under ``key``; NaN is kept and leaves a gap in the line.
 
     Example:
         >>> series([{"step": 1, "loss": 2.0}, {"step": 2, "knn": 0.5}], "loss")[0].tolist()
@@ -45,7 +45,7 @@ def _is_number(value: object) -> bool:
 
 
 def loss_terms(rows: Sequence[Row]) -> list[str]:
-    """Names of the loss terms in ``rows``: every number that is not one of the trainer's own keys.
+    """Names of the loss terms in ``rows``: every key with a number that the trainer does not use otherwise.
 
     Example:
         >>> loss_terms([{"step": 1, "loss": 3.0, "part": 2.0, "lr": 0.1}])
@@ -55,7 +55,7 @@ def loss_terms(rows: Sequence[Row]) -> list[str]:
 
 
 def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Centred running mean over an odd number of values, at most ``window``, fewer at both ends; NaN stays NaN."""
+    """Centred running mean over an odd number of values, at most ``window``, fewer at the ends; NaN stays NaN."""
     if not len(values):
         return values
     finite = np.isfinite(values)
@@ -65,7 +65,7 @@ def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
     return np.where(finite, total / np.maximum(count, 1.0), np.nan)
 
 
-def _tidy(axes: Axes, title: str, unit: str = "") -> None:
+def _style_axes(axes: Axes, title: str, unit: str = "") -> None:
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
     if unit:
         axes.set_title(unit, loc="right", fontsize=8, color=FAINT)
@@ -77,18 +77,18 @@ def _tidy(axes: Axes, title: str, unit: str = "") -> None:
         spine.set_color(FAINT)
 
 
-def _short(value: float, _: object = None) -> str:
+def _format_step(value: float, _: object = None) -> str:
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
 
 
-def _draw(axes: Axes, rows: Sequence[Row], keys: Sequence[str], *, scale: float = 1.0, smoothed: bool = False) -> None:
+def _plot(axes: Axes, rows: Sequence[Row], keys: Sequence[str], *, scale: float = 1.0, smoothed: bool = False) -> None:
     for colour, key in zip(LINES * (1 + len(keys) // len(LINES)), keys, strict=False):
         steps, values = series(rows, key)
         values = values * scale
         window = max(1, len(values) // 25) if smoothed else 1
         if window > 1:
             axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
-        # A line of one or two points is invisible: mark points where there are few.
+        # A line of one or two points is invisible.
         marker = "o" if len(values) <= 25 else None
         axes.plot(steps, smooth(values, window), color=colour, linewidth=1.6, marker=marker, markersize=3, label=key)
     if len(keys) > 1:
@@ -96,17 +96,17 @@ def _draw(axes: Axes, rows: Sequence[Row], keys: Sequence[str], *, scale: float 
 
 
 def curves(rows: Sequence[Row]) -> Figure | None:
-    """Draw how a run went: loss, its terms, kNN accuracy, learning rate, gradient norm, speed, data wait, memory.
+    """Draw training curves: loss, its terms, kNN accuracy, learning rate, gradient norm, speed, data wait, memory.
 
-    A panel is drawn for what the rows hold; noisy quantities are smoothed over a 25th of the run, with the raw
-    values faint behind.
+    Only quantities that the rows hold get a panel. Noisy ones are smoothed over a 25th of the run, with the raw values
+    behind in a faint colour.
 
     Args:
         rows: rows of metrics.jsonl: "step" and any of "loss", further loss terms, "lr", "grad_norm", "images_per_s",
-            "data_wait" (share of the step, 0 to 1), "memory_mb", "ema", "knn" (accuracy, 0 to 1).
+            "data_wait" (fraction of the step time, 0 to 1), "memory_mb", "ema", "knn" (accuracy, 0 to 1).
 
     Returns:
-        the figure, or None when there is nothing to draw.
+        The figure, or None if there is nothing to draw.
 
     Example:
         >>> figure = curves([{"step": s, "loss": 5.0 / s, "lr": 0.1} for s in range(1, 50)])
@@ -115,35 +115,35 @@ def curves(rows: Sequence[Row]) -> Figure | None:
     """
     panels: list[tuple[str, str, list[str], float, bool]] = [  # title, unit, keys, scale, smoothed
         ("Loss", "", ["loss"], 1.0, True),
-        ("Terms of the loss", "", loss_terms(rows), 1.0, True),
+        ("Loss terms", "", loss_terms(rows), 1.0, True),
         ("kNN accuracy", "%", ["knn"], 100.0, False),
         ("Learning rate", "", ["lr"], 1.0, False),
         ("Gradient norm", "before clipping", ["grad_norm"], 1.0, True),
         ("Speed", "images/s", ["images_per_s"], 1.0, True),
-        ("Waiting for data", "% of the step", ["data_wait"], 100.0, True),
+        ("Waiting for data", "% of the step time", ["data_wait"], 100.0, True),
         ("Peak memory", "MiB", ["memory_mb"], 1.0, False),
-        ("Momentum of the target", "", ["ema"], 1.0, False),
+        ("Momentum of the target network", "", ["ema"], 1.0, False),
     ]
-    drawn = []
+    present = []
     for panel in panels:
         keys = [key for key in panel[2] if np.isfinite(series(rows, key)[1]).any()]
         if keys:
-            drawn.append((*panel[:2], keys, *panel[3:]))
-    if not drawn:
+            present.append((*panel[:2], keys, *panel[3:]))
+    if not present:
         return None
-    columns = min(3, len(drawn))
-    lines = math.ceil(len(drawn) / columns)
-    figure = Figure(figsize=(3.8 * columns, 2.5 * lines), facecolor="white", layout="constrained")
+    columns = min(3, len(present))
+    grid_rows = math.ceil(len(present) / columns)
+    figure = Figure(figsize=(3.8 * columns, 2.5 * grid_rows), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    for i, (title, unit, keys, scale, smoothed) in enumerate(drawn):
-        axes = figure.add_subplot(lines, columns, i + 1)
-        _draw(axes, rows, keys, scale=scale, smoothed=smoothed)
-        _tidy(axes, title, unit)
+    for i, (title, unit, keys, scale, smoothed) in enumerate(present):
+        axes = figure.add_subplot(grid_rows, columns, i + 1)
+        _plot(axes, rows, keys, scale=scale, smoothed=smoothed)
+        _style_axes(axes, title, unit)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(_short))
+        axes.xaxis.set_major_formatter(FuncFormatter(_format_step))
         if title in ("Speed", "Waiting for data", "Peak memory"):
             axes.set_ylim(bottom=0)
-        if i + columns >= len(drawn):
+        if i + columns >= len(present):
             axes.set_xlabel("step", fontsize=8, color=FAINT)
     return figure
 
@@ -159,20 +159,20 @@ def bars(
     unit: str = "top-1, %",
     scale: float = 100.0,
 ) -> Figure:
-    """Compare results: a panel for each group, a bar with its interval for each label, labels in order of appearance.
+    """Compare results: a panel per group with a bar and its interval per label, in order of appearance.
 
-    Several rows with one label in one group are seeds of one thing: the bar is their mean, dots show each seed, and
-    the whisker goes from the lowest to the highest of them. A single row has the whisker of its own interval, if any.
+    Rows with the same label and group are seeds: the bar is their mean, each seed is a dot, and the whisker spans the
+    lowest to the highest. The whisker of a single row is its own interval, if it has one.
 
     Args:
         results: rows, for instance of compare.csv; numbers may be strings.
-        value, low, high: keys of the number and the ends of its interval.
-        label, group: keys of the bar's name and of the panel's; a row without a group key goes to one common panel.
-        unit: what the axis says.
-        scale: factor on every number, 100 for shares drawn as per cent.
+        value, low, high: keys of the number and of the ends of its interval.
+        label, group: keys of the names of the bar and of the panel; rows without a group key share one panel.
+        unit: label of the axis.
+        scale: factor on every number, 100 to show fractions as per cent.
 
     Returns:
-        the figure.
+        The figure.
 
     Raises:
         ValueError: there is no row.
@@ -184,7 +184,7 @@ def bars(
         ['simclr', 'particle']
     """
     if not results:
-        raise ValueError("There is no result to compare: give at least one row.")
+        raise ValueError("results is empty: give at least one row.")
     groups: dict[str, dict[str, list[Row]]] = {}
     for row in results:
         groups.setdefault(str(row.get(group, "")), {}).setdefault(str(row[label]), []).append(row)
@@ -197,11 +197,11 @@ def bars(
         axes = figure.add_subplot(1, len(groups), i + 1)
         names = [name for name in labels if name in members]
         for y, name in enumerate(names):
-            _bar(axes, y, colours[name], [_scaled(row, (value, low, high), scale) for row in members[name]])
+            _draw_bar(axes, y, colours[name], [_scaled(row, (value, low, high), scale) for row in members[name]])
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set_xlim(min(0.0, axes.get_xlim()[0]), axes.get_xlim()[1] * 1.1)  # room for the numbers
-        _tidy(axes, title)
+        _style_axes(axes, title)
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", labelcolor=INK, labelsize=9)
         axes.set_xlabel(unit, fontsize=8, color=FAINT)
@@ -209,12 +209,12 @@ def bars(
 
 
 def _scaled(row: Row, keys: tuple[str, str, str], scale: float) -> tuple[float, float, float]:
-    """Value and interval of ``row``, NaN for what is absent or empty."""
+    """The value and the interval of ``row``, NaN where absent or empty."""
     value, low, high = (math.nan if row.get(key) in (None, "") else float(row[key]) * scale for key in keys)
     return value, low, high
 
 
-def _bar(axes: Axes, y: int, colour: str, seeds: Sequence[tuple[float, float, float]]) -> None:
+def _draw_bar(axes: Axes, y: int, colour: str, seeds: Sequence[tuple[float, float, float]]) -> None:
     values = np.array([seed[0] for seed in seeds])
     mean = float(values.mean())
     low, high = (values.min(), values.max()) if len(seeds) > 1 else seeds[0][1:]
@@ -235,7 +235,7 @@ def png_bytes(figure: Figure, dpi: int = 150) -> bytes:
     return buffer.getvalue()
 
 
-def save(figure: Figure, path: Path, dpi: int = 150) -> Path:
+def save_figure(figure: Figure, path: Path, dpi: int = 150) -> Path:
     """Write the figure to a PNG file, atomically."""
     write_atomic(path, lambda p: p.write_bytes(png_bytes(figure, dpi)))
     return path

@@ -1,5 +1,5 @@
-"""Moved to :mod:`fgfast.config`."""
+"""Deprecated: use :mod:`fgfast.config`."""
 
-from fgfast.deprecated import moved
+from fgfast.deprecated import forward_names
 
-__getattr__ = moved(__name__, "fgfast.config")
+__getattr__ = forward_names(__name__, "fgfast.config")

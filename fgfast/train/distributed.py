@@ -1,4 +1,4 @@
-"""Ranks: torchrun's environment to a process group, and what only the first rank does."""
+"""The ranks of a distributed run: the process group that torchrun describes, barriers, and the choice of a device."""
 
 import os
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from fgfast.errors import UserError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together."""
+    """The rank of this process among those that train together."""
 
     rank: int
     world: int
@@ -19,7 +19,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes the files and the log."""
         return self.rank == 0
 
 
@@ -27,27 +27,27 @@ def choose_device(name: str) -> torch.device:
     """The device of "auto", "cpu", "cuda" or "cuda:N".
 
     Raises:
-        UserError: no such device is there.
+        UserError: there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name!r} is no device: choose auto, cpu, cuda or cuda:N.") from None
+        raise UserError(f"--device {name!r} is not a device: choose auto, cpu, cuda or cuda:N.") from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name!r} is not supported: choose auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name} was asked for and no CUDA device was found: choose --device cpu.")
+        raise UserError(f"--device {name} was given and no CUDA device was found: choose --device cpu.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"--device {name} was asked for and there are {torch.cuda.device_count()} devices: choose a lower one."
+            f"--device {name} was given and there are {torch.cuda.device_count()} CUDA devices: choose a lower number."
         )
     return device
 
 
 def start(device: str) -> Ranks:
-    """Join the process group that torchrun describes; alone without it."""
+    """Join the process group that torchrun describes in the environment; without one this process is the only rank."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = choose_device(device)
     if world == 1:
@@ -62,7 +62,7 @@ def start(device: str) -> Ranks:
 
 
 def barrier(ranks: Ranks) -> None:
-    """Wait for the other ranks, where there are any."""
+    """Wait for the other ranks, if there are any."""
     if ranks.world > 1:
         dist.barrier()
 

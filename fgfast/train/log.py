@@ -1,18 +1,20 @@
-"""What a run writes while it trains: metrics.jsonl, log.txt, TensorBoard and a progress bar.
+"""The log of a run in training: metrics.jsonl, log.txt, TensorBoard and a progress bar.
 
-Keys of metrics.jsonl, one JSON object a line:
+Keys of metrics.jsonl, one JSON object per line:
     step, epoch            steps done; epochs done as a fraction
-    loss, NAME             the loss and every other term that the method returns, of this step
+    loss, NAME             the loss of this step and every other term that the method returns
     lr, grad_norm          learning rate; gradient norm before clipping
-    images_per_s           images (not views) a second since the line before, evaluation left out
-    passes_per_s           encoder passes a second, likewise
-    data_wait              share of that time spent waiting for data, 0 to 1
-    memory_mb              peak memory of the device (CUDA), else of the process
+    images_per_s           images (not views) per second since the previous line, without the time of evaluation
+    passes_per_s           encoder passes per second, over the same time
+    data_wait              fraction of that time spent waiting for data, 0 to 1
+    memory_mb              peak memory of the device (CUDA) or of the process (CPU), MiB
     skipped                steps skipped so far because the loss was not finite
-    knn                    only on lines of an evaluation: online kNN top-1, 0 to 1
-    held_out_NAME          likewise: a term of the method on held-out images, in evaluation mode
-    psnr, ssim             srgan, on such lines: of generated held-out windows (dB; -1 to 1)
-    psnr_bicubic, ...      the same of bicubic enlargement
+
+Lines of an evaluation have step, epoch and:
+    knn                    online kNN top-1, 0 to 1
+    held_out_NAME          a term of the method on held-out images, in evaluation mode
+    psnr, ssim             srgan: of generated windows of held-out images (dB; -1 to 1)
+    psnr_bicubic, ...      srgan: the same of bicubic enlargement
 """
 
 import json
@@ -26,7 +28,7 @@ import torch
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory in MiB: allocated on a CUDA device, else resident in the process."""
+    """Peak memory in MiB: allocated on a CUDA device, or resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -34,16 +36,16 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """Read the rows of a metrics.jsonl, whatever happened to the run that wrote it.
+    """Read the rows of a metrics.jsonl of a finished, running or killed run.
 
-    A run that is killed while it writes leaves a broken line, and one that is resumed repeats the steps since its last
-    checkpoint: broken lines are left out and reported, and of a repeated stretch the later rows count.
+    A run that is killed while it writes leaves a broken line, and a resumed one repeats the steps since its last
+    checkpoint: broken lines are left out and reported, and of repeated steps the later rows are taken.
 
     Args:
         path: the file.
 
     Returns:
-        the rows in order of step, and the numbers of the lines that could not be read (from 1).
+        The rows in order of step, and the numbers (from 1) of the lines that could not be read.
     """
     rows: list[dict[str, Any]] = []
     broken: list[int] = []
@@ -65,13 +67,13 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 class RunLog:
-    """Writes rows to metrics.jsonl and TensorBoard, lines to log.txt, and keeps a progress bar.
+    """Writes rows to metrics.jsonl and TensorBoard, messages to log.txt and standard error, and a progress bar.
 
     Args:
         run: the run folder.
-        total: steps in all.
+        total: number of steps of the complete run.
         start: steps done before; rows of later steps, left by a killed run, are dropped.
-        enabled: False on ranks that stay silent.
+        enabled: False on all ranks but the first, which then write nothing.
     """
 
     def __init__(self, run: Path, total: int, start: int = 0, enabled: bool = True) -> None:
@@ -92,11 +94,11 @@ class RunLog:
         from fgfast.files import write_atomic
 
         path = run / "metrics.jsonl"
-        kept = [r for r in read_metrics(path)[0] if r["step"] <= start] if start and path.is_file() else []
-        text = "".join(json.dumps(r) + "\n" for r in kept)
+        earlier = [r for r in read_metrics(path)[0] if r["step"] <= start] if start and path.is_file() else []
+        text = "".join(json.dumps(r) + "\n" for r in earlier)
         write_atomic(path, lambda p: p.write_text(text))
         self.file = path.open("a")
-        self.said = (run / "log.txt").open("a" if start else "w")
+        self.text = (run / "log.txt").open("a" if start else "w")
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start or None)
         self.console = Console(stderr=True)
         self.bar = Progress(
@@ -118,15 +120,15 @@ class RunLog:
         if self.enabled:
             self.bar.stop()
             self.file.close()
-            self.said.close()
+            self.text.close()
             self.board.close()
 
-    def say(self, text: str) -> None:
-        """A line for people, on standard error and in log.txt."""
+    def print(self, message: str) -> None:
+        """Write a message to standard error and log.txt."""
         if self.enabled:
-            self.said.write(text + "\n")
-            self.said.flush()
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.text.write(message + "\n")
+            self.text.flush()
+            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
@@ -134,7 +136,7 @@ class RunLog:
             self.bar.update(self.task, completed=step)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Write a row: rounded to six figures, flushed at once."""
+        """Write a row, its numbers rounded to six figures."""
         if not self.enabled:
             return
         row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
@@ -150,10 +152,10 @@ class RunLog:
             )
             self.bar.update(self.task, row=shown)
             if not self.console.is_terminal and row["step"] % 200 == 0:
-                self.say(f"step {row['step']}/{self.bar.tasks[0].total:.0f}  {shown}")
+                self.print(f"step {row['step']}/{self.bar.tasks[0].total:.0f}  {shown}")
             return
         scores = [f"online kNN top-1 {row['knn']:.1%}"] if "knn" in row else []
         if "psnr" in row:
             scores.append(f"PSNR {row['psnr']:.2f} dB (bicubic {row['psnr_bicubic']:.2f})")
             scores.append(f"SSIM {row['ssim']:.3f} (bicubic {row['ssim_bicubic']:.3f})")
-        self.say("  ".join([f"step {row['step']}", *scores]))
+        self.print("  ".join([f"step {row['step']}", *scores]))

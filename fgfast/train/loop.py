@@ -1,7 +1,6 @@
-"""The training loop: reads top to bottom, from a configuration to a run folder."""
+"""The training loop, from a configuration to a run folder."""
 
 import inspect
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,30 +10,32 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fgfast.config import TrainConfig, read_toml, to_toml, validate
+from fgfast.config import TrainConfig, validate
 from fgfast.data.splits import pretext_images
 from fgfast.errors import UserError
-from fgfast.files import write_atomic
-from fgfast.methods.base import METHODS, Method, Progress, method_class
+from fgfast.methods.base import Method, Progress, method_class
 from fgfast.models.backbone import Backbone
-from fgfast.run import load_checkpoint, save_checkpoint, save_encoder
+from fgfast.run import save_checkpoint, save_encoder
 from fgfast.train.distributed import Ranks, barrier, start
 from fgfast.train.log import RunLog, peak_memory_mb
-from fgfast.train.optim import FiniteGuard, learning_rate, make_optimizer
+from fgfast.train.optim import FiniteGuard, make_optimizer
+from fgfast.train.resume import open_run
+from fgfast.train.signals import collect_stop_signals
 
 if TYPE_CHECKING:
     from fgfast.data.imageset import ImageSet
     from fgfast.data.loader import Loader
+    from fgfast.data.views import Batch
 
 
-def pretrain(name: str, config: TrainConfig, *, train: bool = True) -> Path:
+def pretrain(method: str | type[Method], config: TrainConfig, *, train: bool = True) -> Path:
     """Train a method and write its run folder.
 
     The folder holds config.toml, init.pt (the weights of step 0), last.pt (everything that ``resume`` needs),
     encoder.safetensors, metrics.jsonl, log.txt, tensorboard/ and, for methods that discover parts, parts_0/, ...
 
     Args:
-        name: a method's name.
+        method: the name or the class of a method.
         config: its configuration, an instance of the method's Config.
         train: False stops after init.pt, for scores before training.
 
@@ -47,185 +48,100 @@ def pretrain(name: str, config: TrainConfig, *, train: bool = True) -> Path:
     """
     validate(config)
     ranks = start(config.device)
-    run = Path(config.out)
     images = pretext_images(config)
     torch.manual_seed(config.seed)
-    method = method_class(name)(config).to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    method.train()
+    built = (method_class(method) if isinstance(method, str) else method)(config)
+    built.to(ranks.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    _check_images(built, images, ranks, train=train)
+    checkpoint = open_run(built, ranks)
+    if train:
+        _Trainer(built, images, ranks).train(checkpoint)
+    return Path(config.out)
+
+
+def _check_images(method: Method, images: "ImageSet", ranks: Ranks, *, train: bool) -> None:
+    """Raise a UserError before anything is written if the method cannot train on these images."""
     method.check_training_set(images)
-    if config.passes:
-        steps_of_passes(config, method, len(images), ranks.world)
+    if method.config.passes:
+        steps_of_passes(method, len(images), ranks.world)
     if train:
         from fgfast.data.manifest import check_images
 
-        check_images(images, threads=config.threads, quiet=True)  # too many broken ones: before anything is written
-    resumed = _open_run(run, name, config, ranks, method)
-    if train:
-        _Trainer(name, config, ranks, run, images, method).train(resumed)
-    return run
+        check_images(images, threads=method.config.threads, quiet=True)
 
 
-def _open_run(run: Path, name: str, config: TrainConfig, ranks: Ranks, method: Method) -> dict[str, Any] | None:
-    """Start the run folder, or read the checkpoint of the one to go on with."""
-    last = run / "last.pt"
-    if run.exists() and not run.is_dir():
-        raise UserError(f"{run} is a file: give another --out.")
-    if config.resume and last.is_file():
-        state = load_checkpoint(last, name)
-        check_options(run, config, (*ANY_TIME, *LENGTH))
-        known = read_toml(run / "config.toml")
-        if ranks.first and any(known.get(option) != getattr(config, option) for option in LENGTH):
-            write_atomic(run / "config.toml", lambda p: p.write_text(to_toml(config, name)))
-        return state
-    if last.exists():
-        raise UserError(f"{run} already holds a run: give --resume to go on with it, or another --out.")
-    foreign = _is_foreign(run)
-    barrier(ranks)  # every rank has looked before the first one writes
-    if foreign:
-        raise UserError(f"{run} holds other files: give another --out.")
-    if ranks.first:
-        run.mkdir(parents=True, exist_ok=True)
-        for maps in run.glob("parts_*/maps.json"):
-            maps.unlink()  # of a run that never saved, perhaps with other options: they are discovered again
-        write_atomic(run / "config.toml", lambda p: p.write_text(to_toml(config, name)))
-        save_checkpoint(run / "init.pt", {"name": name, "step": 0, "method": method.state_dict()})
-    barrier(ranks)
-    return None
-
-
-def _is_foreign(run: Path) -> bool:
-    """Whether a folder holds what no run has begun."""
-    if not run.is_dir() or not any(run.iterdir()):
-        return False
-    try:
-        return read_toml(run / "config.toml").get("method") not in METHODS
-    except UserError:
-        return True
-
-
-ANY_TIME = ("data", "out", "device", "threads", "loader", "log_every", "knn_every", "save_every", "resume", "compile")
-LENGTH = ("epochs", "passes")
-
-
-def check_options(run: Path, config: TrainConfig, may_change: tuple[str, ...]) -> None:
-    """Refuse other options than a run began with, but for those that may change.
+def steps_of_passes(method: Method, n_images: int, world: int) -> int:
+    """Number of steps that ``config.passes`` encoder passes allow, less those that prepare the rounds.
 
     Raises:
-        UserError: an option differs; the message names it and both values.
+        UserError: they allow no step.
     """
-    from fgfast.methods.stored import read_run
-
-    _, before = read_run(run)
-    for name, value in vars(config).items():
-        if name not in may_change and getattr(before, name, value) != value:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(
-                f"{run} began with {flag} {getattr(before, name)}, not {value}: "
-                f"give the options of {run / 'config.toml'}, or another --out."
-            )
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying in the middle of a step; a second one stops at once.
-
-    Outside the main thread nothing changes.
-    """
-    caught: list[int] = []
-
-    def note(number: int, _frame: object) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    try:
-        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:
-        before = {}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    config = method.config
+    preparation = _rounds(config) * method.passes_to_prepare * n_images
+    steps = int((config.passes - preparation) / (method.passes_per_image * config.batch_size * world))
+    if steps < 1:
+        raise UserError(f"--passes {config.passes} does not allow one step: give more.")
+    return steps
 
 
 def _rounds(config: TrainConfig) -> int:
     return max(1, getattr(config, "rounds", 1))
 
 
-def steps_of_passes(config: TrainConfig, method: Method, n_images: int, world: int) -> int:
-    """Steps that ``config.passes`` encoder passes pay for, after what the rounds need before they start.
-
-    Raises:
-        UserError: they do not pay for one step.
-    """
-    preparation = _rounds(config) * method.passes_to_prepare * n_images
-    steps = int((config.passes - preparation) / (method.passes_per_image * config.batch_size * world))
-    if steps < 1:
-        raise UserError(f"--passes {config.passes} does not pay for one step: give more.")
-    return steps
-
-
 class _Trainer:
     """One run: its parts, and the loop over rounds, epochs and steps."""
 
-    def __init__(
-        self, name: str, config: TrainConfig, ranks: Ranks, run: Path, images: "ImageSet", method: Method
-    ) -> None:
-        self.name, self.config, self.ranks, self.run, self.images = name, config, ranks, run, images
-        self.method = method
-        self.rounds = _rounds(config)
-        self.optimizer = make_optimizer(method, config)
+    def __init__(self, method: Method, images: "ImageSet", ranks: Ranks) -> None:
+        self.method, self.images, self.ranks = method, images, ranks
+        self.config = method.config
+        self.run = Path(self.config.out)
+        self.rounds = _rounds(self.config)
+        self.optimizer = make_optimizer(method, self.config)
         self.guard = FiniteGuard(method, self.optimizer)
         self.step = 0
-        if config.compile:
-            for module in method.modules():
-                if isinstance(module, Backbone):
-                    module.net.forward_features = torch.compile(module.net.forward_features)
-        self.model: nn.Module = method
-        if ranks.world > 1:
-            method.set_group(torch.distributed.group.WORLD)
-            ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-            ddp = nn.parallel.DistributedDataParallel
-            newer = (
-                "forward_sync_buffers" in inspect.signature(ddp).parameters
-            )  # the name before torch 2.15 warns there
-            buffers: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
-            self.model = ddp(method, device_ids=ids, find_unused_parameters=method.idle_parameters, **buffers)
+        if self.config.compile:
+            _compile_backbones(method)
+        self.model = _distribute(method, ranks) if ranks.world > 1 else method
 
-    def steps_in_all(self, per_epoch: int) -> int:
-        """Steps of the whole run: epochs, or what a budget of encoder passes pays for."""
-        if self.config.passes:
-            return steps_of_passes(self.config, self.method, len(self.images), self.ranks.world)
-        return self.config.epochs * per_epoch
-
-    def train(self, resumed: dict[str, Any] | None) -> None:
+    def train(self, checkpoint: dict[str, Any] | None) -> None:
         """Run every round; on a stop signal save and raise KeyboardInterrupt."""
-        if resumed is not None:
-            self._restore(resumed)
-        first_round = resumed["round"] if resumed is not None else 0
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        first_round = 0 if checkpoint is None else checkpoint["round"]
         for round_ in range(first_round, self.rounds):
-            maps = self._prepare(round_)
-            loader = self._loader(maps)
+            loader = self._make_loader(self._prepare(round_))
             try:
-                if resumed is not None:
-                    loader.load_state_dict(resumed["loader"])
-                    resumed = None
+                if checkpoint is not None and round_ == first_round:
+                    loader.load_state_dict(checkpoint["loader"])
                 else:
-                    loader.epoch = -(-self.step // len(loader))  # a later round sees other crops than the first
-                with _stop_signals() as caught:
-                    self._round(round_, loader, caught)
+                    loader.epoch = -(-self.step // len(loader))  # a later round draws other crops than the first
+                with collect_stop_signals() as caught:
+                    self._train_round(round_, loader, caught)
             finally:
                 loader.close()
 
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
+        try:
+            self.method.load_state_dict(checkpoint["method"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"{self.run / 'last.pt'} does not fit these options: give those of {self.run / 'config.toml'} again."
+            ) from error
+        self.guard = FiniteGuard(self.method, self.optimizer)  # a new one, which copies the buffers just loaded
+        self.guard.skipped = checkpoint.get("skipped", 0)
+        self.step = checkpoint["step"]
+        torch.set_rng_state(checkpoint["rng"])
+        if "cuda_rng" in checkpoint and self.ranks.device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.ranks.device)
+
     def _prepare(self, round_: int) -> Path | None:
-        maps = None
-        if self.ranks.first:
-            maps = self.method.prepare(self.images, self.run, round_)
+        """Let the first rank prepare the round; the other ranks then read what it wrote."""
+        maps = self.method.prepare(self.images, self.run, round_) if self.ranks.first else None
         barrier(self.ranks)
         return maps if self.ranks.first else self.method.prepare(self.images, self.run, round_)
 
-    def _loader(self, maps: Path | None) -> "Loader":
+    def _make_loader(self, maps: Path | None) -> "Loader":
         from fgfast.data.loader import make_loader
 
         c = self.config
@@ -234,134 +150,154 @@ class _Trainer:
             device=self.ranks.device, threads=c.threads, rank=self.ranks.rank, world=self.ranks.world, backend=c.loader,
         )  # fmt: skip
 
-    def _round(self, round_: int, loader: "Loader", caught: list[int]) -> None:
-        c = self.config
+    def _train_round(self, round_: int, loader: "Loader", caught: list[int]) -> None:
         per_epoch = len(loader)
-        total = self.steps_in_all(per_epoch)
+        total = self._total_steps(per_epoch)
         end = total * (round_ + 1) // self.rounds
         if self.step >= end:
-            return  # resumed after its end
-        autocast = torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=c.amp == "bf16")
+            return  # resumed after the end of this round
         with RunLog(self.run, total, self.step, self.ranks.first) as log:
             for path, reason in loader.skipped:
-                log.say(f"skipped {path}: {reason}")
+                log.print(f"skipped {path}: {reason}")
             clock = _Clock()
             while self.step < end:
                 batches = iter(loader)
-                while self.step < end:
-                    waited = time.perf_counter()
-                    batch = next(batches, None)
-                    clock.wait += time.perf_counter() - waited
-                    if batch is None:
-                        break
-                    lr = learning_rate(self.step, total, c)
-                    self.method.before_step(Progress(self.step, total))
-                    with autocast:
-                        out = self.model(batch)
-                    grad_norm = self._update(out["loss"], lr, batch.index, stop=bool(caught))
-                    self.step += 1
-                    self.method.after_step(Progress(self.step, total))
+                while self.step < end and (batch := clock.wait_for(batches)) is not None:
+                    terms = self._train_step(batch, total, stop=bool(caught))
                     clock.images += len(batch) * self.ranks.world
                     log.advance(self.step)
-                    self._report_skipped(log, all_of_them=self.step == end)
-                    if self.step % c.log_every == 0 or self.step == end:
-                        row = {
-                            "step": self.step,
-                            "epoch": self.step / per_epoch,
-                            "lr": lr,
-                            "grad_norm": float(grad_norm),
-                        }
-                        row |= {k: float(v.detach()) for k, v in out.items()}
-                        row |= clock.read(self.method.passes_per_image)
-                        log.write(row | {"memory_mb": peak_memory_mb(self.ranks.device), "skipped": self.guard.skipped})
-                    if self.guard.stop or (caught and self.ranks.world == 1):  # ranks agree on the step
+                    self._report_skipped(log, wait=self.step == end)
+                    if self.step % self.config.log_every == 0 or self.step == end:
+                        log.write(self._metrics(terms, clock, per_epoch))
+                    if self.guard.stop or (caught and self.ranks.world == 1):  # all ranks stop at the same step
                         self._save(round_, loader)
-                        log.say(f"stopped at step {self.step} of {total}; --resume goes on from here")
+                        log.print(f"stopped at step {self.step} of {total}; --resume continues from here")
                         raise KeyboardInterrupt
-                    epoch, inside = divmod(self.step, per_epoch)
-                    if inside == 0:
-                        began = time.perf_counter()
-                        self._end_of_epoch(epoch, total, round_, loader, log)
-                        clock.began += time.perf_counter() - began  # evaluation is not training
+                    epoch, step_of_epoch = divmod(self.step, per_epoch)
+                    if step_of_epoch == 0:
+                        with clock.paused():
+                            self._end_epoch(epoch, total, round_, loader, log)
             self._save(round_, loader)
-            if self.step == total and c.knn_every:
-                self._knn(log, per_epoch)
+            if self.step == total and self.config.knn_every:
+                self._evaluate(log, per_epoch)
+
+    def _total_steps(self, per_epoch: int) -> int:
+        """Steps of the complete run: its epochs, or what its budget of encoder passes allows."""
+        if self.config.passes:
+            return steps_of_passes(self.method, len(self.images), self.ranks.world)
+        return self.config.epochs * per_epoch
+
+    def _train_step(self, batch: "Batch", total: int, *, stop: bool) -> dict[str, float | Tensor]:
+        """One step; returns the learning rate, the gradient norm before clipping and the terms of the method."""
+        lr = self.config.learning_rate(self.step, total)
+        self.method.before_step(Progress(self.step, total))
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
+            terms = self.model(batch)
+        grad_norm = self._update(terms["loss"], lr, batch.index, stop=stop)
+        self.step += 1
+        self.method.after_step(Progress(self.step, total))
+        return {"lr": lr, "grad_norm": grad_norm, **terms}
 
     def _update(self, loss: Tensor, lr: float, index: Tensor, *, stop: bool) -> Tensor:
         """Backward, clip, guarded optimiser step; returns the gradient norm before clipping."""
-        c = self.config
         loss.backward()
         params = [p for p in self.method.parameters() if p.grad is not None]
-        grad_norm = nn.utils.clip_grad_norm_(params, c.clip if c.clip else float("inf"), foreach=True)
+        grad_norm = nn.utils.clip_grad_norm_(params, self.config.clip or float("inf"), foreach=True)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.guard.step(loss, grad_norm, index, self.step, stop=stop)
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
-    def _report_skipped(self, log: RunLog, all_of_them: bool) -> None:
-        for step, index in self.guard.verdicts(all_of_them=all_of_them):
+    def _report_skipped(self, log: RunLog, *, wait: bool) -> None:
+        """Log the updates that were skipped; ``wait`` for those of the newest steps too."""
+        for step, index in self.guard.verdicts(wait=wait):
             names = ", ".join(self.images.paths[i] for i in index[:4])
-            log.say(f"step {step}: the loss was not finite, update skipped (batch of {len(index)}: {names}, ...)")
+            log.print(f"step {step}: the loss was not finite, update skipped (batch of {len(index)}: {names}, ...)")
 
-    def _end_of_epoch(self, epoch: int, total: int, round_: int, loader: "Loader", log: RunLog) -> None:
+    def _metrics(self, terms: dict[str, float | Tensor], clock: "_Clock", per_epoch: int) -> dict[str, float]:
+        row = {"step": self.step, "epoch": self.step / per_epoch}
+        row |= {name: float(v.detach()) if isinstance(v, Tensor) else v for name, v in terms.items()}
+        row |= clock.read(self.method.passes_per_image)
+        return row | {"memory_mb": peak_memory_mb(self.ranks.device), "skipped": self.guard.skipped}
+
+    def _end_epoch(self, epoch: int, total: int, round_: int, loader: "Loader", log: RunLog) -> None:
         c = self.config
         if epoch % c.save_every == 0:
             self._save(round_, loader)
         if c.knn_every and epoch % c.knn_every == 0 and self.step < total:
-            self._knn(log, self.step // epoch)
+            self._evaluate(log, self.step // epoch)
 
-    def _knn(self, log: RunLog, per_epoch: int) -> None:
-        """Online kNN top-1 on the test split (the held-out part under --holdout) and the method's own scores.
+    def _evaluate(self, log: RunLog, per_epoch: int) -> None:
+        """Log online kNN top-1 on the test split (with --holdout: the held-out images) and the method's own scores.
 
-        Nothing is chosen by them.
+        They are only logged: no checkpoint or setting is chosen by them.
         """
         from fgfast.evaluate.protocols import online_knn
 
         if self.ranks.first:
-            score = online_knn(self.method.encoder, self.config, self.ranks.device)
-            found = self.method.scores(self.ranks.device) | ({} if score is None else {"knn": score})
-            if found:
-                log.write({"step": self.step, "epoch": self.step / per_epoch, **found})
+            knn = online_knn(self.method.encoder, self.config, self.ranks.device)
+            scores = self.method.scores(self.ranks.device) | ({} if knn is None else {"knn": knn})
+            if scores:
+                log.write({"step": self.step, "epoch": self.step / per_epoch, **scores})
         barrier(self.ranks)
 
     def _save(self, round_: int, loader: "Loader") -> None:
         if not self.ranks.first:
             return
         state = {
-            "name": self.name, "step": self.step, "round": round_, "method": self.method.state_dict(),
+            "name": self.method.name, "step": self.step, "round": round_, "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(), "loader": loader.state_dict(), "rng": torch.get_rng_state(),
             "skipped": self.guard.skipped,
         }  # fmt: skip
         if self.ranks.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.ranks.device)
         save_encoder(self.run / "encoder.safetensors", self.method.encoder.net, self.config.model)
-        save_checkpoint(self.run / "last.pt", state)  # the last file: what it says is done is there
+        save_checkpoint(self.run / "last.pt", state)  # written last: all files of the step it records are complete
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        try:
-            self.method.load_state_dict(state["method"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"{self.run / 'last.pt'} does not fit these options: give those of {self.run / 'config.toml'} again."
-            ) from error
-        self.guard = FiniteGuard(self.method, self.optimizer)  # its copies are of the buffers just loaded
-        self.guard.skipped = state.get("skipped", 0)
-        self.step = state["step"]
-        torch.set_rng_state(state["rng"])
-        if "cuda_rng" in state and self.ranks.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], self.ranks.device)
+
+def _compile_backbones(method: Method) -> None:
+    for module in method.modules():
+        if isinstance(module, Backbone):
+            module.net.forward_features = torch.compile(module.net.forward_features)
+
+
+def _distribute(method: Method, ranks: Ranks) -> nn.Module:
+    method.set_group(torch.distributed.group.WORLD)
+    ddp = nn.parallel.DistributedDataParallel
+    renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.15 warns about the older name
+    options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    if ranks.device.type == "cuda":
+        options["device_ids"] = [ranks.device.index]
+    return ddp(method, find_unused_parameters=method.idle_parameters, **options)
 
 
 class _Clock:
-    """Images, seconds and seconds of waiting since it was read last."""
+    """Images, seconds and seconds of waiting for data since the last reading."""
 
     def __init__(self) -> None:
-        self.began, self.wait, self.images = time.perf_counter(), 0.0, 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self.start, self.waited, self.images = time.perf_counter(), 0.0, 0
+
+    def wait_for(self, batches: "Iterator[Batch]") -> "Batch | None":
+        """The next batch, or None at the end of the epoch."""
+        start = time.perf_counter()
+        batch = next(batches, None)
+        self.waited += time.perf_counter() - start
+        return batch
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside out: evaluation is not training."""
+        start = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - start
 
     def read(self, passes_per_image: float) -> dict[str, float]:
-        seconds = time.perf_counter() - self.began
-        rate, wait = self.images / seconds, self.wait / seconds
-        self.began, self.wait, self.images = time.perf_counter(), 0.0, 0
-        return {"images_per_s": rate, "passes_per_s": rate * passes_per_image, "data_wait": wait}
+        """The rates since the last reading."""
+        seconds = time.perf_counter() - self.start
+        rate, waiting = self.images / seconds, self.waited / seconds
+        self._reset()
+        return {"images_per_s": rate, "passes_per_s": rate * passes_per_image, "data_wait": waiting}

@@ -1,4 +1,4 @@
-"""The optimiser, its schedule, and the guard that skips a step whose loss is not finite without a device sync."""
+"""The optimiser, and a guard that skips steps whose loss is not finite without a device sync."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from fgfast.config import TrainConfig
 from fgfast.errors import UserError
 
-LAG = 4  # steps until a verdict is read
-MOST_IN_A_ROW = 10
+LAG = 4  # steps after which the host reads a verdict
+MAX_SKIPPED_IN_A_ROW = 10
 
 
 def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -26,29 +26,24 @@ def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
-def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """The learning rate of a step, counted from 0."""
-    return config.learning_rate(step, total)
-
-
 @dataclass
 class _Verdict:
     step: int
     flags: Tensor  # bool [2]: the step was finite; no rank was asked to stop
-    index: Tensor
-    ready: torch.cuda.Event | None  # when the copy of ``flags`` to the host is complete
+    index: Tensor  # positions of the images of the batch in their set
+    ready: torch.cuda.Event | None  # recorded after the copy of ``flags`` to the host
 
 
 class FiniteGuard:
-    """Skips the update of a step whose loss or gradient is not finite, and tells of it a few steps late.
+    """Skips the update of a step whose loss or gradient is not finite, and reports it a few steps later.
 
-    The verdict stays on the device: the fused optimiser reads it there (``found_inf``), buffers that the forward
-    pass moved (BatchNorm's statistics, DINO's centre) are put back by a select, and the host reads it :data:`LAG`
+    The verdict stays on the device: the fused optimiser reads it there (``found_inf``), buffers that the forward pass
+    has changed (BatchNorm's statistics, DINO's centre) are restored by a select, and the host reads it :data:`LAG`
     steps later.
 
     Args:
-        module: what is trained.
-        optimizer: a fused optimiser of it.
+        module: the module that is trained.
+        optimizer: a fused optimiser of its parameters.
     """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -56,19 +51,19 @@ class FiniteGuard:
         self.buffers = [b for b in module.buffers() if b.is_floating_point()]
         self.before: list[Tensor] = [b.clone() for b in self.buffers]
         self.pending: deque[_Verdict] = deque()
-        self.in_a_row = 0
+        self.skipped_in_a_row = 0
         self.skipped = 0
-        self.stop = False  # a rank was asked to stop, and every rank reads so at the same step
+        self.stop = False  # a rank was asked to stop; all ranks learn it at the same step
 
     @torch.no_grad()
     def step(self, loss: Tensor, grad_norm: Tensor, index: Tensor, step: int, *, stop: bool = False) -> None:
-        """One optimiser step where ``loss`` and ``grad_norm`` are finite, none elsewhere; ``stop`` tells all ranks."""
+        """Make an optimiser step if ``loss`` and ``grad_norm`` are finite on all ranks; ``stop`` asks all to stop."""
         finite = torch.isfinite(loss.detach()) & torch.isfinite(grad_norm.detach())
         flags = torch.stack([finite, torch.full_like(finite, not stop)])
         if dist.is_initialized() and dist.get_world_size() > 1:  # one rank's bad loss skips the step on all
-            joined = flags.float()
-            dist.all_reduce(joined, dist.ReduceOp.MIN)
-            flags = joined > 0
+            of_all_ranks = flags.float()
+            dist.all_reduce(of_all_ranks, dist.ReduceOp.MIN)
+            flags = of_all_ranks > 0
             finite = flags[0]
         self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         self.optimizer.grad_scale = torch.ones_like(self.optimizer.found_inf)  # type: ignore[attr-defined]
@@ -83,28 +78,34 @@ class FiniteGuard:
             ready.record()
         self.pending.append(_Verdict(step, verdict, index, ready))
 
-    def verdicts(self, *, all_of_them: bool = False) -> list[tuple[int, list[int]]]:
-        """The skipped steps whose verdicts have come in, each with the numbers of its images.
+    def verdicts(self, *, wait: bool = False) -> list[tuple[int, list[int]]]:
+        """Read the verdicts of all but the last :data:`LAG` steps.
+
+        Args:
+            wait: read those of the last steps too.
+
+        Returns:
+            The steps that were skipped, each with the positions of its images in their set.
 
         Raises:
             UserError: ten steps in a row were skipped.
         """
-        found = []
-        while self.pending and (all_of_them or len(self.pending) > LAG):
+        skipped = []
+        while self.pending and (wait or len(self.pending) > LAG):
             verdict = self.pending.popleft()
             if verdict.ready is not None:
-                verdict.ready.synchronize()  # of a step long past: no wait in practice
+                verdict.ready.synchronize()  # of a step some time ago: in practice it does not wait
             finite, no_stop = verdict.flags.tolist()
             self.stop |= not no_stop
             if finite:
-                self.in_a_row = 0
+                self.skipped_in_a_row = 0
                 continue
-            self.in_a_row += 1
+            self.skipped_in_a_row += 1
             self.skipped += 1
-            found.append((verdict.step, verdict.index.tolist()))
-            if self.in_a_row >= MOST_IN_A_ROW:
+            skipped.append((verdict.step, verdict.index.tolist()))
+            if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise UserError(
-                    f"The loss was not finite in {MOST_IN_A_ROW} steps in a row, the last one step {verdict.step}: "
-                    "lower --lr, or check the weights given by --init."
+                    f"The loss was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, the last of them step "
+                    f"{verdict.step}: lower --lr, or check the weights given by --init."
                 )
-        return found
+        return skipped

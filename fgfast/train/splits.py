@@ -1,5 +1,5 @@
-"""Moved to :mod:`fgfast.data.splits`."""
+"""Deprecated: use :mod:`fgfast.data.splits`."""
 
-from fgfast.deprecated import moved
+from fgfast.deprecated import forward_names
 
-__getattr__ = moved(__name__, "fgfast.data.splits")
+__getattr__ = forward_names(__name__, "fgfast.data.splits")

@@ -1,1 +1,1 @@
-"""The contrastive loss: :mod:`launch` is the host side, :mod:`kernels` the device side."""
+"""The contrastive loss. Host side: :mod:`launch`; device side: :mod:`kernels`; compiled and tuned: :mod:`cases`."""

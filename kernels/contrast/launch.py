@@ -4,27 +4,23 @@ r"""Triton kernels of the contrastive loss: the host side, which :mod:`fgfast.op
           s_{ij}, \qquad s_{ij} = \langle q_i, k_j \rangle / T, \qquad q\,[M, D],\ k\,[T, D],\ \text{bank}\,[Q, D]
 
 Forward: ``prepare`` for each operand (inverse norms, ranges of image ids), then ``forward``, in which a program keeps
-rows and walks over columns. Backward: ``prepare`` again, then for each gradient ``gradient``, in which a program keeps
-the vectors whose gradient it makes and computes the tiles anew, and ``finish`` (1/T and the normalisation). A row's
-share of dL/dT is its inner product with its own gradient (``inner``). Where query is key and logits are bounded, one
-``gradient`` serves both sides. Where there are few rows the columns are divided into
-shares, one program each, whose results are joined in a fixed order. There is no atomic: results do not vary.
+rows and loops over columns. Backward: ``prepare`` again, then for each gradient ``gradient``, in which a program keeps
+the vectors it computes gradients of and recomputes the tiles, and ``finish`` (1/T and the normalisation). The part of
+dL/dT due to a row is the inner product of the row with its own gradient (``inner``). Where query is key and logits are
+bounded, one ``gradient`` covers both sides. If there are few rows, the columns are divided into splits, one program
+each, whose results are added in a fixed order. No atomics are used: results are deterministic.
 
-Where query is key and logits are bounded, ``forward`` makes half the square if that pays (:func:`groups_and_shares`):
-M^2 D multiplications and additions in place of 2 M^2 D, and M^2 / 2 exponentials. Each tile behind the diagonal goes
-into the sums of its rows and of its columns. These are kept in float32 [slots, 3, M]: beside one read of x 12 M slots
-bytes are written, and read, two or three times.
+Where query is key and logits are bounded, ``forward`` computes one triangle of the symmetric logits if that is faster
+(:func:`groups_and_splits`): M^2 D multiplications and additions instead of 2 M^2 D, and M^2 / 2 exponentials. Each tile
+past the diagonal is added to the sums of its rows and of its columns, float32 [slots, 3, M]: in addition to one read of
+x, 12 M slots bytes are written and read two or three times.
 
-Beside inputs and results there are one float32 buffer of the size of one gradient (or :data:`SHARE_BYTES` for the
-shares of a small one; in forward at most that and the bytes of x) and a few numbers a vector. Vectors are multiplied in
-the dtype in which they are stored; in backward dL/ds is rounded to bfloat16 for bfloat16 and float16 vectors, and sums
-are float32.
+Memory beside inputs and results: a float32 buffer of the size of one gradient (at most :data:`SPLIT_BYTES` for the
+splits of a small one; in forward at most that plus the bytes of x) and a few numbers per vector. Vectors are multiplied
+in their stored dtype; in backward dL/ds is rounded to bfloat16 for bfloat16 and float16 vectors; sums are float32.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from itertools import product
 from typing import Any
 
 import torch
@@ -32,31 +28,30 @@ import triton
 from torch import Tensor
 
 from fgfast.ids import Ids
-from fgfast.kernels.common import MOST_REGISTERS, AotCase, interpreted, launch_options, on_device_of, output_dtype
-from fgfast.kernels.configs import Row, config, contrast_row, processors, served, table
+from fgfast.kernels.common import MOST_REGISTERS, interpreted, launch_options, on_device_of, output_dtype
+from fgfast.kernels.configs import Row, config, processors
 from fgfast.kernels.contrast import kernels as device_side
-from fgfast.kernels.tune import TuneCase
 from fgfast.tensors import BOUNDED, LOG2E
 
 LARGEST_D = 8192
-LARGEST_N = 2**31 - 2**10  # indices of vectors and blocks are 32-bit on the way to the kernels
-SHARE_BYTES = 32 << 20
-TRIANGULAR_TILES = 8  # tiles of a program of ``forward`` from which half the square pays: a guess, to be measured
-FINISH_ROWS = 16  # vectors of a program of ``finish``
-JOINED = 64  # rows of a program of ``join``
-INNER = launch_options(4, 3, MOST_REGISTERS)  # of ``inner``: ptxas by itself spills
-CHUNK = 256  # blocks whose ranges of image ids a program looks at together
+LARGEST_N = 2**31 - 2**10  # kernels take indices of vectors and blocks as 32-bit integers
+SPLIT_BYTES = 32 << 20  # most bytes of the partial results of splits
+TRIANGULAR_TILES = 8  # tiles per program of ``forward`` from which one triangle is faster: an estimate, not measured
+FINISH_ROWS = 16  # vectors per program of ``finish``
+JOIN_ROWS = 64  # rows per program of ``join``
+INNER = launch_options(4, 3, MOST_REGISTERS)  # of ``inner``, which spills with the default budget of ptxas
+CHUNK = 256  # blocks whose ranges of image ids a program reads at a time
 NEGATIVES = ("all", "other_images", "same_image")
 
 
 @dataclass(frozen=True)
 class TileShape:
-    """How one kernel is cut: vectors kept, vectors a step, of them compared at a time, channels; warps, stages."""
+    """Tile sizes and launch options of one kernel."""
 
-    x: int
-    y: int
-    compared: int
-    d: int  # channels at a time; every channel where ``whole``
+    x: int  # vectors that a program keeps
+    y: int  # vectors per step of its loop
+    compared: int  # of those, vectors whose ids are compared at a time
+    d: int  # channels at a time; all channels if ``whole``
     whole: bool
     warps: int
     stages: int
@@ -75,29 +70,29 @@ class TileShape:
 
 
 def arithmetic(dtype: torch.dtype, precision: str) -> str:
-    """How products are made, for the table: "fp16", "half" (bfloat16, and float16 too), "tf32" or "ieee"."""
+    """The kind of products, for the table: "fp16", "half" (bfloat16, or float16 without a row), "tf32" or "ieee"."""
     return precision if dtype == torch.float32 else "fp16" if dtype == torch.float16 else "half"
 
 
-def forward_registers(row: int, bounded: bool, half: bool) -> int:
-    """The budget of ``forward``, from that of its row: ptxas spills for occupancy where sums or maxima are kept too."""
-    return MOST_REGISTERS if half or not bounded else row
+def forward_registers(row: int, bounded: bool, triangular: bool) -> int:
+    """The register budget of ``forward``, from its row's: column sums or maxima spill with the default of ptxas."""
+    return MOST_REGISTERS if triangular or not bounded else row
 
 
 def programs_wanted(device: torch.device) -> int:
-    """How many programs keep the device busy."""
+    """Number of programs that occupies the device."""
     return 2 * processors(device) if device.type == "cuda" else 1
 
 
 def tile(kernel: str, device: torch.device, kind: str, channels: int) -> TileShape:
-    """How ``kernel`` ("forward" or "gradient") is cut for vectors of so many channels."""
+    """Tile sizes of ``kernel`` ("forward" or "gradient") for vectors with this many channels."""
     kinds = ("fp16", "half") if kind == "fp16" else (kind,)
     return TileShape.of(config(f"contrast {kernel}", device, *kinds, channels=channels))
 
 
 @dataclass
 class _Side:
-    """Vectors and what ``prepare`` finds out about them."""
+    """Vectors and what ``prepare`` computes for them."""
 
     x: Tensor  # [N, D]
     ids: Ids | None  # None for a bank
@@ -106,13 +101,13 @@ class _Side:
     high: Tensor
 
     def arguments(self) -> tuple[Any, ...]:
-        """What the kernels take of a side."""
+        """The arguments of the kernels for this side."""
         ids = (None, None, None, 0, 0, 0) if self.ids is None else (*self.ids, *(i.stride(0) for i in self.ids))
         return self.x, *self.x.stride(), self.inverse, *ids
 
 
 class _Operands:
-    """One call: its sides, its temperature and how it is cut."""
+    """The operands of one call: sides, temperature and tile sizes."""
 
     def __init__(
         self, kernel: str, query: Tensor, query_ids: Ids, key: Tensor | None, key_ids: Ids | None, bank: Tensor | None,
@@ -163,73 +158,74 @@ class _Operands:
             )  # fmt: skip
         return side
 
-    def shares(self, rows: int, columns: int, width: int = 0) -> int:
-        """Into how many shares the columns go, so that there are programs for the whole device.
+    def splits(self, rows: int, columns: int, width: int = 0) -> int:
+        """Into how many splits the columns are divided, to have programs for the entire device.
 
-        ``width``: float32 numbers that each share keeps of a row.
+        ``width``: float32 numbers that each split stores per row.
         """
         blocks = triton.cdiv(rows, self.tile.x)
         count = min(programs_wanted(self.rows.x.device) // blocks, triton.cdiv(columns, self.tile.y))
         if width:
-            count = min(count, SHARE_BYTES // (4 * rows * width))
+            count = min(count, SPLIT_BYTES // (4 * rows * width))
         return max(count, 1)
 
-    def halves(self) -> tuple[int, int] | None:
-        """What :func:`groups_and_shares` says, None for the whole square.
+    def triangular_grid(self) -> tuple[int, int] | None:
+        """:func:`groups_and_splits` for one triangle of the logits, None to compute all of them.
 
-        With "same_image" there are few tiles where ids are sorted, which only the device knows.
+        Never for "same_image": sorted ids, which only the device can see, leave few tiles.
         """
         if not (self.same and self.bounded) or self.negatives == "same_image":
             return None
         x = self.rows.x
-        return groups_and_shares(len(x), x.shape[1] * x.element_size(), self.tile, programs_wanted(x.device))
+        return groups_and_splits(len(x), x.shape[1] * x.element_size(), self.tile, programs_wanted(x.device))
 
     def options(self, registers: int) -> dict[str, Any]:
-        """Arguments by name that ``forward`` and ``gradient`` share, with a budget of registers."""
-        cut = self.tile.options
+        """Keyword arguments of both ``forward`` and ``gradient``, with a budget of registers."""
+        blocks = self.tile.options
         if self.tile.whole:
-            cut["BLOCK_D"] = _channels(self.rows.x.shape[1], cut["BLOCK_D"])
-        return cut | {
+            blocks["BLOCK_D"] = _channels(self.rows.x.shape[1], blocks["BLOCK_D"])
+        return blocks | {
             "NEGATIVES": self.negatives, "BOUNDED": self.bounded, "CHUNK": CHUNK, "PRECISION": self.precision,
             "UPCAST": interpreted(), **launch_options(self.tile.warps, self.tile.stages, registers),
         }  # fmt: skip
 
 
-def groups_and_shares(rows: int, row_bytes: int, tile: TileShape, programs: int) -> tuple[int, int] | None:
-    """Groups of rows and shares of columns for half the square of x, None where ``forward`` makes the whole of it.
+def groups_and_splits(rows: int, row_bytes: int, tile: TileShape, programs: int) -> tuple[int, int] | None:
+    """Groups of rows and splits of columns for one triangle of the logits of x with itself, None to compute all logits.
 
-    The sums of columns need a slot for each group, those of rows one for each share: 12 bytes a row and slot, in all at
-    most SHARE_BYTES and the bytes of x. A group has an even number of blocks of rows, so that each has as many tiles.
-    Of the pairs that keep the device busy, the one with the longest walks is taken; few tiles are not worth the slots.
+    The sums of columns need a slot per group, those of rows one per split: 12 bytes per row and slot, in total at most
+    SPLIT_BYTES plus the bytes of x. A group has an even number of blocks of rows, for an equal number of tiles per
+    group. Of the pairs that occupy the device, the one with the fewest splits is taken. None for few tiles, for which
+    the slots cost too much.
 
     Example:
-        >>> groups_and_shares(65_536, 512, TileShape(128, 128, 32, 256, True, 8, 2), 264)
+        >>> groups_and_splits(65_536, 512, TileShape(128, 128, 32, 256, True, 8, 2), 264)
         (64, 4)
     """
     blocks = triton.cdiv(rows, tile.x)
     if blocks * triton.cdiv(rows, tile.y) < TRIANGULAR_TILES * programs:
         return None
-    slots = (SHARE_BYTES + rows * row_bytes) // (12 * rows)
-    for shares in range(1, programs + 1):
-        turns = 2 * triton.cdiv(blocks, 2 * (programs // shares))
-        groups = triton.cdiv(blocks, turns)
-        if groups + shares <= slots and 8 * groups * shares >= 7 * programs:
-            return groups, shares
+    slots = (SPLIT_BYTES + rows * row_bytes) // (12 * rows)
+    for splits in range(1, programs + 1):
+        blocks_per_group = 2 * triton.cdiv(blocks, 2 * (programs // splits))
+        groups = triton.cdiv(blocks, blocks_per_group)
+        if groups + splits <= slots and 8 * groups * splits >= 7 * programs:
+            return groups, splits
     return None
 
 
 def on_device(temperature: Tensor) -> bool:
-    """Whether looking at the temperature would cost a device sync."""
+    """Whether reading the temperature on the host would need a device sync."""
     return temperature.device.type != "cpu"
 
 
 def _channels(d: int, most: int) -> int:
-    """Channels of a tile: a power of two that holds d, at least 16 (the smallest product), at most ``most``."""
+    """Channels of a tile: the power of two >= d, at least 16 (the smallest product) and at most ``most``."""
     return min(max(triton.next_power_of_2(d), 16), most)
 
 
 def check_sizes(query: Tensor, key: Tensor | None, bank: Tensor | None) -> None:
-    """Raise where the kernels cannot count the channels or the vectors.
+    """Raise for more channels or vectors than the kernels can index.
 
     Raises:
         ValueError: D over 8,192, or 2^31 vectors.
@@ -260,34 +256,35 @@ def forward(
             "forward", query, query_ids, key, key_ids, bank, temperature_tensor, temperature, negatives, normalize,
             precision,
         )  # fmt: skip
-        half = problem.halves()
-        groups, share = half or (0, problem.shares(m, len(problem.keys.x)))
-        launches = [(problem.keys, share, half is not None)]
+        grid = problem.triangular_grid()
+        groups, splits = grid or (0, problem.splits(m, len(problem.keys.x)))
+        launches = [(problem.keys, splits, grid is not None)]
         if problem.bank is not None:
-            launches.append((problem.bank, problem.shares(m, len(problem.bank.x)), False))
-        slots = groups + sum(share for _, share, _ in launches)
+            launches.append((problem.bank, problem.splits(m, len(problem.bank.x)), False))
+        slots = groups + sum(splits for _, splits, _ in launches)
         fields = 3 if problem.bounded else 4
         partial = None if slots == 1 else query.new_empty(slots, fields, m, dtype=torch.float32)
-        if partial is not None and half:
+        if partial is not None and groups:
             partial[:groups].zero_()
         slot = groups
-        for side, share, halved in launches:
-            device_side.forward[(groups if halved else triton.cdiv(m, problem.tile.x), share)](
+        for side, splits, triangular in launches:
+            device_side.forward[(groups if triangular else triton.cdiv(m, problem.tile.x), splits)](
                 *problem.rows.arguments(), *side.arguments(), side.low, side.high, problem.pointer, problem.scale,
-                loss, lse, count, partial, slot, m, len(side.x), d, TRIANGULAR=halved, SPLITS=share,
-                **problem.options(forward_registers(problem.tile.registers, problem.bounded, halved)),
+                loss, lse, count, partial, slot, m, len(side.x), d, TRIANGULAR=triangular, SPLITS=splits,
+                **problem.options(forward_registers(problem.tile.registers, problem.bounded, triangular)),
             )  # fmt: skip
-            slot += share
+            slot += splits
         if partial is not None:
-            device_side.join[(triton.cdiv(m, JOINED),)](
-                partial, loss, lse, count, slots, m, BOUNDED=problem.bounded, BLOCK_SLOTS=16, BLOCK=JOINED, num_warps=4
-            )
+            device_side.join[(triton.cdiv(m, JOIN_ROWS),)](
+                partial, loss, lse, count, slots, m, BOUNDED=problem.bounded, BLOCK_SLOTS=16, BLOCK=JOIN_ROWS,
+                num_warps=4,
+            )  # fmt: skip
     return loss, lse, count
 
 
 @dataclass
 class _Pass:
-    """One launch of ``gradient``: what is walked over, and whose losses count."""
+    """One launch of ``gradient``: the vectors y of its loop, and which of x and y are rows whose losses count."""
 
     side: _Side
     x_rows: bool
@@ -295,17 +292,17 @@ class _Pass:
 
 
 def _gradient(problem: _Operands, x: _Side, passes: list[_Pass], inner: bool = False) -> tuple[Tensor, Tensor]:
-    """dL/dx [X, D]; with ``inner`` T sum_ij s_ij dL/ds_ij over the rows of x, 0-d, else 0.
+    """dL/dx [X, D]; with ``inner`` also T sum_ij s_ij dL/ds_ij over the rows of x, 0-d, else 0.
 
-    Of that sum a row has the inner product of its vector with its own gradient. A pass in which y has rows too, which
-    are the same vectors, adds every pair twice; one of y alone comes last and adds none.
+    The part of that sum due to a row is the inner product of its vector with its own gradient. A pass with x_rows and
+    y_rows (the same vectors) counts every pair twice; a pass with only y_rows comes last and is not counted.
     """
     n, d = x.x.shape
     out = x.x.new_empty(n, d, dtype=output_dtype(x.x.dtype))
     dots = x.x.new_zeros((), dtype=torch.float32)
     if n == 0:
         return out, dots
-    splits = problem.shares(n, max(len(p.side.x) for p in passes), d)
+    splits = problem.splits(n, max(len(p.side.x) for p in passes), d)
     in_place = splits == 1 and out.dtype == torch.float32
     raw = out.view(n, 1, d) if in_place else x.x.new_empty(n, splits, d, dtype=torch.float32)
     if not problem.tile.whole:
@@ -341,7 +338,7 @@ def backward(
     query: Tensor, query_ids: Ids, key: Tensor | None, key_ids: Ids | None, bank: Tensor | None,
     temperature_tensor: Tensor | None, temperature: float, negatives: str, normalize: bool, precision: str,
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of query, key, bank and temperature, None where ``needs`` says no."""
+    """Gradients of query, key, bank and temperature, None where ``needs`` is False."""
     need_query, need_key, need_bank, need_temperature = needs
     need_key, need_bank = need_key and key is not None, need_bank and bank is not None
     if len(query) == 0:
@@ -355,11 +352,11 @@ def backward(
         rows, keys = problem.rows, problem.keys
         d_query = d_key = d_bank = d_temperature = None
         if need_query or need_temperature:
-            joined = problem.same and need_query
-            passes = [_Pass(keys, True, joined and problem.bounded)]
+            both_sides = problem.same and need_query
+            passes = [_Pass(keys, True, both_sides and problem.bounded)]
             if problem.bank is not None:
                 passes.append(_Pass(problem.bank, True, False))
-            if joined and not problem.bounded:
+            if both_sides and not problem.bounded:
                 passes.append(_Pass(keys, False, True))
             result, dots = _gradient(problem, rows, passes, need_temperature)
             d_query = result if need_query else None
@@ -373,114 +370,3 @@ def backward(
             else:
                 d_bank, _ = _gradient(problem, problem.bank, [_Pass(rows, False, True)])
     return [d_query, d_key, d_bank, d_temperature]
-
-
-def _signature(kernel: Any, dtype: str, constexprs: dict[str, Any]) -> dict[str, str]:
-    """Types of the arguments of ``kernel``, for aligned vectors of ``dtype``, contiguous in D, and int64 ids."""
-    types = {}
-    for name in kernel.arg_names:
-        if name in constexprs:
-            types[name] = "constexpr"
-        elif name in ("x", "y"):
-            types[name] = f"*{dtype}:16"
-        elif "stride" not in name and (name in ("low", "high") or name.endswith(("image", "part", "view"))):
-            types[name] = "*i64:16"
-        elif name in ("N", "X", "Y", "D") or name.endswith("stride_n"):
-            types[name] = "i32:16"
-        elif "stride" in name or name.startswith("slot"):
-            types[name] = "i32"
-        else:
-            types[name] = "fp32" if name == "scale" else "*fp32:16"
-    return types
-
-
-def _case(
-    name: str, kernel: Any, dtype: str, constexprs: dict[str, Any], warps: int = 4, stages: int = 3,
-    archs: tuple[str, ...] = (), rare: bool = False, registers: int = 0,
-) -> AotCase:  # fmt: skip
-    contiguous = [n for n in kernel.arg_names if n.endswith(("stride_d", "stride_image", "stride_part", "stride_view"))]
-    absent = {"temperature"} & set(kernel.arg_names)
-    known = constexprs | dict.fromkeys(contiguous, 1) | dict.fromkeys(absent)
-    types = _signature(kernel, dtype, known)
-    return AotCase(f"contrast {name}", kernel, types, known, warps, stages, archs, rare, registers=registers)
-
-
-def tune_cases(device: str = "cuda", number: int = 1 << 14) -> Iterator[TuneCase]:
-    """Query and key of up to 256 channels, held whole, and of 1,024."""
-    sizes = list(product((64, 128), (32, 64, 128), (16, 32), (16, 32, 64, 0), (4, 8), (2, 3), (0, MOST_REGISTERS)))
-    for dtype, (channels, most) in product(
-        (torch.bfloat16, torch.float32), ((128, 128), (256, 256), (1024, LARGEST_D))
-    ):
-        query, key = (torch.randn(number, channels, device=device, dtype=dtype) for _ in range(2))
-        image = torch.arange(number, device=device)
-        one, two = (Ids(image, torch.zeros_like(image), torch.full_like(image, view)) for view in (0, 1))
-        call: tuple[Any, ...] = (query, one, key, two, None, None, 0.1, "all", True, "ieee")
-        _, lse, count = forward(*call)
-        runs = {
-            "forward": partial(forward, *call),
-            "gradient": partial(backward, torch.ones_like(lse), lse, count, [True, True, False, False], *call),
-        }
-        rows = [
-            contrast_row(arithmetic(dtype, "ieee"), most, x, y, compared, d or channels, warps, stages, 0, registers)
-            for x, y, compared, d, warps, stages, registers in sizes
-            if compared <= y and (d or channels) <= 256
-        ]
-        for kernel, run in runs.items():
-            yield TuneCase(f"contrast {kernel}", rows, run)
-
-
-def aot_cases() -> Iterator[AotCase]:
-    """Every kernel, dtype and table row."""
-    common = {"NORMALIZE": True, "UPCAST": False}
-    for dtype in ("bf16", "fp16", "fp32"):
-        for block in (32, 64, 128):
-            prepare = common | {"BOUNDED": True, "BLOCK": block, "BLOCK_D": 128}
-            rare = dtype == "fp16" or block < 128
-            yield _case(f"prepare {dtype} {block}", device_side.prepare, dtype, prepare, rare=rare)
-        for splits in (1, 4):
-            finish = common | {"SPLITS": splits, "BLOCK": FINISH_ROWS, "BLOCK_D": 128}
-            rare = dtype == "fp16" or splits == 1
-            yield _case(f"finish {dtype} {splits}", device_side.finish, dtype, finish, rare=rare)
-            inner = {key: value for key, value in finish.items() if key != "NORMALIZE"}
-            yield _case(f"inner {dtype} {splits}", device_side.inner, dtype, inner, rare=rare, registers=MOST_REGISTERS)
-    for bounded in (True, False):
-        join = {"BOUNDED": bounded, "BLOCK_SLOTS": 16, "BLOCK": JOINED}
-        yield _case(f"join {'bounded' if bounded else 'online'}", device_side.join, "fp32", join)
-    for kernel in ("forward", "gradient"):
-        found = list(table(f"contrast {kernel}"))
-        for arch, row_name, row in found:
-            dtypes = {"half": ("bf16", "fp16"), "fp16": ("fp16",)}.get(row.kind, ("fp32",))
-            if row.kind == "half" and any(a == arch and r.kind == "fp16" for a, _, r in found):
-                dtypes = ("bf16",)
-            archs, tuned = served(f"contrast {kernel}", arch, row), "tuned" in row_name
-            for dtype in dtypes:
-                name = f"{kernel} {arch} {dtype} {row.kind} D{row.channels}{' tuned' * tuned}"
-                for case in _tile_cases(name, kernel, dtype, row.kind, TileShape.of(row), archs):
-                    yield case._replace(tuned=tuned, registers=case.registers or row.registers, shared=row.shared)
-
-
-def _tile_cases(
-    name: str, kernel: str, dtype: str, kind: str, row: TileShape, archs: tuple[str, ...]
-) -> Iterator[AotCase]:
-    """The variants of one row."""
-    rare = dtype == "fp16" and kind != "fp16"  # the code of bfloat16, with one other instruction
-    fixed = row.options | {
-        "NEGATIVES": "all", "SPLITS": 1, "CHUNK": CHUNK, "PRECISION": "tf32" if kind == "tf32" else "ieee",
-        "UPCAST": False,
-    }  # fmt: skip
-    for bounded in (True, False):
-        full = f"{name} {'bounded' if bounded else 'online'}"
-        if kernel == "forward":
-            for half in (False, True) if bounded else (False,):
-                flags = (
-                    fixed | {"BOUNDED": bounded, "TRIANGULAR": half} | ({"SPLITS": 4} if half else {"partial": None})
-                )
-                its = f"{full} half" if half else full
-                registers = forward_registers(row.registers, bounded, half)
-                yield _case(its, device_side.forward, dtype, flags, row.warps, row.stages, archs, rare, registers)
-            continue
-        for sides in ("x", "y", "xy") if bounded else ("x", "y"):
-            flags = fixed | {
-                "BOUNDED": bounded, "X_ROWS": "x" in sides, "Y_ROWS": "y" in sides, "ADD": False,
-            }  # fmt: skip
-            yield _case(f"{full} {sides}", device_side.gradient, dtype, flags, row.warps, row.stages, archs, rare)

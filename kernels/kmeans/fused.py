@@ -1,18 +1,27 @@
-"""A step of k-means that reads x once, on the device: names and shapes as in :mod:`fgfast.kernels.kmeans.tiles`."""
+"""The kernel of a k-means step that reads x once; names and shapes are those of :mod:`fgfast.kernels.kmeans.tiles`."""
 
 import triton
 import triton.language as tl
 
 from fgfast.kernels.kmeans.centroids import prepare_centroids, update_centroids
-from fgfast.kernels.kmeans.tiles import added, finished, finite, least, nearest, pixels_tile, places, squared
+from fgfast.kernels.kmeans.tiles import (
+    add_one_hot,
+    has_converged,
+    is_finite,
+    load_pixels,
+    nearest_centroid,
+    pixel_distances,
+    pixel_offsets,
+    squared_norms,
+)
 
 
 @triton.jit
-def store_labels(labels_ptr, near_ptr, n, inside, label, kept, near, changed, LLOYD: tl.constexpr):
-    """Store the labels of pixels n, with LLOYD their distances too; changed, with 1 more where a label is new."""
+def store_labels(labels_ptr, distances_ptr, n, inside, label, counted, distance, changed, LLOYD: tl.constexpr):
+    """Store the labels of pixels n, with LLOYD their distances too; returns ``changed`` + 1 where a label changed."""
     if LLOYD:
         changed += (inside & (tl.load(labels_ptr + n, inside, other=-1) != label)).to(tl.int32)
-        tl.store(near_ptr + n, tl.where(kept, near, -1.0), inside)
+        tl.store(distances_ptr + n, tl.where(counted, distance, -1.0), inside)
     tl.store(labels_ptr + n, label.to(tl.int64), inside)
     return changed
 
@@ -20,9 +29,9 @@ def store_labels(labels_ptr, near_ptr, n, inside, label, kept, near, changed, LL
 @triton.jit
 def step(
     x_ptr, m_ptr, bias_ptr, mu_ptr, weight_ptr, done_ptr,
-    labels_ptr, near_ptr, sums_ptr, counts_ptr, inertia_ptr, changed_ptr,
-    c_ptr, mass_ptr, limit_ptr, steps_ptr,
-    N, WIDTH, D, K, SPLITS, TURNS,
+    labels_ptr, distances_ptr, sums_ptr, counts_ptr, inertia_ptr, changed_ptr,
+    c_ptr, repaired_ptr, limit_ptr, steps_ptr,
+    N, WIDTH, D, K, SPLITS, TILES,
     stride_b, stride_d, stride_y, stride_x, stride_cb, stride_ck, stride_cd,
     FLAT: tl.constexpr, EVEN: tl.constexpr, COSINE: tl.constexpr, WEIGHTED: tl.constexpr, LLOYD: tl.constexpr,
     PREPARE: tl.constexpr, MOVE: tl.constexpr, FARTHEST: tl.constexpr,
@@ -30,19 +39,19 @@ def step(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Labels, partial sums, counts and inertia; with LLOYD also distances, and how many labels changed.
+    """Labels, partial sums, counts and inertia; with LLOYD also distances and the number of changed labels.
 
-    A program that has a whole problem makes m, bias and mu of the centroids c before (PREPARE), or moves the centroids
-    after (MOVE; then nobody asks for the inertia), BLOCK_C channels at a time. Barriers: its threads read what others
-    of them wrote.
+    A program that has an entire problem computes m, bias and mu of the centroids c first (PREPARE), or updates the
+    centroids afterwards (MOVE, which stores no inertia), BLOCK_C channels at a time. Barriers: threads read what other
+    threads of the program wrote.
     """
     program = tl.program_id(0)
     b, split = (program // SPLITS).to(tl.int64), program % SPLITS
-    if finished(done_ptr, b, LLOYD):
+    if has_converged(done_ptr, b, LLOYD):
         return
     k = tl.arange(0, BLOCK_K)
     d = tl.arange(0, BLOCK_D)
-    e = tl.arange(0, BLOCK_S)
+    sum_d = tl.arange(0, BLOCK_S)
     DP: tl.constexpr = CHUNKS * BLOCK_S
     if PREPARE:
         prepare_centroids(
@@ -57,44 +66,51 @@ def step(
     counts = tl.zeros([BLOCK_K], tl.float32)
     inertia = tl.zeros([BLOCK_N], tl.float32)
     changed = tl.zeros([BLOCK_N], tl.int32)
-    for tile in range(TURNS):
-        start = (split * TURNS + tile) * BLOCK_N
+    for tile in range(TILES):
+        start = (split * TILES + tile) * BLOCK_N
         n = start + tl.arange(0, BLOCK_N)
         inside = n < N
-        base, offsets = places(x_ptr + b * stride_b, start, WIDTH, stride_d, stride_y, stride_x, FLAT, BLOCK_N, BLOCK_D)
-        wide_base, across = places(
+        base, offsets = pixel_offsets(
+            x_ptr + b * stride_b, start, WIDTH, stride_d, stride_y, stride_x, FLAT, BLOCK_N, BLOCK_D
+        )
+        sum_base, sum_offsets = pixel_offsets(
             x_ptr + b * stride_b, start, WIDTH, stride_d, stride_y, stride_x, FLAT, BLOCK_N, BLOCK_S
         )
         dots = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         squares = tl.zeros([BLOCK_N], tl.float32)
         for first in range(0, DP, BLOCK_D):
-            x = pixels_tile(base, offsets, inside, first, d, D, stride_d, EVEN, UPCAST)
+            x = load_pixels(base, offsets, inside, first, d, D, stride_d, EVEN, UPCAST)
             m = tl.load(m_ptr + (b * DP + first + d[:, None]) * BLOCK_K + k[None, :])
-            squares += squared(x, mu_ptr + b * DP + first + d, COSINE)
+            squares += squared_norms(x, mu_ptr + b * DP + first + d, COSINE)
             dots = tl.dot(x, m, dots, input_precision=PRECISION)
-        best, index = least(dots, bias, k, K, COSINE)
+        best, index = nearest_centroid(dots, bias, k, K, COSINE)
         w = tl.where(inside, 1.0, 0.0)
         if WEIGHTED:
             w = tl.load(weight_ptr + b * N + n, inside, other=0.0)
-        near, kept, scale, has_nonfinite = nearest(best, squares, w, COSINE)
-        label = tl.where(kept, index, -1)
+        distance, counted, scale, has_nonfinite = pixel_distances(best, squares, w, COSINE)
+        label = tl.where(counted, index, -1)
         match = label[:, None] == k[None, :]
-        # What is stored here needs no registers below; but a store parts two reads of one tile, which else are one.
+        # A store here frees registers for the loop below, but prevents merging its loads with those above.
         EARLY: tl.constexpr = DP > BLOCK_D and (PREPARE or MOVE or x_ptr.dtype.element_ty != tl.bfloat16)
         if EARLY:
-            changed = store_labels(labels_ptr + b * N, near_ptr + b * N, n, inside, label, kept, near, changed, LLOYD)
+            changed = store_labels(
+                labels_ptr + b * N, distances_ptr + b * N, n, inside, label, counted, distance, changed, LLOYD
+            )
         updated = ()
         UNIT: tl.constexpr = not (WEIGHTED or COSINE)
         for i in tl.static_range(CHUNKS):
-            x = pixels_tile(wide_base, across, inside, i * BLOCK_S, e, D, stride_d, EVEN, UPCAST)
-            x = tl.where(finite(x.to(tl.float32)), x, 0.0)
-            updated += (added(sums[i], tl.trans(x), match, scale, UNIT, PRECISION, UPCAST),)  # type: ignore[assignment]
+            x = load_pixels(sum_base, sum_offsets, inside, i * BLOCK_S, sum_d, D, stride_d, EVEN, UPCAST)
+            x = tl.where(is_finite(x.to(tl.float32)), x, 0.0)
+            total = add_one_hot(sums[i], tl.trans(x), match, scale, UNIT, PRECISION, UPCAST)
+            updated += (total,)  # type: ignore[assignment]
         sums = updated
         counts += tl.sum(tl.where(match, w[:, None], 0.0), 0)
         if not MOVE:
-            inertia += tl.where(has_nonfinite, float("nan"), tl.where(kept, w * near, 0.0))
+            inertia += tl.where(has_nonfinite, float("nan"), tl.where(counted, w * distance, 0.0))
         if not EARLY:
-            changed = store_labels(labels_ptr + b * N, near_ptr + b * N, n, inside, label, kept, near, changed, LLOYD)
+            changed = store_labels(
+                labels_ptr + b * N, distances_ptr + b * N, n, inside, label, counted, distance, changed, LLOYD
+            )
     row = b if ATOMIC else program.to(tl.int64)
     if ATOMIC:
         tl.atomic_add(counts_ptr + row * K + k, counts, k < K, sem="relaxed")
@@ -108,8 +124,8 @@ def step(
             if LLOYD:
                 tl.store(changed_ptr + row, tl.sum(changed, 0))
     for i in tl.static_range(CHUNKS):
-        target = sums_ptr + row * K * D + i * BLOCK_S + (k[None, :] * D + e[:, None])
-        mask = (k < K)[None, :] if EVEN else (k < K)[None, :] & (i * BLOCK_S + e < D)[:, None]
+        target = sums_ptr + row * K * D + i * BLOCK_S + (k[None, :] * D + sum_d[:, None])
+        mask = (k < K)[None, :] if EVEN else (k < K)[None, :] & (i * BLOCK_S + sum_d < D)[:, None]
         if ATOMIC:
             tl.atomic_add(target, sums[i], mask, sem="relaxed")
         else:
@@ -117,7 +133,7 @@ def step(
     if MOVE:
         tl.debug_barrier()
         update_centroids(
-            b, x_ptr, weight_ptr, labels_ptr, near_ptr, sums_ptr, counts_ptr, mass_ptr, tl.sum(changed, 0),
+            b, x_ptr, weight_ptr, labels_ptr, distances_ptr, sums_ptr, counts_ptr, repaired_ptr, tl.sum(changed, 0),
             c_ptr, m_ptr, bias_ptr, mu_ptr, limit_ptr, done_ptr, steps_ptr,
             N, WIDTH, D, K, DP, BLOCK_K, stride_b, stride_d, stride_y, stride_x,
             COSINE, WEIGHTED, FARTHEST, 1024, BLOCK_K, BLOCK_C,

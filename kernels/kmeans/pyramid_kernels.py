@@ -1,46 +1,56 @@
-"""The kernels of :mod:`fgfast.kernels.kmeans.pyramid` as they run on the device.
+"""Kernels of k-means of feature pyramids, in one file because they share names, shapes and the resizing functions.
 
-Shapes: level l is x_l [B, D_l, h_l, w_l] with any strides; the pixels are those of (H, W), N = H W. Cells of all levels
-follow each other in what belongs to cells, scores [B, cells, KP] and grams [B, 4, cells]; channels of all levels follow
-each other, each level padded to whole blocks, in m [B, DP, KP] and mu [B, DP]. Tuples hold an entry a level.
+Shapes: level l is x_l [B, D_l, h_l, w_l] with any strides; the pixels are those of size (H, W), N = H W. Cells of all
+levels are concatenated in scores [B, cells, KP] and grams [B, 4, cells]; channels of all levels are concatenated, each
+level padded to full blocks, in m [B, DP, KP] and mu [B, DP]. Tuples have one entry per level.
+:mod:`fgfast.kernels.kmeans.pyramid` is the host side.
 """
 
 import triton
 import triton.language as tl
 
-from fgfast.kernels.common import widened
-from fgfast.kernels.kmeans.tiles import EPS, centred, farthest, finished, finite, least, nearest, weighed
+from fgfast.kernels.common import upcast
+from fgfast.kernels.kmeans.tiles import (
+    EPS,
+    add_product,
+    find_farthest,
+    has_converged,
+    is_finite,
+    nearest_centroid,
+    pixel_distances,
+    store_centred,
+)
 
 
 @triton.jit
 def _taps(at, length, size):
-    """The lower of the two cells that positions ``at`` of ``size`` mix, and the share of the upper one (0 at the edge).
+    """Of the two cells that positions ``at`` of ``size`` interpolate: the lower one and the weight of the upper one.
 
-    Whole numbers until the last division, so that every kernel and the host agree.
+    That weight is 0 at the edge. Integer arithmetic until the last division: every kernel and the host agree.
     """
     twice = tl.maximum((2 * at + 1) * length - size, 0)
     low = twice // (2 * size)
-    share = (twice - low * 2 * size).to(tl.float32) / (2 * size)
-    return low, tl.where(low < length - 1, share, 0.0)
+    fraction = (twice - low * 2 * size).to(tl.float32) / (2 * size)
+    return low, tl.where(low < length - 1, fraction, 0.0)
 
 
 @triton.jit
-def _share(cell, low, share):
-    """The weight of a cell in the positions whose taps are given."""
-    return tl.where(cell == low, 1 - share, tl.where(cell == low + 1, share, 0.0))
+def _tap_weight(cell, low, fraction):
+    """The weight of a cell in positions with taps (low, fraction)."""
+    return tl.where(cell == low, 1 - fraction, tl.where(cell == low + 1, fraction, 0.0))
 
 
 @triton.jit
-def _rows_of(first, last, length, size):
-    """First and last row of pixels that mix rows of cells first to last; perhaps one more at each end."""
+def _pixel_rows(first, last, length, size):
+    """First and last row of pixels that interpolate rows of cells first to last, or one more at each end."""
     low = tl.maximum(2 * first - 1, 0) * size // (2 * length) - 1
     high = (2 * last + 3) * size // (2 * length) + 1
     return tl.maximum(low, 0), tl.minimum(high, size - 1)
 
 
 @triton.jit
-def _places(y, x, width, strides, FLAT: tl.constexpr, WIDE: tl.constexpr):
-    """Offsets of cells (y, x) within an image; FLAT: the rows of cells follow each other in memory."""
+def _cell_offsets(y, x, width, strides, FLAT: tl.constexpr, WIDE: tl.constexpr):
+    """Offsets of cells (y, x) within an image; FLAT: rows of cells are contiguous with each other."""
     cell = y * width + x
     if FLAT:
         return (cell.to(tl.int64) if WIDE else cell) * strides[3]
@@ -50,16 +60,16 @@ def _places(y, x, width, strides, FLAT: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _across(d, strides, WIDE: tl.constexpr):
+def _channel_offsets(d, strides, WIDE: tl.constexpr):
     """Offsets of channels d within an image."""
     return (d.to(tl.int64) if WIDE else d) * strides[1]
 
 
 @triton.jit
-def _tapped(
+def _resize_scores(
     ptr, y, x, dy, dx, height, width, k, K, inside, KP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Score maps [cells, KP] of one level at pixels [BLOCK_N, BLOCK_K]; a cell of no weight reaches nothing."""
+    """Scores [cells, KP] of one level resized to pixels, [BLOCK_N, BLOCK_K]; a cell of weight 0 is not read."""
     out = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for i in tl.static_range(2):
         for j in tl.static_range(2):
@@ -79,18 +89,18 @@ def _score_tile(
     FLAT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """<f, m_k> of one tile of cells."""
+    """Scores <f, m_k> of one tile of cells."""
     channels, height, width = size
     c = start + tl.arange(0, BLOCK_C)
     k = tl.arange(0, KP)
     d = tl.arange(0, BLOCK_D)
     inside = c < height * width
-    places = _places(c // width, c % width, width, strides, FLAT, WIDE)
+    cell_offsets = _cell_offsets(c // width, c % width, width, strides, FLAT, WIDE)
     dots = tl.zeros([BLOCK_C, KP], tl.float32)
     for first in range(0, channels, BLOCK_D):
-        there = inside[:, None] & (first + d < channels)[None, :]
-        offsets = places[:, None] + _across(first + d, strides, WIDE)[None, :]
-        x = widened(tl.load(x_ptr + offsets, there, other=0.0), UPCAST)
+        mask = inside[:, None] & (first + d < channels)[None, :]
+        offsets = cell_offsets[:, None] + _channel_offsets(first + d, strides, WIDE)[None, :]
+        x = upcast(tl.load(x_ptr + offsets, mask, other=0.0), UPCAST)
         m = tl.load(m_ptr + (first + d)[:, None] * KP + k[None, :])
         dots = tl.dot(x, m, dots, input_precision=PRECISION)
     tl.store(out_ptr + c[:, None] * KP + k[None, :], dots, inside[:, None])
@@ -98,11 +108,11 @@ def _score_tile(
 
 @triton.jit
 def _label_strip(
-    sizes, scores_ptr, bias_ptr, sq_ptr, weight_ptr, labels_ptr, near_ptr, counts_ptr, inertia_ptr, changed_ptr,
-    strip, height, width, rows, blocks, K,
+    sizes, scores_ptr, bias_ptr, squares_ptr, weight_ptr, labels_ptr, distances_ptr, counts_ptr, inertia_ptr,
+    changed_ptr, strip, height, width, rows, blocks, K,
     LEVELS: tl.constexpr, COSINE: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_N: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """Labels and distances of a strip of rows, and what it adds to counts, inertia and changed labels."""
+    """Labels and distances of a strip of rows of pixels; its counts, inertia and number of changed labels."""
     k = tl.arange(0, KP)
     bias = tl.zeros([KP], tl.float32)
     for block in range(blocks):
@@ -120,19 +130,19 @@ def _label_strip(
             h, w = sizes[level][1], sizes[level][2]
             y, dy = _taps(n // width, h, height)
             x, dx = _taps(n % width, w, width)
-            dots += _tapped(base, y, x, dy, dx, h, w, k, K, inside, KP, BLOCK_N, KP)
+            dots += _resize_scores(base, y, x, dy, dx, h, w, k, K, inside, KP, BLOCK_N, KP)
             base += h * w * KP
-        best, index = least(dots, bias, k, K, COSINE)
+        best, index = nearest_centroid(dots, bias, k, K, COSINE)
         weight = tl.where(inside, 1.0, 0.0)
         if WEIGHTED:
             weight = tl.load(weight_ptr + n, inside, other=0.0)
-        squares = tl.load(sq_ptr + n, inside, other=0.0)
-        near, kept, _, has_nonfinite = nearest(best, squares, weight, COSINE)
-        label = tl.where(kept, index, -1)
+        squares = tl.load(squares_ptr + n, inside, other=0.0)
+        distance, counted, _, has_nonfinite = pixel_distances(best, squares, weight, COSINE)
+        label = tl.where(counted, index, -1)
         counts += tl.sum(tl.where(label[:, None] == k[None, :], weight[:, None], 0.0), 0)
-        inertia += tl.where(has_nonfinite, float("nan"), tl.where(kept, weight * near, 0.0))
+        inertia += tl.where(has_nonfinite, float("nan"), tl.where(counted, weight * distance, 0.0))
         changed += (inside & (tl.load(labels_ptr + n, inside, other=-1) != label)).to(tl.int32)
-        tl.store(near_ptr + n, tl.where(kept, near, -1.0), inside)
+        tl.store(distances_ptr + n, tl.where(counted, distance, -1.0), inside)
         tl.store(labels_ptr + n, label.to(labels_ptr.dtype.element_ty), inside)
     tl.store(counts_ptr + strip * KP + k, counts)
     tl.store(inertia_ptr + strip, tl.sum(inertia, 0))
@@ -141,20 +151,20 @@ def _label_strip(
 
 @triton.jit
 def score(
-    xs, strides, sizes, m_ptr, scores_ptr, bias_ptr, sq_ptr, weight_ptr, done_ptr, needed_ptr, arrived_ptr,
-    labels_ptr, near_ptr, counts_ptr, inertia_ptr, changed_ptr,
+    xs, strides, sizes, m_ptr, scores_ptr, bias_ptr, squares_ptr, weight_ptr, done_ptr, needed_ptr, arrived_ptr,
+    labels_ptr, distances_ptr, counts_ptr, inertia_ptr, changed_ptr,
     height, width, rows, strips, spans, programs, cells, blocks, DP, K,
     FLATS: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr, COSINE: tl.constexpr, WEIGHTED: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     TILES: tl.constexpr, PAD: tl.constexpr, BLOCK_N: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """Scores of spans[l] cells of a level; the last program that a strip of pixels waits for labels the strip.
+    """Scores of spans[l] cells of a level; the last program that a strip of pixels waits for also labels the strip.
 
-    TILES: cells and channels of a tile of each level. Which program that is varies; what it computes does not.
+    TILES: cells and channels of a tile of each level. Which program labels a strip varies, but not what it computes.
     """
     b = (tl.program_id(0) // programs).to(tl.int64)
     program = tl.program_id(0) % programs
-    if finished(done_ptr, b, True):
+    if has_converged(done_ptr, b, True):
         return
     scores_ptr += b * cells * KP
     m_ptr += b * DP * KP
@@ -172,21 +182,21 @@ def score(
                     xs[level] + b * strides[level][0], strides[level], sizes[level], m_ptr, base, start,
                     FLATS[level], WIDE, PRECISION, UPCAST, TILES[level][0], TILES[level][1], KP,
                 )  # fmt: skip
-            low, high = _rows_of(begin // w, (end - 1) // w, h, height)
+            low, high = _pixel_rows(begin // w, (end - 1) // w, h, height)
             first = low // rows
             last = high // rows
         program -= count
         base += h * w * KP
         m_ptr += tl.cdiv(sizes[level][0], PAD) * PAD * KP
-    tl.debug_barrier()  # every thread's scores are stored before one of them says so
+    tl.debug_barrier()  # all threads store their scores before one of them signals it
     arrived_ptr += b * strips
     n = b * height * width
     for strip in range(first, last + 1):
         others = tl.atomic_add(arrived_ptr + strip, 1, sem="acq_rel")
         if others == tl.load(needed_ptr + strip) - 1:
             _label_strip(
-                sizes, scores_ptr, bias_ptr + b * blocks * KP, sq_ptr + n, weight_ptr + n, labels_ptr + n, near_ptr + n,
-                counts_ptr + b * strips * KP, inertia_ptr + b * strips, changed_ptr + b * strips,
+                sizes, scores_ptr, bias_ptr + b * blocks * KP, squares_ptr + n, weight_ptr + n, labels_ptr + n,
+                distances_ptr + n, counts_ptr + b * strips * KP, inertia_ptr + b * strips, changed_ptr + b * strips,
                 strip, height, width, rows, blocks, K, LEVELS, COSINE, WEIGHTED, BLOCK_N, KP,
             )  # fmt: skip
             tl.store(arrived_ptr + strip, 0)  # for the next step
@@ -203,8 +213,9 @@ def _sum_unit(
 ):  # fmt: skip
     """Sums [K, D_l] over rows of cells, of CHUNKS blocks of channels.
 
-    A row of cells at a time: first the rows of pixels that mix it, one weight a row; then along the row, a product with
-    the weights of its cells; that is what each cell stands for in each cluster, and the factor of its features.
+    For one row of cells at a time, the one-hot labels go through the adjoint of the resizing: first across the rows of
+    pixels that interpolate this row of cells, one weight per row; then along the row, as a product with the weights of
+    its cells. The result is the weight of each cell in each cluster, which multiplies its features.
     """
     channels, h, w = size
     k = tl.arange(0, KP)
@@ -213,32 +224,32 @@ def _sum_unit(
     for _ in tl.static_range(CHUNKS):
         acc += (tl.zeros([BLOCK_S, KP], tl.float32),)  # type: ignore[assignment]
     for y in range(first_row, last_row):
-        low, high = _rows_of(y, y, h, height)
+        low, high = _pixel_rows(y, y, h, height)
         for start in range(0, w, BLOCK_C):
             cell = start + tl.arange(0, BLOCK_C)
             inside = cell < w
-            share = tl.zeros([BLOCK_C, KP], tl.float32)
+            cell_weights = tl.zeros([BLOCK_C, KP], tl.float32)
             for first in range(0, width, BLOCK_X):
                 x = first + tl.arange(0, BLOCK_X)
                 column = tl.zeros([BLOCK_X, KP], tl.float32)
                 for row in range(low, high + 1):
                     top, dy = _taps(row, h, height)
-                    weight = tl.zeros([BLOCK_X], tl.float32) + _share(y, top, dy)
+                    weight = tl.zeros([BLOCK_X], tl.float32) + _tap_weight(y, top, dy)
                     label = tl.load(labels_ptr + row * width + x, x < width, other=-1)
                     if not UNIT:
                         weight *= tl.load(scale_ptr + row * width + x, x < width, other=0.0)
                     column += tl.where(label[:, None] == k[None, :], weight[:, None], 0.0)
                 left, dx = _taps(x, w, width)
-                along = _share(cell[:, None], left[None, :], dx[None, :])
-                share = tl.dot(along, column, share, input_precision="ieee")
-            places = _places(y + tl.zeros_like(cell), cell, w, strides, FLAT, WIDE)
+                along = _tap_weight(cell[:, None], left[None, :], dx[None, :])
+                cell_weights = tl.dot(along, column, cell_weights, input_precision="ieee")
+            offsets = _cell_offsets(y + tl.zeros_like(cell), cell, w, strides, FLAT, WIDE)
             updated = ()
             for i in tl.static_range(CHUNKS):
                 at = i * BLOCK_S + d
-                there = inside[None, :] & (at < channels)[:, None]
-                f = tl.load(x_ptr + _across(at, strides, WIDE)[:, None] + places[None, :], there, other=0.0)
-                f = widened(tl.where(finite(f.to(tl.float32)), f, 0.0), UPCAST)
-                updated += (weighed(acc[i], f, share, PRECISION),)  # type: ignore[assignment]
+                mask = inside[None, :] & (at < channels)[:, None]
+                f = tl.load(x_ptr + _channel_offsets(at, strides, WIDE)[:, None] + offsets[None, :], mask, other=0.0)
+                f = upcast(tl.where(is_finite(f.to(tl.float32)), f, 0.0), UPCAST)
+                updated += (add_product(acc[i], f, cell_weights, PRECISION),)  # type: ignore[assignment]
             acc = updated
     for i in tl.static_range(CHUNKS):
         at = i * BLOCK_S + d
@@ -253,10 +264,10 @@ def sums(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     CHUNKS: tl.constexpr, BLOCKS_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_X: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums parts[l] [B, splits_l, K, D_l]: a program takes some channels of a level and a share of its rows."""
+    """Partial sums parts[l] [B, splits_l, K, D_l]: a program takes some channels of a level and a split of rows."""
     b = (tl.program_id(0) // units).to(tl.int64)
     unit = tl.program_id(0) % units
-    if finished(done_ptr, b, True):
+    if has_converged(done_ptr, b, True):
         return
     labels_ptr += b * height * width
     scale_ptr += b * height * width
@@ -279,8 +290,8 @@ def sums(
 
 
 @triton.jit
-def _pixel(x_ptr, strides, size, at, d, height, width, WIDE: tl.constexpr):
-    """Channels d of pixels ``at`` [n], [n, BLOCK_D] in float32."""
+def _load_resized(x_ptr, strides, size, at, d, height, width, WIDE: tl.constexpr):
+    """Channels d of the resized map at pixels ``at`` [n], float32 [n, BLOCK_D]."""
     channels, h, w = size
     y, dy = _taps(at // width, h, height)
     x, dx = _taps(at % width, w, width)
@@ -288,22 +299,22 @@ def _pixel(x_ptr, strides, size, at, d, height, width, WIDE: tl.constexpr):
     for i in tl.static_range(2):
         for j in tl.static_range(2):
             weight = (dy if i == 1 else 1 - dy) * (dx if j == 1 else 1 - dx)
-            there = (weight > 0)[:, None] & (d < channels)[None, :]
-            places = _places(y + i, x + j, w, strides, False, WIDE)
-            f = tl.load(x_ptr + places[:, None] + _across(d, strides, WIDE)[None, :], there, other=0.0).to(tl.float32)
-            out += f * weight[:, None]
+            mask = (weight > 0)[:, None] & (d < channels)[None, :]
+            offsets = _cell_offsets(y + i, x + j, w, strides, False, WIDE)
+            at_channels = x_ptr + offsets[:, None] + _channel_offsets(d, strides, WIDE)[None, :]
+            out += tl.load(at_channels, mask, other=0.0).to(tl.float32) * weight[:, None]
     return out
 
 
 @triton.jit
-def _repaired(
-    tile, count, x_ptr, strides, size, weight_ptr, scale_ptr, labels_ptr, near_ptr, k, d, height, width, K,
+def _repair_empty(
+    tile, count, x_ptr, strides, size, weight_ptr, scale_ptr, labels_ptr, distances_ptr, k, d, height, width, K,
     WIDE: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums [BLOCK_D, KP] of one level and counts [KP] where the i-th empty cluster has the i-th farthest pixel.
+    """Sums [BLOCK_D, KP] of one level and counts [KP] after the i-th farthest pixel moved to the i-th empty cluster.
 
-    Every program of a problem makes the same choices. Ties go to the lowest pixel, so the next at this distance lies
-    above.
+    Every program of a problem makes the same choices. Ties go to the lowest pixel: the next one at this distance has a
+    higher index.
     """
     pixels = height * width
     far = float("inf")
@@ -312,7 +323,7 @@ def _repaired(
     before = count
     for empty in range(K):
         if (tl.sum(tl.where(k == empty, before, 0.0), 0) == 0) & searching:
-            best, pixel = farthest(near_ptr, pixels, far, taken, BLOCK)
+            best, pixel = find_farthest(distances_ptr, pixels, far, taken, BLOCK)
             searching = (best >= 0) & ((far < float("inf")) | (best > 0))
             if searching:
                 far = best
@@ -320,22 +331,22 @@ def _repaired(
                 w = tl.load(weight_ptr + pixel) if WEIGHTED else 1.0
                 donor = tl.load(labels_ptr + pixel)
                 at = pixel + tl.zeros([1], tl.int32)
-                moved = tl.sum(_pixel(x_ptr, strides, size, at, d, height, width, WIDE), 0)
-                moved *= tl.load(scale_ptr + pixel)
-                gone = tl.where(k == donor, 1.0, 0.0)
-                tile = tl.where((k == empty)[None, :], moved[:, None], tile - moved[:, None] * gone[None, :])
-                count = tl.where(k == empty, w, count - w * gone)
+                vector = tl.sum(_load_resized(x_ptr, strides, size, at, d, height, width, WIDE), 0)
+                vector *= tl.load(scale_ptr + pixel)
+                is_donor = tl.where(k == donor, 1.0, 0.0)
+                tile = tl.where((k == empty)[None, :], vector[:, None], tile - vector[:, None] * is_donor[None, :])
+                count = tl.where(k == empty, w, count - w * is_donor)
     return tile, count
 
 
 @triton.jit
-def _moved(
-    x_ptr, strides, size, part_ptr, splits, weight_ptr, scale_ptr, labels_ptr, near_ptr, counts_ptr, lengths_ptr,
+def _move_level(
+    x_ptr, strides, size, part_ptr, splits, weight_ptr, scale_ptr, labels_ptr, distances_ptr, counts_ptr, lengths_ptr,
     c_ptr, m_ptr, mu_ptr, first, height, width, strips, blocks, channels, K,
     START: tl.constexpr, LENGTHS: tl.constexpr, COSINE: tl.constexpr, WEIGHTED: tl.constexpr, FARTHEST: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """Move the centroids in BLOCK_D channels of one level: what they add to bias (or squares) [KP] and shift [KP]."""
+    """Move the centroids in BLOCK_D channels of one level; returns the bias (or squares) and shift [KP] of these."""
     k = tl.arange(0, KP)
     d = first + tl.arange(0, BLOCK_D)
     mask = (k < K)[None, :] & (d < size[0])[:, None]
@@ -353,8 +364,8 @@ def _moved(
             count += tl.load(counts_ptr + strip * KP + k)
         if FARTHEST:  # noqa: SIM102  (the one a constant, the other a value)
             if tl.sum(((count == 0) & (k < K)).to(tl.int32), 0) > 0:
-                tile, count = _repaired(
-                    tile, count, x_ptr, strides, size, weight_ptr, scale_ptr, labels_ptr, near_ptr, k, d,
+                tile, count = _repair_empty(
+                    tile, count, x_ptr, strides, size, weight_ptr, scale_ptr, labels_ptr, distances_ptr, k, d,
                     height, width, K, WIDE, WEIGHTED, BLOCK,
                 )  # fmt: skip
         if LENGTHS:
@@ -370,15 +381,15 @@ def _moved(
             shift = tl.sum((c - before) * (c - before), 0)
             tl.store(c_ptr + place, c, mask)
     if LENGTHS:  # noqa: SIM108
-        found = tl.sum(c * c, 0)
+        partial = tl.sum(c * c, 0)
     else:
-        found = centred(m_ptr, c, tl.load(mu_ptr + d), k, d, K, size[0], KP)
-    return found, shift
+        partial = store_centred(m_ptr, c, tl.load(mu_ptr + d), k, d, K, size[0], KP)
+    return partial, shift
 
 
 @triton.jit
 def move(
-    xs, strides, sizes, parts, splits, weight_ptr, scale_ptr, labels_ptr, near_ptr, counts_ptr, changed_ptr,
+    xs, strides, sizes, parts, splits, weight_ptr, scale_ptr, labels_ptr, distances_ptr, counts_ptr, changed_ptr,
     lengths_ptr, shift_ptr, bias_ptr, c_ptr, m_ptr, mu_ptr, limit_ptr, done_ptr, steps_ptr, arrived_ptr,
     height, width, strips, blocks, DP, channels, K,
     START: tl.constexpr, LENGTHS: tl.constexpr, COSINE: tl.constexpr, WEIGHTED: tl.constexpr, FARTHEST: tl.constexpr,
@@ -387,12 +398,12 @@ def move(
 ):  # fmt: skip
     """Centroids c [B, K, D] from the sums, empty clusters repaired; m, and bias in parts [B, blocks, KP].
 
-    The last program of a problem decides whether it has converged. START: m and bias of the c given. LENGTHS: squares
-    of the sums in parts [B, blocks, KP] alone, which a cosine needs before the centroids.
+    The last program of a problem decides whether it has converged. START: only m and bias, of the given c. LENGTHS:
+    only the squared lengths of the sums, in parts [B, blocks, KP], which cosine needs before the centroids.
     """
     b = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
-    if finished(done_ptr, b, True):
+    if has_converged(done_ptr, b, True):
         return
     k = tl.arange(0, KP)
     n = b * height * width
@@ -404,17 +415,17 @@ def move(
     for level in tl.static_range(LEVELS):
         count = tl.cdiv(sizes[level][0], PAD) * (PAD // BLOCK_D)
         if (rest >= 0) & (rest < count):
-            found, shift = _moved(
+            partial, shift = _move_level(
                 xs[level] + b * strides[level][0], strides[level], sizes[level],
                 parts[level] + b * splits[level] * K * sizes[level][0], splits[level], weight_ptr + n, scale_ptr + n,
-                labels_ptr + n, near_ptr + n, counts_ptr + b * strips * KP, lengths_ptr + b * blocks * KP,
+                labels_ptr + n, distances_ptr + n, counts_ptr + b * strips * KP, lengths_ptr + b * blocks * KP,
                 c_ptr, m_ptr, mu_ptr, rest * BLOCK_D, height, width, strips, blocks, channels, K,
                 START, LENGTHS, COSINE, WEIGHTED, FARTHEST, WIDE, BLOCK, BLOCK_D, KP,
             )  # fmt: skip
             if LENGTHS:
-                tl.store(lengths_ptr + row * KP + k, found)
+                tl.store(lengths_ptr + row * KP + k, partial)
             else:
-                tl.store(bias_ptr + row * KP + k, found)
+                tl.store(bias_ptr + row * KP + k, partial)
             if not (START or LENGTHS):
                 tl.store(shift_ptr + row, tl.sum(shift, 0))
         rest -= count
@@ -430,13 +441,13 @@ def move(
             changed = 0
             for i in range(strips):
                 changed += tl.load(changed_ptr + b * strips + i)
-            same = (moved <= tl.load(limit_ptr + b)) | (changed == 0)
-            tl.store(done_ptr + b, same.to(tl.int32))
+            converged = (moved <= tl.load(limit_ptr + b)) | (changed == 0)
+            tl.store(done_ptr + b, converged.to(tl.int32))
             tl.store(steps_ptr + b, tl.load(steps_ptr + b) + 1)
             tl.store(arrived_ptr + b, 0)
 
 
-# ---------------------------------------------------------------- once a problem
+# ---------------------------------------------------------------- once per problem
 
 
 @triton.jit
@@ -450,22 +461,22 @@ def _gram_tile(
     y, x = c // w, c % w
     inside = c < h * w
     right, below = inside & (x < w - 1), inside & (y < h - 1)
-    here = _places(y, x, w, strides, FLAT, WIDE)
+    here = _cell_offsets(y, x, w, strides, FLAT, WIDE)
     own = tl.zeros([BLOCK_C], tl.float32)
     across, down, diagonal = own, own, own
     for first in range(0, channels, BLOCK_D):
         mu = tl.load(mu_ptr + first + d)
-        at = x_ptr + here[:, None] + _across(first + d, strides, WIDE)[None, :]
-        there = (first + d < channels)[None, :]
-        f = tl.load(at, inside[:, None] & there, other=0.0).to(tl.float32) - mu[None, :]
-        f_x = tl.load(at + strides[3], right[:, None] & there, other=0.0).to(tl.float32) - mu[None, :]
-        f_y = tl.load(at + strides[2], below[:, None] & there, other=0.0).to(tl.float32) - mu[None, :]
-        both = (right & below)[:, None] & there
+        at = x_ptr + here[:, None] + _channel_offsets(first + d, strides, WIDE)[None, :]
+        mask = (first + d < channels)[None, :]
+        f = tl.load(at, inside[:, None] & mask, other=0.0).to(tl.float32) - mu[None, :]
+        f_x = tl.load(at + strides[3], right[:, None] & mask, other=0.0).to(tl.float32) - mu[None, :]
+        f_y = tl.load(at + strides[2], below[:, None] & mask, other=0.0).to(tl.float32) - mu[None, :]
+        both = (right & below)[:, None] & mask
         f_xy = tl.load(at + (strides[2] + strides[3]), both, other=0.0).to(tl.float32) - mu[None, :]
-        own += tl.sum(tl.where(there, f * f, 0.0), 1)
-        across += tl.sum(tl.where(there, f * f_x, 0.0), 1)
-        down += tl.sum(tl.where(there, f * f_y, 0.0), 1)
-        diagonal += tl.sum(tl.where(there, f * f_xy + f_x * f_y, 0.0), 1)
+        own += tl.sum(tl.where(mask, f * f, 0.0), 1)
+        across += tl.sum(tl.where(mask, f * f_x, 0.0), 1)
+        down += tl.sum(tl.where(mask, f * f_y, 0.0), 1)
+        diagonal += tl.sum(tl.where(mask, f * f_xy + f_x * f_y, 0.0), 1)
     tl.store(out_ptr + c, own, inside)
     tl.store(out_ptr + cells + c, across, inside)
     tl.store(out_ptr + 2 * cells + c, down, inside)
@@ -478,7 +489,10 @@ def grams(
     FLATS: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr,
     PAD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Inner products of each cell, around mu, with itself, its right, lower and (both diagonals) far neighbour."""
+    """Inner products [B, 4, cells], relative to mu, of each cell with itself, its right, lower and diagonal neighbour.
+
+    The last one is summed over both diagonals.
+    """
     b = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     out_ptr += b * 4 * cells
@@ -498,7 +512,7 @@ def grams(
 
 @triton.jit
 def squares(sizes, gram_ptr, out_ptr, height, width, tiles, cells, LEVELS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """|x_n - mu|^2 [B, N] from the inner products of the cells that a pixel mixes."""
+    """|x_n - mu|^2 [B, N] from the inner products of the cells that each pixel interpolates."""
     b = (tl.program_id(0) // tiles).to(tl.int64)
     n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < height * width
@@ -529,7 +543,7 @@ def rows(
     xs, strides, sizes, index_ptr, mu_ptr, out_ptr, height, width, count, blocks, DP, channels,
     WIDE: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Pixels index [B, count] less mu, [B, count, D]; zeros in place of what is not finite."""
+    """Pixels index [B, count] minus mu, [B, count, D]; values that are not finite become 0."""
     tiles = tl.cdiv(count, BLOCK)
     b = (tl.program_id(0) // (tiles * blocks)).to(tl.int64)
     tile = tl.program_id(0) // blocks % tiles
@@ -543,10 +557,12 @@ def rows(
         if (block >= 0) & (block < here):
             d = block * BLOCK_D + tl.arange(0, BLOCK_D)
             x = (
-                _pixel(xs[level] + b * strides[level][0], strides[level], sizes[level], at, d, height, width, WIDE)
+                _load_resized(
+                    xs[level] + b * strides[level][0], strides[level], sizes[level], at, d, height, width, WIDE
+                )
                 - tl.load(mu_ptr + d)[None, :]
             )
-            x = tl.where(finite(x), x, 0.0)
+            x = tl.where(is_finite(x), x, 0.0)
             mask = (i < count)[:, None] & (d < sizes[level][0])[None, :]
             tl.store(out_ptr + i.to(tl.int64)[:, None] * channels + d[None, :], x, mask)
         block -= here

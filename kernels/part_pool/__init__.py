@@ -1,1 +1,1 @@
-"""Part pooling: :mod:`launch` is the host side, :mod:`kernels` the device side."""
+"""Part pooling. Host side: :mod:`launch`; device side: :mod:`kernels`."""

@@ -1,14 +1,14 @@
-"""Device code of part_pool: sums of parts, their gradient, and the votes of the majority grid."""
+"""Kernels of part pooling: sums over parts, their gradient, and the votes of the majority grid."""
 
 import triton
 import triton.language as tl
 
-from fgfast.kernels.common import widened
+from fgfast.kernels.common import upcast
 
 
 @triton.jit
-def _at(p, WIDTH, stride_y, stride_x, FLAT: tl.constexpr, WIDE: tl.constexpr):
-    """Offset of pixel p within its image, where rows may have gaps between them; WIDE: int32 does not hold it."""
+def _pixel_offset(p, WIDTH, stride_y, stride_x, FLAT: tl.constexpr, WIDE: tl.constexpr):
+    """Offset of pixel p within its image; FLAT: no gaps between rows; WIDE: in int64."""
     if FLAT:
         return (p.to(tl.int64) if WIDE else p) * stride_x
     y, x = p // WIDTH, p % WIDTH
@@ -17,25 +17,25 @@ def _at(p, WIDTH, stride_y, stride_x, FLAT: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def _part_ids(labels, offsets, inside, K):
-    """Part of each pixel, -1 for none: compared before it is narrowed, so that no wide id turns into a part."""
+    """Part of each pixel, -1 for none; compared in int64, because narrowing could turn a large id into a part."""
     ids = tl.load(labels + offsets, mask=inside, other=0).to(tl.int64)
     return tl.where(inside & (ids >= 0) & (ids < K), ids, -1).to(tl.int32)
 
 
 @triton.jit
-def _truncated(x):
-    """Keep the 8 leading bits of its significand of x: a bfloat16."""
+def _truncate(x):
+    """Float32 x truncated to the 8 leading bits of its significand, which a bfloat16 holds."""
     return (x.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _one_hot_dot(x, hot, sums, UPCAST: tl.constexpr):
-    """Add x @ hot to sums. A float32 is the exact sum of three bfloat16, so tensor cores multiply it exactly too."""
+    """Sums + x @ hot. A float32 is the exact sum of three bfloat16, so products on tensor cores are exact too."""
     if x.dtype == tl.float32:
-        narrow: tl.constexpr = tl.float32 if UPCAST else tl.bfloat16  # the interpreter knows no bfloat16
+        narrow: tl.constexpr = tl.float32 if UPCAST else tl.bfloat16  # the interpreter has no bfloat16
         hot = hot.to(narrow)
-        high = _truncated(x)
-        middle = _truncated(x - high)
+        high = _truncate(x)
+        middle = _truncate(x - high)
         sums = tl.dot((x - high - middle).to(narrow), hot, sums)
         sums = tl.dot(middle.to(narrow), hot, sums)
         return tl.dot(high.to(narrow), hot, sums)
@@ -43,7 +43,7 @@ def _one_hot_dot(x, hot, sums, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _sums(
+def _sum_parts(
     x, labels, weight, d, k, first, last, D, K, WIDTH,
     x_d, x_y, x_x, l_y, l_x, w_y, w_x,
     SELECT: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, WEIGHTED: tl.constexpr, UPCAST: tl.constexpr,
@@ -51,8 +51,8 @@ def _sums(
 ):  # fmt: skip
     """Sums [BLOCK_D, BLOCK_K] and areas [BLOCK_K] over pixels first to last.
 
-    Without SELECT a value that is not finite spoils its whole row, seen in the result. With it such a value reaches
-    the sum of its own part alone, as NaN.
+    Without SELECT a value that is not finite makes its channel NaN in every part. With it only the sum of its own part
+    becomes NaN.
     """
     sums = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)
     bad_sums = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)
@@ -60,12 +60,13 @@ def _sums(
     for start in range(first, last, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         inside = p < last
-        ids = _part_ids(labels, _at(p, WIDTH, l_y, l_x, FLAT, WIDE), inside, K)
-        tile = x + (d.to(tl.int64) if WIDE else d)[:, None] * x_d + _at(p, WIDTH, x_y, x_x, FLAT, WIDE)[None, :]
-        values = widened(tl.load(tile, mask=(d < D)[:, None] & inside[None, :], other=0.0), UPCAST)
+        ids = _part_ids(labels, _pixel_offset(p, WIDTH, l_y, l_x, FLAT, WIDE), inside, K)
+        channels = (d.to(tl.int64) if WIDE else d)[:, None] * x_d
+        tile = x + channels + _pixel_offset(p, WIDTH, x_y, x_x, FLAT, WIDE)[None, :]
+        values = upcast(tl.load(tile, mask=(d < D)[:, None] & inside[None, :], other=0.0), UPCAST)
         hot = ids[:, None] == k[None, :]
         if WEIGHTED:
-            w = tl.load(weight + _at(p, WIDTH, w_y, w_x, FLAT, WIDE), mask=inside, other=0.0).to(tl.float32)
+            w = tl.load(weight + _pixel_offset(p, WIDTH, w_y, w_x, FLAT, WIDE), mask=inside, other=0.0).to(tl.float32)
             hot = hot & (w > 0)[:, None]
             areas += tl.where(hot, w[:, None], 0.0)
         else:
@@ -90,17 +91,17 @@ def _pool(
     MEAN: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, WEIGHTED: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Pooled [splits, B, K, D] and area of pixels first to last: one image, block of channels and block of parts."""
+    """Pooled [splits, B, K, D] and area of pixels first to last, for a block of channels and a block of parts."""
     d = d_block * BLOCK_D + tl.arange(0, BLOCK_D)
     k = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
-    sums, areas = _sums(
+    sums, areas = _sum_parts(
         x, labels, weight, d, k, first, last, D, K, WIDTH, x_d, x_y, x_x, l_y, l_x, w_y, w_x,
         False, FLAT, WIDE, WEIGHTED, UPCAST, BLOCK_D, BLOCK_P, BLOCK_K,
     )  # fmt: skip
-    # Over both axes at once: one after the other fails in the compiler of Triton 3.6 for sm_100.
+    # Over both axes at once: reducing one after the other fails in the compiler of Triton 3.6 for sm_100.
     if tl.max(tl.where(tl.abs(sums) < float("inf"), 0, 1)) > 0:
-        # Rare, so in narrow tiles: in wide ones this loop would cost the loop above half of its registers.
-        sums, _ = _sums(
+        # Rare, hence narrow tiles: with wide ones this loop would take half of the registers of the loop above.
+        sums, _ = _sum_parts(
             x, labels, weight, d, k, first, last, D, K, WIDTH, x_d, x_y, x_x, l_y, l_x, w_y, w_x,
             True, FLAT, WIDE, WEIGHTED, UPCAST, BLOCK_D, 16, BLOCK_K,
         )  # fmt: skip
@@ -139,8 +140,8 @@ def _vote(
 ):  # fmt: skip
     """Majority ids of BLOCK_J adaptive-pooling cells of an image, from cell ``first`` on, to its grid.
 
-    No cell is taller than ``tallest`` or wider than ``widest``. A turn reads BLOCK_X pixels of a row of each cell, and
-    two turns wait for the memory together.
+    No cell is taller than ``tallest`` or wider than ``widest``. An iteration reads BLOCK_X pixels of a row of each
+    cell; unrolling by two overlaps the loads of two iterations.
     """
     cell = first + tl.arange(0, BLOCK_J).to(tl.int64)
     i, j = cell // width, cell % width
@@ -168,7 +169,7 @@ def _vote(
 
 @triton.jit
 def map_kernel(
-    x, labels, grid, weight, pooled, area, B, D, K, N, WIDTH, share, H, W, height, tallest, widest,
+    x, labels, grid, weight, pooled, area, B, D, K, N, WIDTH, group_blocks, H, W, height, tallest, widest,
     x_b, x_d, x_y, x_x, l_b, l_y, l_x, w_b, w_y, w_x,
     MEAN: tl.constexpr, WIDE: tl.constexpr, WEIGHTED: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -176,11 +177,11 @@ def map_kernel(
 ):  # fmt: skip
     """Pooled [B, K, D] and area [B, K] by the majority of id maps [B, H, W]; pixels are evenly spaced.
 
-    A program votes the whole grid of an image, into a copy of its own of grid [groups, B, N], and pools ``share``
-    blocks of channels by it.
+    A program computes the full grid of an image, stores its own copy in grid [groups, B, N], and pools
+    ``group_blocks`` blocks of channels by it.
     """
     blocks = tl.cdiv(D, BLOCK_D)
-    groups = tl.cdiv(blocks, share)
+    groups = tl.cdiv(blocks, group_blocks)
     image, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
     grid += (group * B + image) * N
     for first in range(0, N, BLOCK_J):
@@ -188,9 +189,9 @@ def map_kernel(
             labels + image * l_b, grid, first, N, H, W, K, height, WIDTH, tallest, widest, l_y, l_x,
             BLOCK_J, BLOCK_X, BLOCK_V,
         )  # fmt: skip
-    tl.debug_barrier()  # what follows reads cells that other threads of the program have written
-    # Offsets of pixels are made anew for each block: held in registers across the blocks they would take 40 more.
-    for d_block in tl.range(group * share, tl.minimum((group + 1) * share, blocks), disable_licm=True):
+    tl.debug_barrier()  # the code below reads cells written by other threads of this program
+    # Without hoisting, offsets of pixels are recomputed for each block: keeping them would take 40 more registers.
+    for d_block in tl.range(group * group_blocks, tl.minimum((group + 1) * group_blocks, blocks), disable_licm=True):
         _pool(
             x + image * x_b, grid, weight + image * w_b, pooled, area, 0, B, image,
             d_block, 0, 0, N, D, K, WIDTH, x_d, x_y, x_x, WIDTH, 1, w_y, w_x,
@@ -203,7 +204,7 @@ def join_kernel(
     parts, areas, pooled, area, B, D, K, splits,
     MEAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The sum over splits, in order, of sums [splits, B, K, D] and areas [splits, B, K]."""
+    """Sums [splits, B, K, D] and areas [splits, B, K] added over splits in order."""
     program, d_block = tl.program_id(0) // tl.cdiv(D, BLOCK_D), tl.program_id(0) % tl.cdiv(D, BLOCK_D)
     image, k_block = (program // tl.cdiv(K, BLOCK_K)).to(tl.int64), program % tl.cdiv(K, BLOCK_K)
     d = d_block * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -224,32 +225,33 @@ def join_kernel(
 
 
 @triton.jit
-def _spread(
+def _write_gradients(
     grad, rows, labels, weight, area, out, d, k, first, last, D, K, WIDTH,
     g_k, g_d, l_y, l_x, w_y, w_x, o_d, o_y, o_x,
     LOAD: tl.constexpr, MEAN: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, WEIGHTED: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of pixels first to last: one-hot product with rows [BLOCK_D, BLOCK_K], or loads."""
+    """Write the gradients of pixels first to last: a one-hot product with rows [BLOCK_D, BLOCK_K], or loads (LOAD)."""
     for start in range(first, last, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         inside = p < last
-        ids = _part_ids(labels, _at(p, WIDTH, l_y, l_x, FLAT, WIDE), inside, K)
+        ids = _part_ids(labels, _pixel_offset(p, WIDTH, l_y, l_x, FLAT, WIDE), inside, K)
         scale = tl.full([BLOCK_P], 1.0, tl.float32)
         if WEIGHTED:
-            scale = tl.load(weight + _at(p, WIDTH, w_y, w_x, FLAT, WIDE), mask=inside, other=0.0).to(tl.float32)
-        kept = (ids >= 0) & (scale > 0)
+            at = weight + _pixel_offset(p, WIDTH, w_y, w_x, FLAT, WIDE)
+            scale = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        counted = (ids >= 0) & (scale > 0)
         if MEAN:
-            scale = scale / tl.load(area + ids, mask=kept, other=1.0)
+            scale = scale / tl.load(area + ids, mask=counted, other=1.0)
         if LOAD:
-            at = grad + d.to(tl.int64)[:, None] * g_d + tl.where(kept, ids, 0).to(tl.int64)[None, :] * g_k
-            values = widened(tl.load(at, mask=(d < D)[:, None] & kept[None, :], other=0.0), UPCAST).to(tl.float32)
+            at = grad + d.to(tl.int64)[:, None] * g_d + tl.where(counted, ids, 0).to(tl.int64)[None, :] * g_k
+            values = upcast(tl.load(at, mask=(d < D)[:, None] & counted[None, :], other=0.0), UPCAST).to(tl.float32)
         else:
             hot = k[:, None] == ids[None, :]
             values = _one_hot_dot(rows, hot, tl.zeros([BLOCK_D, BLOCK_P], tl.float32), UPCAST)
-        values = tl.where(kept[None, :], values * scale[None, :], 0.0)
+        values = tl.where(counted[None, :], values * scale[None, :], 0.0)
         across = (d.to(tl.int64) if WIDE else d)[:, None] * o_d
-        at = out + across + _at(p, WIDTH, o_y, o_x, FLAT, WIDE)[None, :]
+        at = out + across + _pixel_offset(p, WIDTH, o_y, o_x, FLAT, WIDE)[None, :]
         tl.store(at, values, mask=(d < D)[:, None] & inside[None, :])
 
 
@@ -260,9 +262,9 @@ def backward_kernel(
     MEAN: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, WEIGHTED: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the features: that of its part at each pixel.
+    """Gradient of the features: each pixel gets that of its part.
 
-    More than BLOCK_K parts, and values that are not finite, which no product keeps apart, take a load an element.
+    With more than BLOCK_K parts, or values that are not finite and would spread in a product, elements are loaded.
     """
     program, d_block = tl.program_id(0) // tl.cdiv(D, BLOCK_D), tl.program_id(0) % tl.cdiv(D, BLOCK_D)
     image, split = (program // splits).to(tl.int64), program % splits
@@ -276,15 +278,15 @@ def backward_kernel(
     area += image * K
     out += image * o_b
     at = grad + d.to(tl.int64)[:, None] * g_d + k.to(tl.int64)[None, :] * g_k
-    rows = widened(tl.load(at, mask=(d < D)[:, None] & (k < K)[None, :], other=0.0), UPCAST)
-    odd = tl.max(tl.max(tl.where(tl.abs(rows.to(tl.float32)) < float("inf"), 0, 1), 0), 0)
-    if (odd > 0) | (K > BLOCK_K):
-        _spread(
+    rows = upcast(tl.load(at, mask=(d < D)[:, None] & (k < K)[None, :], other=0.0), UPCAST)
+    nonfinite = tl.max(tl.max(tl.where(tl.abs(rows.to(tl.float32)) < float("inf"), 0, 1), 0), 0)
+    if (nonfinite > 0) | (K > BLOCK_K):
+        _write_gradients(
             grad, rows, labels, weight, area, out, d, k, first, last, D, K, WIDTH,
             g_k, g_d, l_y, l_x, w_y, w_x, o_d, o_y, o_x, True, MEAN, FLAT, WIDE, WEIGHTED, UPCAST, BLOCK_D, BLOCK_P,
         )  # fmt: skip
     else:
-        _spread(
+        _write_gradients(
             grad, rows, labels, weight, area, out, d, k, first, last, D, K, WIDTH,
             g_k, g_d, l_y, l_x, w_y, w_x, o_d, o_y, o_x, False, MEAN, FLAT, WIDE, WEIGHTED, UPCAST, BLOCK_D, BLOCK_P,
         )  # fmt: skip

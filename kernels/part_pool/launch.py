@@ -4,16 +4,17 @@ Forward, one launch: features [B, D, N] by strides, labels [B, N] -> pooled [B, 
 
 .. math:: pooled_{bkd} = \frac{1}{area_{bk}} \sum_p [labels_{bp} = k]\, w_{bp} x_{bdp}
 
-A program owns an image and a block of channels and walks over the pixels: [BLOCK_D, BLOCK_P] x one-hot [BLOCK_P, K] on
-the tensor cores, K in one tile. Nobody shares an output, so sums have a fixed order. Few programs split the pixels and
-leave partial sums, which a second kernel adds in order. Backward writes grad[labels] w / area, walking likewise.
+A program owns an image and a block of channels and loops over the pixels: [BLOCK_D, BLOCK_P] x one-hot [BLOCK_P, K] on
+the tensor cores, K in one tile. Each output has one program: sums have a fixed order. If there are few programs, the
+pixels are split among more, whose partial sums are added in order by a second kernel. Backward writes
+grad[labels] w / area in the same kind of loop.
 
-Labels [B, H, W] of another resolution are first taken to [B, N] by majority. Where that is quick it is part of the same
-launch (`_share`): a program owns an image and a share of its blocks of channels, and votes before it pools.
+Labels [B, H, W] of another resolution are first reduced to [B, N] by majority. If that is fast it is part of the same
+launch (`_group_blocks`): a program owns an image and a group of its blocks of channels, and votes before it pools.
 
-Floors: forward reads B D N elements, labels and weights, and writes B K D; backward mirrors it. Labels are read again
-by each block of channels, hence blocks of 256 bytes. Operations: 2 B D N K on tensor cores (three times that for
-float32), under a tenth of their rate at the speed of the memory for K to 32.
+Minimum traffic: forward reads B D N elements, labels and weights, and writes B K D; backward reads B K D and writes
+B D N. Labels are read again for each block of channels, hence blocks of 256 bytes. Operations: 2 B D N K on tensor
+cores (three times that for float32), under a tenth of their peak rate when memory-bound, for K up to 32.
 """
 
 from collections.abc import Iterator
@@ -25,15 +26,15 @@ import triton
 from torch import Tensor
 
 from fgfast.kernels.common import MOST_REGISTERS, AotCase, interpreted, on_device_of, output_dtype
-from fgfast.kernels.configs import Row, architecture, config, processors, row_kind, served, table
+from fgfast.kernels.configs import Row, architecture, architectures_for, config, processors, row_kind, table
 from fgfast.kernels.part_pool.kernels import backward_kernel, forward_kernel, grid_kernel, join_kernel, map_kernel
 from fgfast.kernels.tune import TuneCase
 
 JOIN_D = 32
-GRID = Row("ids", {}, 4, 3, 0, MOST_REGISTERS)  # warps, stages and registers of the votes in a launch of their own
-MOST_PARTS = 64  # parts a tile holds: forward reads the features again for each further block of them
-MOST_VOTED = 32  # parts of a launch that also votes: with more, or gaps between rows, older compilers spill
-MOST_TURNS = 64  # of votes beside the pooling, at some 0.3 us each (not measured): a launch of its own takes as long
+GRID = Row("ids", {}, 4, 3, 0, MOST_REGISTERS)  # warps, stages and registers of a separate launch of votes
+MOST_PARTS = 64  # parts of a tile: forward reads the features once per block of parts
+MOST_VOTED = 32  # parts of a launch that also votes: with more parts, or gaps between rows, older compilers spill
+MOST_VOTE_STEPS = 64  # steps of votes before pooling, about 0.3 us each (not measured): more take a separate launch
 
 
 def _flat(*maps: Tensor | None) -> bool:
@@ -50,7 +51,7 @@ def _wide(*maps: Tensor | None) -> bool:
 
 
 def _strides(x: Tensor | None, flat: bool) -> tuple[int, ...]:
-    """Strides of [B, ..., h, w]; (0, 0, 0) for no weight. One column alone is walked by rows."""
+    """Strides of [B, ..., h, w]; (0, 0, 0) for no weight. A single column has the stride of rows between its pixels."""
     if x is None:
         return (0, 0, 0)
     *outer, y, across = x.stride()
@@ -58,7 +59,7 @@ def _strides(x: Tensor | None, flat: bool) -> tuple[int, ...]:
 
 
 def _split(pixels: int, block: int, programs: int, least: int, device: torch.device) -> tuple[int, int]:
-    """(chunk, splits): pixels a program walks over, at least ``least``, and how many programs share an image."""
+    """(chunk, splits): pixels per program, at least about ``least``, and programs per image and block of channels."""
     wanted = -(-2 * processors(device) // max(1, programs))
     splits = max(1, min(wanted, pixels // least))
     chunk = max(block, triton.cdiv(triton.cdiv(pixels, splits), block) * block)
@@ -66,8 +67,9 @@ def _split(pixels: int, block: int, programs: int, least: int, device: torch.dev
 
 
 def _blocks(row: Row, channels: int, parts: int, flat: bool) -> dict[str, int]:
-    """Tiles of a problem: half of the pixels where each has an offset of its own to be held in registers, and half of
-    the channels where there are many parts too.
+    """Tile sizes of a problem.
+
+    Pixels are halved where gaps between rows require an offset per pixel in registers, channels too for many parts.
     """
     block_k = min(MOST_PARTS, max(16, triton.next_power_of_2(parts)))
     most_d = row.tiles["BLOCK_D"] // (2 if _many(parts, flat) else 1)
@@ -89,7 +91,7 @@ def pool(features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, 
     row = config("part_pool", device, row_kind(features.dtype))
     flat = _flat(features, labels, weight)
     blocks = _blocks(row, channels, n_parts, flat)
-    tiles, chunk, splits = _cut(features, n_parts, blocks)
+    tiles, chunk, splits = _grid(features, n_parts, blocks)
     sums, areas = pooled, area
     if splits > 1:
         sums = features.new_empty(splits, *pooled.shape, dtype=torch.float32)
@@ -111,20 +113,20 @@ def pool(features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, 
 
 
 def _many(parts: int, flat: bool) -> bool:
-    """Whether a tile holds many parts, and an offset for each pixel besides."""
+    """Whether a tile has many parts and also an offset per pixel."""
     return parts > MOST_PARTS // 2 and not flat
 
 
 def _forward_row(row: Row, parts: int, flat: bool) -> Row:
-    """The row for `forward_kernel`: by itself ptxas spills 8 bytes for occupancy where registers are scarce."""
+    """The row for `forward_kernel`: the default of ptxas spills 8 bytes where registers are scarce."""
     return row._replace(registers=MOST_REGISTERS) if _many(parts, flat) else row
 
 
-def _cut(features: Tensor, parts: int, blocks: dict[str, int]) -> tuple[int, int, int]:
+def _grid(features: Tensor, parts: int, blocks: dict[str, int]) -> tuple[int, int, int]:
     """(tiles, chunk, splits) of a forward pass: blocks of channels and parts, and `_split` of the pixels."""
     batch, channels, height, width = features.shape
     tiles = batch * triton.cdiv(channels, blocks["BLOCK_D"]) * triton.cdiv(parts, blocks["BLOCK_K"])
-    # Partial sums are written and read: 8 K bytes a channel, against at least 256 K a channel of pixels.
+    # Partial sums are written and read: 8 K bytes per channel, against at least 256 K for the pixels of a channel.
     return tiles, *_split(height * width, blocks["BLOCK_P"], tiles, max(1024, 128 * parts), features.device)
 
 
@@ -134,24 +136,25 @@ def pool_map(
     """`pool` by the majority of id maps [B, H, W]: pooled, area, and that grid, int32 [B, h, w]."""
     batch, channels, height, width = features.shape
     row = config("part_pool", features.device, row_kind(features.dtype))
-    blocks = _blocks(row, channels, n_parts, n_parts <= 16)  # registers for more parts: half of the pixels too
+    blocks = _blocks(row, channels, n_parts, n_parts <= 16)  # more parts take registers: halve the pixels too
     pixels, (rows, columns) = height * width, labels.shape[1:]
     tallest, widest = _longest(rows, height), _longest(columns, width)
     votes = _grid_blocks(n_parts, widest, pixels, row.warps)
-    turns = triton.cdiv(pixels, votes["BLOCK_J"]) * triton.cdiv(n_parts, votes["BLOCK_V"])
+    passes = triton.cdiv(pixels, votes["BLOCK_J"]) * triton.cdiv(n_parts, votes["BLOCK_V"])
     flat = _flat(features, weight)
-    share = flat and _share(features, labels, n_parts, blocks, turns * tallest * triton.cdiv(widest, votes["BLOCK_X"]))
-    if not share:
+    steps = passes * tallest * triton.cdiv(widest, votes["BLOCK_X"])
+    group_blocks = flat and _group_blocks(features, labels, n_parts, blocks, steps)
+    if not group_blocks:
         grid = labels_to_grid(labels, height, width, n_parts, torch.int32)
         return (*pool(features, grid, n_parts, weight, mean), grid)
-    groups = triton.cdiv(triton.cdiv(channels, blocks["BLOCK_D"]), share)
+    groups = triton.cdiv(triton.cdiv(channels, blocks["BLOCK_D"]), group_blocks)
     grid = labels.new_empty(groups, batch, height, width, dtype=torch.int32)
     pooled = features.new_empty(batch, n_parts, channels, dtype=output_dtype(features.dtype))
     area = features.new_empty(batch, n_parts, dtype=torch.float32)
     with on_device_of(features):
         map_kernel[(batch * groups,)](
             features, labels, grid, features if weight is None else weight, pooled, area,
-            batch, channels, n_parts, pixels, width, share, rows, columns, height, tallest, widest,
+            batch, channels, n_parts, pixels, width, group_blocks, rows, columns, height, tallest, widest,
             *_strides(features, True), *labels.stride(), *_strides(weight, True),
             MEAN=mean, WIDE=_wide(features, weight), WEIGHTED=weight is not None, UPCAST=interpreted(),
             **blocks, **votes, **_map_row(row, architecture(features.device)).launch,
@@ -160,24 +163,24 @@ def pool_map(
 
 
 def _map_row(row: Row, arch: str) -> Row:
-    """The row for `map_kernel`: but for sm_90 ptxas would spill 8 to 16 bytes for an occupancy of its own choice."""
+    """The row for `map_kernel`: except on sm_90 the default of ptxas spills 8 to 16 bytes."""
     return row if arch == "sm_90" else row._replace(registers=MOST_REGISTERS)
 
 
-def _share(features: Tensor, labels: Tensor, parts: int, blocks: dict[str, int], turns: int) -> int:
-    """Blocks of channels that a program pools after it has voted; 0 where the votes are better a launch of their own.
+def _group_blocks(features: Tensor, labels: Tensor, parts: int, blocks: dict[str, int], steps: int) -> int:
+    """Blocks of channels that a program pools after it has voted; 0 to vote in a separate launch.
 
-    As many blocks as leave enough programs to fill the device, since each program reads the ids of its image. The votes
-    go by themselves where that would read over a twentieth of the bytes of the features, where they take many turns,
-    where pixels are split among programs, and where parts are many. Rows without gaps between them alone come here.
+    As many blocks as leave enough programs to fill the device, because each program reads all ids of its image. Votes
+    take a separate launch if reading ids again would cost over a twentieth of the bytes of the features, if voting
+    takes many steps, if pixels are split among programs, or if there are many parts. Only for rows without gaps.
     """
     batch, channels = features.shape[:2]
-    if not features.numel() or parts > MOST_VOTED or _cut(features, parts, blocks)[2] > 1:
+    if not features.numel() or parts > MOST_VOTED or _grid(features, parts, blocks)[2] > 1:
         return 0
     d_blocks = triton.cdiv(channels, blocks["BLOCK_D"])
-    share = triton.cdiv(d_blocks, min(d_blocks, triton.cdiv(2 * processors(features.device), batch)))
-    again = (triton.cdiv(d_blocks, share) - 1) * labels.numel() * labels.element_size()
-    return 0 if turns > MOST_TURNS or 20 * again > features.numel() * features.element_size() else share
+    count = triton.cdiv(d_blocks, min(d_blocks, triton.cdiv(2 * processors(features.device), batch)))
+    reread = (triton.cdiv(d_blocks, count) - 1) * labels.numel() * labels.element_size()
+    return 0 if steps > MOST_VOTE_STEPS or 20 * reread > features.numel() * features.element_size() else count
 
 
 def pool_backward(
@@ -188,7 +191,7 @@ def pool_backward(
     mean: bool,
     empty: Tensor,
 ) -> Tensor:
-    """The gradient of the features, in ``empty`` [B, D, h, w] of any strides; grad is [B, K, D], area [B, K]."""
+    """The gradient of the features, in ``empty`` [B, D, h, w] with any strides; grad is [B, K, D], area [B, K]."""
     batch, n_parts, channels = grad.shape
     height, width = labels.shape[1:]
     pixels, device = height * width, grad.device
@@ -229,13 +232,13 @@ def labels_to_grid(labels: Tensor, height: int, width: int, n_parts: int, dtype:
 
 
 def _longest(length: int, cells: int) -> int:
-    """The most positions that one of the adaptive-pooling cells of a side covers, or one more."""
+    """The largest number of positions in an adaptive-pooling cell along one side, or one more."""
     cells = max(1, cells)
     return triton.cdiv(length, cells) + (length % cells > 0)
 
 
 def _grid_blocks(parts: int, widest: int, cells: int, warps: int = 4) -> dict[str, int]:
-    """A tile of votes [cells, pixels across, parts] of at most 512 counters a warp."""
+    """A tile of votes [cells, pixels across, parts] with at most 512 counters per warp."""
     block_v = min(32, triton.next_power_of_2(parts))
     block_x = min(64, triton.next_power_of_2(max(1, widest)))
     block_j = max(1, min(triton.next_power_of_2(cells), 512 * warps // (block_v * block_x)))
@@ -262,7 +265,7 @@ def tune_cases(device: str = "cuda", images: int = 32, side: int = 64) -> Iterat
 
 
 def aot_cases() -> Iterator[AotCase]:
-    """Each kernel for each row: both memory orders, sizes not multiples of 16, gaps between the rows, many parts."""
+    """Each kernel and row: both memory orders, sizes that are not multiples of 16, gaps between rows, many parts."""
     orders = {  # flat, weighted, type of sizes and strides, parts
         "rows": (True, False, "i32:16", 15),
         "odd": (True, False, "i32", 15),
@@ -273,19 +276,20 @@ def aot_cases() -> Iterator[AotCase]:
     fixed = {"UPCAST": False, "WIDE": False, "MEAN": True}
     types = dict.fromkeys(("weight", "area", "parts", "areas"), "*fp32:16") | {"labels": "*i64:16", "grid": "*i64:16"}
     for arch, name, row in table("part_pool"):
-        name, tuned, archs = f"part_pool {name}", "tuned" in name, served("part_pool", arch, row)
+        name, tuned, archs = f"part_pool {name}", "tuned" in name, architectures_for("part_pool", arch, row)
         for kind in ("fp32",) if row.kind == "fp32" else ("bf16", "fp16"):
             pointers = types | dict.fromkeys(("x", "grad", "out", "pooled"), f"*{kind}:16")
             for order, (flat, weighted, size, parts) in orders.items():
                 if kind == "fp16" and order != "rows":
-                    continue  # the code of bfloat16, with one other instruction
+                    continue  # as for bfloat16 but for one instruction
                 unit = ("x_d", "o_d") if order == "channels" else ("x_x", "o_x")
                 flags = fixed | _blocks(row, 1024, parts, flat) | dict.fromkeys(("l_x", "w_x", "g_d", *unit), 1)
                 flags |= {"FLAT": flat, "WEIGHTED": weighted}
                 rare = order not in ("rows", "many") or kind == "fp16"
                 ways = (("forward", forward_kernel, _forward_row(row, parts, flat)), ("backward", backward_kernel, row))
-                for way, kernel, its in ways:
-                    yield _case(f"{name} {way} {kind} {order}", kernel, pointers, flags, size, its, archs, rare, tuned)
+                for way, kernel, kernel_row in ways:
+                    full = f"{name} {way} {kind} {order}"
+                    yield _case(full, kernel, pointers, flags, size, kernel_row, archs, rare, tuned)
                 pointers |= {"grid": "*i32:16"}
                 if order == "gaps":
                     continue
@@ -294,9 +298,9 @@ def aot_cases() -> Iterator[AotCase]:
                 for budget in sorted({_map_row(row, arch).registers for arch in archs}):
                     full = f"{name} map {kind} {order}" + (f" {budget}" if budget != row.registers else "")
                     some = tuple(arch for arch in archs if _map_row(row, arch).registers == budget)
-                    its = row._replace(registers=budget)
-                    yield _case(full, map_kernel, pointers, flags, size, its, some, rare, tuned)
-    small = Row("fp32", {}, 4, 3, 0)  # what Triton takes where a launch says nothing
+                    budget_row = row._replace(registers=budget)
+                    yield _case(full, map_kernel, pointers, flags, size, budget_row, some, rare, tuned)
+    small = Row("fp32", {}, 4, 3, 0)  # Triton's defaults
     for kind in ("fp32", "bf16", "fp16"):
         flags = fixed | {"BLOCK_D": JOIN_D, "BLOCK_K": MOST_PARTS}
         pointers = types | {"pooled": f"*{kind}:16"}
@@ -310,7 +314,7 @@ def _case(
     name: str, kernel: Any, pointers: dict[str, str], flags: dict[str, Any], size: str, row: Row,
     archs: tuple[str, ...] = (), rare: bool = False, tuned: bool = False,
 ) -> AotCase:  # fmt: skip
-    """A case where every argument that is neither pointer nor flag has the type ``size``."""
+    """A case in which every argument without a type in ``pointers`` or a value in ``flags`` has the type ``size``."""
     constexprs = {n: v for n, v in flags.items() if n in kernel.arg_names}
     signature = {n: "constexpr" if n in constexprs else pointers.get(n, size) for n in kernel.arg_names}
     return AotCase(

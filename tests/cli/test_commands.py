@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it prints, writes, and how it ends."""
+"""The command line as a user sees it: output, files and exit status."""
 
 import errno
 import json
@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from fgfast.backend import missing
-from fgfast.cli import main
-from fgfast.cli import parse as arguments
+from fgfast.cli import main, parse
 from fgfast.cli.commands import COMMANDS
 from tests.conftest import TINY
 
@@ -25,67 +24,50 @@ COMMON += ["--threads", "1", "--amp", "off", "--hidden", "16", "--projection", "
 
 @pytest.fixture(scope="module")
 def run(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two epochs, made through the command line."""
+    """A run of two epochs, trained through the command line."""
     out = tmp_path_factory.mktemp("cli") / "run"
-    words = ["pretrain", "particle", "--data", str(drawn), "--out", str(out), "--epochs", "2", "--n-parts", "4"]
-    assert main([*words, *COMMON]) == 0
+    argv = ["pretrain", "particle", "--data", str(drawn), "--out", str(out), "--epochs", "2", "--n-parts", "4"]
+    assert main([*argv, *COMMON]) == 0
     return out
 
 
 @pytest.mark.quick
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    """Help exits with 0 and names the flags; the list of commands is complete."""
+    """--help exits with 0 and lists the flags; fgfast without arguments lists all commands."""
     assert main([]) == 0
     listed = capsys.readouterr().out
     assert all(c in listed for c in COMMANDS)
     for command in COMMANDS:
-        words = [command, "simclr", "--help"] if command == "pretrain" else [command, "--help"]
-        assert main(words) == 0
+        argv = [command, "simclr", "--help"] if command == "pretrain" else [command, "--help"]
+        assert main(argv) == 0
         assert "--help" in capsys.readouterr().out
 
 
-def test_run_is_reported(run: Path) -> None:
-    """Pretrain leaves a self-contained report."""
+def test_pretrain_writes_a_report(run: Path) -> None:
+    """The report is self-contained."""
     text = (run / "report.html").read_text()
     assert "particle" in text
     assert "data:image/png;base64" in text
 
 
 @pytest.mark.parametrize("protocol", ["knn", "linear"])
-def test_eval_prints_json_and_keeps_it(
+def test_eval_prints_json_and_stores_it(
     run: Path, drawn: Path, protocol: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The score of both checkpoints is printed and noted once in eval.json, whatever the number of calls."""
+    """The score of each checkpoint is printed, and stored once in eval.json however often it is computed."""
     for checkpoint in ("init", "last", "last"):
-        assert (
-            main(
-                [
-                    "eval",
-                    protocol,
-                    str(run),
-                    "--data",
-                    str(drawn),
-                    "--checkpoint",
-                    checkpoint,
-                    "--json",
-                    "--device",
-                    "cpu",
-                ]
-            )
-            == 0
-        )
+        argv = ["eval", protocol, str(run), "--data", str(drawn), "--checkpoint", checkpoint, "--json"]
+        assert main([*argv, "--device", "cpu"]) == 0
         row = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert row["checkpoint"] == checkpoint
         assert 0 <= row["low"] <= row["top1"] <= row["high"] <= 1
         assert (row["n"], row["n_train"]) == (18, 18)
-    noted = [r for r in json.loads((run / "eval.json").read_text()) if r["protocol"] == protocol]
-    assert [r["checkpoint"] for r in noted] == ["init", "last"]
+    stored = [r for r in json.loads((run / "eval.json").read_text()) if r["protocol"] == protocol]
+    assert [r["checkpoint"] for r in stored] == ["init", "last"]
 
 
-def test_discover_and_images(run: Path, drawn: Path, tmp_path: Path) -> None:
-    """Discover writes a map for every image; images draws parts, views and neighbours."""
-    from PIL import Image
-
+def test_discover_and_pictures(run: Path, drawn: Path, tmp_path: Path) -> None:
+    """``discover`` writes a map for every image and no other folder; ``pictures`` draws parts, views and neighbours."""
     assert main(["discover", str(run), "--data", str(drawn), "--out", str(tmp_path / "maps"), "--n-parts", "3"]) == 0
     maps = list((tmp_path / "maps").rglob("*.png"))
     assert len(maps) == 36
@@ -98,7 +80,7 @@ def test_discover_and_images(run: Path, drawn: Path, tmp_path: Path) -> None:
     assert {p.name for p in (run / "pictures").glob("*.png")} == {"views.png", "neighbours.png"}
 
 
-def test_info_says_why_a_backend_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_gives_the_reason_for_a_missing_backend(capsys: pytest.CaptureFixture[str]) -> None:
     """Every backend is ready or has a reason."""
     assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -109,7 +91,7 @@ def test_info_says_why_a_backend_is_missing(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["nosuch"], "no command 'nosuch'"),
         (["pretrain", "nosuch"], "no method 'nosuch'"),
@@ -124,14 +106,14 @@ def test_info_says_why_a_backend_is_missing(capsys: pytest.CaptureFixture[str]) 
         (["pretrain", "simclr", "--data", "DATA", "--out", "OUT", "--device", "cuda:77"], "--device"),
         (["pretrain", "simclr", "--data", "DATA", "--out", "OUT", "--temperature", "-1"], "temperature"),
         (["pretrain", "particle", "--data", "DATA", "--out", "OUT", "--n-parts", "0"], "--n-parts"),
-        (["eval", "knn", "/no/run", "--data", "DATA"], "/no/run is no run folder"),
+        (["eval", "knn", "/no/run", "--data", "DATA"], "/no/run is not a run folder"),
         (["discover", "/no/run", "--data", "DATA", "--out", "OUT"], "/no/run"),
         (["discover", "RUN", "--data", "DATA", "--out", "OUT", "--n-parts", "300"], "--n-parts is 300"),
         (["discover", "RUN", "--data", "DATA", "--out", "OUT", "--image-size", "-3"], "--image-size is -3"),
         (["discover", "RUN", "--data", "DATA", "--out", "OUT", "--n-parts", "5", "--map-size", "2"], "2 x 2 pixels"),
         (
             ["discover", "RUN", "--data", "DATA", "--out", "OUT", "--metric", "cosine", "--position", "1"],
-            "--position with --metric euclidean",
+            "--position cannot be combined with --metric cosine",
         ),
         (["generate", "OUT", "--classes", "1"], "classes"),
         (["compare", "--out", "OUT", "--data", "DATA", "--methods", "nosuch"], "no method 'nosuch'"),
@@ -166,17 +148,16 @@ def test_info_says_why_a_backend_is_missing(capsys: pytest.CaptureFixture[str]) 
         ),
     ],
 )
-def test_mistakes_are_one_sentence_and_two(
-    words: list[str], message: str, drawn: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_user_errors_are_one_sentence_with_exit_status_2(
+    argv: list[str], message: str, drawn: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit status 2, one line on standard error that names the thing, no traceback."""
+    """One line on standard error that names the cause, no traceback, and nothing written."""
     extra = tmp_path / "extra"
     extra.mkdir()
     Image.new("RGB", (64, 64)).save(extra / "a.png")
     names = {"DATA": str(drawn), "EXTRA": str(extra), "RUN": str(run), "OUT": str(tmp_path / "out")}
-    words = [names.get(w, w) for w in words]
-    capsys.readouterr()  # what the run said
-    assert main(words) == 2
+    capsys.readouterr()  # drop the output of the run
+    assert main([names.get(argument, argument) for argument in argv]) == 2
     assert not (tmp_path / "out").exists()
     error = capsys.readouterr().err.strip()
     assert message in error
@@ -184,18 +165,20 @@ def test_mistakes_are_one_sentence_and_two(
     assert len(error.splitlines()) == 1
 
 
-def test_checkpoint_of_another_method(run: Path, drawn: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Resuming a run with another method is refused and leaves it alone."""
+def test_resuming_a_run_of_another_method_is_refused(
+    run: Path, drawn: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint stays as it was."""
     before = (run / "last.pt").read_bytes()
     file = run.parent / "options.toml"
     file.write_text("threads = 1")
-    for words, said in (
+    for argv, message in (
         (["--resume"], "is a run of particle, not of simclr"),
         (["--resume", "--data", str(drawn), *COMMON], "is a run of particle, not of simclr"),
         (["--resume", "--config", str(file), "--data", str(drawn), *COMMON], "of the method 'particle', not 'simclr'"),
     ):
-        assert main(["pretrain", "simclr", "--out", str(run), *words]) == 2
-        assert said in capsys.readouterr().err
+        assert main(["pretrain", "simclr", "--out", str(run), *argv]) == 2
+        assert message in capsys.readouterr().err
     assert (run / "last.pt").read_bytes() == before
 
 
@@ -204,53 +187,50 @@ def test_checkpoint_of_another_method(run: Path, drawn: Path, capsys: pytest.Cap
     [
         (OSError(errno.ENOSPC, "No space left on device", "last.pt"), 2, "last.pt"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (ZeroDivisionError("ours"), 1, "mistake in fgfast"),
+        (ZeroDivisionError("internal"), 1, "bug in fgfast"),
     ],
 )
 def test_exit_status_by_cause(
     error: BaseException, status: int, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """2 for a full disk, 130 for an interrupt, 1 with a traceback for a mistake of ours."""
+    """2 for a full disk, 130 for an interrupt, 1 with a traceback for a bug."""
 
-    def fails(_words: list[str]) -> None:
+    def fail(_argv: list[str]) -> None:
         raise error
 
-    monkeypatch.setitem(COMMANDS, "info", fails)
+    monkeypatch.setitem(COMMANDS, "info", fail)
     assert main(["info"]) == status
-    said = capsys.readouterr().err
-    assert text in said
-    assert ("Traceback" in said) == (status == 1)
+    stderr = capsys.readouterr().err
+    assert text in stderr
+    assert ("Traceback" in stderr) == (status == 1)
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    """--debug adds the traceback to a user's mistake."""
+    """--debug adds the traceback to the message of a user error."""
     assert main(["--debug", "nosuch"]) == 2
     assert "Traceback" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_termination_leaves_no_draft(tmp_path: Path, workers: str) -> None:
-    """A killed generate takes its half-written set with it."""
-    words = ["generate", str(tmp_path / "set"), "--images", "20000", "--workers", workers]
-    process = subprocess.Popen([sys.executable, "-m", "fgfast", *words], stderr=subprocess.PIPE, text=True)
+def test_sigterm_leaves_no_partial_files(tmp_path: Path, workers: str) -> None:
+    """A terminated ``generate`` removes its partial data set."""
+    argv = ["generate", str(tmp_path / "set"), "--images", "20000", "--workers", workers]
+    process = subprocess.Popen([sys.executable, "-m", "fgfast", *argv], stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60
         while not any(tmp_path.rglob("*.jpg")) and time.monotonic() < deadline:
-            time.sleep(0.1)  # nothing but the file says how far it is
+            time.sleep(0.1)  # only the files show its progress
         assert any(tmp_path.rglob("*.jpg"))
         process.terminate()
-        _, said = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert (process.returncode, "interrupted" in said) == (130, True)
+    assert (process.returncode, "interrupted" in stderr) == (130, True)
     assert not list(tmp_path.iterdir())
 
 
-def test_closed_pipe_is_no_mistake() -> None:
-    """`fgfast --help | true` says nothing on standard error and ends with 0."""
-    import subprocess
-    import sys
-
+def test_a_closed_pipe_is_no_error() -> None:
+    """`fgfast --help | true` prints nothing on standard error and exits with 0."""
     code = "import sys; from fgfast.cli import main; sys.stdin.read(); sys.exit(main(['pretrain', 'simclr', '-h']))"
     with subprocess.Popen(
         [sys.executable, "-u", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -258,21 +238,21 @@ def test_closed_pipe_is_no_mistake() -> None:
         assert process.stdout is not None
         process.stdout.close()
         process.stdout = None
-        _, said = process.communicate(b"")
-    assert (process.returncode, said) == (0, b"")
+        _, stderr = process.communicate(b"")
+    assert (process.returncode, stderr) == (0, b"")
 
 
 @pytest.mark.parametrize(
-    "page",
+    "error",
     [
         "╭─ Value error ─╮\n│ no number     │\n│ ───────────── │\n│ more          │\n╰───────────────╯\n",
         " Value error \n ----------- \n  no number  \n  -----------\n  more  \n",
         "no number",
     ],
 )
-def test_page_of_the_parser_is_cut_to_its_sentence(page: str) -> None:
-    """With and without box characters the words before the rule are told."""
-    assert arguments._first_words(page) == "no number"
+def test_the_message_of_the_parser_is_cut_to_its_first_sentence(error: str) -> None:
+    """The text before the rule is kept, with and without box characters."""
+    assert parse._first_sentence(error) == "no number"
 
 
 def test_the_module_runs_as_the_command() -> None:
@@ -280,6 +260,6 @@ def test_the_module_runs_as_the_command() -> None:
     assert (done.returncode, "no command 'nosuch'" in done.stderr) == (2, True)
 
 
-def test_a_run_without_a_checkpoint_says_that_it_begins_anew(capsys: pytest.CaptureFixture[str]) -> None:
+def test_resuming_without_a_checkpoint_is_announced(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pretrain", "simclr", "--data", "/no/such", "--out", "/no/run", "--resume"]) == 2
-    assert "/no/run holds no checkpoint to go on from" in capsys.readouterr().err
+    assert "/no/run has no checkpoint to resume from" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Small data sets for the tests of the data path; the manifest cache of every test lies in a temporary folder."""
+"""Small data sets for the tests of the loaders; each test has its manifest cache in a temporary folder."""
 
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ def coded(height: int, width: int) -> np.ndarray:
 
 
 def smooth(seed: int, height: int = 96, width: int = 120) -> Image.Image:
-    """A coloured image without hard edges, so that JPEG and resizing keep its statistics."""
+    """A coloured image without hard edges, whose statistics JPEG and resizing keep."""
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(
         (width, height), Image.Resampling.BICUBIC

@@ -23,7 +23,7 @@ def test_equal_to_scikit_image(size: tuple[int, int]) -> None:
         assert ssim(x, truth)[i] == pytest.approx(expected, rel=1e-5)
 
 
-def test_equal_images_and_small_ones() -> None:
+def test_identical_and_too_small_images() -> None:
     x = torch.rand(2, 3, 16, 16)
     assert psnr(x, x).tolist() == [float("inf")] * 2
     torch.testing.assert_close(ssim(x, x), torch.ones(2))

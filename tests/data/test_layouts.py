@@ -1,4 +1,4 @@
-"""Layouts: what is read from CUB-200-2011's lists and image folders, and the one sentence for each bad one."""
+"""Layouts: CUB-200-2011's lists and image folders are read, and every defect has its one-sentence error."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_part_masks_are_found(cub: Path) -> None:
     assert open_images(cub).masks == cub / "part_masks"
 
 
-def test_boxes_and_parts_may_be_absent(cub: Path) -> None:
+def test_boxes_and_parts_are_optional(cub: Path) -> None:
     (cub / "bounding_boxes.txt").unlink()
     for file in (cub / "parts").iterdir():
         file.unlink()
@@ -78,7 +78,7 @@ def drop(name: str) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("corrupt", "message"),
     [
         (drop("classes.txt"), r"classes\.txt is missing"),
         (drop("train_test_split.txt"), r"train_test_split\.txt is missing"),
@@ -87,7 +87,7 @@ def drop(name: str) -> Callable[[Path], None]:
         (write("bounding_boxes.txt", "1 1 2 3 4\n\n2 1 2 3\n"), r"bounding_boxes\.txt:3: "),
         (write("bounding_boxes.txt", "1 1 2 3 nan\n"), r"bounding_boxes\.txt:1: "),
         (write("images.txt", "1\n"), r"images\.txt:1: "),
-        (write("images.txt", ""), "names no image"),
+        (write("images.txt", ""), "lists no image"),
         (write("images.txt", "1 a.jpg\n1 b.jpg\n"), "one number to two images"),
         (write("image_class_labels.txt", "1 1\n2 1\n3 2\n"), "no line for image 4"),
         (write("image_class_labels.txt", "1 1\n2 1\n3 2\n4 2\n5 2\n"), "names image 5"),
@@ -98,8 +98,8 @@ def drop(name: str) -> Callable[[Path], None]:
         (write("parts/part_locs.txt", "1 9 1 1 1\n"), "part 9"),
     ],
 )
-def test_a_bad_cub_layout_is_named(cub: Path, spoil: Callable[[Path], None], message: str) -> None:
-    spoil(cub)
+def test_a_defect_of_cub_is_named(cub: Path, corrupt: Callable[[Path], None], message: str) -> None:
+    corrupt(cub)
     with pytest.raises(UserError, match=message):
         open_images(cub)
 
@@ -120,7 +120,7 @@ def test_a_folder_with_splits(tmp_path: Path, held_out: str) -> None:
     assert images.train.tolist() == [True, True, False]
 
 
-def test_flat_forms(tmp_path: Path) -> None:
+def test_class_folders_without_splits_and_images_without_folders(tmp_path: Path) -> None:
     write_image(tmp_path / "classes" / "x" / "1.jpg")
     write_image(tmp_path / "classes" / "y" / "2.jpg")
     write_image(tmp_path / "flat" / "1.jpg")
@@ -133,7 +133,7 @@ def test_flat_forms(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ((), "holds no image"),
+        ((), "holds no images"),
         (("train/a/1.jpg",), "neither val/ nor test/"),
         (("a/1.jpg", "b/readme.txt"), "Class folder .*b has no image"),
         (("train/a/1.jpg", "train/b/x.txt", "val/a/1.jpg"), "Class folder .*b has no image"),
@@ -142,7 +142,7 @@ def test_flat_forms(tmp_path: Path) -> None:
         (("1.jpg", "a/1.jpg"), "mixes images and folders"),
     ],
 )
-def test_a_bad_folder_is_named(tmp_path: Path, files: tuple[str, ...], message: str) -> None:
+def test_a_defect_of_an_image_folder_is_named(tmp_path: Path, files: tuple[str, ...], message: str) -> None:
     for rel in files:
         if rel.endswith("txt"):
             (tmp_path / rel).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The manifest: odd images are converted and used, broken ones found by a full decode, verdicts kept."""
+"""The manifest: unusual images are converted, broken ones are found by a full decode, and results are cached."""
 
 import struct
 import time
@@ -34,7 +34,7 @@ def png16(pixels: np.ndarray) -> bytes:
 
 @pytest.fixture
 def odd_set(tmp_path: Path) -> ImageSet:
-    """One image saved in every way that a decoder may stumble over."""
+    """One image in every format and mode that a decoder may not support."""
     root = tmp_path / "odd"
     root.mkdir()
     image, grey = smooth(3), smooth(3).convert("L")
@@ -44,7 +44,7 @@ def odd_set(tmp_path: Path) -> ImageSet:
     image.convert("P", palette=Image.Palette.ADAPTIVE).save(root / "palette.png")
     (root / "rgb16.png").write_bytes(png16(np.asarray(image).astype(np.uint16) * 257))
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying, to be turned by 90 degrees
+    exif[0x0112] = 6  # stored rotated by 90 degrees
     image.transpose(Image.Transpose.ROTATE_90).save(root / "exif.jpg", exif=exif, quality=100)
     for name in ("bmp.bmp", "gif.gif", "tiff.tif", "webp.webp"):
         image.save(root / name, **({"lossless": True} if name == "webp.webp" else {}))
@@ -58,7 +58,7 @@ def odd_set(tmp_path: Path) -> ImageSet:
 
 
 @pytest.mark.parametrize("backend", ["dali", "torchvision"])
-def test_every_kind_of_image_shows_the_same(odd_set: ImageSet, backend: str) -> None:
+def test_all_formats_and_modes_are_decoded_alike(odd_set: ImageSet, backend: str) -> None:
     pytest.importorskip("nvidia.dali" if backend == "dali" else "torchvision")
     loader = make_loader(odd_set, RAW, len(odd_set), shuffle=False, threads=1, backend=backend)
     batch = next(iter(loader))
@@ -118,19 +118,19 @@ def test_an_empty_set_is_refused(smooth_set: ImageSet) -> None:
 
 def test_only_new_and_changed_files_are_decoded(smooth_set: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     first = check_images(smooth_set)
-    inspected: list[str] = []
-    inspect = manifest._inspect
-    monkeypatch.setattr(manifest, "_inspect", lambda path, *rest: inspected.append(path) or inspect(path, *rest))
+    checked: list[str] = []
+    check_file = manifest._check_file
+    monkeypatch.setattr(manifest, "_check_file", lambda path, *rest: checked.append(path) or check_file(path, *rest))
     again = check_images(smooth_set)
-    assert inspected == []
+    assert checked == []
     assert again.files == first.files
     assert np.array_equal(again.sizes, first.sizes)
     smooth(99).save(smooth_set.root / smooth_set.paths[3], quality=50)
     check_images(smooth_set)
-    assert inspected == [str(smooth_set.root.resolve() / smooth_set.paths[3])]
+    assert checked == [str(smooth_set.root.resolve() / smooth_set.paths[3])]
 
 
-def test_a_spoilt_cache_file_is_made_again(smooth_set: ImageSet, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_corrupt_cache_file_is_rewritten(smooth_set: ImageSet, caplog: pytest.LogCaptureFixture) -> None:
     check_images(smooth_set)
     (cache,) = (manifest.cache_folder() / "manifests").iterdir()
     cache.write_text("{")
@@ -138,13 +138,13 @@ def test_a_spoilt_cache_file_is_made_again(smooth_set: ImageSet, caplog: pytest.
     assert "cannot be read" in caplog.text
 
 
-def test_a_cache_that_cannot_be_written_is_no_obstacle(
+def test_a_cache_that_cannot_be_written_is_not_fatal(
     smooth_set: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FGFAST_CACHE", str(tmp_path / "file"))
     assert len(check_images(smooth_set)) == 50
-    assert "the manifest is not kept" in caplog.text
+    assert "the manifest is not saved" in caplog.text
 
 
 def test_nothing_is_written_into_the_data_folder(odd_set: ImageSet) -> None:
@@ -153,7 +153,7 @@ def test_nothing_is_written_into_the_data_folder(odd_set: ImageSet) -> None:
     assert sorted(odd_set.root.rglob("*")) == before
 
 
-def test_a_kept_manifest_is_read_fast(tmp_path: Path) -> None:
+def test_a_cached_manifest_is_fast(tmp_path: Path) -> None:
     root = tmp_path / "many"
     root.mkdir()
     smooth(0, 16, 16).save(root / "0.jpg")
@@ -164,4 +164,4 @@ def test_a_kept_manifest_is_read_fast(tmp_path: Path) -> None:
     check_images(images)
     start = time.perf_counter()
     check_images(images)
-    assert time.perf_counter() - start < 0.5  # 2,000 images a second
+    assert time.perf_counter() - start < 0.5  # 2,000 images per second

@@ -1,4 +1,4 @@
-"""Id maps on disk: they come back as they were saved, and a folder that lacks one is refused by name."""
+"""Id maps on disk: they are read as saved, and an error names a missing or malformed file."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from fgfast.data.maps import map_path, map_sizes, read_map, read_maps_info, save
 from fgfast.errors import UserError
 
 
-def test_maps_come_back_as_saved(tmp_path: Path) -> None:
+def test_maps_are_read_as_saved(tmp_path: Path) -> None:
     labels = np.random.default_rng(0).integers(0, 256, (3, 7, 5), dtype=np.uint8)
     rels = ["a/1.jpg", "a/b/2.png", "3.jpeg"]
     save_maps(tmp_path, rels, labels)
@@ -20,13 +20,13 @@ def test_maps_come_back_as_saved(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_info_comes_back_as_written(tmp_path: Path) -> None:
+def test_info_is_read_as_written(tmp_path: Path) -> None:
     write_maps_info(tmp_path, 15, (64, 48), "abc")
     assert read_maps_info(tmp_path) == {"n_parts": 15, "size": [64, 48], "run": "abc"}
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"n_parts": 3}', '{"size": [1, 2]}'])
-def test_bad_info_is_named(tmp_path: Path, content: str) -> None:
+def test_invalid_info_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "maps.json").write_text(content)
     with pytest.raises(UserError, match=r"maps\.json .*fgfast discover"):
         read_maps_info(tmp_path)
@@ -41,7 +41,7 @@ def test_wrong_arrays_are_refused(tmp_path: Path) -> None:
         write_maps_info(tmp_path, 256, (1, 1), "")
 
 
-def test_a_missing_or_misleading_map_is_named(tmp_path: Path) -> None:
+def test_a_missing_or_malformed_map_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         map_sizes(tmp_path / "none", ["a.jpg"])
     with pytest.raises(UserError, match=r"no map for a\.jpg: .*fgfast discover"):
@@ -54,7 +54,7 @@ def test_a_missing_or_misleading_map_is_named(tmp_path: Path) -> None:
         map_sizes(tmp_path, ["a.jpg"])
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     write_atomically(path, b"old")
 

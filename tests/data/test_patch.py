@@ -1,4 +1,4 @@
-"""Patches: a window of the image's own pixels, and its bicubic reduction, from every loader."""
+"""Patches: a window at the original resolution and its bicubic reduction, from every loader."""
 
 from pathlib import Path
 
@@ -13,8 +13,7 @@ from fgfast.data.loader import make_loader
 from fgfast.data.views import Batch, Crop, Patch, ViewSpec
 from fgfast.errors import UserError
 from tests.data.conftest import smooth
-
-VARIANTS = {"dali_kept": ("dali", 1024), "dali_files": ("dali", 0), "torchvision": ("torchvision", 0)}
+from tests.data.loading import VARIANTS
 
 
 def batches(images: ImageSet, spec: ViewSpec, n: int, variant: str, start: dict | None = None, **kw) -> list[Batch]:
@@ -31,7 +30,7 @@ def batches(images: ImageSet, spec: ViewSpec, n: int, variant: str, start: dict 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_patch_holds_the_pixels_of_a_window(coded_set: ImageSet, variant: str) -> None:
-    """Red counts columns and green rows, one by one, inside the image; windows differ between images."""
+    """Red is the column and green the row of each pixel in the image; windows differ between images."""
     corners = set()
     for batch in batches(coded_set, ViewSpec(patch=Patch(32, 4)), 6, variant):
         assert batch.patch is not None
@@ -52,9 +51,9 @@ def test_a_patch_holds_the_pixels_of_a_window(coded_set: ImageSet, variant: str)
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_copy_is_the_bicubic_reduction_of_the_patch(tmp_path: Path, variant: str) -> None:
-    """Within half a value of torch's, and within PIL's two roundings of its, border included."""
+    """At most half a value from torch's, and from PIL's by its two roundings, also at the border."""
     rng = np.random.default_rng(0)
-    for i in range(6):  # hard edges over colours, so that overshoot and clipping happen
+    for i in range(6):  # hard edges over colours, for overshoot and clipping
         noise = rng.integers(0, 256, (64, 80, 3), dtype=np.uint8)
         Image.fromarray(np.where(rng.random((64, 80, 1)) < 0.3, noise, np.asarray(smooth(i, 64, 80)))).save(
             tmp_path / f"{i}.png"
@@ -75,7 +74,7 @@ def test_the_copy_is_the_bicubic_reduction_of_the_patch(tmp_path: Path, variant:
 
 
 def test_loaders_deliver_the_same_and_resuming_is_exact(coded_set: ImageSet) -> None:
-    """All variants agree bit for bit; an epoch that goes on from its second batch has the same patches."""
+    """All variants are bit-identical; an epoch that resumes at its second batch has the same patches."""
     spec = ViewSpec(crops=(Crop(size=16),), patch=Patch(64, 2))
     runs = [batches(coded_set, spec, 4, variant, seed=3) for variant in VARIANTS]
     backend, memory_mb = VARIANTS["dali_kept"]
@@ -107,8 +106,8 @@ def test_padding_and_moving(coded_set: ImageSet) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_images_smaller_than_the_patch_are_named(coded_set: ImageSet, variant: str) -> None:
-    """One sentence with the image, its size, how many there are and the size that would do."""
+def test_images_smaller_than_the_patch_are_refused(coded_set: ImageSet, variant: str) -> None:
+    """The error names the image, its size, the number of such images and a size that fits."""
     with pytest.raises(UserError, match=r"a/03\.png is 80 x 64 pixels.*96 x 96 \(as are 3 of 12.*--size 64"):
         batches(coded_set, ViewSpec(patch=Patch(96, 4)), 4, variant)
 

@@ -1,4 +1,4 @@
-"""Colour changes: each equals torchvision's where torchvision has it, and probabilities are what was asked for."""
+"""Colour changes: equal to torchvision's where it has them, with the specified probabilities and ranges."""
 
 from dataclasses import replace
 
@@ -9,6 +9,7 @@ import torch
 from fgfast.data.normalise import IMAGENET_MEAN, IMAGENET_STD
 from fgfast.data.photometric import photometric
 from fgfast.data.sampling import Draw, draw_crop, generator
+from fgfast.data.transforms import Gamma
 from fgfast.data.views import Crop
 
 tv = pytest.importorskip("torchvision.transforms.v2.functional")
@@ -58,7 +59,7 @@ def test_colours_are_those_of_torchvision(colour: tuple, truth) -> None:
     assert torch.allclose(photometric(x, draw(colour=colour), *RAW), expected, atol=0.2)
 
 
-def test_hue_keeps_grey_and_brightness_and_half_a_turn_twice_is_nothing() -> None:
+def test_hue_keeps_grey_and_brightness_and_half_a_turn_inverts_the_chroma() -> None:
     grey = torch.full((1, 4, 4, 3), 100, dtype=torch.uint8)
     assert torch.allclose(photometric(grey, draw(1, (1, 1, 1, 0.3)), *RAW), torch.tensor(100.0), atol=1e-3)
     x = torch.randint(110, 140, (1, 4, 4, 3), dtype=torch.uint8)
@@ -84,7 +85,7 @@ def test_solarise_inverts_from_128_up() -> None:
     assert torch.allclose(got[0, 0].flatten(), torch.where(values >= 128, 255 - values, values), atol=1e-4)
 
 
-def test_gamma_is_that_of_torchvision_and_comes_before_the_colours() -> None:
+def test_gamma_is_that_of_torchvision_and_precedes_the_colour_jitter() -> None:
     x = torch.arange(256, dtype=torch.uint8).repeat_interleave(3).reshape(1, 16, 16, 3).repeat(4, 1, 1, 1)
     gamma = np.array([0.5, 1.0, 1.7, 2.5], np.float32)
     raw = x.permute(0, 3, 1, 2).float() / 255
@@ -96,7 +97,7 @@ def test_gamma_is_that_of_torchvision_and_comes_before_the_colours() -> None:
 
 def test_each_image_gets_its_own_changes() -> None:
     x = pixels(100)  # more than one chunk of the loop over images
-    crop = Crop(size=17, blur=0.5, solarize=0.3, grayscale=0.3, gamma=(0.5, 2.5))
+    crop = Crop(size=17, blur=0.5, solarize=0.3, grayscale=0.3, transforms=(Gamma((0.5, 2.5)),))
     many = draw_crop(crop, np.full((100, 2), 50), generator(0, 0, 0, 0))
     together = photometric(x, many, *RAW)
     for i in (0, 37, 99):
@@ -105,23 +106,23 @@ def test_each_image_gets_its_own_changes() -> None:
         )
 
 
-def test_an_empty_batch_passes() -> None:
+def test_an_empty_batch_is_accepted() -> None:
     assert photometric(torch.zeros(0, 8, 8, 3, dtype=torch.uint8), None, *RAW).shape == (0, 3, 8, 8)
 
 
-def test_probabilities_are_what_was_asked_for() -> None:
+def test_changes_have_the_specified_probabilities() -> None:
     crop = Crop(flip=0.3, jitter_p=0.8, grayscale=0.2, blur=0.1, solarize=0.25)
     n = 20000
     many = draw_crop(crop, np.full((n, 2), (90, 120)), generator(1, 0, 0, 0))
     jittered = (many.colour[:, 0] != 1).mean()
-    shares = [
+    frequencies = [
         many.flip.mean(),
         jittered,
         (many.colour[:, 2] == 0).mean(),
         (many.sigma > 0).mean(),
         many.solarize.mean(),
     ]
-    assert np.allclose(shares, [0.3, 0.8, 0.2, 0.1, 0.25], atol=0.015)
+    assert np.allclose(frequencies, [0.3, 0.8, 0.2, 0.1, 0.25], atol=0.015)
     colour = many.colour[(many.colour[:, 0] != 1) & (many.colour[:, 2] > 0)]
     assert np.allclose(colour.min(0), [0.6, 0.6, 0.8, -0.1], atol=0.01)
     assert np.allclose(colour.max(0), [1.4, 1.4, 1.2, 0.1], atol=0.01)
@@ -131,19 +132,19 @@ def test_probabilities_are_what_was_asked_for() -> None:
     assert abs(blurred.mean() - 1.05) < 0.05
 
 
-def test_windows_have_the_area_and_ratio_asked_for() -> None:
+def test_windows_have_the_specified_area_and_ratio() -> None:
     sizes = np.random.default_rng(0).integers(40, 300, (5000, 2))
     window = draw_crop(Crop(scale=(0.2, 0.6)), sizes, generator(0, 0, 0, 0)).window
     y, x, h, w = window.T
     assert ((y >= 0) & (x >= 0) & (h >= 1) & (w >= 1) & (y + h <= sizes[:, 0]) & (x + w <= sizes[:, 1])).all()
     usual = (sizes[:, 0] < 1.5 * sizes[:, 1]) & (sizes[:, 1] < 1.5 * sizes[:, 0])
-    share, ratio = (h * w / sizes.prod(1))[usual], (w / h)[usual]
-    assert share.min() > 0.18
-    assert share.max() < 0.63
+    area, ratio = (h * w / sizes.prod(1))[usual], (w / h)[usual]
+    assert area.min() > 0.18
+    assert area.max() < 0.63
     assert ratio.min() > 0.7
     assert ratio.max() < 1.4
 
 
-def test_an_image_too_narrow_for_any_window_gives_its_centre() -> None:
+def test_an_image_too_narrow_for_any_window_is_cropped_at_its_centre() -> None:
     window = draw_crop(Crop(scale=(1.0, 1.0)), np.array([[10, 100], [100, 10], [1, 1]]), generator(0, 0, 0, 0)).window
     assert window.tolist() == [[0, 43, 10, 13], [43, 0, 13, 10], [0, 0, 1, 1]]

@@ -1,4 +1,4 @@
-"""Readers of the official layouts: what each one gives, and the one sentence for what is missing or does not parse."""
+"""Readers of the official layouts: their results, and the one-sentence error for a missing or malformed file."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def named(images: ImageSet) -> list[tuple[str, str]]:
     return [(rel, images.classes[t] if t >= 0 else "-") for rel, t in zip(images.paths, images.targets, strict=True)]
 
 
-def test_cassava_has_unlabelled_images_that_belong_to_no_scored_split(tmp_path: Path) -> None:
+def test_unlabelled_images_of_cassava_are_only_for_training(tmp_path: Path) -> None:
     images = open_images(trees.cassava(tmp_path))
     assert images.classes == ("cbb", "healthy")
     assert images.paths[-3:] == tuple(f"extraimages/extra-image-{i}.jpg" for i in range(3))
@@ -34,7 +34,7 @@ def test_cassava_has_unlabelled_images_that_belong_to_no_scored_split(tmp_path: 
     assert not any("test-img" in rel for rel in images.paths)
 
 
-def test_cassava_takes_the_split_of_the_lists(tmp_path: Path) -> None:
+def test_cassava_uses_the_split_of_the_lists(tmp_path: Path) -> None:
     names = [f"{c}/train-{c}-{i}.jpg" for c in ("healthy", "cbb") for i in range(5)]
     trees.lists(
         trees.cassava(tmp_path),
@@ -44,7 +44,7 @@ def test_cassava_takes_the_split_of_the_lists(tmp_path: Path) -> None:
     assert open_images(tmp_path).test_set().paths == ("train/cbb/train-cbb-4.jpg", "train/healthy/train-healthy-1.jpg")
 
 
-def test_cassava_class_folders_may_lie_in_the_root(tmp_path: Path) -> None:
+def test_class_folders_of_cassava_may_be_in_the_root(tmp_path: Path) -> None:
     trees.cassava(tmp_path)
     for folder in (tmp_path / "train").iterdir():
         folder.rename(tmp_path / folder.name)
@@ -59,15 +59,15 @@ def test_aircraft_lists_are_read(tmp_path: Path, root: str) -> None:
     assert named(images)[1] == ("0000002.jpg", "F/A-18")
     assert images.train.tolist() == [True] * 4 + [False] * 2
     assert images.boxes is not None
-    assert images.boxes[0].tolist() == [2, 0, 9, 40]  # corners (3, 1) and (11, 40) from (1, 1), both inside
+    assert images.boxes[0].tolist() == [2, 0, 9, 40]  # corners (3, 1) and (11, 40), 1-based and inclusive
     assert images.root == tmp_path / "data" / "images"
 
 
-def test_aircraft_without_the_joined_list_takes_both(tmp_path: Path) -> None:
-    joined = open_images(trees.aircraft(tmp_path))
+def test_aircraft_without_trainval_reads_train_and_val(tmp_path: Path) -> None:
+    trainval = open_images(trees.aircraft(tmp_path))
     (tmp_path / "data" / "images_variant_trainval.txt").unlink()
-    apart = open_images(tmp_path)
-    assert (apart.paths, apart.train.tolist()) == (joined.paths, joined.train.tolist())
+    separate = open_images(tmp_path)
+    assert (separate.paths, separate.train.tolist()) == (trainval.paths, trainval.train.tolist())
 
 
 def test_aircraft_has_levels(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_no_view_shows_the_banner_of_an_aircraft(tmp_path: Path, backend: str, c
     loader.close()
     assert whole is not None
     assert whole[:, :, :15].max() == 0
-    assert whole.max() < 0.6  # the last row may take a share of the one below in resizing
+    assert whole.max() < 0.6  # resizing may blend the last row with the one below
 
 
 @pytest.mark.parametrize("labels_in_devkit", [False, True])
@@ -137,7 +137,7 @@ def test_pets_and_their_trimaps(tmp_path: Path) -> None:
     assert map_sizes(images.masks, images.paths).tolist() == [[24, 32]] * 4
 
 
-def test_trimaps_are_rewritten_once_and_again_when_they_change(tmp_path: Path) -> None:
+def test_trimaps_are_converted_once_and_again_when_they_change(tmp_path: Path) -> None:
     masks = open_images(trees.pets(tmp_path)).masks
     assert masks is not None
     before = (masks / "maps.json").stat().st_mtime_ns
@@ -161,7 +161,7 @@ def test_inaturalist_of_every_year(tmp_path: Path, year: str) -> None:
     assert all((tmp_path / rel).is_file() for rel in images.paths)
 
 
-def test_inaturalist_boxes_and_names_come_from_their_own_files(tmp_path: Path) -> None:
+def test_inaturalist_boxes_and_names_are_read_from_separate_files(tmp_path: Path) -> None:
     trees.inaturalist(tmp_path, "2017")
     boxes = [
         {"image_id": 12, "bbox": [1, 2, 3, 4]},
@@ -177,7 +177,7 @@ def test_inaturalist_boxes_and_names_come_from_their_own_files(tmp_path: Path) -
     assert np.isnan(images.boxes[[0, 2, 3, 4]]).all()
 
 
-def test_inaturalist_mini_stands_in_for_train(tmp_path: Path) -> None:
+def test_inaturalist_mini_replaces_train(tmp_path: Path) -> None:
     trees.inaturalist(tmp_path, "")
     (tmp_path / "train.json").rename(tmp_path / "train_mini.json")
     assert len(open_images(tmp_path).train_set()) == 3
@@ -198,11 +198,11 @@ def test_nabirds_lists_are_read(tmp_path: Path) -> None:
 
 
 def drop(name: str) -> Callable[[Path], None]:
-    def spoil(root: Path) -> None:
+    def corrupt(root: Path) -> None:
         path = root / name
         path.unlink() if path.is_file() else path.rename(root.parent / "elsewhere")
 
-    return spoil
+    return corrupt
 
 
 def put(name: str, text: str) -> Callable[[Path], None]:
@@ -213,17 +213,17 @@ def empty(name: str) -> Callable[[Path], None]:
     return lambda root: [path.unlink() for path in (root / name).iterdir()] and None
 
 
-def both(*spoils: Callable[[Path], None]) -> Callable[[Path], None]:
-    return lambda root: [spoil(root) for spoil in spoils] and None
+def both(*defects: Callable[[Path], None]) -> Callable[[Path], None]:
+    return lambda root: [corrupt(root) for corrupt in defects] and None
 
 
 @pytest.mark.parametrize(
-    ("tree", "spoil", "message"),
+    ("tree", "corrupt", "message"),
     [
         (trees.cassava, empty("extraimages"), "extraimages holds no image"),
         (trees.cassava, empty("train/cbb"), "Class folder .*cbb has no image"),
         (trees.cassava, put("train_test_split.txt", "1 1\n"), r"images\.txt is missing"),
-        (trees.cassava, both(put("images.txt", "1 a.jpg\n"), put("train_test_split.txt", "1 1\n")), "not name cbb/"),
+        (trees.cassava, both(put("images.txt", "1 a.jpg\n"), put("train_test_split.txt", "1 1\n")), "not list cbb/"),
         (trees.cassava, both(put("images.txt", "1 cbb/a.jpg\n"), put("train_test_split.txt", "1 2\n")), "must hold 0"),
         (trees.aircraft, drop("data/images_variant_test.txt"), r"images_variant_test\.txt is missing"),
         (trees.aircraft, drop("data/variants.txt"), r"variants\.txt is missing"),
@@ -239,7 +239,7 @@ def both(*spoils: Callable[[Path], None]) -> Callable[[Path], None]:
         (trees.aircraft, put("data/images_box.txt", "0000001 1 2 3 4\n"), "no line for image 0000002"),
         (trees.cars, drop("cars_test_annos_withlabels.mat"), "cars_test_annos_withlabels.mat is missing"),
         (trees.cars, drop("devkit/cars_meta.mat"), "cars_meta.mat is missing"),
-        (trees.cars, put("devkit/cars_train_annos.mat", "none"), "cars_train_annos.mat is no readable MATLAB file"),
+        (trees.cars, put("devkit/cars_train_annos.mat", "none"), "cars_train_annos.mat is not a readable MATLAB file"),
         (trees.cars, lambda r: (r / "devkit/cars_meta.mat").replace(r / "devkit/cars_train_annos.mat"), "is missing"),
         (
             trees.cars,
@@ -256,7 +256,7 @@ def both(*spoils: Callable[[Path], None]) -> Callable[[Path], None]:
         (trees.pets, put("annotations/test.txt", "Abyssinian_9 1 1\n"), r"test\.txt:1: 'Abyssinian_9 1 1'"),
         (trees.pets, put("annotations/test.txt", "Bengal_9 1 1 1\n"), "class 1 to Abyssinian and to Bengal"),
         (trees.pets, drop("annotations/trimaps/Abyssinian_9.png"), "Abyssinian_9.png is missing"),
-        (trees.pets, put("annotations/trimaps/Abyssinian_9.png", "none"), "Abyssinian_9.png is no readable trimap"),
+        (trees.pets, put("annotations/trimaps/Abyssinian_9.png", "none"), "Abyssinian_9.png is not a readable trimap"),
         (trees.inaturalist, drop("val2018.json"), r"val2018\.json is missing"),
         (trees.inaturalist, drop("train2018.json"), r"train2018\.json is missing"),
         (trees.inaturalist, put("val2018.json", '{"images": [],\n"x"}'), r"val2018\.json:2: the JSON does not parse"),
@@ -268,7 +268,7 @@ def both(*spoils: Callable[[Path], None]) -> Callable[[Path], None]:
             put("val2018.json", '{"images": [{"id": 3, "file_name": "a.jpg"}], "categories": [], "annotations": []}'),
             "no annotation for a.jpg",
         ),
-        (trees.nabirds, put("hierarchy.txt", "1 0\n817 1\n860 817\n"), "817, which .* gives children"),
+        (trees.nabirds, put("hierarchy.txt", "1 0\n817 1\n860 817\n"), "817, which has children"),
         (trees.nabirds, put("hierarchy.txt", "1 0\n817 1\n"), "no parent for class 860"),
         (trees.nabirds, put("hierarchy.txt", "1 0\n817\n"), r"hierarchy\.txt:2: '817'"),
         (trees.nabirds, drop("train_test_split.txt"), r"train_test_split\.txt is missing"),
@@ -276,20 +276,20 @@ def both(*spoils: Callable[[Path], None]) -> Callable[[Path], None]:
         (trees.nabirds, put("bounding_boxes.txt", "00019306 1 2 3 4\n"), "names image 00019306"),
     ],
 )  # fmt: skip
-def test_a_bad_tree_is_named(
-    tmp_path: Path, tree: Callable[[Path], Path], spoil: Callable[[Path], object], message: str
+def test_a_defect_is_named(
+    tmp_path: Path, tree: Callable[[Path], Path], corrupt: Callable[[Path], object], message: str
 ) -> None:
     root = tree(tmp_path / "set")
-    spoil(root)
+    corrupt(root)
     with pytest.raises(UserError, match=message) as caught:
         open_images(root)
     assert "\n" not in str(caught.value)
-    assert ": " in str(caught.value)  # what is wrong: what to do
+    assert ": " in str(caught.value)  # problem: remedy
 
 
-def test_a_folder_of_no_layout_names_them_all(tmp_path: Path) -> None:
+def test_a_folder_without_a_known_layout_lists_them(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "notes.txt").write_text("")
-    with pytest.raises(UserError, match="no image and no list of a known layout") as caught:
+    with pytest.raises(UserError, match="no images and no list of a known layout") as caught:
         open_images(tmp_path)
     assert all(layout.name in str(caught.value) and layout.sign in str(caught.value) for layout in LAYOUTS)

@@ -1,4 +1,4 @@
-"""The synthetic set: the same bytes for a seed, truth that fits the images, nothing half or lost on disk."""
+"""The synthetic set: reproducible bytes, ground truth that matches the images, no partial or lost files."""
 
 import errno
 import hashlib
@@ -21,7 +21,7 @@ from fgfast.data.synthetic import generate
 from fgfast.errors import UserError
 from tests.examples import examples
 
-SMALL = {"classes": 3, "images": 20, "size": 48, "seed": 5}  # 7, 7 and 6 images: the remainder is spread
+SMALL = {"classes": 3, "images": 20, "size": 48, "seed": 5}  # 7, 7 and 6 images: the remainder is distributed
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_another_seed_gives_other_images(birds, tmp_path):
     assert not set(other.values()) & {v for k, v in digests(birds).items() if k.startswith("images/")}
 
 
-def test_layout_is_read_back(birds):
+def test_the_set_is_read_as_cub(birds):
     images = open_images(birds)
     assert len(images) == 20
     assert np.bincount(images.targets).tolist() == [7, 7, 6]
@@ -59,7 +59,7 @@ def test_layout_is_read_back(birds):
             assert (image.mode, image.size, image.format) == ("RGB", (48, 48), "JPEG")
 
 
-def test_tables_have_the_form_of_cub(birds):
+def test_lists_have_the_format_of_cub(birds):
     first = {p.name: p.read_text().splitlines()[0] for p in [*birds.glob("*.txt"), *birds.glob("parts/*.txt")]}
     assert first["images.txt"] == "1 001.Northern_Finch/Northern_Finch_0001.jpg"
     assert (first["image_class_labels.txt"], first["classes.txt"]) == ("1 1", "1 001.Northern_Finch")
@@ -119,7 +119,7 @@ def test_all_classes_differ(classes, seed, difficulty):
     assert min((a != b).sum() for a, b in combinations(rows, 2)) >= 1
 
 
-def test_difficulty_brings_classes_closer():
+def test_difficulty_reduces_the_distance_of_classes():
     def nearest(difficulty: float) -> int:
         return min((a != b).sum() for a, b in combinations(design_classes(20, 0, difficulty), 2))
 
@@ -181,13 +181,13 @@ def test_an_empty_folder_is_used(tmp_path):
         ({"images": 10.5}, "images"),
     ],
 )
-def test_bad_values_are_named(tmp_path, values, word):
+def test_invalid_values_are_named(tmp_path, values, word):
     with pytest.raises(UserError, match=word):
         generate(tmp_path / "x", **{"classes": 2, "images": 4, "size": 32, **values})
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_is_one_sentence_and_leaves_no_files(tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -211,7 +211,7 @@ def test_a_failed_replacement_keeps_the_old_set(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_a_path_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
         generate(tmp_path / "file", classes=2, images=4, size=32)

@@ -1,4 +1,4 @@
-"""Tiles: the batched gather against a plain loop, joining as its inverse, brightness as torchvision has it."""
+"""Tiles: the batched gather equals a plain loop, joining is its inverse, brightness equals torchvision's."""
 
 import numpy as np
 import pytest
@@ -18,12 +18,12 @@ from tests.examples import examples
     grid=st.integers(1, 4),
     side=st.integers(1, 5),
     spare=st.integers(0, 3),
-    left=st.integers(0, 3),  # pixels of the image that fill no tile
+    left=st.integers(0, 3),  # pixels of the image outside all tiles
     channels=st.sampled_from([1, 3]),
     last=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_one_gather_is_the_loop(
+def test_the_gather_equals_the_loop(
     batch: int, grid: int, side: int, spare: int, left: int, channels: int, last: bool, seed: int
 ) -> None:
     g = torch.Generator().manual_seed(seed)
@@ -67,9 +67,9 @@ def test_draws_cover_their_ranges() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "grid", "side", "match"),
-    [((2, 3, 8, 9), 2, 3, "squares"), ((2, 3, 8, 8), 2, 5, "crops of 1 to 4"), ((1, 3, 8, 8), 2, 3, "do not fit")],
+    [((2, 3, 8, 9), 2, 3, "images: "), ((2, 3, 8, 8), 2, 5, "crops of 1 to 4"), ((1, 3, 8, 8), 2, 3, "source: ")],
 )
-def test_shapes_that_do_not_fit_are_named(shape: tuple[int, ...], grid: int, side: int, match: str) -> None:
+def test_wrong_shapes_are_named(shape: tuple[int, ...], grid: int, side: int, match: str) -> None:
     source, corner = torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match=match):
         cut_tiles(torch.zeros(shape), grid, side, source, corner)

@@ -1,9 +1,10 @@
-"""Views: what a specification refuses, and id maps that follow their window."""
+"""Views: invalid specifications are refused, and id maps are cropped like their view."""
 
 import numpy as np
 import pytest
 import torch
 
+from fgfast.data.transforms import BlockShuffle, Gamma, Holes, PasteOnWhite, PatchSwap, Transform, TrimBorder
 from fgfast.data.views import Batch, Crop, ViewSpec, warp_labels
 
 
@@ -16,28 +17,40 @@ from fgfast.data.views import Batch, Crop, ViewSpec, warp_labels
         ({"scale": (0.5, 1.5)}, "scale"),
         ({"ratio": (2.0, 1.0)}, "ratio"),
         ({"jitter": (0.1, 0.1, 0.1, 0.6)}, "jitter"),
-        ({"border": 0.5}, "border"),
-        ({"gamma": (0.0, 2.0)}, "gamma"),
-        ({"holes": (3, 2)}, "holes"),
-        ({"holes": (-1, 2)}, "holes"),
-        ({"hole_size": (0.0, 0.1)}, "hole_size"),
-        ({"swap": 0.6}, "swap"),
-        ({"swap": 0.001}, "swap"),
-        ({"size": 32, "grid": 33}, "grid"),
-        ({"grid": 4, "reach": 4}, "reach"),
-        ({"reach": 1}, "reach"),
-        ({"paste": (0.5, 1.5)}, "paste"),
+        ({"transforms": (PatchSwap(0.2), PatchSwap(0.3))}, "transforms"),
     ],
 )
-def test_a_crop_names_the_field_it_refuses(kwargs: dict, name: str) -> None:
+def test_a_crop_names_the_invalid_field(kwargs: dict, name: str) -> None:
     with pytest.raises(ValueError, match=rf"Crop\.{name}"):
         Crop(**kwargs)
 
 
 @pytest.mark.parametrize(
+    ("transform", "name"),
+    [
+        (TrimBorder(0.5), "fraction"),
+        (Gamma((0.0, 2.0)), "exponent"),
+        (Holes((3, 2)), "count"),
+        (Holes((-1, 2)), "count"),
+        (Holes((0, 0)), "count"),
+        (Holes((1, 2), (0.0, 0.1)), "side"),
+        (PatchSwap(0.6), "side"),
+        (PatchSwap(0.001), "side"),
+        (BlockShuffle(0), "grid"),
+        (BlockShuffle(33), "grid"),
+        (BlockShuffle(4, reach=4), "reach"),
+        (PasteOnWhite((0.5, 1.5)), "side"),
+    ],
+)
+def test_a_transform_names_the_invalid_field(transform: Transform, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{type(transform).__name__}\.{name} is"):
+        Crop(size=32, transforms=(transform,))
+
+
+@pytest.mark.parametrize(
     "kwargs", [{}, {"crops": (Crop(),), "center": 0.8}, {"whole": 8, "masks": True}, {"whole": 8, "center": 2.0}]
 )
-def test_a_specification_that_contradicts_itself_is_refused(kwargs: dict) -> None:
+def test_a_contradictory_specification_is_refused(kwargs: dict) -> None:
     with pytest.raises(ValueError, match="ViewSpec"):
         ViewSpec(**kwargs)
 
@@ -57,7 +70,7 @@ def test_warp_labels_equals_a_loop_over_pixels() -> None:
                 assert got[b, i, j] == labels[b, row, int((x0 + at * w) * 21)]
 
 
-def test_the_whole_window_at_the_map_size_is_the_map() -> None:
+def test_the_full_window_at_the_map_size_is_the_map() -> None:
     labels = torch.randint(-1, 5, (2, 16, 16))
     box = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0], [0.0, 0.0, 1.0, 1.0, 1.0]])
     warped = warp_labels(labels, box, 16)
@@ -65,7 +78,7 @@ def test_the_whole_window_at_the_map_size_is_the_map() -> None:
     assert torch.equal(warped[1], labels[1].flip(1))
 
 
-def test_a_box_of_a_view_whose_pixels_moved_is_refused() -> None:
+def test_warp_labels_refuses_views_without_a_box() -> None:
     boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0], [torch.nan] * 5])
     with pytest.raises(ValueError, match=r"take Batch\.labels"):
         warp_labels(torch.zeros(2, 4, 4, dtype=torch.int64), boxes, 3)
@@ -73,11 +86,11 @@ def test_a_box_of_a_view_whose_pixels_moved_is_refused() -> None:
 
 def test_warp_labels_takes_an_empty_batch_and_refuses_wrong_shapes() -> None:
     assert warp_labels(torch.zeros(0, 4, 4, dtype=torch.int64), torch.zeros(0, 5), 3).shape == (0, 3, 3)
-    with pytest.raises(ValueError, match=r"\[B, H, W\] and \[B, 5\]"):
+    with pytest.raises(ValueError, match=r"boxes: expected shape \[2, 5\], got \[3, 5\]"):
         warp_labels(torch.zeros(2, 4, 4), torch.zeros(3, 5), 3)
 
 
-def test_a_batch_moves_as_a_whole() -> None:
+def test_all_tensors_of_a_batch_move_to_the_device() -> None:
     batch = Batch(views=[torch.zeros(2, 3, 4, 4)], target=torch.zeros(2, dtype=torch.int64)).to("meta")
     assert batch.views[0].device.type == batch.target.device.type == "meta"
     assert batch.whole is None

@@ -1,4 +1,4 @@
-"""Small data sets on disk in the official forms of their layouts; each function writes one and returns its folder."""
+"""Small data sets on disk in their official layouts; each function writes one and returns its folder."""
 
 import json
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Features of a set: the set's order, broken images left out, the network left as it was."""
+"""Features of a set: order, broken images, mode of the network, and part features."""
 
 from dataclasses import replace
 
@@ -25,12 +25,12 @@ def greys(tmp_path_factory) -> ImageSet:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def separate_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FGFAST_CACHE", str(tmp_path / "cache"))
 
 
 class Mean(torch.nn.Module):
-    """The mean colour of an image; remembers the mode it ran in."""
+    """The mean colour of an image; records the mode in which it ran."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Mean(torch.nn.Module):
 
 
 @pytest.mark.parametrize("loader", ["auto", "torchvision"])
-def test_rows_are_in_the_order_of_the_set_without_padding(greys, loader):
+def test_rows_have_the_order_of_the_set_and_no_padding(greys, loader):
     features, targets = extract(Mean(), greys, 16, batch_size=5, threads=1, loader=loader)
     assert (features.shape, features.dtype, targets.dtype) == ((23, 3), torch.float32, torch.int64)
     assert np.array_equal(targets.numpy(), greys.targets)
@@ -66,28 +66,28 @@ def test_a_broken_image_has_no_row(greys, tmp_path):
     (tmp_path / "set" / greys.paths[4]).write_bytes(b"no image")
     images = replace(greys, root=tmp_path / "set")
     features, targets = extract(Mean(), images, 16, batch_size=5, threads=1)
-    whole, _ = extract(Mean(), greys, 16, batch_size=5, threads=1)
-    kept = [i for i in range(23) if i != 4]
-    assert torch.allclose(features, whole[kept])
-    assert np.array_equal(targets.numpy(), greys.targets[kept])
+    expected, _ = extract(Mean(), greys, 16, batch_size=5, threads=1)
+    readable = [i for i in range(23) if i != 4]
+    assert torch.allclose(features, expected[readable])
+    assert np.array_equal(targets.numpy(), greys.targets[readable])
 
 
-def test_features_that_are_not_finite_are_named(greys):
+def test_features_that_are_not_finite_are_refused(greys):
     with pytest.raises(UserError, match="not finite"):
         extract(lambda x: x.mean(dim=(2, 3)) / 0, greys, 16, threads=1)
 
 
-def test_part_features_are_means_over_each_part_side_by_side():
-    """Against means taken by hand on the encoder's own map; an absent part is zero, and -1 belongs to none."""
+def test_part_features_are_concatenated_means_over_each_part():
+    """They equal means of the feature map; an absent part is zero, and -1 is no part."""
     torch.manual_seed(0)
     encoder = Backbone("test_resnet", size=32, args={"output_stride": 8}).eval()
     images, labels = torch.randn(2, 3, 32, 32), torch.full((2, 32, 32), -1)
-    labels[:, :16], labels[1, 16:, 16:] = 2, 0  # whole cells of the 4 x 4 map
+    labels[:, :16], labels[1, 16:, 16:] = 2, 0  # complete cells of the 4 x 4 map
     with torch.no_grad():
-        found = PartFeatures(encoder, 3)(images, labels).view(2, 3, -1)
+        pooled = PartFeatures(encoder, 3)(images, labels).view(2, 3, -1)
         features = encoder.to_map(encoder.features(images), (32, 32))
     assert features.shape[-2:] == (4, 4)
-    torch.testing.assert_close(found[:, 2], features[:, :, :2].mean((2, 3)))
-    torch.testing.assert_close(found[1, 0], features[1, :, 2:, 2:].mean((1, 2)))
-    assert not found[0, 0].any()
-    assert not found[:, 1].any()
+    torch.testing.assert_close(pooled[:, 2], features[:, :, :2].mean((2, 3)))
+    torch.testing.assert_close(pooled[1, 0], features[1, :, 2:, 2:].mean((1, 2)))
+    assert not pooled[0, 0].any()
+    assert not pooled[:, 1].any()

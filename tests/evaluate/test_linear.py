@@ -1,4 +1,4 @@
-"""The linear probe: what it separates, what it ignores."""
+"""The linear probe: separable classes, invariances, the choice of C, and errors."""
 
 import pytest
 import torch
@@ -39,11 +39,11 @@ def test_classes_keep_their_numbers():
     assert set(linear_probe(x, 10 * y + 3, x).tolist()) == {3, 13, 23}
 
 
-def test_grid_takes_the_penalty_that_is_best_on_every_fifth_row_of_a_class():
+def test_the_best_penalty_on_every_fifth_row_of_a_class_is_used():
     g = torch.Generator().manual_seed(0)
     x, y = blobs(0, rows=90, noise=1.5)
     x = torch.cat([x, torch.randn(90, 60, generator=g)], dim=1)
-    held = torch.arange(90) // 3 % 5 == 4  # classes alternate: row r is number r // 3 of its class
+    held = torch.arange(90) // 3 % 5 == 4  # classes alternate: row r has index r // 3 in its class
     grid = [1e-4, 1e-2, 1.0, 100.0]
     scores = [(linear_probe(x[~held], y[~held], x[held], C=c) == y[held]).sum().item() for c in grid]
     assert len(set(scores)) > 1
@@ -52,7 +52,7 @@ def test_grid_takes_the_penalty_that_is_best_on_every_fifth_row_of_a_class():
     assert torch.equal(linear_probe(x, y, test, C=grid), linear_probe(x, y, test, C=best))
 
 
-def test_one_class_is_the_users_mistake():
+def test_one_class_is_refused():
     with pytest.raises(UserError, match="two classes"):
         linear_probe(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64), torch.randn(1, 2))
 

@@ -1,4 +1,4 @@
-"""Agreement of part maps: 1 for the same parts under other names, near 0 for noise."""
+"""Agreement of id maps: 1 for the same parts with other ids, near 0 for noise."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ SCORES = ("nmi", "ari", "purity", "coverage", "nmi_all", "ari_all")
 
 
 def parts(seed: int, images: int = 3, parts: int = 4) -> np.ndarray:
-    """Blocks of parts -1..parts-1, different in every image, a block of each kept."""
+    """Blocks of parts -1..parts-1, different in every image, with at least one block of each."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(-1, parts, (images, 5, 5))
     coarse[:, 0] = np.arange(5) % (parts + 1) - 1
@@ -22,10 +22,10 @@ def parts(seed: int, images: int = 3, parts: int = 4) -> np.ndarray:
 
 @examples(15)
 @given(seed=st.integers(0, 2**31))
-def test_renamed_parts_agree_fully(seed):
+def test_other_ids_of_the_same_parts_agree_fully(seed):
     truth = parts(seed)
-    names = np.random.default_rng(seed).permutation(4)
-    labels = np.where(truth < 0, -1, names[truth])
+    ids = np.random.default_rng(seed).permutation(4)
+    labels = np.where(truth < 0, -1, ids[truth])
     scores = nmi_ari(labels, truth)
     assert [scores[name] for name in SCORES] == pytest.approx([1.0] * 6)
     assert (scores["images"], scores["skipped"]) == (3, 0)
@@ -38,7 +38,7 @@ def test_noise_does_not_agree():
     assert abs(scores["ari"]) < 0.02
 
 
-def test_what_lies_off_the_parts_changes_only_the_scores_of_all_pixels():
+def test_pixels_without_a_part_affect_only_the_scores_of_all_pixels():
     truth = parts(1)
     rng = np.random.default_rng(1)
     labels = np.where(truth < 0, rng.integers(0, 4, truth.shape), truth)
@@ -56,21 +56,21 @@ def test_images_without_true_parts_are_counted_and_skipped():
     assert np.isnan(nmi_ari(truth[1], truth[1])["nmi"])
 
 
-def test_coverage_is_the_share_of_part_pixels_with_a_label():
+def test_coverage_is_the_fraction_of_part_pixels_with_a_label():
     truth = np.zeros((4, 4), np.int64)
     labels = truth.copy()
     labels[0] = -1
     assert nmi_ari(labels, truth)["coverage"] == 0.75
 
 
-def test_tensors_and_one_image_are_taken():
+def test_tensors_and_single_images_are_accepted():
     truth = parts(3)
     assert nmi_ari(torch.from_numpy(truth), torch.from_numpy(truth)) == nmi_ari(truth, truth)
     assert nmi_ari(truth[0], truth[0])["images"] == 1
 
 
 def test_bad_maps_are_refused():
-    with pytest.raises(ValueError, match="same shape"):
+    with pytest.raises(ValueError, match="expected one shape"):
         nmi_ari(np.zeros((2, 3), int), np.zeros((3, 3), int))
     with pytest.raises(ValueError, match="integers"):
         nmi_ari(np.zeros((2, 3)), np.zeros((2, 3)))

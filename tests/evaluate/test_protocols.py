@@ -1,4 +1,4 @@
-"""Protocols from the command line and in comparisons: their scores, options and files."""
+"""Protocols on the command line and in comparisons: scores, options and files."""
 
 import csv
 import json
@@ -11,8 +11,9 @@ import torch
 from fgfast.cli import main
 from fgfast.compare import Comparison
 from fgfast.errors import UserError
-from fgfast.evaluate import protocols
-from fgfast.evaluate.protocols import evaluate, parse_protocols
+from fgfast.evaluate.mlp import MLPOptions
+from fgfast.evaluate.options import parse_protocols
+from fgfast.evaluate.protocols import evaluate, score_predictions
 from fgfast.methods.simclr import SimCLRConfig
 from fgfast.train.loop import pretrain
 from tests.conftest import TINY
@@ -32,9 +33,9 @@ def run(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_f1_of_hand_made_predictions() -> None:
-    """F1 by hand: class 0: 2 * 2 / (2 + 3), class 1: 2 * 1 / (2 + 1), class 2: never right; weights 2, 2, 1."""
+    """F1 of class 0 is 2 * 2 / (2 + 4), of class 1 2 * 1 / (2 + 1), of class 2 zero; the weights are 2, 2, 1."""
     truth, predicted = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 0, 0, 1, 0])
-    score = protocols._score("knn", "last", predicted, truth, 5, "", {})
+    score = score_predictions("knn", "last", predicted, truth, 5, "", {})
     f0, f1 = 2 * 2 / (2 + 4), 2 * 1 / (2 + 1)
     assert score.macro_f1 == pytest.approx((f0 + f1) / 3)
     assert score.weighted_f1 == pytest.approx((2 * f0 + 2 * f1) / 5)
@@ -49,7 +50,7 @@ def test_f1_of_hand_made_predictions() -> None:
         ("finetune", ["--epochs", "1", "--stages", "2", "--class-weights", "frequency", "--seed", "3"]),
     ],
 )  # fmt: skip
-def test_every_protocol_prints_and_notes_its_scores(
+def test_every_protocol_prints_and_stores_its_scores(
     run: Path, drawn: Path, protocol: str, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["eval", protocol, str(run), "--data", str(drawn), "--checkpoint", "init", "--device", "cpu", *flags]
@@ -66,32 +67,32 @@ def test_every_protocol_prints_and_notes_its_scores(
     if protocol == "retrieval":
         assert row["top1"] <= row["rank5"] <= 1
         assert 0 < row["map"] <= 1
-    noted = [r for r in json.loads((run / "eval.json").read_text()) if r["protocol"] == protocol]
-    assert len(noted) == 1
-    assert row.items() <= noted[0].items()
+    stored = [r for r in json.loads((run / "eval.json").read_text()) if r["protocol"] == protocol]
+    assert len(stored) == 1
+    assert row.items() <= stored[0].items()
     assert main(words) == 0
     assert "macro-F1" in capsys.readouterr().out
     assert len([r for r in json.loads((run / "eval.json").read_text()) if r["protocol"] == protocol]) == 1
     assert not list(run.glob("finetune-*.pt"))
 
 
-def test_parts_want_masks(run: Path, tmp_path: Path) -> None:
+def test_parts_need_masks(run: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     for split in ("train", "test"):
         for name in ("a", "b"):
             (tmp_path / split / name).mkdir(parents=True)
             Image.new("RGB", (40, 40)).save(tmp_path / split / name / "0.png")
-    with pytest.raises(UserError, match="no true part masks"):
+    with pytest.raises(UserError, match="no part masks"):
         evaluate(run, "parts", tmp_path, checkpoint="init", device=CPU)
 
 
-def test_rows_with_other_options_stand_side_by_side(run: Path, drawn: Path) -> None:
+def test_scores_with_other_options_are_stored_too(run: Path, drawn: Path) -> None:
     for epochs in (1, 2, 1):
-        evaluate(run, "mlp", drawn, checkpoint="init", device=CPU, options=protocols.MLPOptions(epochs=epochs))
+        evaluate(run, "mlp", drawn, checkpoint="init", device=CPU, options=MLPOptions(epochs=epochs))
     rows = json.loads((run / "eval.json").read_text())
-    found = [r["options"] for r in rows if r["protocol"] == "mlp" and "inverse" not in r["options"]]
-    assert sorted(found) == ["epochs=1", "epochs=2"]
+    options = [r["options"] for r in rows if r["protocol"] == "mlp" and "inverse" not in r["options"]]
+    assert sorted(options) == ["epochs=1", "epochs=2"]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_rows_with_other_options_stand_side_by_side(run: Path, drawn: Path) -> N
         (["mlp", "--class-weights", "odd"], "odd"),
     ],
 )
-def test_mistakes_are_one_sentence_and_two(
+def test_wrong_arguments_give_one_sentence_and_exit_status_2(
     run: Path, drawn: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (run / "eval.json").read_bytes() if (run / "eval.json").exists() else None
@@ -125,7 +126,7 @@ def test_mistakes_are_one_sentence_and_two(
         (["finetune:stages=1", "mlp"], ["finetune", "mlp"]),
     ],
 )
-def test_protocols_are_read(texts: list[str], labels: list[str]) -> None:
+def test_protocols_are_parsed(texts: list[str], labels: list[str]) -> None:
     assert list(parse_protocols(texts)) == labels
 
 
@@ -136,10 +137,8 @@ def test_bad_protocols_are_refused(text: str) -> None:
 
 
 @pytest.mark.slow
-def test_compare_completes_rows_of_an_earlier_table(
-    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rows written with linear and kNN alone get the new protocols; nothing that stands there is done again."""
+def test_compare_completes_rows_of_an_earlier_table(drawn: Path, tmp_path: Path) -> None:
+    """Rows with only linear and kNN get the new protocols, and no stored score is computed again."""
 
     def comparison(*names: str) -> Comparison:
         return Comparison(tmp_path, [drawn], ["random", "simclr"], [0], SHARED, baseline="random", protocols=[*names])
@@ -147,16 +146,16 @@ def test_compare_completes_rows_of_an_earlier_table(
     comparison("linear", "knn").run()
     before = list(csv.DictReader((tmp_path / "compare.csv").open()))
     assert list(before[0])[-4:] == ["linear", "knn", "nmi", "ari"]
-    done: list[str] = []
-    real = protocols.evaluate
-    monkeypatch.setattr(protocols, "evaluate", lambda run, p, *a, **k: (done.append(p), real(run, p, *a, **k))[1])
+    runs = [tmp_path / "runs" / drawn.name / name / "seed0" for name in ("random", "simclr")]
     full = comparison("linear,knn,mlp:epochs=2", "retrieval", "finetune:epochs=1")
     full.run()
-    assert sorted(done) == sorted(["mlp", "retrieval", "finetune"] * 2)
+    for run in runs:  # a score that is computed again moves to the end
+        protocols = [row["protocol"] for row in json.loads((run / "eval.json").read_text())]
+        assert protocols == ["linear", "knn", "mlp", "retrieval", "finetune"]
     after = list(csv.DictReader((tmp_path / "compare.csv").open()))
     assert [{k: r[k] for k in before[0]} for r in after] == before
     assert all(0 <= float(r[label]) <= 1 for r in after for label in ("mlp:epochs=2", "retrieval", "finetune:epochs=1"))
-    arrays = np.load(tmp_path / "runs" / drawn.name / "simclr" / "seed0" / "correct.npz")
+    arrays = np.load(runs[1] / "correct.npz")
     assert set(arrays) == {"linear", "knn", "mlp:epochs=2", "retrieval", "finetune:epochs=1"}
     head = next(line for line in full.table().splitlines() if line.startswith("| method"))
     columns = [c.strip() for c in head.strip("|").split("|")]
@@ -164,6 +163,7 @@ def test_compare_completes_rows_of_an_earlier_table(
                              "gain on baseline", "finetune:epochs=1"]  # fmt: skip
     rows = [line for line in full.table().splitlines() if line.startswith("| `")]
     assert all(len(line.strip("|").split("|")) == len(columns) for line in rows)
+    written = [(run / "eval.json").stat().st_mtime_ns for run in runs]
     full.run()
-    assert len(done) == 6
+    assert [(run / "eval.json").stat().st_mtime_ns for run in runs] == written
     assert "linear | gain on baseline | kNN | NMI" in comparison("linear", "knn").table()

@@ -1,4 +1,4 @@
-"""Retrieval against a loop over queries."""
+"""Retrieval compared with a loop over queries."""
 
 import math
 
@@ -12,7 +12,7 @@ from tests.examples import examples
 
 
 def by_loop(x: torch.Tensor, y: torch.Tensor) -> list[tuple[int, bool, float]]:
-    rows, labels, found = x.double().tolist(), y.tolist(), []
+    rows, labels, results = x.double().tolist(), y.tolist(), []
     for i, query in enumerate(rows):
         others = [j for j in range(len(rows)) if j != i]
         cosine = {
@@ -22,8 +22,8 @@ def by_loop(x: torch.Tensor, y: torch.Tensor) -> list[tuple[int, bool, float]]:
         ranked = [labels[j] for j in sorted(others, key=lambda j: -cosine[j])]
         hits = [k for k, label in enumerate(ranked, 1) if label == labels[i]]
         precision = sum(r / k for r, k in enumerate(hits, 1)) / max(1, len(hits))
-        found.append((ranked[0], labels[i] in ranked[:5], precision))
-    return found
+        results.append((ranked[0], labels[i] in ranked[:5], precision))
+    return results
 
 
 @examples(25)
@@ -31,19 +31,19 @@ def by_loop(x: torch.Tensor, y: torch.Tensor) -> list[tuple[int, bool, float]]:
 def test_equals_a_loop(n: int, d: int, classes: int, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     x, y = torch.randn(n, d, generator=g), torch.randint(classes, (n,), generator=g)
-    found = retrieve(x, y, chunk=4)
+    result = retrieve(x, y, chunk=4)
     expected = by_loop(x, y)
-    assert found.nearest.tolist() == [row[0] for row in expected]
-    assert found.rank5.tolist() == [row[1] for row in expected]
-    assert found.precision.tolist() == pytest.approx([row[2] for row in expected])
-    assert found.counted.tolist() == [(y == c).sum() > 1 for c in y]
+    assert result.nearest.tolist() == [row[0] for row in expected]
+    assert result.rank5.tolist() == [row[1] for row in expected]
+    assert result.precision.tolist() == pytest.approx([row[2] for row in expected])
+    assert result.has_match.tolist() == [(y == c).sum() > 1 for c in y]
 
 
-def test_the_query_itself_is_never_found() -> None:
-    """Equal rows of different classes: nothing right is near, a copy of the query included."""
-    found = retrieve(torch.ones(2, 3), torch.tensor([0, 1]))
-    assert found.nearest.tolist() == [1, 0]
-    assert not found.counted.any()
+def test_the_query_itself_is_not_retrieved() -> None:
+    """For equal rows of different classes the nearest image is of the other class."""
+    result = retrieve(torch.ones(2, 3), torch.tensor([0, 1]))
+    assert result.nearest.tolist() == [1, 0]
+    assert not result.has_match.any()
 
 
 def test_one_row_is_refused() -> None:

@@ -1,7 +1,7 @@
-"""Launches every kernel as on a GPU, where there is none: Triton takes the arguments and compiles; nothing runs.
+"""Launch every kernel as on a GPU, without one: Triton binds the arguments and compiles; nothing runs.
 
-``python -m tests.kernels.launches ARCH`` prints a line of kernels and grids for each call, and fails where a call does.
-The tensors lie on the CPU, filled with zeros where a kernel would write: what is computed means nothing.
+``python -m tests.kernels.launches ARCH`` prints a line of kernel names per call, and fails if a call does. Tensors are
+on the CPU and filled with zeros where a kernel would write: results are meaningless.
 """
 
 import sys
@@ -22,7 +22,7 @@ launched: list[str] = []
 
 
 class Launcher:
-    """In the place of what hands a compiled kernel to the driver."""
+    """Replaces Triton's launcher of a compiled kernel."""
 
     def __init__(self, source: Any, _metadata: Any) -> None:
         self.name = source.fn.__name__
@@ -35,7 +35,7 @@ class Launcher:
 
 
 class Driver:
-    """A GPU that takes every kernel."""
+    """A driver of a GPU that accepts every kernel."""
 
     launcher_cls = Launcher
 
@@ -59,7 +59,7 @@ class Driver:
 
 
 def pretend(arch: str) -> None:
-    """Let fgfast take tensors of the CPU for those of a GPU."""
+    """Make fgfast treat CPU tensors as GPU tensors."""
     driver.set_active(Driver(arch))
     answers = {
         "check_triton": lambda *_: None, "missing": lambda *_: None, "processors": lambda *_: 132,
@@ -70,7 +70,7 @@ def pretend(arch: str) -> None:
             setattr(module, function, answers[function])
     product = torch.bmm
 
-    def bmm(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:  # which a GPU alone has
+    def bmm(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:  # only implemented on GPUs
         return product(a.to(out_dtype), b.to(out_dtype))
 
     torch.bmm, torch.empty, torch.empty_like = bmm, torch.zeros, torch.zeros_like
@@ -113,7 +113,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "kmeans, cosine": lambda: fgfast.kmeans(
         torch.randn(2, 400, 48), 40, n_iter=1, metric="cosine", weight=torch.rand(2, 400), empty="keep"
     ),
-    "kmeans, shared problems": lambda: fgfast.kmeans(torch.randn(1, 4000, 48), 2, n_iter=1),
+    "kmeans, split problems": lambda: fgfast.kmeans(torch.randn(1, 4000, 48), 2, n_iter=1),
     "kmeans of a pyramid": lambda: fgfast.kmeans(maps(HALF), 5, size=(16, 16), n_iter=1),
     "kmeans of a pyramid, cosine": lambda: fgfast.kmeans(
         maps(FULL, last=True), 5, size=16, n_iter=1, metric="cosine", weight=torch.rand(2, 16, 16), init="random"

@@ -1,4 +1,4 @@
-"""assign_and_pool on Triton kernels: labels as near as any, means of just those pixels, one read of the features."""
+"""assign_and_pool on Triton kernels: nearest labels, means of the pixels of each label, one read of the features."""
 
 import math
 import os
@@ -98,12 +98,12 @@ def test_opcheck():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="listens to the interpreter")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts traffic in the interpreter")
 def test_the_features_are_read_once():
     from fgfast.kernels.sanitizer import checked, fewest
 
     x, centroids = torch.randn(1, 128, 48, 32), torch.randn(1, 9, 128)
     with checked(x) as traffic:
         pooled, area, labels = assign_and_pool(x, centroids, backend="triton")
-    # Partial sums may take 8% of the bytes of the features (SHARE of the step), and centroids are read by each program.
+    # Partial sums take up to 8% of the bytes of the features (PARTIAL_FRACTION), and each program reads the centroids.
     assert traffic.bytes <= 1.15 * fewest(x, centroids, pooled, area, labels)

@@ -1,7 +1,6 @@
 """Tables of tile sizes, the compile check and the tuner."""
 
 import csv
-import importlib
 import importlib.metadata
 import os
 import subprocess
@@ -15,14 +14,17 @@ import torch
 
 pytest.importorskip("triton")
 
+from fgfast.backend import KERNELS
 from fgfast.kernels import aot, configs, tune
-from fgfast.kernels.kmeans import fused as _kmeans_once
-from fgfast.kernels.kmeans import step as kmeans_step
-from fgfast.kernels.kmeans import tiles as _kmeans_device
+from fgfast.kernels.contrast import cases as contrast_cases
+from fgfast.kernels.kmeans import cases as kmeans_cases
+from fgfast.kernels.kmeans import pyramid_cases
+from fgfast.kernels.kmeans.step import tile
+from fgfast.kernels.part_pool import launch as part_pool_cases
 
 pytestmark = pytest.mark.slow
 
-# The user's own: reports are kept by what they depend on, and every checkout may take them.
+# The user's cache: reports are stored by a hash of what they depend on, which is valid in every checkout.
 CACHE = os.environ.get("FGFAST_CACHE", "")
 
 
@@ -35,7 +37,7 @@ def run(module, *arguments, package="fgfast.kernels", **environment):
 
 
 def test_no_default_row_spills(tmp_path):
-    """With the compiler that is installed. Only what is neither recorded nor in the user's cache is compiled."""
+    """With the installed compiler; only cases that are neither recorded nor in the user's cache are compiled."""
     table = tmp_path / "reports.csv"
     recorded = ("--recorded", "benchmarks/results/compiled.csv")
     done = run("aot", "--default-only", "--arch", "sm_80", "sm_90", "--csv", str(table), *recorded, FGFAST_CACHE=CACHE)
@@ -45,21 +47,18 @@ def test_no_default_row_spills(tmp_path):
     assert {row["arch"] for row in rows} == {"sm_80", "sm_90"}
     assert {row["triton"] for row in rows} == {importlib.metadata.version("triton")}
     assert all(int(row["registers"]) > 0 == int(row["spilled"]) for row in rows)
-    assert {row["case"].split()[0] for row in rows} == {
-        "contrast", "kmeans", "kmeans_pyramid", "labels_to_grid", "part_pool", "perturb",
-    }  # fmt: skip
-    # The path of most batches: a key, and logits that normalised vectors bound.
+    # The path of most batches: a key, and logits bounded by normalised vectors.
     cases = {row["case"] for row in rows if row["arch"] == "sm_90"}
     assert {f"contrast {way} sm_90 bf16 half D256 bounded{side}" for way, side in
             (("forward", ""), ("gradient", " x"), ("gradient", " y"))} <= cases  # fmt: skip
 
 
-def test_a_report_is_taken_from_the_record_while_its_kernel_is_the_same(monkeypatch, tmp_path):
+def test_a_recorded_report_is_used_until_its_kernel_changes(monkeypatch, tmp_path):
     jobs = aot.jobs(("sm_80", "sm_90"), default_only=True, only="contrast join")
     compiled = []
     monkeypatch.setenv("FGFAST_CACHE", str(tmp_path))
     monkeypatch.setattr(aot, "_key", lambda job: " ".join(job))
-    monkeypatch.setattr(aot, "_compiled_all", lambda missing, _: compiled.extend(missing) or ())
+    monkeypatch.setattr(aot, "_compile_all", lambda missing, _: compiled.extend(missing) or ())
     record = tmp_path / "record.csv"
     record.write_text("registers,spilled,shared,key\n" + "".join(f"40,8,16,{' '.join(job)}\n" for job in jobs))
     assert set(aot.reports(jobs, recorded=record).values()) == {aot.Report(40, 8, 16)}
@@ -70,7 +69,7 @@ def test_a_report_is_taken_from_the_record_while_its_kernel_is_the_same(monkeypa
     assert len(compiled) == len(jobs)
 
 
-def test_a_compiler_that_ends_its_process_is_a_fault_of_its_case_alone(monkeypatch):
+def test_a_compiler_that_aborts_its_process_fails_only_its_case(monkeypatch):
     class Pool:
         def __init__(self, number):
             self.number = number
@@ -83,17 +82,17 @@ def test_a_compiler_that_ends_its_process_is_a_fault_of_its_case_alone(monkeypat
 
         def submit(self, _, job):
             future = Future()
-            ends = job[1] == "bad" or self.number > 1  # with it ends what others of the pool are at
+            ends = job[1] == "bad" or self.number > 1  # a broken pool fails the other jobs too
             future.set_exception(BrokenProcessPool()) if ends else future.set_result(aot.Report(1, 0, 0))
             return future
 
     monkeypatch.setattr(aot, "_workers", Pool)
-    found = dict(aot._compiled_all({name: ("module", name, "sm_90") for name in ("good", "bad", "better")}, 2))
-    assert [report.error for report in found.values()] == ["", "the compiler ended its own process", ""]
+    found = dict(aot._compile_all({name: ("module", name, "sm_90") for name in ("good", "bad", "better")}, 2))
+    assert [report.error for report in found.values()] == ["", "the compiler aborted its process", ""]
 
 
 @pytest.mark.quick
-def test_a_row_that_spills_with_older_compilers_is_not_for_them(monkeypatch):
+def test_a_row_that_spills_with_older_compilers_is_not_used_by_them(monkeypatch):
     wanted = {(3, 6): (64, 64), (3, 8): (128, 32), (3, 9): (128, 32)}
     for compiler, sides in wanted.items():
         monkeypatch.setattr(configs, "COMPILER", compiler)
@@ -101,11 +100,11 @@ def test_a_row_that_spills_with_older_compilers_is_not_for_them(monkeypatch):
         assert row is not None
         assert (row.tiles["BLOCK_X"], row.tiles["BLOCK_Y"]) == sides
         found = [row for arch, _, row in configs.table("contrast gradient") if arch == "default" and row.kind == "half"]
-        assert [row.channels for row in found] == [128, 8192]  # what stands behind for older ones is not compiled too
+        assert [row.channels for row in found] == [128, 8192]  # rows for older compilers are not compiled
 
 
 def test_every_kernel_is_launched_as_on_a_gpu():
-    """Triton takes the arguments of every launch, compiles for an architecture that is not here, and runs nothing."""
+    """Triton takes the arguments of every launch and compiles for a GPU that is absent; nothing runs."""
     done = run("launches", "sm_90", package="tests.kernels")
     assert done.returncode == 0, done.stderr
     launched = {name for line in done.stdout.splitlines() for name in line.partition(": ")[2].split()}
@@ -115,20 +114,14 @@ def test_every_kernel_is_launched_as_on_a_gpu():
 
 @pytest.mark.quick
 def test_every_kernel_and_every_default_row_is_compiled():
-    jobs = aot.jobs(("sm_80", "sm_90"), default_only=True)
-    cases = [aot.cases(module)[name] for module, name, _ in jobs]
-    kernels, ways = {case.kernel.__name__ for case in cases}, ("forward", "gradient")
-    assert kernels == {
-        "forward_kernel", "backward_kernel", "join_kernel", "map_kernel", "grid_kernel",
-        "step", "assign", "sum_pixels", "reduce_rows", "prepare_centroids", "update_centroids", "_plus_plus",
-        "prepare", "forward", "join", "gradient", "inner", "finish", "perturb_kernel",
-        "score", "sums", "move", "grams", "squares", "rows",
-    }  # fmt: skip
-    names = [case.name.split() for case in cases]
+    jobs, ways = aot.jobs(("sm_80", "sm_90"), default_only=True), ("forward", "gradient")
+    names = [name.split() for _, name, _ in jobs]
+    compiled_as = {"kmeans_step": "kmeans", "assign_and_pool": "kmeans"}  # operations without kernels under their name
+    assert {compiled_as.get(op, op) for op in KERNELS} <= {words[0] for words in names}
     for op in ("part_pool", "kmeans_pyramid"):
         rows = {name for _, name, _ in configs.table(op) if "tuned" not in name}
         assert rows == {words[1] for words in names if words[0] == op and words[1].startswith("row")}
-    steps = [case.name.split()[2:4] for case in cases if case.kernel in (_kmeans_once.step, _kmeans_device.assign)]
+    steps = [words[2:4] for words in names if words[:2] in (["kmeans", "step"], ["kmeans", "assign"])]
     assert {arch for arch, _ in steps} == {"default", "sm_90"}
     assert {dtype for _, dtype in steps} == {"fp32", "fp16", "bf16"}
     wanted = {
@@ -154,14 +147,14 @@ def test_every_case_has_its_own_name():
     assert len(set(names)) == len(names)
 
 
-def test_what_a_compilation_may_not_do_is_named(monkeypatch):
+def test_faults_of_a_compilation_are_named(monkeypatch):
     case = ("fgfast.kernels.part_pool.launch", "part_pool join bf16", "sm_86")
     assert aot.faults({case: aot.Report(100, 0, 99 * 1024)}) == []
-    assert "spills 4 bytes" in aot.faults({case: aot.Report(255, 4, 0)})[0]
+    assert "spills 4 bytes per thread" in aot.faults({case: aot.Report(255, 4, 0)})[0]
     assert "99 KiB" in aot.faults({case: aot.Report(100, 0, 99 * 1024 + 1)})[0]
     assert "does not compile" in aot.faults({case: aot.Report(0, 0, 0, "Error: no")})[0]
     row = ("fgfast.kernels.part_pool.launch", "part_pool row1 forward bf16 rows", "sm_90")
-    assert "may have 32 KiB" in aot.faults({row: aot.Report(100, 0, 32 * 1024 + 1)})[0]
+    assert "more than the 32 KiB allowed" in aot.faults({row: aot.Report(100, 0, 32 * 1024 + 1)})[0]
     tuned = aot.cases(case[0])[case[1]]._replace(tuned=True)
     monkeypatch.setattr(aot, "cases", lambda module: {case[1]: tuned})
     assert aot.faults({case: aot.Report(255, 4, 0)}) == []
@@ -188,11 +181,11 @@ def test_a_measured_row_comes_first(monkeypatch):
     monkeypatch.setitem(configs.TUNED, ("part_pool", "sm_90"), [measured])
     assert configs.choose("part_pool", "sm_90", 227, ("fp32",)) == configs.Row(*measured)
     assert configs.choose("part_pool", "sm_90", 163, ("fp32",)) == configs.ROWS["part_pool", "default"][2]
-    assert ("sm_90", "tuned sm_90 row0") in [found[:2] for found in configs.table("part_pool")]
+    assert ("sm_90", "tuned sm_90 row0") in [entry[:2] for entry in configs.table("part_pool")]
 
 
 def test_a_measured_row_hides_no_narrower_kind(monkeypatch):
-    """A row measured with bfloat16 is not taken for float16 where that has rows of its own."""
+    """A row measured with bfloat16 is not used for float16, which has separate rows."""
     measured = ("half", configs.ROWS["contrast gradient", "sm_90"][2].tiles, 8, 3, 163, 0, 256)
     monkeypatch.setitem(configs.TUNED, ("contrast gradient", "sm_90"), [measured])
     assert configs.choose("contrast gradient", "sm_90", 227, ("half",), 128) == configs.Row(*measured)
@@ -201,10 +194,10 @@ def test_a_measured_row_hides_no_narrower_kind(monkeypatch):
     assert half.kind == "fp16"
 
 
-def test_a_forced_row_holds_for_its_operation_alone():
+def test_a_forced_row_is_used_only_by_its_operation():
     device, row = torch.device("cpu"), configs.ROWS["part_pool", "default"][1]
     usual = configs.config("part_pool", device, "half")
-    with configs.forced("part_pool", row):
+    with configs.force_row("part_pool", row):
         assert configs.config("part_pool", device, "half") == row
         assert configs.config("kmeans_step", device, "half") != row
     assert configs.config("part_pool", device, "half") == usual != row
@@ -215,20 +208,20 @@ def test_a_forced_row_holds_for_its_operation_alone():
     [(("half",), 128, ("half", 128)), (("half",), 129, ("half", 256)), (("half",), 257, ("half", 8192)),
      (("fp16", "half"), 200, ("fp16", 8192)), (("ieee",), 8192, ("ieee", 8192))],
 )  # fmt: skip
-def test_the_first_row_that_serves_kind_and_channels(kinds, channels, wanted):
+def test_the_first_row_for_kind_and_channels(kinds, channels, wanted):
     row = configs.choose("contrast gradient", "sm_90", 227, kinds, channels)
     assert row is not None
     assert (row.kind, row.channels) == wanted
 
 
-def test_the_tuner_writes_what_is_read():
+def test_the_tuner_writes_rows_that_can_be_read():
     tuned = {("part_pool", "sm_90"): [("fp32", {"BLOCK_D": 128, "BLOCK_P": 128}, 8, 4, 200, 0, 0)] * 3}
     scope = {}
     exec(tune.text(tuned), scope)
     assert scope["TUNED"] == tuned
 
 
-def test_the_tuner_says_that_it_needs_a_gpu():
+def test_the_tuner_reports_that_it_needs_a_gpu():
     done = run("tune", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
@@ -236,27 +229,32 @@ def test_the_tuner_says_that_it_needs_a_gpu():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="small cases for the interpreter")
-@pytest.mark.parametrize("op", ["part_pool", "kmeans_step", "kmeans_pyramid", "contrast"])
-def test_every_row_that_is_tried_is_one_the_operation_takes(op):
-    """What the tuner calls works with a row of its own list, and with no other operation's."""
-    module = importlib.import_module(f"fgfast.kernels.{op}")
-    size = {"number": 8} if op == "contrast" else {"pictures": 1, "side": 4}
-    size |= {"channels": (16, 32)} if op == "kmeans_pyramid" else {}
+@pytest.mark.parametrize(
+    ("module", "size", "ops"),
+    [
+        (contrast_cases, {"number": 8}, {"contrast forward", "contrast gradient"}),
+        (kmeans_cases, {"images": 1, "side": 8}, {"kmeans_step"}),
+        (pyramid_cases, {"images": 1, "side": 4, "channels": (16, 32)}, {"kmeans_pyramid"}),
+        (part_pool_cases, {"images": 1, "side": 4}, {"part_pool"}),
+    ],
+    ids=["contrast", "kmeans_step", "kmeans_pyramid", "part_pool"],
+)
+def test_the_operation_runs_with_the_rows_that_the_tuner_tries(module, size, ops):
     found = list(module.tune_cases("cpu", **size))
-    assert {case.op for case in found} == ({"contrast forward", "contrast gradient"} if op == "contrast" else {op})
+    assert {case.op for case in found} == ops
     for case in found:
         assert len(case.rows) == len({str(row) for row in case.rows}) > 1
-        with configs.forced(case.op, case.rows[0]):
+        with configs.force_row(case.op, case.rows[0]):
             case.run()
 
 
-def test_a_measured_row_of_the_step_is_cut_and_compiled_like_its_kind(monkeypatch):
-    """Float32 stays float32 when the row is for aligned pixels, and a measured row may spill."""
+def test_a_measured_row_of_the_step_is_compiled_like_its_kind(monkeypatch):
+    """A row for aligned float32 pixels is treated as float32, and a measured row may spill."""
     plain = configs.choose("kmeans_step", "sm_80", 163, ("fp32",))
     assert plain is not None
     row = plain._replace(kind="fp32 aligned")
-    assert kmeans_step.tile(row, 2048, 256) == kmeans_step.tile(plain, 2048, 256)
+    assert tile(row, 2048, 256) == tile(plain, 2048, 256)
     monkeypatch.setitem(configs.TUNED, ("kmeans_step", "sm_80"), [tuple(row._replace(stages=3))])
-    cases = [case for case in kmeans_step.aot_cases() if " fp32 768x25 maps" in case.name]
+    cases = [case for case in kmeans_cases.aot_cases() if " fp32 768x25 maps" in case.name]
     assert {case.archs for case in cases if case.tuned} == {("sm_80",)}
     assert all(case.shared == row.shared for case in cases)

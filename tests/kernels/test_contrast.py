@@ -1,6 +1,5 @@
 """The Triton kernels of the contrastive loss against the definition in float64, interpreted without a GPU."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,28 +9,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fgfast.ids import Ids
-from fgfast.kernels.common import interpreted
-from fgfast.kernels.contrast import kernels as device_side
 from fgfast.kernels.contrast import launch as kernels
-from fgfast.kernels.sanitizer import checked
 from fgfast.ops.contrast import contrastive_loss
 from tests.examples import examples
+from tests.kernels.contrast_fields import (
+    CHANNELS,
+    DEVICE,
+    FAR,
+    NEGATIVES,
+    WHOLE,
+    Field,
+    assert_within_bounds,
+    cut,
+    fields,
+    seeds,
+)  # fmt: skip
 
 pytestmark = pytest.mark.slow
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NEGATIVES = kernels.NEGATIVES
-WHOLE = kernels.TileShape(
-    16, 32, 16, 64, True, 4, 2
-)  # small, so that a field of 50 has shared, skipped and ragged tiles
-CHANNELS = kernels.TileShape(16, 32, 16, 16, False, 4, 2)
-seeds = st.integers(0, 10_000)
-
-
-def cut(patch: pytest.MonkeyPatch, tile: kernels.TileShape, programs: int = 1) -> None:
-    """Let every kernel work by this tile, and split columns until there are so many programs."""
-    patch.setattr(kernels, "tile", lambda *unused: tile)
-    patch.setattr(kernels, "programs_wanted", lambda device: programs)
 
 
 @pytest.fixture(autouse=True)
@@ -39,130 +33,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     cut(monkeypatch, WHOLE)
 
 
-class Field:
-    """Random vectors and ids: ``values`` gives losses [M] and gradients, ``bounds`` what they may be off by."""
-
-    def __init__(
-        self, seed: int = 0, m: int = 37, t: int = 45, d: int = 21, bank: int | None = 19, *, same: bool = False,
-        sort: bool = True, absent: bool = True, images: int = 5, dtype: torch.dtype = torch.float32,
-    ):  # fmt: skip
-        g = torch.Generator().manual_seed(seed)
-
-        def ids(n: int) -> Ids:
-            image = torch.randint(0, images, (n,), generator=g)
-            part = torch.randint(-1 if absent else 0, 3, (n,), generator=g)
-            view = torch.randint(0, 2, (n,), generator=g)
-            return Ids(*(i.to(DEVICE) for i in (image.sort().values if sort else image, part, view)))
-
-        def vectors(n: int) -> Tensor:
-            return torch.randn(n, d, generator=g).to(DEVICE, dtype)
-
-        self.query, self.query_ids = vectors(m), ids(m)
-        self.key, self.key_ids = (self.query, self.query_ids) if same else (vectors(t), ids(t))
-        self.bank = None if bank is None else vectors(bank)
-        self.weight = (torch.rand(m, generator=g) * (torch.rand(m, generator=g) > 0.3)).to(DEVICE)
-        self.same = same
-
-    def loss(self, **options: Any) -> Tensor:
-        given = {"query": self.query, "key": self.key, "query_ids": self.query_ids, "key_ids": self.key_ids,
-                 "bank": self.bank, "weight": self.weight, "reduction": "none", "backend": "triton"}  # fmt: skip
-        merged = given | options
-        return contrastive_loss(merged.pop("query"), merged.pop("key"), **merged)
-
-    def upstream(self) -> Tensor:
-        """dL/dloss [M]: what ``values`` differentiates by, weights not counted in."""
-        return torch.linspace(0.1, 1, len(self.query), device=DEVICE)
-
-    def values(self, exact: bool = False, temperature: float = 0.1, **options: Any) -> dict[str, Tensor]:
-        """Losses and gradients; ``exact``: of the definition in float64, for the same numbers."""
-        dtype = torch.float64 if exact else self.query.dtype
-        query = self.query.detach().to(dtype).requires_grad_()
-        key = query if self.same else self.key.detach().to(dtype).requires_grad_()
-        bank = None if self.bank is None else self.bank.detach().to(dtype).requires_grad_()
-        t = torch.tensor(temperature).to(torch.float64 if exact else torch.float32).requires_grad_()
-        given = {"query": query, "key": key, "bank": bank, "temperature": t} | options
-        if exact:
-            given |= {"backend": "reference", "weight": self.weight.double()}
-        loss = self.loss(**given)
-        inputs = {"query": query, "temperature": t}
-        inputs |= {} if self.same else {"key": key}
-        inputs |= {} if bank is None else {"bank": bank}
-        grads = torch.autograd.grad((loss * self.upstream()).sum(), list(inputs.values()))
-        return {"loss": loss.detach()} | dict(zip(inputs, grads, strict=True))
-
-    def bounds(self, temperature: float, normalize: bool, product: float = 0.0) -> dict[str, Tensor]:
-        """Largest errors: of each loss and of the gradient of each vector (its Euclidean norm), and of temperature.
-
-        With eps = 2^-24 and S the largest |q| |k| / T, a logit is off by at most delta = (D + 8) eps S + product S
-        (sums of D products, the norms, the scale), where ``product`` is the rounding of the factors of a product; so
-        exp(s - lse) is off by a factor 1 + e with e = 2 delta + (columns + 8) eps. A weight dL/ds and, for float16, the
-        vector it multiplies are rounded to bfloat16: u = 2^-8. A row has sum_j |dL/ds_ij| <= 2 |g_i|, where g_i is its
-        upstream gradient times weight; a column has at most sum_i 2 |g_i|. Both are carried by the longest vector of
-        the other side, 1/T, and 1/norm (the projection shortens). The result is rounded once to its dtype. The gradient
-        of the temperature is the sum over the rows of <row, its gradient> / T, D + M sums more.
-        """
-        norms = {
-            name: x.double().norm(dim=1)
-            for name, x in (("query", self.query), ("key", self.key), ("bank", self.bank))
-            if x is not None
-        }
-        length = {name: torch.ones_like(n) if normalize else n for name, n in norms.items()}
-        inverse = {name: 1 / n if normalize else torch.ones_like(n) for name, n in norms.items()}
-        longest = {name: float(n.max()) if len(n) else 0.0 for name, n in length.items()}
-        columns = max(longest["key"], longest.get("bank", 0.0))
-        if self.same:
-            columns = max(columns, longest["query"])
-        s = longest["query"] * columns / temperature
-        eps, n = 2.0**-24, len(self.key) + (0 if self.bank is None else len(self.bank))
-        delta = ((self.query.shape[1] + 8) * eps + product) * s
-        e = 2 * delta + (n + len(self.query) + 8) * eps
-        u = 0.0 if self.query.dtype == torch.float32 else 2.0**-8
-        half_ulp = torch.finfo(self.query.dtype).eps / 2
-        g = (self.upstream() * self.weight).double()
-        of_row = 2 * g * columns * (e + u + product) / temperature * inverse["query"]
-        of_column = 2 * g.sum() * longest["query"] * (e + u + product) / temperature
-        result = {
-            "loss": (2 * delta + (n + 8) * eps * (1 + s)) * self.weight.double() + 1e-7,
-            "query": of_row + (of_column * inverse["query"] if self.same else 0),
-            "temperature": 2
-            * g.sum()
-            * s
-            * (e + u + product + (self.query.shape[1] + len(self.query)) * eps)
-            / temperature,
-        }
-        result |= {name: of_column * inverse[name] for name in ("key", "bank") if name in inverse}
-        self.half_ulp = half_ulp
-        return result
-
-
-def assert_within_bounds(field: Field, temperature: float = 0.1, product: float = 0.0, **options: Any) -> None:
-    got = field.values(temperature=temperature, **options)
-    expected = field.values(exact=True, temperature=temperature, **options)
-    bounds = field.bounds(temperature, options.get("normalize", True), product)
-    for name, value in expected.items():
-        error = (got[name].double() - value).abs()
-        if name in ("query", "key", "bank"):
-            assert got[name].dtype == field.query.dtype
-            error = (error - field.half_ulp * value.abs()).clamp(min=0).norm(dim=1) / 1.01
-            tiny = torch.finfo(field.query.dtype).smallest_normal
-            assert (error <= bounds[name] + tiny).all(), (name, float((error / bounds[name]).max()))
-        else:
-            assert (error <= bounds[name]).all(), (name, float((error / bounds[name]).max()))
-
-
-fields = st.builds(
-    Field,
-    seeds,
-    st.sampled_from([1, 16, 37]),
-    st.sampled_from([1, 32, 45]),
-    st.sampled_from([1, 16, 21]),
-    st.sampled_from([None, 0, 19]),
-    same=st.booleans(),
-    sort=st.booleans(),
-    absent=st.booleans(),
-    images=st.sampled_from([1, 5]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-)
 options = st.fixed_dictionaries(
     {
         "negatives": st.sampled_from(NEGATIVES),
@@ -192,7 +62,7 @@ def test_each_path_of_the_kernels(negatives: str, same: bool, normalize: bool) -
 
 @pytest.mark.parametrize("same", [False, True], ids=["key", "same"])
 @pytest.mark.parametrize("tile", [WHOLE, CHANNELS], ids=["whole", "channels"])
-def test_shares_of_columns_change_nothing(same: bool, tile: kernels.TileShape, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splits_of_columns_change_nothing(same: bool, tile: kernels.TileShape, monkeypatch: pytest.MonkeyPatch) -> None:
     cut(monkeypatch, tile, programs=16)
     assert_within_bounds(Field(4, t=130, bank=70, same=same, images=2))
 
@@ -230,7 +100,7 @@ def test_a_single_gradient_is_the_one_of_all(which: str) -> None:
 
 @examples(3)
 @given(seed=seeds, negatives=st.sampled_from(NEGATIVES), normalize=st.booleans(), same=st.booleans())
-def test_contents_of_absent_vectors_reach_nothing(seed: int, negatives: str, normalize: bool, same: bool) -> None:
+def test_contents_of_absent_vectors_affect_nothing(seed: int, negatives: str, normalize: bool, same: bool) -> None:
     field = Field(seed, same=same)
     chosen = {"negatives": negatives, "normalize": normalize}
     expected = field.values(**chosen)
@@ -253,11 +123,11 @@ def test_nan_and_infinity_in_present_vectors_give_nan(junk: float, temperature: 
     assert torch.equal(loss.isnan(), expected.isnan())
 
 
-def test_everything_left_out_gives_zero() -> None:
+def test_only_excluded_vectors_give_zero() -> None:
     field = Field(10)
     nothing = Ids(field.query_ids.image, torch.full_like(field.query_ids.part, -1), field.query_ids.view)
-    alone = Ids(*(i * 0 + 50 for i in field.key_ids))
-    for ids in ({"query_ids": nothing}, {"key_ids": alone}, {"key_ids": Ids(*(i * 0 - 1 for i in field.key_ids))}):
+    unmatched = Ids(*(i * 0 + 50 for i in field.key_ids))
+    for ids in ({"query_ids": nothing}, {"key_ids": unmatched}, {"key_ids": Ids(*(i * 0 - 1 for i in field.key_ids))}):
         assert not any(v.any() for v in field.values(**ids).values())
 
 
@@ -296,53 +166,6 @@ def test_ids_use_all_64_bits() -> None:
         torch.testing.assert_close(field.loss(negatives=negatives, **renamed), field.loss(negatives=negatives))
 
 
-FAR = 2**31 + 64
-
-
-@pytest.mark.skipif(not interpreted(), reason="sees the addresses of the interpreter")
-@pytest.mark.parametrize(("stride_n", "stride_d"), [(FAR, 1), (1, FAR)], ids=["rows", "channels"])
-def test_addresses_beyond_32_bits(stride_n: int, stride_d: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every address of a tile, of vectors so far apart that they could not be allocated; nothing is read there."""
-    import numpy as np
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    seen = []
-    load = InterpreterBuilder.create_masked_load
-
-    def note(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        if pointers.data.ndim == 2:
-            seen.append(set(pointers.data[mask.data].tolist()))
-            mask = TensorHandle(np.zeros_like(mask.data), mask.dtype)
-        return load(self, pointers, mask, *rest)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", note)
-    x, n, d = torch.zeros(1), 5, 3
-    values, ids = torch.ones(n), torch.zeros(n, dtype=torch.int64)
-    of_x = (x, stride_n, stride_d, values, ids, ids, ids, 1, 1, 1)
-    low, high = ids[:1], ids[:1]
-    options = kernels.TileShape(16, 16, 16, 16, True, 4, 2).options | {
-        "NEGATIVES": "all", "BOUNDED": True, "SPLITS": 1, "CHUNK": 16, "PRECISION": "ieee", "UPCAST": True
-    }  # fmt: skip
-    partial = torch.zeros(2, 3, n)
-    device_side.prepare[(1,)](
-        x, stride_n, stride_d, ids, ids, 1, 1, values, low, high, None, 0, None, None, None, None, None, n, d,
-        NORMALIZE=True, BOUNDED=True, BLOCK=16, BLOCK_D=16, UPCAST=True,
-    )  # fmt: skip
-    values.fill_(1)
-    for half in (False, True):
-        device_side.forward[(1, 1)](
-            *of_x, *of_x, low, high, None, 1.0, *torch.empty(3, n), partial, 1, n, n, d, TRIANGULAR=half, **options
-        )
-    raw = torch.zeros(n, 1, d)
-    device_side.gradient[(1, 1)](
-        *of_x, *of_x, values, values, None, low, high, None, 1.0, raw, n, n, d,
-        X_ROWS=True, Y_ROWS=True, ADD=False, **options,
-    )  # fmt: skip
-    expected = {x.data_ptr() + 4 * (i * stride_n + c * stride_d) for i in range(n) for c in range(d)}
-    assert len(seen) == 7
-    assert all(addresses == expected for addresses in seen)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device with 5 GB")
 @pytest.mark.parametrize("side", ["rows", "channels"])
@@ -364,152 +187,7 @@ def test_many_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_within_bounds(Field(13, m=5, t=9, d=8192, bank=3, absent=False, images=1))
 
 
-def count_products(monkeypatch: pytest.MonkeyPatch, run: Any) -> int:
-    """How many tiles are multiplied while run() runs, interpreted."""
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    calls = []
-    dot = InterpreterBuilder.create_dot
-    with monkeypatch.context() as patch:
-        patch.setattr(InterpreterBuilder, "create_dot", lambda *args: (calls.append(1), dot(*args))[1])
-        run()
-    return len(calls)
-
-
-@pytest.mark.skipif(not interpreted(), reason="counts what the interpreter does")
-@pytest.mark.parametrize("views", [1, 2])
-def test_same_image_does_the_work_of_shared_blocks_alone(views: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut(monkeypatch, kernels.TileShape(16, 16, 16, 64, True, 4, 2))
-    images = 6 // views
-    image = torch.arange(images).repeat_interleave(16).repeat(views)  # each image fills a block in each view
-    ids = Ids(image, torch.arange(len(image)) % 16 // 2, torch.arange(len(image)) % 2)
-    x = torch.randn(len(image), 8, requires_grad=True)
-
-    def work(negatives: str) -> tuple[int, int]:
-        losses: list[Tensor] = []
-        given = {"query_ids": ids, "key_ids": ids, "negatives": negatives, "backend": "triton"}
-        forward = count_products(monkeypatch, lambda: losses.append(contrastive_loss(x, x, **given)))
-        return forward, count_products(monkeypatch, lambda: losses[0].backward())
-
-    blocks = images * views
-    assert work("all") == (blocks * (blocks + 1) // 2, 2 * blocks**2)
-    assert work("same_image") == (blocks * views, 2 * blocks * views)
-
-
-SQUARES = {  # tile, programs: so many groups of rows and shares of columns
-    "one program": (WHOLE, 1, (1, 1)),
-    "groups": (kernels.TileShape(16, 16, 16, 64, True, 4, 2), 3, (3, 1)),
-    "shares": (kernels.TileShape(32, 16, 16, 16, False, 4, 2), 15, (3, 5)),
-}
-
-
-def halve(patch: pytest.MonkeyPatch, tile: kernels.TileShape, programs: int) -> None:
-    """Let forward make half the square, in blocks so few at a time that a share has several chunks of them."""
-    cut(patch, tile, programs)
-    patch.setattr(kernels, "TRIANGULAR_TILES", 0)
-    patch.setattr(kernels, "CHUNK", 2)
-
-
-def squares(patch: pytest.MonkeyPatch, field: Field, **options: Any) -> tuple[Tensor, Tensor]:
-    """Losses from half the square, checked for races and addresses, and from the whole of it."""
-    with checked() if interpreted() else nullcontext():
-        half = field.loss(weight=None, **options)
-    with patch.context() as whole:
-        whole.setattr(kernels._Operands, "halves", lambda self: None)
-        return half, field.loss(weight=None, **options)
-
-
-@pytest.mark.parametrize("cut_as", SQUARES)
-def test_half_the_square_is_the_whole(cut_as: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tile, programs, expected = SQUARES[cut_as]
-    halve(monkeypatch, tile, programs)
-    chosen = []
-    rule = kernels._Operands.halves
-    monkeypatch.setattr(kernels._Operands, "halves", lambda self: chosen.append(rule(self)) or chosen[-1])
-    for sort, bank, negatives in ((True, None, "all"), (False, 19, "other_images")):
-        field = Field(20, m=150, same=True, bank=bank, sort=sort, images=9)
-        absent = field.query_ids.part < 0
-        field.query = field.key = torch.where(absent[:, None], torch.nan, field.query)
-        half, whole = squares(monkeypatch, field, negatives=negatives)
-        torch.testing.assert_close(half, whole, rtol=1e-5, atol=1e-5)
-        assert not half[absent].any()
-    assert chosen == [expected] * 2
-
-
-@examples(6)
-@given(fields, st.sampled_from(NEGATIVES), st.sampled_from(sorted(SQUARES)), st.booleans())
-def test_half_the_square_gives_the_definition(field: Field, negatives: str, cut_as: str, normalize: bool) -> None:
-    field.same, field.key, field.key_ids = True, field.query, field.query_ids
-    with pytest.MonkeyPatch.context() as patch:
-        halve(patch, *SQUARES[cut_as][:2])
-        assert_within_bounds(field, negatives=negatives, normalize=normalize)
-
-
-@pytest.mark.skipif(not interpreted(), reason="counts what the interpreter does")
-@pytest.mark.parametrize("views", [1, 2])
-def test_half_the_square_is_half_the_products(views: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tiles X x Y: all pairs of a row and a column behind its block, and the blocks on the diagonal."""
-    tile = kernels.TileShape(32, 16, 16, 64, True, 4, 2)
-    halve(monkeypatch, tile, 6)
-    image = torch.arange(12 // views).repeat_interleave(16).repeat(views)
-    ids = Ids(image, torch.arange(192) % 8, torch.arange(192) % 2)
-    x = torch.randn(192, 8)
-    given = {"query_ids": ids, "key_ids": ids, "backend": "triton"}
-    rows, columns = 192 // tile.x, 192 // tile.y
-    ratio = tile.x // tile.y
-    half = sum(columns - ratio * row for row in range(rows))
-    assert count_products(monkeypatch, lambda: contrastive_loss(x, x, **given)) == half == 42
-    monkeypatch.setattr(kernels, "TRIANGULAR_TILES", 100)
-    assert count_products(monkeypatch, lambda: contrastive_loss(x, x, **given)) == rows * columns == 72
-
-
-@pytest.mark.skipif(not interpreted(), reason="counts what the interpreter does")
-def test_a_block_of_rows_compares_its_own_images_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two views in a row: between the two blocks of an image there is none that compares ids."""
-    halve(monkeypatch, kernels.TileShape(16, 16, 8, 64, True, 4, 2), 1)
-    monkeypatch.setattr(kernels, "CHUNK", 256)
-    images = 4
-    ids = Ids(torch.arange(images).repeat_interleave(16).repeat(2), *torch.zeros(2, 128, dtype=torch.int64))
-    x = torch.randn(128, 8)
-    products = count_products(monkeypatch, lambda: contrastive_loss(x, x, query_ids=ids, key_ids=ids, backend="triton"))
-    compared, clean = 3 * images, 2 * images * (2 * images - 1) // 2 - images  # compared in two halves
-    assert products == 2 * compared + clean
-
-
-@given(st.integers(1, 10**6), st.sampled_from([32, 512, 2048]), st.sampled_from([1, 8, 264, 608]))
-def test_groups_and_shares_keep_the_device_busy_in_bounded_memory(rows: int, row_bytes: int, programs: int) -> None:
-    tile = kernels.TileShape(128, 128, 32, 256, True, 8, 2)
-    blocks = -(-rows // 128)
-    found = kernels.groups_and_shares(rows, row_bytes, tile, programs)
-    slots = ((32 << 20) + rows * row_bytes) / (12 * rows)
-    if found is None:
-        assert blocks**2 < 8 * programs or slots < 2 * programs**0.5 + 2, "there would be room: g + p / g slots"
-        return
-    groups, shares = found
-    assert groups + shares <= slots
-    assert 7 / 8 * programs <= groups * shares <= programs
-    tiles = [0] * groups  # behind the diagonal, as the kernel deals blocks
-    for block in range(blocks):
-        turn, group = divmod(block, groups)
-        tiles[group if turn % 2 == 0 else groups - 1 - group] += blocks - block
-    assert max(tiles) <= 1.1 * sum(tiles) / groups + 1, "one group has far more to do than another"
-
-
-@pytest.mark.parametrize("change", ["key", "same_image", "online", "few"])
-def test_the_whole_square_where_half_of_it_does_not_pay(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut(monkeypatch, WHOLE, programs=2)
-    monkeypatch.setattr(kernels, "TRIANGULAR_TILES", 3)
-    chosen = []
-    rule = kernels._Operands.halves
-    monkeypatch.setattr(kernels._Operands, "halves", lambda self: chosen.append(rule(self)) or chosen[-1])
-    Field(0, same=True, bank=None).loss()
-    Field(0, m=16 if change == "few" else 37, same=change != "key", bank=None).loss(
-        negatives="same_image" if change == "same_image" else "all", temperature=0.01 if change == "online" else 0.1
-    )
-    assert chosen == [(2, 1), None]
-
-
-@pytest.mark.parametrize("tiles", [0, 100], ids=["half", "whole"])
+@pytest.mark.parametrize("tiles", [0, 100], ids=["triangular", "full"])
 def test_two_runs_are_equal_bit_for_bit(tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "TRIANGULAR_TILES", tiles)
     field = Field(14, same=True)
@@ -546,14 +224,3 @@ def test_bad_input_is_one_clear_error() -> None:
         kernels.check_sizes(wide[:, :4], torch.zeros(1, 4).expand(2**31, 4), None)
     with pytest.raises(TypeError, match=r"query has dtype torch\.float64"):
         field.loss(query=field.query.double(), key=field.key.double())
-
-
-def test_the_cases_for_compilation_name_every_argument() -> None:
-    cases = list(kernels.aot_cases())
-    assert len({case.name for case in cases}) == len(cases)
-    for case in cases:
-        names = list(case.signature)
-        assert names == list(case.kernel.arg_names), case.name
-        assert {n for n in names if case.signature[n] == "constexpr"} == set(case.constexprs), case.name
-    known = ("prepare", "forward", "join", "gradient", "inner", "finish")
-    assert {case.kernel for case in cases} == {getattr(device_side, name) for name in known}

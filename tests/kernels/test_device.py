@@ -1,4 +1,4 @@
-"""What holds for every kernel beside its numbers: autocast, CUDA graphs, streams, strides beyond 32 bits."""
+"""Properties of every operation with kernels: autocast, CUDA graphs, streams, strides beyond 32 bits."""
 
 from collections.abc import Callable, Iterator
 
@@ -89,7 +89,7 @@ def equal(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_autocast_changes_nothing(name: str, dtype: torch.dtype) -> None:
-    """The operations accumulate as they say, whatever autocast is on around them."""
+    """Autocast around an operation does not change its accumulation."""
     x, y = inputs(0, dtype)
     plain = OPERATIONS[name](x, y)
     with torch.autocast(DEVICE, torch.float16 if DEVICE == "cuda" else torch.bfloat16):
@@ -100,19 +100,19 @@ def test_autocast_changes_nothing(name: str, dtype: torch.dtype) -> None:
 @gpu
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_captured_in_a_graph(name: str) -> None:
-    """No operation waits for the device: a graph holds its launches, and a replay reads what the inputs hold then."""
-    run, still = OPERATIONS[name], inputs(0)
+    """No operation syncs with the device: a graph holds its launches, and a replay reads the current inputs."""
+    run, static = OPERATIONS[name], inputs(0)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        run(*still)  # compiles, and fills the allocator
+        run(*static)  # compiles, and fills the allocator
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        held = run(*still)
+        held = run(*static)
     for seed in (1, 2):
         new = inputs(seed)
-        for at, value in zip(still, new, strict=True):
+        for at, value in zip(static, new, strict=True):
             at.copy_(value)
         graph.replay()
         equal(held, run(*new))
@@ -121,8 +121,8 @@ def test_captured_in_a_graph(name: str) -> None:
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_streams_do_not_meet(name: str) -> None:
-    """Calls on two streams at once give what they give one after another."""
+def test_streams_do_not_interfere(name: str) -> None:
+    """Concurrent calls on two streams give the same results as sequential calls."""
     run, pairs = OPERATIONS[name], [inputs(seed) for seed in range(8)]
     wanted = [run(*pair) for pair in pairs]
     streams = [torch.cuda.Stream() for _ in range(2)]

@@ -1,7 +1,7 @@
-"""The host side of the kernels on a GPU that is not there: no value is waited for, every argument lies on the device.
+"""The host side of the kernels without a GPU: no device syncs, and every argument is on the device.
 
-FakeTensorMode gives tensors of a GPU without memory. Looking at a value of one raises, as does mixing devices; launches
-are counted, not made.
+FakeTensorMode gives GPU tensors without memory. Reading a value of one raises, as does mixing devices; launches are
+counted, not made.
 """
 
 import sys
@@ -19,6 +19,7 @@ from fgfast.kernels.kmeans import launch as kmeans
 from fgfast.kernels.kmeans import pyramid as kmeans_pyramid
 from fgfast.kernels.kmeans import step as kmeans_step
 from fgfast.kernels.part_pool import launch as part_pool
+from fgfast.pixels.options import KMeansOptions
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: test_device.py captures graphs on it"),
@@ -45,10 +46,11 @@ def call_contrast(dtype, channels, same, learn, negatives):
 
 def call_kmeans(dtype, metric, init, weighted, empty):
     x, weight = floats(2, 48, 400, dtype=dtype), floats(2, 400) if weighted else None
-    rest = (5, 3, init, floats(2, 5, 48) if init == "given" else None, 1024, 2, 1e-4, weight, metric, empty)
-    kmeans.kmeans(x, *rest, integers(), "ieee", True)
+    first = floats(2, 5, 48) if init == "given" else None
+    options = KMeansOptions(5, 3, init, first, 1024, 2, 1e-4, metric, empty, "ieee", True)
+    kmeans.kmeans(x, weight, integers(), options)
     maps = [floats(2, 32, 20, 20, dtype=dtype), floats(2, 16, 10, 10, dtype=dtype)]
-    kmeans_pyramid.kmeans(maps, (20, 20), *rest, integers(), "ieee")
+    kmeans_pyramid.kmeans(maps, (20, 20), weight, integers(), options)
 
 
 def call_step(dtype, metric, weighted, clusters):
@@ -85,7 +87,7 @@ CALLS = [
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("call", CALLS, ids=lambda c: " ".join([c[0].__name__.removeprefix("call_"), *map(str, c[1:])]))
-def test_nothing_waits_and_every_argument_is_on_the_device(call, dtype, monkeypatch):
+def test_no_sync_and_every_argument_is_on_the_device(call, dtype, monkeypatch):
     launched = []
 
     def run(self, *args, grid, warmup, **options):
@@ -114,6 +116,6 @@ def test_nothing_waits_and_every_argument_is_on_the_device(call, dtype, monkeypa
     assert launched
 
 
-def test_looking_at_a_value_is_noticed():
+def test_reading_a_value_raises():
     with FakeTensorMode(), pytest.raises(Exception, match="_local_scalar_dense"):
         bool(floats(3).sum() > 0)

@@ -24,7 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 METRICS = ["euclidean", "cosine"]
 DTYPES = {torch.float32: 2**-24, torch.float16: 2**-12, torch.bfloat16: 2**-9}  # rounding of a centroid
 seeds = st.integers(0, 10**6)
-listens = pytest.mark.skipif(not interpreted(), reason="listens to the interpreter")
+in_interpreter = pytest.mark.skipif(not interpreted(), reason="counts launches and traffic in the interpreter")
 
 
 def blobs(seed, *shape, n_blobs=4, dtype=torch.float32, offset=0.0):
@@ -43,12 +43,12 @@ def weights(seed, *shape):
 
 
 def check_step(x, centroids, weight=None, metric="euclidean", **options):
-    """A step against the reference in float64.
+    """A step against the definition in float64.
 
-    Labels: the label's distance exceeds the least by no more than twice what the rounding u of the centroids around
-    their mean m changes, 2 u |x - m| max |c - m| and as much for their square, and float32 arithmetic over D terms.
-    The rest, given those labels: sums within (D + N) 2^-22 of the sum of |w x| (2^-16 where half precision splits the
-    weights), inertia within the change of distances.
+    Labels: the distance to the chosen centroid exceeds the lowest one by at most twice the effect of rounding the
+    centroids, relative to their mean m, by u: 2 u |x - m| max |c - m|, as much for their square, and float32 arithmetic
+    over D terms. Given those labels: sums within (D + N) 2^-22 of the sum of |w x| (2^-16 where half precision splits
+    the weights), inertia within the error of the distances.
     """
     step = kmeans_step(x, centroids, weight=weight, metric=metric, backend="triton", **options)
     x64, c64 = x.double(), centroids.double()
@@ -117,7 +117,7 @@ def test_step_equals_reference(seed, batch, pixels, channels, clusters, dtype, m
     [
         ((1, 50, 300), 3),  # three tiles of channels, the last one partly empty
         ((1, 50, 256), 20),
-        ((1, 400, 2), 2),  # several programs a problem, their sums added in order
+        ((1, 400, 2), 2),  # several programs per problem, their sums added in order
         ((1, 20, 200), 260),  # more clusters than a tile
         ((1, 40, 1100), 33),  # sums that do not fit the registers: x is read twice
     ],
@@ -129,7 +129,7 @@ def test_every_route_equals_reference(shape, clusters, dtype):
         check_step(x, c, weights(3, *shape[:2]) if weighted else None, metric)
 
 
-def test_routes_are_what_their_names_say():
+def test_the_shapes_above_take_different_routes():
     def solver(n, d, k):
         return Solver(torch.empty(1, d, n, device=DEVICE), k, None, "euclidean", "ieee", True)
 
@@ -139,18 +139,18 @@ def test_routes_are_what_their_names_say():
     assert not solver(40, 1100, 33).tile["HELD"]
 
 
-@listens
+@in_interpreter
 @pytest.mark.parametrize(
     ("shape", "clusters", "launches"),
     [
-        ((4, 30, 150), 3, 1),  # a program a problem, as a large batch has on a GPU
+        ((4, 30, 150), 3, 1),  # one program per problem, as for a large batch on a GPU
         ((5, 40, 20), 7, 1),
-        ((1, 400, 2), 2, 3),  # several programs a problem: centroids before, sums after
+        ((1, 400, 2), 2, 3),  # several programs per problem: centroids before, sums after
         ((1, 16, 20), 140, 3),  # more clusters than the registers hold: centroids, then two reads of x
     ],
     ids=str,
 )
-def test_a_step_is_one_launch_where_a_program_has_a_whole_problem(shape, clusters, launches):
+def test_a_step_is_one_launch_with_one_program_per_problem(shape, clusters, launches):
     for metric, weighted in (("euclidean", False), ("cosine", True)):
         dtype = torch.bfloat16 if weighted else torch.float32
         x, c = blobs(1, *shape, dtype=dtype), blobs(2, shape[0], clusters, shape[2], dtype=dtype)
@@ -159,7 +159,7 @@ def test_a_step_is_one_launch_where_a_program_has_a_whole_problem(shape, cluster
         assert traffic.launches == launches
 
 
-@listens
+@in_interpreter
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_step_moves_little_more_than_the_pixels(metric):
     x, c = blobs(1, 4, 600, 64), blobs(2, 4, 5, 64)
@@ -177,7 +177,7 @@ def test_atomics_give_the_same_sums(metric):
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
-def test_input_is_read_as_it_lies(dtype):
+def test_input_is_read_with_any_strides(dtype):
     x = blobs(5, 2, 5, 7, 6, dtype=dtype).permute(0, 3, 1, 2)  # [B, D, H, W], channels last
     c = blobs(6, 2, 3, 6, dtype=dtype)
     expected = check_step(x.flatten(2).transpose(1, 2), c)
@@ -195,7 +195,7 @@ def test_input_is_read_as_it_lies(dtype):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("clusters", [3, 70])
-def test_a_non_finite_pixel_poisons_its_inertia_alone(value, metric, clusters):
+def test_a_non_finite_pixel_affects_only_the_inertia(value, metric, clusters):
     channels = 5 if clusters == 3 else 300  # on one read of x, and on two
     x, c = blobs(7, 2, 40, channels), blobs(8, 2, clusters, channels)
     x[0, 7, 2] = value
@@ -207,17 +207,17 @@ def test_a_non_finite_pixel_poisons_its_inertia_alone(value, metric, clusters):
     assert check_step(x, c, w, metric).inertia.isfinite().all()
 
 
-@pytest.mark.parametrize("half", [3, 40])  # of a copy of the centroids: together in one tile, and in four
+@pytest.mark.parametrize("pairs", [3, 40])  # copies of so many centroids: all in one tile, and in four
 @pytest.mark.parametrize("metric", METRICS)
-def test_ties_go_to_the_lowest_index(metric, half):
+def test_ties_go_to_the_lowest_index(metric, pairs):
     x = blobs(9, 1, 60, 256).sign()  # of length 16 and, as the centroids cancel, mean 0: arithmetic is exact
-    c = torch.cat([x[:, :half], -x[:, :half]], 1)
+    c = torch.cat([x[:, :pairs], -x[:, :pairs]], 1)
     step = kmeans_step(x, torch.cat([c, c, c], 1), metric=metric, backend="triton")
-    assert (step.labels < 2 * half).all()
-    assert (step.counts[:, 2 * half :] == 0).all()
+    assert (step.labels < 2 * pairs).all()
+    assert (step.counts[:, 2 * pairs :] == 0).all()
 
 
-def test_all_pixels_left_out_and_empty_input():
+def test_no_pixel_of_positive_weight_and_empty_input():
     step = kmeans_step(blobs(0, 1, 9, 3), blobs(1, 1, 2, 3), weight=torch.zeros(1, 9, device=DEVICE), backend="triton")
     assert (step.labels == -1).all()
     assert step.inertia.item() == step.sums.abs().sum().item() == step.counts.sum().item() == 0
@@ -237,7 +237,7 @@ def test_refusals_name_the_reason(monkeypatch):
             kmeans_step(wide, wide, backend="triton")
 
 
-# ---------------------------------------------------------------- the whole
+# ---------------------------------------------------------------- k-means
 
 
 def same(a, b, tolerance=1e-5):
@@ -250,7 +250,7 @@ def same(a, b, tolerance=1e-5):
 
 
 def check_kmeans(x, n_clusters, weight=None, **options):
-    """The same draws and the same result as the reference in float64, on blobs that rounding does not divide."""
+    """The same random numbers and result as the reference in float64, on blobs that rounding does not split."""
     result = kmeans(x, n_clusters, weight=weight, backend="triton", **options)
     init = options.pop("init", "k-means++")
     init = init if isinstance(init, str) else init.double()
@@ -277,7 +277,7 @@ def test_kmeans_equals_reference_at_any_size(seed, pixels, channels, weighted):
 @pytest.mark.parametrize("empty", ["farthest", "keep"])
 def test_empty_clusters(empty, metric):
     x = blobs(3, 2, 40, 5)
-    far = x[:, :3] - 1e3 * torch.eye(5, device=DEVICE)[:3]  # nearest to no pixel, by angle either
+    far = x[:, :3] - 1e3 * torch.eye(5, device=DEVICE)[:3]  # nearest to no pixel, nor by angle
     init = torch.cat([far[:, :1], x[:, :3], far[:, 1:]], 1)
     r = check_kmeans(x, 6, weights(4, 2, 40) if metric == "cosine" else None, init=init, empty=empty, metric=metric)
     assert bool((r.counts > 0).all()) == (empty == "farthest")
@@ -285,14 +285,14 @@ def test_empty_clusters(empty, metric):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("pixels", [40, 320])  # a program a problem, and two programs
+@pytest.mark.parametrize("pixels", [40, 320])  # one program per problem, and two
 def test_empty_clusters_beside_full_ones(pixels, weighted, metric):
     """One of two problems has clusters without a pixel, the other a pixel that is not finite."""
     x, w = blobs(3, 2, pixels, 5), weights(4, 2, pixels) + 0.1 if weighted else None
     init = x[:, :6].clone()
     init[0, [0, 4]] = x[0, :2] - 1e3 * torch.eye(5, device=DEVICE)[:2]
     if DEVICE == "cpu":
-        assert Solver(x.mT, 6, w, metric, "ieee", True).whole == (pixels == 40)
+        assert Solver(x.mT, 6, w, metric, "ieee", True).single == (pixels == 40)
     x[1, 9, 1] = math.nan
     with checked() if interpreted() else nullcontext():
         r = kmeans(x, 6, weight=w, init=init, n_iter=5, metric=metric, backend="triton")
@@ -301,11 +301,11 @@ def test_empty_clusters_beside_full_ones(pixels, weighted, metric):
     assert r.inertia.isnan().tolist() == [False, True]
 
 
-@listens
+@in_interpreter
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(("shape", "launches"), [((4, 40, 20), 1), ((1, 400, 2), 3)], ids=str)
-def test_an_iteration_is_one_launch_where_a_program_has_a_whole_problem(shape, launches, metric):
-    """Otherwise a step, the sum of its parts, and the centroids."""
+def test_an_iteration_is_one_launch_with_one_program_per_problem(shape, launches, metric):
+    """Otherwise three launches: the step, the sum of partial results, and the centroids."""
     x, counts = blobs(1, *shape), []
     for n_iter in (2, 3):
         with checked() as traffic:
@@ -327,9 +327,9 @@ def test_each_problem_stops_when_it_has_converged(options, pixels):
     assert (r.n_iter == 1).all() == (options["n_iter"] == 1 or options.get("tol") == 1e9)
 
 
-@listens
+@in_interpreter
 def test_a_problem_that_has_converged_reads_nothing():
-    """Iterations past the last one that any problem needs move the flags alone."""
+    """Iterations after the convergence of all problems read only the flags."""
     x, moved = blobs(2, 4, 40, 20), []
     for n_iter in (20, 24):
         with checked() as traffic:
@@ -369,7 +369,7 @@ def test_half_precision_and_strided_input(dtype):
     a = kmeans(x, 3, seed=2, backend="triton")
     assert a.labels.shape == (1, 6, 5)
     b = kmeans(x.double().contiguous(), 3, seed=2, backend="reference")
-    slack = 0 if DEVICE == "cpu" else 1e-2  # of the rounding of centroids, which the interpreter does not do
+    slack = 0 if DEVICE == "cpu" else 1e-2  # rounding of centroids, which the interpreter does not do
     assert (a.labels != b.labels).float().mean() <= slack
     assert a.inertia.item() == pytest.approx(b.inertia.item(), rel=1e-5 + slack)
 

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from fgfast.kernels.common import interpreted
 from fgfast.kernels.configs import config
-from fgfast.kernels.kmeans.pyramid import Adder, Levels, score_tile, waiting
+from fgfast.kernels.kmeans.pyramid import Adder, Levels, count_programs, score_tile
 from tests.examples import examples
 from tests.kernels.test_kmeans import same
 
@@ -46,7 +46,7 @@ def pixel_weights(seed, *shape):
 
 
 def check(maps, n_clusters, size, tolerance=1e-5, **options):
-    """The same draws and the same result as the reference in float64."""
+    """The same random numbers and the same result as the reference in float64."""
     result = kmeans(maps, n_clusters, size=size, backend="triton", **options)
     if isinstance(options.get("init"), torch.Tensor):
         options["init"] = options["init"].double()
@@ -56,7 +56,7 @@ def check(maps, n_clusters, size, tolerance=1e-5, **options):
 
 
 def margin(maps, size, centroids, metric):
-    """By how much the second centroid of a pixel is further than the first, at least: 0 half-way between two."""
+    """The smallest difference between the distances of a pixel to its two nearest centroids."""
     x, c = hypercolumns([m.double() for m in maps], size), centroids.double()
     if metric == "cosine":
         x, c = (torch.nn.functional.normalize(v, dim=2) for v in (x, c))
@@ -65,13 +65,13 @@ def margin(maps, size, centroids, metric):
 
 
 def spread(maps, size, n_clusters):
-    """Evenly spaced pixels as a start, which no rounding chooses."""
+    """Evenly spaced pixels as initial centroids, independent of rounding."""
     height, width = (size, size) if isinstance(size, int) else size
     built = hypercolumns([m.double() for m in maps], (height, width))
     return built[:, :: height * width // n_clusters][:, :n_clusters].to(torch.float32)
 
 
-# ---------------------------------------------------------------- the whole
+# ---------------------------------------------------------------- k-means
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_any_levels_at_any_size(seed, shapes, size, metric, weighted):
     end = kmeans(
         [m.double() for m in maps], 3, size=size, init=start.double(), backend="reference", **options
     ).centroids
-    assume(min(margin(maps, size, c, metric) for c in (start, end)) > 1e-3)  # between equals rounding chooses
+    assume(min(margin(maps, size, c, metric) for c in (start, end)) > 1e-3)  # otherwise rounding decides
     check(maps, 3, size, 1e-4, init=start, **options)
 
 
@@ -114,12 +114,12 @@ def test_half_precision(dtype):
     maps = pyramid(4, dtype=dtype)
     a = kmeans(maps, 3, size=8, init=spread(maps, 8, 3), n_iter=2, backend="triton")
     b = kmeans([m.double() for m in maps], 3, size=8, init=spread(maps, 8, 3).double(), n_iter=2, backend="reference")
-    slack = 0 if DEVICE == "cpu" else 1e-2  # of the rounding of centroids, which the interpreter does not do
+    slack = 0 if DEVICE == "cpu" else 1e-2  # rounding of centroids, which the interpreter does not do
     assert (a.labels != b.labels).float().mean() <= slack
     assert a.inertia.item() == pytest.approx(b.inertia.item(), rel=1e-5 + slack)
 
 
-def test_maps_are_read_as_they_lie():
+def test_maps_are_read_with_any_strides():
     maps = pyramid(5)
     expected = kmeans(maps, 3, size=8, init=spread(maps, 8, 3), n_iter=1, backend="triton")
     padded = torch.full((1, 9, 6, 12), math.nan, device=DEVICE)
@@ -133,10 +133,10 @@ def test_maps_are_read_as_they_lie():
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_non_finite_cell_reaches_the_pixels_that_mix_it(metric, value):
+def test_a_non_finite_cell_affects_only_pixels_that_interpolate_it(metric, value):
     maps = pyramid(6, batch=2, shapes=SMALL)
     start = spread(maps, 6, 3)
-    maps[1][0, 1, 2, 0] = value  # no pixel takes a cell times 0 here, which the reference would count
+    maps[1][0, 1, 2, 0] = value  # no pixel has weight 0 for it, which would be NaN in the reference
     lost = ~hypercolumns(maps, (6, 6)).isfinite().all(2)
     r = check(maps, 3, 6, init=start, n_iter=1, metric=metric)
     assert torch.equal(r.labels.flatten(1) == -1, lost)
@@ -171,14 +171,14 @@ def test_wide_tiles_of_scores(monkeypatch, metric):
 
 
 def test_tiles_of_scores_keep_the_centroids_on_chip_or_are_wide():
-    """Of ResNet-50's levels the first two have room for a tile and the centroids in 128 KiB."""
+    """For the first two levels of ResNet-50 a tile and the centroids fit in 128 KiB."""
     row = config("kmeans_pyramid", torch.device("cpu"), "half")
     sizes = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
     tiles = [score_tile(row, 16, 64, size, 2) for size in sizes]
     assert tiles == [(32, 64), (32, 64), (256, 32), (64, 32)]
 
 
-def test_all_pixels_left_out_and_an_empty_batch():
+def test_no_pixel_of_positive_weight_and_an_empty_batch():
     maps = pyramid(0, shapes=SMALL)
     r = kmeans(maps, 2, size=4, seed=0, n_iter=1, weight=torch.zeros(1, 4, 4, device=DEVICE), backend="triton")
     assert (r.labels == -1).all()
@@ -212,11 +212,11 @@ def test_refusals_name_the_reason():
     height=st.integers(1, 70),
     rows=st.integers(1, 9),
 )
-def test_a_strip_waits_for_every_tile_that_it_mixes(sizes, height, rows):
-    """No strip may be labelled before its scores are there, and each is waited for by somebody."""
+def test_a_strip_waits_for_every_tile_that_it_interpolates(sizes, height, rows):
+    """A strip is labelled only after all of its scores are computed."""
     span, cpu = 16, torch.device("cpu")
     for _, h, w in sizes:
-        needed = waiting([(1, h, w)], [span], height, rows, cpu)
+        needed = count_programs([(1, h, w)], [span], height, rows, cpu)
         for strip in range(len(needed)):
             mixed = set()
             for row in range(strip * rows, min((strip + 1) * rows, height)):
@@ -224,8 +224,8 @@ def test_a_strip_waits_for_every_tile_that_it_mixes(sizes, height, rows):
                 low, part = divmod(twice, 2 * height)
                 mixed |= {low} | ({low + 1} if part and low < h - 1 else set())
             assert needed[strip] >= (max(mixed) * w + w - 1) // span - min(mixed) * w // span + 1
-    total = waiting(sizes, [span] * len(sizes), height, rows, cpu)
-    assert torch.equal(total, sum(waiting([s], [span], height, rows, cpu) for s in sizes))
+    total = count_programs(sizes, [span] * len(sizes), height, rows, cpu)
+    assert torch.equal(total, sum(count_programs([s], [span], height, rows, cpu) for s in sizes))
 
 
 @examples(4)
@@ -235,7 +235,7 @@ def test_norms_and_pixels_are_those_of_interpolate(seed, shape, size):
     built = hypercolumns([m.double() for m in maps], (size, size))
     levels = Levels(maps, (size, size))
     mu = built.mean(1)
-    wide = levels.wide(mu.float())
+    wide = levels.pad_channels(mu.float())
     assert_near = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}
     torch.testing.assert_close(levels.squares(wide), (built - mu[:, None]).square().sum(2), **assert_near)
     index = torch.arange(size * size, device=DEVICE)[None]
@@ -243,7 +243,7 @@ def test_norms_and_pixels_are_those_of_interpolate(seed, shape, size):
     torch.testing.assert_close(levels.total(torch.ones(1, size * size, device=DEVICE)), built.sum(1), **assert_near)
 
 
-def test_large_levels_are_shared_and_small_ones_are_not():
+def test_large_levels_are_split_and_small_ones_are_not():
     maps = [torch.empty(1, *shape, device=DEVICE, dtype=torch.bfloat16) for shape in ((256, 56, 56), (2048, 7, 7))]
     adder = Adder(Levels(maps, (64, 64)), 15)
     assert adder.splits[0] > 1
@@ -252,17 +252,17 @@ def test_large_levels_are_shared_and_small_ones_are_not():
     assert partial <= 0.1 * sum(m.nbytes for m in maps)
 
 
-@pytest.mark.skipif(not interpreted(), reason="counts what the interpreter does")
+@pytest.mark.skipif(not interpreted(), reason="counts traffic in the interpreter")
 def test_a_step_is_two_launches_and_reads_the_levels_twice():
-    """Twice the levels, and what was predicted beside that: operands, scores, sums, labels.
+    """Traffic is at most twice the levels plus the predicted traffic of operands, scores, sums and labels.
 
-    m is read by each program of score and written scores are read again, 64 bytes a channel and a cell; a strip and a
-    half of rows around it at most.
+    m is read by each program of score, and scores are written and read again, 64 bytes per channel and cell; a strip
+    reads at most half as many rows again around it.
     """
     from fgfast.kernels.sanitizer import checked
 
     maps = pyramid(1, shapes=((128, 16, 16), (256, 8, 8)))
-    solver = solved(maps, (16, 16), 8, torch.ones(1, 256, device=DEVICE))
+    solver = prepared_solver(maps, (16, 16), 8, torch.ones(1, 256, device=DEVICE))
     none = torch.zeros(1, dtype=torch.int32)
     with checked() as traffic:
         solver.score(none)
@@ -273,12 +273,12 @@ def test_a_step_is_two_launches_and_reads_the_levels_twice():
     assert traffic.bytes <= 2 * levels + operand + small
 
 
-def solved(maps, size, clusters, w):
+def prepared_solver(maps, size, clusters, w):
     """A solver whose centroids are prepared."""
     from fgfast.kernels.kmeans.pyramid import Solver
 
     levels = Levels(maps, size)
-    mu = levels.wide(None)
+    mu = levels.pad_channels(None)
     solver = Solver(levels, clusters, None, w, levels.squares(mu), mu, "euclidean", "ieee")
     solver.labels.fill_(-2)
     limit, none = torch.zeros(1), torch.zeros(1, dtype=torch.int32)

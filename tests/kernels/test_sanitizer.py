@@ -1,4 +1,4 @@
-"""The memory checker: a clean kernel counted to the byte, and a planted bug of each kind that must be caught."""
+"""The memory checker: exact traffic of a correct kernel, and one planted bug of each kind that must be caught."""
 
 import os
 
@@ -8,7 +8,7 @@ import torch
 from fgfast.kernels.sanitizer import MemoryFault, checked, fewest
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("the checker listens to Triton's interpreter", allow_module_level=True)
+    pytest.skip("the checker needs Triton's interpreter", allow_module_level=True)
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -92,7 +92,7 @@ def two_passes(x, out, N, BLOCK: tl.constexpr):
     tl.store(out + lanes, sums)
 
 
-def test_bytes_of_a_clean_kernel_are_exact():
+def test_bytes_of_a_correct_kernel_are_exact():
     x, out = torch.randn(96), torch.empty(96)
     with checked(x, out) as traffic:
         scale[(3,)](x, out, 96, BLOCK=32)
@@ -102,7 +102,7 @@ def test_bytes_of_a_clean_kernel_are_exact():
     assert traffic.bytes == fewest(x, out)
 
 
-def test_a_sector_counts_whole_and_once_for_each_program():
+def test_a_sector_counts_in_full_and_once_per_program():
     x, out = torch.randn(12), torch.empty(12)
     with checked() as traffic:
         scale[(3,)](x, out, 12, BLOCK=4)  # sectors of 8 numbers: 0, 0 and 1
@@ -110,7 +110,7 @@ def test_a_sector_counts_whole_and_once_for_each_program():
 
 
 @pytest.mark.parametrize(("kib", "passes"), [(64, 1), (127, 1), (160, 2)])
-def test_a_second_read_is_free_while_its_tile_is_on_chip(kib, passes):
+def test_a_second_read_is_free_while_its_tile_is_cached(kib, passes):
     x, out = torch.zeros(kib * 256), torch.empty(256)
     with checked(x, out) as traffic:
         two_passes[(1,)](x, out, len(x), BLOCK=256)
@@ -119,7 +119,7 @@ def test_a_second_read_is_free_while_its_tile_is_on_chip(kib, passes):
 
 
 @pytest.mark.parametrize("kernel", [without_mask, one_past_the_end])
-def test_an_address_behind_the_tensor_is_caught(kernel):
+def test_an_address_past_the_tensor_is_caught(kernel):
     whole = torch.zeros(2, 128)
     x, out = whole[0, :40], whole[1, :40]
     with pytest.raises(MemoryFault, match=f"{kernel.fn.__name__}: program"), checked(x, out):
@@ -129,11 +129,11 @@ def test_an_address_behind_the_tensor_is_caught(kernel):
 
 def test_the_gap_of_a_strided_tensor_is_outside():
     whole = torch.zeros(4, 16)
-    with pytest.raises(MemoryFault, match="no element of a tensor"), checked(whole[:, :8]):
+    with pytest.raises(MemoryFault, match="outside the elements of a tensor"), checked(whole[:, :8]):
         scale[(1,)](whole, torch.empty(64), 64, BLOCK=64)
 
 
-def test_memory_of_no_tensor_is_caught():
+def test_memory_outside_every_tensor_is_caught():
     x, out = torch.zeros(8), torch.zeros(8)
     with pytest.raises(MemoryFault), checked(x, out):
         scale[(1,)](x, out[1:], 1 << 20, BLOCK=32)
@@ -166,7 +166,7 @@ def test_a_plain_read_beside_atomics_is_caught():
         update_and_read[(2,)](torch.zeros(3))
 
 
-def test_an_atomic_that_hands_on_orders_its_programs_and_a_relaxed_one_does_not():
+def test_an_acquire_release_atomic_orders_programs_and_a_relaxed_one_does_not():
     x, parts, out = torch.ones(64), torch.empty(4), torch.empty(1)
     with checked():
         last_one_sums[(4,)](x, parts, torch.zeros(1, dtype=torch.int32), out, 64, BLOCK=16, SEM="acq_rel")
@@ -183,7 +183,7 @@ def test_launches_do_not_race_with_each_other():
     assert traffic.launches == 2
 
 
-def test_nothing_stays_hooked():
+def test_hooks_are_removed():
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
     before = InterpreterBuilder.create_masked_load, GridExecutor.__call__
@@ -192,7 +192,7 @@ def test_nothing_stays_hooked():
     assert (InterpreterBuilder.create_masked_load, GridExecutor.__call__) == before
 
 
-def test_without_the_interpreter_it_says_so(monkeypatch):
+def test_without_the_interpreter_an_error_is_raised(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), checked():
         pass

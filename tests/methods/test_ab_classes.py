@@ -22,7 +22,7 @@ def colours() -> torch.Tensor:
 
 
 def test_bins_surround_every_colour(colours: torch.Tensor) -> None:
-    """309 points of the grid; each colour stands between four of them."""
+    """There are 309 points of the grid, and each colour lies in a cell whose four corners are among them."""
     bins = {tuple(b) for b in ab_bins().tolist()}
     assert len(bins) == 309
     low = (colours / 10).floor() * 10
@@ -30,8 +30,8 @@ def test_bins_surround_every_colour(colours: torch.Tensor) -> None:
         assert {tuple(c) for c in (low + torch.tensor(shift)).tolist()} <= bins
 
 
-def test_soft_labels_are_those_of_all_distances(classes: AbClasses, colours: torch.Tensor) -> None:
-    """The five nearest of all bins, weighted by exp(-d^2 / 50), sum 1."""
+def test_soft_labels_equal_a_search_over_all_bins(classes: AbClasses, colours: torch.Tensor) -> None:
+    """The five nearest of all bins are weighted by exp(-d^2 / 50), with sum 1."""
     index, weight = classes.encode(colours)
     distance = torch.cdist(colours.double(), classes.centres.double())
     nearest, _ = distance.topk(5, dim=1, largest=False)
@@ -41,7 +41,7 @@ def test_soft_labels_are_those_of_all_distances(classes: AbClasses, colours: tor
     torch.testing.assert_close(weight.sum(1), torch.ones(len(colours)))
 
 
-def test_a_bin_is_its_own_nearest(classes: AbClasses) -> None:
+def test_the_nearest_bin_of_a_bin_is_itself(classes: AbClasses) -> None:
     assert torch.equal(classes.encode(classes.centres)[0][:, 0], torch.arange(len(classes)))
 
 
@@ -56,10 +56,10 @@ def test_histogram_counts_every_colour_once(classes: AbClasses, colours: torch.T
 
 
 def test_the_smoothed_prior_is_a_probability(classes: AbClasses) -> None:
-    """Sum 1, spread to the neighbours, and nothing is lost at the edge of the gamut."""
+    """It has sum 1 and spreads to neighbours, at the edge of the gamut too."""
     one = torch.zeros(len(classes))
     one[0] = 7.0
-    smooth = classes.smoothed(one)
+    smooth = classes.smooth(one)
     assert smooth.sum().item() == pytest.approx(1)
     assert smooth.argmax() == 0
     assert (smooth > 0.01).sum() > 1
@@ -78,7 +78,7 @@ def test_weights_have_expectation_one(mix: float) -> None:
 
 
 def test_annealed_mean_goes_from_mean_to_mode(classes: AbClasses) -> None:
-    """At 1 it is the mean of the distribution, near 0 its likeliest bin."""
+    """At temperature 1 it is the mean of the distribution, near 0 its most likely bin."""
     logits = torch.randn(4, len(classes), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(classes.annealed_mean(logits, 1.0), logits.softmax(1) @ classes.centres)
     torch.testing.assert_close(classes.annealed_mean(logits, 1e-3), classes.centres[logits.argmax(1)])

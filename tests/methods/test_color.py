@@ -1,4 +1,4 @@
-"""Colourisation: what its loss is, what the encoder sees, and that it learns, resumes and is scored as every method."""
+"""Colourisation: loss, input of the encoder, learning, resuming and evaluation."""
 
 import json
 from dataclasses import replace
@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 import torch
 
+from fgfast.data.imageset import ImageSet
 from fgfast.data.layouts import open_images
 from fgfast.data.normalise import IMAGENET_MEAN, IMAGENET_STD
 from fgfast.data.views import Batch
 from fgfast.evaluate.protocols import evaluate
 from fgfast.methods.ab_classes import rebalancing_weights
 from fgfast.methods.color import Color, ColorConfig
-from fgfast.methods.stored import load_encoder_of
+from fgfast.methods.run_folder import load_run_encoder
 from fgfast.train.log import read_metrics
 from fgfast.train.loop import pretrain
 from tests.conftest import TINY
-from tests.methods.promises import check_exact_resume, check_padding
+from tests.methods.common_checks import check_exact_resume, check_padding
 
 NETS = {"cnn": (TINY, "output_stride=8"), "vit": ("test_vit", "patch_size=8")}
 
@@ -48,41 +49,44 @@ def batch_of(n: int = 4, side: int = 32) -> Batch:
 
 
 def test_learns_colours(drawn: Path, tmp_path: Path) -> None:
-    """On 18 images the loss falls, held-out accuracy is logged, the prior is kept, and the run is scored on greys."""
+    """The loss falls on 18 images, held-out accuracy is logged, the prior is stored, evaluation sees grey images."""
     run = tmp_path / "run"
     config = config_for(data=str(drawn), out=str(run), epochs=8, lr=0.02, knn_every=8, uniform=1.0)
-    pretrain("color", config)  # all colours weigh alike: few images make the weighted loss jump
+    pretrain("color", config)  # equal weights: with few images the weighted loss is noisy
     rows, _ = read_metrics(run / "metrics.jsonl")
     losses = [r["loss"] for r in rows if "loss" in r]
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
     assert 0 <= rows[-1]["held_out_accuracy"] <= 1
-    found = json.loads((run / "colours.json").read_text())
-    assert (found["pictures"], sum(found["prior"])) == (18, pytest.approx(1))
+    stored = json.loads((run / "colours.json").read_text())
+    assert (stored["pictures"], sum(stored["prior"])) == (18, pytest.approx(1))
     assert 0 <= evaluate(run, "linear", drawn, device=torch.device("cpu")).top1 <= 1
-    assert load_encoder_of(run, "last", torch.device("cpu"))[0].grey
+    assert load_run_encoder(run, "last", torch.device("cpu"))[0].grey
 
 
-def test_stopped_run_goes_on_exactly(drawn: Path, tmp_path: Path) -> None:
+def test_resumed_run_equals_an_uninterrupted_one(drawn: Path, tmp_path: Path) -> None:
     check_exact_resume("color", config_for(data=str(drawn), epochs=2), tmp_path, stop_after=2)
 
 
-def test_the_prior_is_measured_once(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second call reads the file; another size measures anew; the weights follow the prior."""
-    images, calls = open_images(drawn).train_set(), []
-    method = Color(config_for())
-    real = method.measure
-    monkeypatch.setattr(Color, "measure", lambda self, images: calls.append(len(images)) or real(images))
+def test_the_prior_is_measured_once(drawn: Path, tmp_path: Path) -> None:
+    """A second call reads the file; another size or number of images measures again; the weights follow the prior."""
+    images, measured = open_images(drawn).train_set(), []
+
+    class Counting(Color):
+        def measure_prior(self, images: ImageSet) -> torch.Tensor:
+            measured.append(len(images))
+            return super().measure_prior(images)
+
     for config in (config_for(), config_for(), config_for(size=48), config_for(size=48, prior_pictures=5)):
-        method = Color(config)
+        method = Counting(config)
         assert method.prepare(images, tmp_path, 0) is None
-    assert calls == [18, 18, 5]
+    assert measured == [18, 18, 5]
     prior = torch.tensor(json.loads((tmp_path / "colours.json").read_text())["prior"], dtype=torch.float64)
     torch.testing.assert_close(method.weights, rebalancing_weights(prior).float())
 
 
 @pytest.mark.parametrize("net", NETS)
 def test_loss_is_that_of_the_paper(net: str) -> None:
-    """The weighted cross-entropy of dense soft labels, place by place."""
+    """It is the weighted cross-entropy of dense soft labels, averaged over positions."""
     torch.manual_seed(0)
     method, batch = Color(config_for(net)).eval(), batch_of()
     method.weights = torch.rand(309) + 0.5
@@ -93,12 +97,12 @@ def test_loss_is_that_of_the_paper(net: str) -> None:
     each = -(dense * log_p).sum(-1) * method.weights[dense.argmax(-1)]
     out = method(batch)
     torch.testing.assert_close(out["loss"], each[batch.valid].mean())
-    right = (log_p.argmax(-1) == dense.argmax(-1))[batch.valid]
-    torch.testing.assert_close(out["accuracy"], right.float().mean())
+    correct = (log_p.argmax(-1) == dense.argmax(-1))[batch.valid]
+    torch.testing.assert_close(out["accuracy"], correct.float().mean())
 
 
-def test_colours_are_those_of_the_pixels() -> None:
-    """An image of four flat quarters has their ab in its four quarters."""
+def test_colours_are_means_of_the_pixels() -> None:
+    """An image of four flat quarters has the ab of each in its quarter."""
     from fgfast.data.lab import rgb_to_lab
 
     quarters = torch.rand(1, 3, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -109,7 +113,7 @@ def test_colours_are_those_of_the_pixels() -> None:
 
 @pytest.mark.parametrize("net", NETS)
 def test_the_encoder_is_blind_to_colour(net: str) -> None:
-    """Images of one lightness have one feature; every weight of the encoder learns."""
+    """Images of equal lightness have equal features; every weight of the encoder gets a gradient."""
     from fgfast.data.lab import lab_to_rgb
 
     torch.manual_seed(0)
@@ -123,19 +127,19 @@ def test_the_encoder_is_blind_to_colour(net: str) -> None:
     assert all(p.grad is not None for p in method.parameters())
 
 
-def test_padded_images_change_nothing() -> None:
+def test_padded_images_have_no_effect() -> None:
     check_padding(Color(config_for()), batch_of())
 
 
-def test_images_show_colours() -> None:
-    """A row a photograph: grey, told, true; the true colours told give the photograph, but for the bins' size."""
+def test_pictures_show_colours() -> None:
+    """Each row has the grey, the predicted and the true image; correct predictions give the true one up to the bins."""
     method, batch = Color(config_for()), batch_of()
     batch.views[0][:] = normalised(torch.tensor([0.7, 0.5, 0.4]).view(3, 1, 1))
     index = method.classes.encode(method.colours(batch.views[0]))[0][:, 0]
-    told = 100 * torch.nn.functional.one_hot(index, 309).float().view(4, 8, 8, 309)
-    method.logits = lambda images: told  # type: ignore[method-assign]
+    logits = 100 * torch.nn.functional.one_hot(index, 309).float().view(4, 8, 8, 309)
+    method.logits = lambda images: logits  # type: ignore[method-assign]
     rows = method.pictures(batch)["colours"]
-    assert [p.caption for p in rows[0]] == ["grey", "colours told", "photograph"]
+    assert [p.caption for p in rows[0]] == ["grey", "predicted colours", "image"]
     grey, colours, truth = (p.image.astype(int) for p in rows[0])
     assert (grey == grey[:1, :1, :1]).all()
     assert np.abs(colours - truth).max() < 25 < np.abs(grey - truth).max()

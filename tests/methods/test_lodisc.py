@@ -1,4 +1,4 @@
-"""MoCo v3 and LoDisc on a CNN and a ViT: what is masked, what the losses are, what their switches do."""
+"""MoCo v3 and LoDisc on a CNN and a ViT: masks, losses and switches."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +43,7 @@ def batch_of(n: int = 6, side: int = 32) -> Batch:
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("method", ["mocov3", "lodisc"])
 def test_trains(drawn: Path, tmp_path: Path, net: str, method: str) -> None:
-    """A short run ends with finite losses; LoDisc logs both of its terms."""
+    """A short run has finite losses; LoDisc logs both of its terms."""
     config = config_for(net, data=str(drawn), out=str(tmp_path / "run"))
     if method == "mocov3":
         known = vars(MoCoV3Config())
@@ -55,17 +55,17 @@ def test_trains(drawn: Path, tmp_path: Path, net: str, method: str) -> None:
 
 
 def test_attention_is_that_of_the_network() -> None:
-    """The CLS rows are those of the whole T x T softmax in every block, and the features are untouched."""
+    """The CLS rows equal those of the full T x T softmax in every block, and the features do not change."""
     torch.manual_seed(0)
     vit, x = Backbone("test_vit", size=32).eval(), torch.randn(2, 3, 32, 32)
     full: list[torch.Tensor] = []
 
-    def whole(attn, inputs):  # type: ignore[no-untyped-def]
+    def record(attn, inputs):  # type: ignore[no-untyped-def]
         qkv = attn.qkv(inputs[0]).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = attn.q_norm(qkv[0]), attn.k_norm(qkv[1])
         full.append((q * attn.scale @ k.transpose(2, 3)).softmax(-1)[:, :, 0, vit.net.num_prefix_tokens :])
 
-    hooks = [b.attn.register_forward_pre_hook(whole) for b in vit.net.blocks]
+    hooks = [b.attn.register_forward_pre_hook(record) for b in vit.net.blocks]
     with torch.no_grad():
         plain = vit.features(x)
         for h in hooks:
@@ -76,7 +76,7 @@ def test_attention_is_that_of_the_network() -> None:
 
 
 def test_attention_of_a_cnn_is_the_norm_of_its_map() -> None:
-    """One layer, one head, a sum of 1."""
+    """It has one layer, one head and sum 1."""
     cnn, x = Backbone(TINY, args={"output_stride": 8}).eval(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         features, attention = cnn.attend(x)
@@ -87,10 +87,10 @@ def test_attention_of_a_cnn_is_the_norm_of_its_map() -> None:
 
 @pytest.mark.parametrize("net", NETS)
 def test_losses_are_those_of_the_paper(net: str) -> None:
-    """The sum of four symmetric InfoNCE terms at 2 T, the local keys from images that are zero outside the mask."""
+    """It is the sum of four InfoNCE terms times 2 T, with local keys from images that are zero outside the mask."""
     torch.manual_seed(0)
     method, batch = LoDisc(config_for(net)), batch_of()
-    method.eval()  # BatchNorm must not move between the two calculations
+    method.eval()  # the statistics of BatchNorm must not change between the two computations
     out = method(batch)
     loss = InfoNCELoss(0.2, scale=True)
     queries = [method.predictor(method.projector(method.encoder(v))) for v in batch.views]
@@ -98,10 +98,11 @@ def test_losses_are_those_of_the_paper(net: str) -> None:
         keys = [method.target_projector(method.target(v)) for v in batch.views]
         local = []
         for view in batch.views:
-            _, found = method.pivots(view)
-            assert found.images is not None
-            assert found.mask.float().mean() == pytest.approx(int(0.3 * found.mask.shape[1]) / found.mask.shape[1])
-            local.append(method.target_projector(method.target(found.images)))
+            _, pivotal = method.pivots(view)
+            assert pivotal.images is not None
+            n_patches = pivotal.mask.shape[1]
+            assert pivotal.mask.float().mean() == pytest.approx(int(0.3 * n_patches) / n_patches)
+            local.append(method.target_projector(method.target(pivotal.images)))
     global_ = loss(queries[0], keys[1]) + loss(queries[1], keys[0])
     part = loss(queries[0], local[1]) + loss(queries[1], local[0])
     torch.testing.assert_close(out["global"], global_, rtol=1e-4, atol=1e-5)
@@ -109,8 +110,8 @@ def test_losses_are_those_of_the_paper(net: str) -> None:
     torch.testing.assert_close(out["loss"], global_ + part, rtol=1e-4, atol=1e-5)
 
 
-def test_everything_kept_is_the_global_branch() -> None:
-    """With keep 1 the local loss is the global one, with tokens zeroed or dropped."""
+def test_keeping_all_patches_gives_the_global_loss() -> None:
+    """With keep 1 the local loss equals the global one, with tokens zeroed or dropped."""
     for drop in (False, True):
         torch.manual_seed(0)
         method = LoDisc(config_for("vit", keep=1.0, drop_tokens=drop)).eval()
@@ -118,8 +119,8 @@ def test_everything_kept_is_the_global_branch() -> None:
         torch.testing.assert_close(out["local"], out["global"], rtol=1e-4, atol=1e-5)
 
 
-def test_dropped_tokens_reach_nothing() -> None:
-    """What stands in a dropped patch, NaN included, does not change the features of the kept ones."""
+def test_dropped_tokens_have_no_effect() -> None:
+    """The content of a dropped patch, NaN included, does not change the features of the kept ones."""
     torch.manual_seed(0)
     vit, x = Backbone("test_vit", size=32).eval(), torch.randn(1, 3, 32, 32)
     index = torch.tensor([[1]])
@@ -130,7 +131,7 @@ def test_dropped_tokens_reach_nothing() -> None:
 
 
 def test_switches() -> None:
-    """Passes, the frozen embedding, momentum updates, and the projector that is left out."""
+    """Number of passes, the frozen patch embedding, momentum updates, and training without a projector."""
     assert LoDisc(config_for("vit", keep=0.25, drop_tokens=True)).passes_per_image == 4.5
     assert LoDisc(config_for("vit")).passes_per_image == 6
     frozen, free = (LoDisc(config_for("vit", freeze_patch_embed=f)).encoder.net.patch_embed for f in (True, False))
@@ -150,12 +151,12 @@ def test_switches() -> None:
     assert LoDisc(config_for("cnn", project=False, projection=dim))(batch_of())["loss"].isfinite()
     with pytest.raises(UserError, match=f"--projection {dim}"):
         LoDisc(config_for("cnn", project=False))
-    with pytest.raises(UserError, match="no tokens to drop"):
+    with pytest.raises(UserError, match="--drop-tokens needs a ViT"):
         LoDisc(config_for("cnn", drop_tokens=True))
 
 
-def test_padded_images_change_nothing() -> None:
-    """What stands in a padded slot reaches no loss (BatchNorm in evaluation mode)."""
+def test_padded_images_have_no_effect() -> None:
+    """The content of a padded slot does not affect the loss (BatchNorm in evaluation mode)."""
     torch.manual_seed(0)
     method, batch = MoCoV3(config_for("cnn")).eval(), batch_of()
     batch.valid[3] = False
@@ -167,10 +168,10 @@ def test_padded_images_change_nothing() -> None:
     torch.testing.assert_close(losses[0], losses[1])
 
 
-def test_images_show_every_strategy() -> None:
-    """A row a photograph: itself and what four strategies keep."""
+def test_pictures_show_every_strategy() -> None:
+    """Each row has an image and what four strategies keep of it."""
     found = LoDisc(config_for("vit")).pictures(batch_of())
-    assert [p.caption for p in found["kept"][0]] == ["photograph", "topk", "sample", "block", "random"]
+    assert [p.caption for p in found["kept"][0]] == ["image", "topk", "sample", "block", "random"]
     assert len(found["kept"]) == 6
 
 
@@ -185,6 +186,6 @@ def test_paper_preset() -> None:
     )
 
 
-def test_a_share_that_keeps_no_patch_is_refused() -> None:
-    with pytest.raises(UserError, match=r"0\.2 of 4 patches: give 0\.25"):
+def test_a_fraction_that_keeps_no_patch_is_refused() -> None:
+    with pytest.raises(UserError, match=r"0\.2 of 4 patches: give at least 0\.25"):
         LoDisc(config_for("vit", keep=0.2))

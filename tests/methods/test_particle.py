@@ -1,4 +1,4 @@
-"""PARTICLE with every source of parts, on a CNN and on a ViT."""
+"""PARTICLE with every source of parts, on a CNN and a ViT."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +43,7 @@ def batch_of(n: int = 4, side: int = 32, whole: int = 64) -> Batch:
 
 @pytest.mark.parametrize("parts", SOURCES)
 def test_cnn_trains_with_every_source(drawn: Path, tmp_path: Path, parts: str) -> None:
-    """A run with each source of parts ends with a finite loss over 0 and moves encoder and momentum encoder."""
+    """A run with each source of parts has positive finite losses and changes encoder and momentum encoder."""
     out = pretrain("particle", config_for(drawn, tmp_path / "run", parts=parts))
     init, last = (torch.load(out / f"{n}.pt", weights_only=True)["method"] for n in ("init", "last"))
     for part in ("encoder.", "target."):
@@ -58,7 +58,7 @@ def test_cnn_trains_with_every_source(drawn: Path, tmp_path: Path, parts: str) -
 
 @pytest.mark.parametrize("parts", [s for s in SOURCES if s != "truth"])
 def test_vit_trains_with_every_source(drawn: Path, tmp_path: Path, parts: str) -> None:
-    """A ViT adds DINO, and both terms are in the metrics."""
+    """A ViT adds DINO, and the metrics have both terms."""
     config = config_for(drawn, tmp_path / "run", parts=parts, model="test_vit", model_args="", n_parts=3)
     out = pretrain("particle", config)
     from fgfast.train.log import read_metrics
@@ -67,8 +67,8 @@ def test_vit_trains_with_every_source(drawn: Path, tmp_path: Path, parts: str) -
     assert row["loss"] == pytest.approx(row["part"] + row["dino"], rel=1e-4)
 
 
-def test_rounds_discover_anew_with_the_trained_network(drawn: Path, tmp_path: Path) -> None:
-    """Two rounds leave two folders of maps, of every training image, that differ."""
+def test_each_round_discovers_parts_with_the_trained_network(drawn: Path, tmp_path: Path) -> None:
+    """Two rounds write two folders of maps, of every training image, that differ."""
     out = pretrain("particle", config_for(drawn, tmp_path / "run", rounds=2, epochs=4, lr=0.01))
     images = open_images(drawn).train_set()
     first, second = (
@@ -80,8 +80,8 @@ def test_rounds_discover_anew_with_the_trained_network(drawn: Path, tmp_path: Pa
     assert (first != second).any()
 
 
-def test_maps_of_discover_are_trained_on(drawn: Path, tmp_path: Path) -> None:
-    """--maps takes a folder as fgfast discover writes it, with its own number of parts; a missing map is named."""
+def test_training_uses_maps_of_discover(drawn: Path, tmp_path: Path) -> None:
+    """--maps takes a folder written by fgfast discover, with its number of parts; the message names a missing map."""
     images = open_images(drawn)
     labels = np.random.default_rng(0).integers(0, 6, (len(images), 8, 8), dtype=np.uint8)
     save_maps(tmp_path / "maps", images.paths, labels)
@@ -90,21 +90,21 @@ def test_maps_of_discover_are_trained_on(drawn: Path, tmp_path: Path) -> None:
     assert PARTICLE(config).n_parts == 6
     pretrain("particle", config)
     assert not list((tmp_path / "run").glob("parts_*"))
-    gone = images.train_set().paths[3]
-    map_path(tmp_path / "maps", gone).unlink()
-    with pytest.raises(UserError, match=gone):
+    missing = images.train_set().paths[3]
+    map_path(tmp_path / "maps", missing).unlink()
+    with pytest.raises(UserError, match=missing):
         pretrain("particle", config_for(drawn, tmp_path / "two", maps=str(tmp_path / "maps")))
 
 
-def test_coordinates_want_the_euclidean_metric(drawn: Path, tmp_path: Path) -> None:
-    """They have no direction to compare."""
+def test_coordinates_need_the_euclidean_metric(drawn: Path, tmp_path: Path) -> None:
+    """The direction of a coordinate vector means nothing."""
     with pytest.raises(UserError, match="--metric euclidean"):
         PARTICLE(config_for(drawn, tmp_path, position=1.0, metric="cosine"))
 
 
 @pytest.mark.parametrize("parts", ["discovered", "online"])
-def test_a_border_leaves_background_out_of_the_contrast(drawn: Path, tmp_path: Path, parts: str) -> None:
-    """With a border clusters go; maps say so, and a map of other settings is refused."""
+def test_a_border_removes_background_from_the_contrast(drawn: Path, tmp_path: Path, parts: str) -> None:
+    """With a border some clusters become background, and the maps record the setting."""
     config = config_for(drawn, tmp_path / "run", parts=parts, metric="cosine", border=0.5)
     out = pretrain("particle", config)
     if parts == "online":
@@ -115,8 +115,8 @@ def test_a_border_leaves_background_out_of_the_contrast(drawn: Path, tmp_path: P
     assert np.mean([(read_map(out / "parts_0", p) == 255).mean() for p in open_images(drawn).train_set().paths]) > 0.1
 
 
-def test_padded_images_change_nothing(drawn: Path, tmp_path: Path) -> None:
-    """What stands in a padded slot reaches neither the loss nor a gradient (BatchNorm in evaluation mode)."""
+def test_padded_images_have_no_effect(drawn: Path, tmp_path: Path) -> None:
+    """The content of a padded slot affects neither loss nor gradients (BatchNorm in evaluation mode)."""
     torch.manual_seed(0)
     method = PARTICLE(config_for(drawn, tmp_path, max_parts=0)).eval()
     batch = batch_of()
@@ -133,7 +133,7 @@ def test_padded_images_change_nothing(drawn: Path, tmp_path: Path) -> None:
 
 
 def test_grid_parts_follow_the_window(drawn: Path, tmp_path: Path) -> None:
-    """A view of the upper left quarter holds the cells of that quarter alone."""
+    """A view of the upper left quarter has only the cells of that quarter."""
     method = PARTICLE(config_for(drawn, tmp_path, parts="grid", grid=4))
     batch = batch_of()
     batch.boxes[:, 0] = torch.tensor([0.0, 0.0, 0.5, 0.5, 0.0])
@@ -142,7 +142,7 @@ def test_grid_parts_follow_the_window(drawn: Path, tmp_path: Path) -> None:
 
 
 def test_online_parts_agree_in_both_views(drawn: Path, tmp_path: Path) -> None:
-    """One clustering serves both views: the whole image flipped has the flipped ids."""
+    """Both views share a clustering: the flipped full image has the flipped ids."""
     method = PARTICLE(config_for(drawn, tmp_path, parts="online"))
     batch = batch_of()
     batch.boxes[:, 1] = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0])
@@ -151,7 +151,7 @@ def test_online_parts_agree_in_both_views(drawn: Path, tmp_path: Path) -> None:
 
 
 def test_momentum_encoder_follows_slowly(drawn: Path, tmp_path: Path) -> None:
-    """After a step the copy stands at momentum x old + (1 - momentum) x online; at the end it stands still."""
+    """After a step the copy is momentum x old + (1 - momentum) x online; at the end it does not change."""
     method = PARTICLE(config_for(drawn, tmp_path, momentum=0.9))
     online, target = next(method.encoder.parameters()), next(method.target.parameters())
     old = target.clone()
@@ -159,14 +159,14 @@ def test_momentum_encoder_follows_slowly(drawn: Path, tmp_path: Path) -> None:
         online.add_(1.0)
     method.after_step(Progress(0, 10))
     torch.testing.assert_close(target.detach(), old.detach() + 0.1)
-    now = target.clone()
+    before = target.clone()
     method.after_step(Progress(10, 10))
-    assert torch.equal(target, now)
+    assert torch.equal(target, before)
 
 
 @pytest.mark.parametrize("parts", ["truth", "online"])
 def test_the_network_can_be_its_own_target(drawn: Path, tmp_path: Path, parts: str) -> None:
-    """--target self keeps no copy, costs two passes less an image, trains, and gives keys a gradient."""
+    """--target self has no copy, costs two passes per image less, and gives keys a gradient."""
     config = config_for(drawn, tmp_path / "run", parts=parts, target="self")
     method, with_copy = PARTICLE(config), PARTICLE(replace(config, target="momentum"))
     assert method.passes_per_image == with_copy.passes_per_image - 2
@@ -181,8 +181,8 @@ def test_the_network_can_be_its_own_target(drawn: Path, tmp_path: Path, parts: s
     assert not torch.equal(init[f"encoder.{first}"], last[f"encoder.{first}"])
 
 
-def test_whole_views_may_be_contrasted_beside_the_parts(drawn: Path, tmp_path: Path) -> None:
-    """The loss is the parts' and the weighted term of the views, and that term alone trains its head."""
+def test_complete_views_can_be_contrasted_too(drawn: Path, tmp_path: Path) -> None:
+    """The loss is that of the parts plus a weighted term of the views, which trains its own head."""
     from fgfast.train.log import read_metrics
 
     out = pretrain("particle", config_for(drawn, tmp_path / "run", parts="grid", image_weight=0.5))
@@ -196,22 +196,22 @@ def test_whole_views_may_be_contrasted_beside_the_parts(drawn: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("values", "remedy"), [({"target": "self"}, "--target self"), ({"image_weight": 1.0}, "--image")]
 )
-def test_a_vit_has_dino_for_whole_views(drawn: Path, tmp_path: Path, values: dict, remedy: str) -> None:
-    """DINO contrasts whole views and teaches by the momentum copy, so a ViT takes neither switch."""
+def test_a_vit_uses_dino_for_complete_views(drawn: Path, tmp_path: Path, values: dict, remedy: str) -> None:
+    """DINO contrasts complete views and needs the momentum copy, so a ViT takes neither switch."""
     with pytest.raises(UserError, match=f"leave {remedy}"):
         PARTICLE(config_for(drawn, tmp_path, model="test_vit", model_args="", **values))
 
 
-def test_images_show_parts_and_views(drawn: Path, tmp_path: Path) -> None:
-    """The method draws photographs beside their parts, and each view beside its own."""
-    found = PARTICLE(config_for(drawn, tmp_path)).eval().pictures(batch_of())
-    assert set(found) == {"parts", "views"}
-    assert len(found["views"]) == 4
-    assert len(found["views"][0]) == 4
+def test_pictures_show_parts_and_views(drawn: Path, tmp_path: Path) -> None:
+    """Images and views are shown beside their parts."""
+    figures = PARTICLE(config_for(drawn, tmp_path)).eval().pictures(batch_of())
+    assert set(figures) == {"parts", "views"}
+    assert len(figures["views"]) == 4
+    assert len(figures["views"][0]) == 4
 
 
 def test_truth_needs_masks(tmp_path: Path) -> None:
-    """A set without part masks is named."""
+    """A data set without part masks is refused."""
     from PIL import Image
 
     for name in ("a", "b"):

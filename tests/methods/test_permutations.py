@@ -1,4 +1,4 @@
-"""Sets of permutations: what they are, and that the greedy ones are further apart than drawn ones."""
+"""Sets of permutations: they are distinct, and greedy ones are farther apart than random ones."""
 
 import numpy as np
 import pytest
@@ -7,35 +7,35 @@ from fgfast.errors import UserError
 from fgfast.methods.permutations import permutation_set
 
 
-def smallest_distance(found: np.ndarray) -> int:
-    distance = (found[:, None] != found[None]).sum(2)
-    return int(distance[~np.eye(len(found), dtype=bool)].min())
+def smallest_distance(permutations: np.ndarray) -> int:
+    distance = (permutations[:, None] != permutations[None]).sum(2)
+    return int(distance[~np.eye(len(permutations), dtype=bool)].min())
 
 
 @pytest.mark.parametrize("rule", ["greedy", "pairs"])
 @pytest.mark.parametrize(
     ("count", "places"),
-    [(24, 4), (2, 4), (100, 9), (30, 16)],  # all there are; the fewest; the default; more than can be listed
+    [(24, 4), (2, 4), (100, 9), (30, 16)],  # all permutations; the smallest set; the default; too many to list
 )
 def test_they_are_distinct_permutations(rule: str, count: int, places: int) -> None:
-    found = permutation_set(count, places, rule=rule, seed=3)
-    assert found.shape == (count, places)
-    assert (np.sort(found, 1) == np.arange(places)).all()
-    assert len(np.unique(found, axis=0)) == count
-    assert np.array_equal(found, permutation_set(count, places, rule=rule, seed=3))
+    permutations = permutation_set(count, places, rule=rule, seed=3)
+    assert permutations.shape == (count, places)
+    assert (np.sort(permutations, 1) == np.arange(places)).all()
+    assert len(np.unique(permutations, axis=0)) == count
+    assert np.array_equal(permutations, permutation_set(count, places, rule=rule, seed=3))
 
 
 @pytest.mark.parametrize(("count", "places", "least"), [(100, 9, 6), (8, 9, 9), (12, 4, 2), (100, 16, 12)])
 def test_greedy_sets_are_far_apart(count: int, places: int, least: int) -> None:
-    """No drawn set of that size has a larger smallest distance, and it is not under what the rule reached before."""
-    found = smallest_distance(permutation_set(count, places, seed=1))
+    """The smallest distance is at least that of random sets of the same size, and a known bound."""
+    permutations = smallest_distance(permutation_set(count, places, seed=1))
     rng = np.random.default_rng(0)
     drawn = [rng.permuted(np.tile(np.arange(places), (count, 1)), axis=1) for _ in range(20)]
-    assert found >= max(least, *map(smallest_distance, drawn))
+    assert permutations >= max(least, *map(smallest_distance, drawn))
 
 
 def test_greedy_choices_are_the_farthest() -> None:
-    """Each permutation of a set is as far from those before it as any permutation there is (4 places: all 24)."""
+    """No permutation is farther from the earlier ones of a set than the one chosen next (4 places: all 24)."""
     everything = permutation_set(24, 4)
     for k in range(1, 24):
         nearest = (everything[k:, None] != everything[None, :k]).sum(2).min(1)
@@ -43,18 +43,18 @@ def test_greedy_choices_are_the_farthest() -> None:
 
 
 def test_pairs_differ_nearly_everywhere() -> None:
-    found = permutation_set(40, 9, rule="pairs")
-    assert (found[::2] != found[1::2]).all()
-    assert smallest_distance(found) < 6  # of different pairs nothing is asked
+    permutations = permutation_set(40, 9, rule="pairs")
+    assert (permutations[::2] != permutations[1::2]).all()
+    assert smallest_distance(permutations) < 6  # only pairs have to be far apart
 
 
 @pytest.mark.parametrize(("count", "places", "match"), [(25, 4, "24 permutations, not 25"), (1, 9, "at least 2")])
-def test_impossible_sets_are_named(count: int, places: int, match: str) -> None:
+def test_impossible_sets_are_refused(count: int, places: int, match: str) -> None:
     with pytest.raises(UserError, match=match):
         permutation_set(count, places)
 
 
-def test_pairs_that_cannot_be_found_are_named() -> None:
-    """Three places: each permutation is far from two others, so six of them hold two pairs and no third."""
+def test_pairs_that_do_not_exist_are_refused() -> None:
+    """With three places each permutation is far from two others: six permutations contain two pairs and no third."""
     with pytest.raises(UserError, match="permutation-rule greedy"):
         permutation_set(5, 3, rule="pairs")

@@ -1,6 +1,5 @@
-"""SimCLR's views by name: what each pair holds, what does not fit, and a run that goes on exactly."""
+"""The views of SimCLR by name: what each pair holds, errors, and a resumed run."""
 
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -11,12 +10,11 @@ import torch
 from fgfast.cli import main
 from fgfast.data.layouts import open_images
 from fgfast.data.loader import make_loader
+from fgfast.data.transforms import BlockShuffle, Holes, PasteOnWhite, PatchSwap, TrimBorder
 from fgfast.errors import UserError
 from fgfast.methods.simclr import SimCLR, SimCLRConfig, transform
-from fgfast.train import loop
-from fgfast.train.log import read_metrics
-from fgfast.train.loop import pretrain
 from tests.conftest import TINY
+from tests.methods.common_checks import check_exact_resume
 
 VIEWS = get_args(get_type_hints(SimCLRConfig)["views"])
 
@@ -32,7 +30,7 @@ def config_for(**values: object) -> SimCLRConfig:
 @pytest.mark.parametrize("views", VIEWS)
 def test_a_pair_is_an_image_and_its_transform_or_two_transforms(views: str) -> None:
     plain, changed = SimCLR(config_for(views=views)).views().crops
-    assert changed == replace(plain, **transform(views))
+    assert changed == replace(plain, transforms=transform(views))
     assert (changed == plain) == (views == "original")
     assert (plain.scale is None) == (views not in ("original", "gamma"))
     if views != "original":
@@ -43,14 +41,13 @@ def test_a_pair_is_an_image_and_its_transform_or_two_transforms(views: str) -> N
     assert both == (changed, changed)
 
 
-def test_lengths_are_those_of_512_pixels_at_that_size() -> None:
-    crops = {v: SimCLR(config_for(views=v, size=512)).views().crops[1] for v in VIEWS}
-    assert [crops["coarse-dropout"].pixels(s) for s in crops["coarse-dropout"].hole_size] == [10, 25]
-    assert crops["coarse-dropout"].holes == (5, 20)
-    assert crops["patch-swap"].pixels(crops["patch-swap"].swap) == 200
-    assert [crops["cropped-region"].pixels(s) for s in crops["cropped-region"].paste or ()] == [200, 300]
-    assert crops["dcl-jigsaw"].pixels(crops["dcl-jigsaw"].border) == 10
-    assert (crops["random-jigsaw"].grid, crops["dcl-jigsaw"].grid) == (4, 7)
+def test_lengths_at_512_pixels_are_those_of_the_study() -> None:
+    transforms = {v: SimCLR(config_for(views=v, size=512)).views().crops[1].transforms for v in VIEWS}
+    assert transforms["coarse-dropout"] == (Holes((5, 20), (10 / 512, 25 / 512)),)
+    assert transforms["patch-swap"] == (PatchSwap(200 / 512),)
+    assert transforms["cropped-region"] == (PasteOnWhite((200 / 512, 300 / 512)),)
+    assert transforms["random-jigsaw"] == (BlockShuffle(4),)
+    assert transforms["dcl-jigsaw"] == (TrimBorder(10 / 512), BlockShuffle(7, reach=1))
 
 
 @pytest.mark.parametrize("size", [16, 17, 33])
@@ -65,12 +62,12 @@ def test_every_view_fits_small_images(drawn: Path, size: int) -> None:
 
 
 def test_a_grid_larger_than_the_view_is_refused() -> None:
-    with pytest.raises(UserError, match=r"--views random-jigsaw does not fit --size 32 and --blocks 33: .*0 to 32"):
+    with pytest.raises(UserError, match=r"--views random-jigsaw does not fit --size 32 and --blocks 33: .*1 to 32"):
         SimCLR(config_for(views="random-jigsaw", blocks=33))
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--views", "mosaic"], "invalid choice 'mosaic'"),
         (["--views", "dcl-jigsaw", "--blocks", "40"], "--blocks 40"),
@@ -79,52 +76,31 @@ def test_a_grid_larger_than_the_view_is_refused() -> None:
         (["--pair", "both"], "invalid choice 'both'"),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(
-    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+def test_options_that_do_not_fit_give_one_sentence(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     out = tmp_path / "run"
     common = ["--data", str(drawn), "--out", str(out), "--model", TINY, "--size", "32", "--device", "cpu"]
     assert main(["pretrain", "simclr", *common, *words]) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert "Traceback" not in error
     assert len(error.strip().splitlines()) == 1
     assert not out.exists()
 
 
 @pytest.mark.slow
-def test_a_stopped_run_of_moved_views_goes_on_exactly_and_shows_its_pairs(
-    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_resumed_run_of_transformed_views_equals_an_uninterrupted_one_and_shows_its_pairs(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = loop.learning_rate
-
-    def stopping(step: int, total: int, config: SimCLRConfig) -> float:
-        if step == 1:
-            signal.raise_signal(signal.SIGINT)
-        return real(step, total, config)
-
-    config = config_for(data=str(drawn), out=str(tmp_path / "whole"), views="cropped-region", pair="symmetric")
-    pretrain("simclr", config)
-    parts = replace(config, out=str(tmp_path / "parts"))
-    monkeypatch.setattr(loop, "learning_rate", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain("simclr", parts)
-    monkeypatch.setattr(loop, "learning_rate", real)
-    pretrain("simclr", replace(parts, resume=True))
-    losses = [
-        [row["loss"] for row in read_metrics(tmp_path / run / "metrics.jsonl")[0] if "loss" in row]
-        for run in ("whole", "parts")
-    ]
-    assert len(losses[0]) == 3
-    assert losses[0] == losses[1]
-    a, b = (torch.load(tmp_path / run / "last.pt", weights_only=True)["method"] for run in ("whole", "parts"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    assert main(["pictures", str(tmp_path / "whole"), "--data", str(drawn), "--device", "cpu"]) == 0
+    config = config_for(data=str(drawn), views="cropped-region", pair="symmetric")
+    run = check_exact_resume("simclr", config, tmp_path, stop_after=2)
+    assert main(["pictures", str(run), "--data", str(drawn), "--device", "cpu"]) == 0
     assert "pictures/views.png" in capsys.readouterr().out
 
 
 def test_paper_preset() -> None:
-    """The study of views: 512 pixels, temperature 0.5 and a head of 512-512, whichever view is asked for."""
+    """The study of views: 512 pixels, temperature 0.5 and a head of 512-512, for every view."""
     config = SimCLR.paper(None)
     method = SimCLR(replace(config, views="dcl-jigsaw"))
     assert {crop.size for crop in method.views().crops} == {512}

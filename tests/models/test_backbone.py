@@ -1,4 +1,4 @@
-"""Backbones: maps, pyramids, keys, and what is refused."""
+"""Backbones: maps, pyramids, keys, and errors."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from tests.conftest import TINY
 
 
 @pytest.mark.parametrize(("name", "side"), [(TINY, 32), (TINY, 40), ("test_vit", 32), ("test_vit", 48)])
-def test_pooled_features_and_map_fit_together(name: str, side: int) -> None:
-    """The pooled vector has the map's channels, and equals its mean for a CNN."""
+def test_pooled_features_match_the_map(name: str, side: int) -> None:
+    """The pooled vector has the channels of the map, and is its mean for a CNN."""
     encoder = Backbone(name, size=32).eval()
     x = torch.randn(2, 3, side, side)
     features = encoder.features(x)
@@ -24,7 +24,7 @@ def test_pooled_features_and_map_fit_together(name: str, side: int) -> None:
 
 @pytest.mark.parametrize("name", [TINY, "resnet18", "test_convnext"])
 def test_pyramid_runs_from_deep_to_shallow(name: str) -> None:
-    """Levels come deepest first, each at least as large as the one before."""
+    """Levels are ordered deepest first, each at least as large as the previous one."""
     maps = Backbone(name, size=64).eval().pyramid(torch.randn(1, 3, 64, 64), levels=3)
     sides = [m.shape[-1] for m in maps]
     assert len(maps) == 3
@@ -32,7 +32,7 @@ def test_pyramid_runs_from_deep_to_shallow(name: str) -> None:
 
 
 def test_keys_are_those_of_the_last_block() -> None:
-    """Attention rows of CLS sum to at most one over the patches, and keys equal the projection's own output."""
+    """Attention of CLS sums to at most one over the patches, and keys equal the output of the projection."""
     encoder = Backbone("test_vit", size=32).eval()
     x = torch.randn(2, 3, 32, 32)
     found = encoder.keys(x)
@@ -51,8 +51,8 @@ def test_keys_are_those_of_the_last_block() -> None:
     torch.testing.assert_close(found.keys.flatten(2).transpose(1, 2), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_smaller_patch_stride_gives_a_finer_grid_and_is_undone() -> None:
-    """Half the stride gives 2n - 1 cells a side; afterwards the network is as it was."""
+def test_smaller_patch_stride_gives_a_finer_grid_and_is_restored() -> None:
+    """Half the stride gives 2n - 1 cells per side; afterwards the network is unchanged."""
     encoder = Backbone("test_vit", size=64).eval()
     x = torch.randn(1, 3, 64, 64)
     patch = encoder.net.patch_embed.patch_size[0]
@@ -62,8 +62,8 @@ def test_smaller_patch_stride_gives_a_finer_grid_and_is_undone() -> None:
     torch.testing.assert_close(encoder(x), before)
 
 
-def test_what_timm_does_not_have_is_named() -> None:
-    """An unknown model suggests others; unusable arguments are told; a CNN has no keys."""
+def test_errors_name_unknown_models_and_invalid_arguments() -> None:
+    """An unknown model suggests others; invalid arguments are reported; a CNN has no keys."""
     with pytest.raises(UserError, match=r"no model 'resnet81'.*resnet"):
         Backbone("resnet81")
     with pytest.raises(UserError, match=r"no model 'qqqqqq': timm\.list_models"):
@@ -74,8 +74,8 @@ def test_what_timm_does_not_have_is_named() -> None:
         Backbone(TINY).keys(torch.zeros(1, 3, 32, 32))
 
 
-def test_weights_that_cannot_be_fetched_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a network --init timm is one sentence that says what else to give."""
+def test_weights_that_cannot_be_downloaded_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an internet connection --init timm fails with one sentence that names the alternative."""
     import timm
 
     def offline(*_args: object, **_options: object) -> None:
@@ -88,14 +88,14 @@ def test_weights_that_cannot_be_fetched_are_told(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("text", ["channels=", "1,2", "a=b", "a=__import__('os')", "x=(1"])
 def test_model_args_are_literals_only(text: str) -> None:
-    """Nothing but name=literal is taken."""
+    """Only name=literal is accepted."""
     with pytest.raises(UserError, match="name=value"):
         parse_model_args(text)
     assert parse_model_args("") == {}
 
 
-def test_momentum_moves_parameters_alone() -> None:
-    """Targets move by 1 - momentum; BatchNorm's statistics stay the target's own."""
+def test_momentum_updates_only_parameters() -> None:
+    """Parameters move by 1 - momentum; batch norm statistics of the target are unchanged."""
     online = MLP((3, 4, 2))
     target = momentum_copy(online)
     assert not any(p.requires_grad for p in target.parameters())
@@ -111,13 +111,13 @@ def test_momentum_moves_parameters_alone() -> None:
 
 
 def test_dino_head_is_weight_normalised() -> None:
-    """Every prototype has norm one, so logits are cosines."""
+    """Every prototype has norm one: logits are cosines."""
     head = DINOHead(8, prototypes=16, hidden=12, bottleneck=6)
     out = head(torch.randn(32, 8))
     assert out.shape == (32, 16)
     assert out.abs().max() <= 1 + 1e-5
 
 
-def test_a_vit_refuses_images_that_its_patches_do_not_divide() -> None:
+def test_a_vit_refuses_a_size_that_its_patches_do_not_divide() -> None:
     with pytest.raises(UserError, match="--size is 34: test_vit takes multiples"):
         Backbone("test_vit", size=34)

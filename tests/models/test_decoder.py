@@ -1,4 +1,4 @@
-"""The decoder: it fits any grid, depends on one vector alone, and learns to reconstruct."""
+"""The decoder: any grid, each image from only its own vector, and it learns to reconstruct."""
 
 import pytest
 import torch
@@ -12,19 +12,19 @@ from tests.examples import examples
 
 @examples(15)
 @given(st.integers(1, 9), st.integers(0, 30), st.sampled_from([3, 20, 64]))
-def test_fits_any_grid(grid: int, more: int, dim: int) -> None:
-    """Images have the side asked for, whatever multiple of the grid it is."""
+def test_any_grid(grid: int, more: int, dim: int) -> None:
+    """Images have the specified side, a multiple of the grid or not."""
     assert Decoder(dim, grid + more, grid, latent=4, width=16)(torch.zeros(2, dim)).shape[2:] == (grid + more,) * 2
 
 
-def test_a_finer_grid_is_named() -> None:
-    """A map larger than the image has no decoder."""
+def test_a_grid_larger_than_the_image_is_refused() -> None:
+    """The error names its size."""
     with pytest.raises(UserError, match="16 x 16"):
         Decoder(8, size=8, grid=16)
 
 
-def test_an_image_depends_on_its_own_features_alone() -> None:
-    """Neighbours in the batch change nothing, in training mode too."""
+def test_an_image_depends_only_on_its_own_features() -> None:
+    """The other images of the batch have no effect, also in training mode."""
     torch.manual_seed(0)
     decoder, r = Decoder(8, 16, 4, width=16), torch.randn(3, 8)
     torch.testing.assert_close(decoder(r)[:1], decoder(r[:1]), rtol=1e-4, atol=1e-5)

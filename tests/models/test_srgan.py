@@ -1,4 +1,4 @@
-"""SRGAN's networks: shapes at any size, the paper's sizes, what an encoder of them keeps."""
+"""SRGAN's networks: shapes at any size, the paper's parameter counts, and encoders from their first blocks."""
 
 from itertools import pairwise
 
@@ -11,7 +11,7 @@ from fgfast.errors import UserError
 from fgfast.models.srgan import Discriminator, Generator, SRGANEncoder
 
 
-@pytest.mark.parametrize("size", [(24, 24), (5, 7), (1, 1)])  # the paper's, odd sides, the least there is
+@pytest.mark.parametrize("size", [(24, 24), (5, 7), (1, 1)])  # the paper's, odd sides, the smallest
 def test_generator_enlarges_by_four(size: tuple[int, int]) -> None:
     assert Generator(4, 2)(torch.zeros(2, 3, *size)).shape == (2, 3, 4 * size[0], 4 * size[1])
 
@@ -22,8 +22,8 @@ def test_discriminator_takes_any_size(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [81, 88, 96])
-def test_averaging_is_the_fixed_flatten_where_that_is_possible(size: int) -> None:
-    """Both give the same logits from the same weights; outside 81 to 96 the fixed one says what it takes."""
+def test_averaging_equals_the_fixed_flatten_at_its_sizes(size: int) -> None:
+    """Both give the same logits from the same weights; outside 81 to 96 the fixed one names this range."""
     torch.manual_seed(0)
     free, fixed = Discriminator(2).eval(), Discriminator(2, fixed=True).eval()
     fixed.load_state_dict(free.state_dict())
@@ -39,7 +39,7 @@ def test_averaging_is_the_fixed_flatten_where_that_is_possible(size: int) -> Non
 
 
 def test_paper_sizes() -> None:
-    """Weights of the networks of the paper, counted by hand from its layers."""
+    """Numbers of parameters of the paper's networks, counted by hand from its layers."""
     wide = Generator()
     block = 2 * (9 * 64 * 64 + 2 * 64) + 1
     neck = 9 * 64 * 64 + 2 * 64
@@ -52,8 +52,8 @@ def test_paper_sizes() -> None:
     assert sum(p.numel() for p in judge.parameters()) == convs + 512 * 36 * 1024 + 1024 + 1024 + 1
 
 
-def test_reach_is_what_a_pixel_depends_on() -> None:
-    """Moving a pixel farther away than the reach changes nothing, and the reach is no more than 2 pixels too wide."""
+def test_reach_is_the_radius_of_the_receptive_field() -> None:
+    """Gradients are zero beyond the reach, and the reach is at most 2 pixels too large."""
     torch.manual_seed(0)
     net = Generator(4, 2).double().eval()
     x = torch.rand(1, 3, 1, 61, dtype=torch.float64).requires_grad_()
@@ -76,7 +76,7 @@ def test_reach_is_what_a_pixel_depends_on() -> None:
     ],
 )
 def test_encoder_keeps_the_first_blocks(network: nn.Module, drop: int, dim: int, cell: int) -> None:
-    """Features are the mean of the map after the blocks kept, of an image brought back to [0, 1]."""
+    """Features are the mean of the map after the remaining blocks, of an image with values in [0, 1]."""
     encoder = SRGANEncoder(network, drop).eval()  # type: ignore[arg-type]
     x = torch.rand(2, 3, 37, 50)
     mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))

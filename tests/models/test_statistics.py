@@ -1,4 +1,4 @@
-"""The running variance against its definition, the queue as first in first out, norms that record nothing."""
+"""The running variance equals its definition, the queue is first in first out, frozen norms keep their statistics."""
 
 from collections import deque
 
@@ -14,27 +14,27 @@ from tests.examples import examples
 
 @examples(30)
 @given(st.integers(0, 10**6), st.lists(st.integers(1, 5), min_size=1, max_size=6), st.sampled_from([0.0, 0.5, 0.99]))
-def test_variance_is_that_of_the_faded_batches(seed: int, sizes: list[int], decay: float) -> None:
-    """Every batch so far, each counting ``decay`` times as much as the one after it; invalid rows count nothing."""
+def test_variance_is_that_of_the_weighted_batches(seed: int, sizes: list[int], decay: float) -> None:
+    """Over all batches, with ``decay`` times the weight of the next one; invalid rows are left out."""
     g = torch.Generator().manual_seed(seed)
     batches = [torch.randn(n, 5, generator=g) for n in sizes]
     running = RunningVariance(5, decay)
     for x in batches:
         padded = torch.cat([x, torch.full((1, 5), torch.nan)])
         running.update(padded, torch.arange(len(padded)) < len(x))
-        running.update(padded, torch.zeros(len(padded), dtype=torch.bool))  # nobody valid: nothing moves
+        running.update(padded, torch.zeros(len(padded), dtype=torch.bool))  # no valid row: no change
     torch.testing.assert_close(running.variance, running_variance(batches, decay).float(), rtol=1e-5, atol=1e-9)
 
 
-def test_no_batch_has_no_variance() -> None:
-    """Zeros, and no division by zero."""
+def test_the_variance_of_no_batch_is_zero() -> None:
+    """There is no division by zero."""
     assert RunningVariance(3).variance.tolist() == [0, 0, 0]
 
 
 @examples(30)
 @given(st.integers(0, 10**6), st.integers(1, 7), st.lists(st.integers(1, 5), max_size=4))
 def test_queue_holds_the_last_valid_keys(seed: int, size: int, sizes: list[int]) -> None:
-    """The newest batch in front, in its own order; what is not valid never enters."""
+    """The newest batch is in front, in its order; invalid keys are left out."""
     g = torch.Generator().manual_seed(seed)
     queue = KeyQueue(size, 2)
     expected = deque(queue.keys.clone())
@@ -45,8 +45,8 @@ def test_queue_holds_the_last_valid_keys(seed: int, size: int, sizes: list[int])
     assert torch.equal(queue.keys, torch.stack(list(expected)[:size]))
 
 
-def test_norms_record_nothing_inside() -> None:
-    """Batches are normalised by themselves; running statistics and counts move outside alone."""
+def test_frozen_norms_keep_their_statistics() -> None:
+    """Batches are normalised by their own statistics; running statistics and counts change only outside."""
     net, x = nn.Sequential(nn.BatchNorm1d(3), nn.Identity()), torch.randn(8, 3) + 5
     before = {k: v.clone() for k, v in net.state_dict().items()}
     with freeze_bn_stats(net):
@@ -57,4 +57,4 @@ def test_norms_record_nothing_inside() -> None:
     net.eval()
     with freeze_bn_stats(net):
         torch.testing.assert_close(net(x), net(x))
-        assert not torch.allclose(net(x), inside)  # evaluation goes by the running statistics
+        assert not torch.allclose(net(x), inside)  # evaluation uses the running statistics

@@ -1,4 +1,4 @@
-"""Weights from files of every public layout."""
+"""Weights from checkpoints of every supported format."""
 
 import argparse
 from pathlib import Path
@@ -32,7 +32,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_loads(tmp_path: Path, layout: str) -> None:
-    """The encoder's tensors arrive whatever they are called; heads and other networks are left aside."""
+    """The encoder's tensors are found under all prefixes; heads and other networks are ignored."""
     source = Backbone(TINY).net.state_dict()
     torch.save(LAYOUTS[layout](source), tmp_path / "w.pth")
     net = Backbone(TINY).net
@@ -41,14 +41,14 @@ def test_every_layout_loads(tmp_path: Path, layout: str) -> None:
 
 
 def test_other_network_is_named(tmp_path: Path) -> None:
-    """Weights of another width or another network say which tensor does not fit."""
+    """The error names the tensor that does not match."""
     torch.save(Backbone("test_resnet").net.state_dict(), tmp_path / "w.pth")
     with pytest.raises(UserError, match="another network"):
         load_encoder(Backbone("resnet18", args={"channels": (8, 8, 8, 8)}).net, tmp_path / "w.pth")
 
 
-def test_code_in_a_file_does_not_run(tmp_path: Path) -> None:
-    """A pickle that would run code is refused."""
+def test_code_in_a_file_is_not_executed(tmp_path: Path) -> None:
+    """A pickle that would execute code is refused."""
 
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:

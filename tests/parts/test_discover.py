@@ -1,4 +1,4 @@
-"""Id maps of a set: what is there is kept, other settings are refused."""
+"""Id maps of a set: an interrupted discovery resumes, and maps of other settings are refused."""
 
 from pathlib import Path
 
@@ -15,34 +15,32 @@ from fgfast.parts.clustering import ClusteringConfig
 from tests.conftest import TINY
 
 
-def test_interrupted_discovery_goes_on(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is there is kept, the rest is found as without the interruption; other settings want another folder."""
+def test_interrupted_discovery_resumes(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Existing maps are kept, the others are as without the interruption; other settings need another folder."""
     torch.manual_seed(0)
     encoder, images = Backbone(TINY, size=32, args={"output_stride": 8}), open_images(drawn)
     real, sizes = discover.cluster_pyramid, []
 
-    def once(encoder: object, batch: torch.Tensor, config: object, **options: object) -> torch.Tensor:
+    def stop_at_second_batch(encoder: object, batch: torch.Tensor, config: object, **options: object) -> torch.Tensor:
         if sizes == [32]:
             sizes.append(0)
             raise KeyboardInterrupt
         sizes.append(len(batch))
         return real(encoder, batch, config, **options)  # type: ignore[arg-type]
 
-    def found(name: str, n_parts: int = 4) -> Path:
-        return discover.discover(
-            encoder, images, tmp_path / name, ClusteringConfig(n_parts), image_size=64, map_size=16,
-            run="a test", device=torch.device("cpu"), threads=1,
-        )  # fmt: skip
+    def run(name: str, n_parts: int = 4) -> Path:
+        config = discover.DiscoveryConfig(image_size=64, map_size=16, run="a test", threads=1)
+        return discover.discover(encoder, images, tmp_path / name, ClusteringConfig(n_parts), config)
 
-    monkeypatch.setattr(discover, "cluster_pyramid", once)
+    monkeypatch.setattr(discover, "cluster_pyramid", stop_at_second_batch)
     with pytest.raises(KeyboardInterrupt):
-        found("stopped")
+        run("stopped")
     assert not (tmp_path / "stopped" / "maps.json").exists()
-    found("stopped")
-    found("stopped")
-    found("whole")
+    run("stopped")
+    run("stopped")
+    run("complete")
     assert sizes == [32, 0, 4, 32, 4]
     for rel in images.paths:
-        np.testing.assert_array_equal(read_map(tmp_path / "stopped", rel), read_map(tmp_path / "whole", rel))
+        np.testing.assert_array_equal(read_map(tmp_path / "stopped", rel), read_map(tmp_path / "complete", rel))
     with pytest.raises(UserError, match="already holds maps of a test"):
-        found("stopped", n_parts=3)
+        run("stopped", n_parts=3)

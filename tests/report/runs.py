@@ -1,4 +1,4 @@
-"""Made-up run folders."""
+"""Run folders with made-up results."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fgfast.data.panels import Panel, in_rows, overlay
-from fgfast.report.pictures import grid, save_png
+from fgfast.report.pictures import save_png, write_grid
 
 CONFIG = """
 method = "particle"
@@ -50,11 +50,11 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]], tail: str = "") -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + tail, encoding="utf-8")
 
 
-def photograph(seed: int = 0, size: int = 64) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def waves(seed: int = 0, size: int = 64) -> np.ndarray[Any, np.dtype[np.uint8]]:
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size] / size
-    waves = [np.sin(6 * (x * a + y * b) + c) for a, b, c in rng.normal(size=(3, 3))]
-    return (127 + 90 * np.stack(waves, axis=-1)).astype(np.uint8)
+    channels = [np.sin(6 * (x * a + y * b) + c) for a, b, c in rng.normal(size=(3, 3))]
+    return (127 + 90 * np.stack(channels, axis=-1)).astype(np.uint8)
 
 
 def make_run(run: Path) -> Path:
@@ -64,9 +64,9 @@ def make_run(run: Path) -> Path:
     write_jsonl(run / "metrics.jsonl", metrics())
     y, x = np.mgrid[:64, :64]
     labels = np.where(np.hypot(x - 32, y - 32) < 28, (x // 12 + 5 * (y // 20)) % 15, -1)
-    painted = [overlay(photograph(i), labels) for i in range(8)]
+    painted = [overlay(waves(i), labels) for i in range(8)]
     panels = [Panel(image, f"bird {i}") for i, image in enumerate(painted)]
-    grid(in_rows(panels, 4), run / "parts.png", description="Parts found in eight photographs")
-    grid(in_rows(panels[:4], 4), run / "pictures" / "views.png")
-    save_png(photograph(9), run / "pictures" / "nearest_neighbours.png")
+    write_grid(in_rows(panels, 4), run / "parts.png", description="Parts found in eight images")
+    write_grid(in_rows(panels[:4], 4), run / "pictures" / "views.png")
+    save_png(waves(9), run / "pictures" / "nearest_neighbours.png")
     return run

@@ -1,4 +1,4 @@
-"""The HTML report, on made-up run folders."""
+"""The HTML report, on run folders with made-up results."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.report import runs
 
 
 class Tags(HTMLParser):
-    """Every tag with its attributes, the visible text, and tags that were left open."""
+    """The tags of a page with their attributes, its visible text, and the tags that are still open."""
 
     VOID = ("meta", "img", "br", "hr")
 
@@ -55,9 +55,9 @@ def read(path: Path) -> Tags:
     return page
 
 
-def test_a_whole_run_gives_every_section(run: Path) -> None:
+def test_a_complete_run_has_every_section(run: Path) -> None:
     page = read(write_report(run))
-    for words in (
+    for text in (
         "particle",
         "on synthetic with resnet18 from random weights",
         "Linear probe",
@@ -65,17 +65,17 @@ def test_a_whole_run_gives_every_section(run: Path) -> None:
         "before",
         "after",
     ):
-        assert words in page.text
+        assert text in page.text
     assert "34.8" in page.text
     assert "32.8 \u2013 36.8" in page.text
     assert "+23.6" in page.text
     assert "n_parts" in page.text
     assert "torch" in page.text
-    assert len(page.images()) == 4  # parts, two images, curves
+    assert len(page.images()) == 4  # parts, two other figures, curves
     assert "Notes" not in page.text
 
 
-def test_nothing_outside_the_page_is_needed(run: Path) -> None:
+def test_the_page_is_self_contained(run: Path) -> None:
     text = write_report(run).read_text(encoding="utf-8")
     page = Tags(text)
     for tag, attributes in page.tags:
@@ -88,17 +88,17 @@ def test_nothing_outside_the_page_is_needed(run: Path) -> None:
 def test_every_image_has_an_alt_text(run: Path) -> None:
     images = read(write_report(run)).images()
     assert all(image["alt"] for image in images)
-    assert "Parts found in eight photographs" in [image["alt"] for image in images]
+    assert "Parts found in eight images" in [image["alt"] for image in images]
 
 
-def test_light_and_dark_are_both_styled(run: Path) -> None:
+def test_the_page_has_a_dark_style(run: Path) -> None:
     assert "prefers-color-scheme: dark" in write_report(run).read_text(encoding="utf-8")
 
 
 def test_captions_settings_and_names_are_escaped(run: Path) -> None:
     evil = '<script>alert("x")</script>'
-    save_png(runs.photograph(), run / "pictures" / "a<b>&.png", description=evil)
-    save_png(runs.photograph(), run / "pictures" / "c<i>d.png")
+    save_png(runs.waves(), run / "pictures" / "a<b>&.png", description=evil)
+    save_png(runs.waves(), run / "pictures" / "c<i>d.png")
     (run / "config.toml").write_text(f"method = '{evil}'\nmodel = '{evil}'")
     (run / "eval.json").write_text(json.dumps([{"protocol": evil, "checkpoint": evil, "top1": 0.5}]))
     path = write_report(run)
@@ -110,10 +110,10 @@ def test_captions_settings_and_names_are_escaped(run: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["config.toml", "eval.json", "metrics.jsonl", "parts.png", "pictures"])
-def test_what_is_missing_is_left_out(run: Path, missing: str) -> None:
+def test_a_missing_file_is_left_out(run: Path, missing: str) -> None:
     os.rename(run / missing, run.parent / "elsewhere")
     page = read(write_report(run))
-    sections = {"config.toml": "What was run", "eval.json": "Results", "metrics.jsonl": "How it went"}
+    sections = {"config.toml": "Settings", "eval.json": "Results", "metrics.jsonl": "Training curves"}
     for name, heading in sections.items():
         assert (heading in page.text) == (name != missing)
 
@@ -132,7 +132,7 @@ def test_a_missing_folder_is_a_user_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text"), [("config.toml", "method = "), ("eval.json", "[{]"), ("eval.json", '[{"n": 3}]')]
 )
-def test_a_file_that_does_not_parse_is_named(run: Path, name: str, text: str) -> None:
+def test_a_file_that_does_not_parse_is_named_and_the_old_report_stays(run: Path, name: str, text: str) -> None:
     before = write_report(run).read_bytes()
     (run / name).write_text(text)
     with pytest.raises(UserError, match=re.escape(name)):
@@ -140,14 +140,14 @@ def test_a_file_that_does_not_parse_is_named(run: Path, name: str, text: str) ->
     assert (run / "report.html").read_bytes() == before
 
 
-def test_the_last_line_of_a_killed_run_is_tolerated_and_named(run: Path) -> None:
+def test_a_partial_last_line_of_the_metrics_is_left_out_and_named(run: Path) -> None:
     rows = runs.metrics(50)
     runs.write_jsonl(run / "metrics.jsonl", rows, tail='{"step": 55, "lo')
     assert read_metrics(run / "metrics.jsonl") == (rows, [len(rows) + 1])
     assert f"line {len(rows) + 1} could not be read" in read(write_report(run)).text
 
 
-def test_steps_that_a_resumed_run_repeats_count_once(tmp_path: Path) -> None:
+def test_steps_repeated_by_a_resumed_run_count_once(tmp_path: Path) -> None:
     first = [{"step": step, "loss": 1.0} for step in (10, 20, 30)]
     again = [{"step": step, "loss": 2.0} for step in (20, 30, 40)]
     runs.write_jsonl(tmp_path / "metrics.jsonl", first + again)
@@ -156,25 +156,25 @@ def test_steps_that_a_resumed_run_repeats_count_once(tmp_path: Path) -> None:
     assert broken == []
 
 
-def test_lines_that_are_no_rows_are_reported(tmp_path: Path) -> None:
+def test_lines_that_are_not_rows_are_reported(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('3\n{"loss": 1}\n\n{"step": 1}\n\x00\n')
     assert read_metrics(tmp_path / "metrics.jsonl") == ([{"step": 1}], [1, 2, 5])
 
 
-def test_an_image_cut_short_is_left_out_and_named(run: Path) -> None:
+def test_a_truncated_figure_is_left_out_and_named(run: Path) -> None:
     (run / "pictures" / "views.png").write_bytes((run / "pictures" / "views.png").read_bytes()[:500])
     page = read(write_report(run))
     assert len(page.images()) == 3
     assert "pictures/views.png is not a readable PNG" in page.text
 
 
-def test_a_loss_that_is_not_finite_does_not_stop_the_report(tmp_path: Path) -> None:
+def test_a_report_of_non_finite_losses_is_written(tmp_path: Path) -> None:
     nan = [{"step": step, "loss": float("nan"), "grad_norm": float("inf")} for step in range(5)]
     runs.write_jsonl(tmp_path / "metrics.jsonl", nan)
     assert read(write_report(tmp_path)).images() == []
 
 
-def test_a_checkpoint_that_was_not_evaluated_leaves_its_cell_empty(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_score_has_an_empty_cell(tmp_path: Path) -> None:
     (tmp_path / "eval.json").write_text(json.dumps(runs.EVALUATION[1:]))
     text = read(write_report(tmp_path)).text
     assert "\u2013" in text
@@ -182,19 +182,19 @@ def test_a_checkpoint_that_was_not_evaluated_leaves_its_cell_empty(tmp_path: Pat
     assert "+18.8" not in text
 
 
-def test_no_temporary_file_stays(run: Path) -> None:
+def test_no_temporary_files_remain(run: Path) -> None:
     write_report(run)
     assert not list(run.rglob("*.tmp"))
 
 
-def test_the_environment_of_the_run_is_preferred(tmp_path: Path) -> None:
+def test_the_versions_are_those_of_the_run(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text('method = "simclr"\n[environment]\ntorch = "9.9.9"\n')
     text = read(write_report(tmp_path)).text
     assert "Versions of the run" in text
     assert "9.9.9" in text
 
 
-def test_results_on_two_sets_stand_in_two_lines(tmp_path: Path) -> None:
+def test_results_on_two_data_sets_are_two_lines(tmp_path: Path) -> None:
     rows = [{**row, "data": data} for data in ("synthetic", "cub") for row in runs.EVALUATION]
     (tmp_path / "eval.json").write_text(json.dumps(rows))
     text = read(write_report(tmp_path)).text

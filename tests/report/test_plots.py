@@ -1,6 +1,5 @@
-"""Curves and bars."""
+"""Training curves and bar charts."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +17,20 @@ def titles(rows: list[dict[str, object]]) -> list[str]:
     return [] if figure is None else [axes.get_title(loc="left") for axes in figure.axes]
 
 
-def test_curves_have_a_panel_for_everything_logged() -> None:
+def test_curves_have_a_panel_per_logged_quantity() -> None:
     assert titles(runs.metrics()) == [
-        "Loss", "Terms of the loss", "kNN accuracy", "Learning rate", "Gradient norm", "Speed", "Waiting for data",
-        "Peak memory", "Momentum of the target",
+        "Loss", "Loss terms", "kNN accuracy", "Learning rate", "Gradient norm", "Speed", "Waiting for data",
+        "Peak memory", "Momentum of the target network",
     ]  # fmt: skip
 
 
-def test_curves_leave_out_what_is_absent_or_never_finite() -> None:
+def test_curves_leave_out_quantities_that_are_absent_or_never_finite() -> None:
     assert titles([{"step": 1, "loss": 1.0, "grad_norm": float("nan")}]) == ["Loss"]
     assert titles([]) == []
     assert titles([{"step": 1}]) == []
 
 
-def test_terms_are_what_is_not_the_trainers_own() -> None:
+def test_loss_terms_are_the_keys_that_the_trainer_does_not_use() -> None:
     assert plots.loss_terms(runs.metrics()) == ["part", "consistency"]
     assert plots.loss_terms([{"step": 1, "note": "text", "flag": True}]) == []
 
@@ -43,7 +42,7 @@ def test_smoothing_keeps_a_constant_and_leaves_a_gap_at_nan() -> None:
     assert plots.smooth(np.array([]), 1).size == 0
 
 
-def test_curves_draw_in_the_order_of_steps_with_smoothing() -> None:
+def test_curves_are_smoothed_in_the_order_of_steps() -> None:
     figure = plots.curves(runs.metrics(2000))
     assert figure is not None
     faint, line = figure.axes[0].lines
@@ -51,7 +50,7 @@ def test_curves_draw_in_the_order_of_steps_with_smoothing() -> None:
     assert np.std(np.diff(line.get_ydata())) < np.std(np.diff(faint.get_ydata()))
 
 
-def test_bars_have_a_panel_a_group_and_a_bar_a_label() -> None:
+def test_bars_have_a_panel_per_group_and_a_bar_per_label() -> None:
     rows = [
         {"data": data, "method": method, "top1": 0.1 * i, "low": 0.1 * i - 0.01, "high": 0.1 * i + 0.01}
         for data in ("synthetic", "cub")
@@ -63,14 +62,14 @@ def test_bars_have_a_panel_a_group_and_a_bar_a_label() -> None:
     assert figure.axes[0].patches[2].get_width() == pytest.approx(20.0)
 
 
-def test_bars_average_seeds_and_take_strings() -> None:
+def test_bars_average_seeds_and_parse_strings() -> None:
     rows = [{"method": "simclr", "top1": top1, "low": "", "high": ""} for top1 in ("0.2", "0.3", "0.4")]
     axes = plots.bars(rows).axes[0]
     assert axes.patches[0].get_width() == pytest.approx(30.0)
     assert axes.texts[0].get_text() == "30.0"
 
 
-def test_bars_of_nothing_is_an_error() -> None:
+def test_bars_without_results_are_an_error() -> None:
     with pytest.raises(ValueError, match="at least one row"):
         plots.bars([])
 
@@ -78,12 +77,11 @@ def test_bars_of_nothing_is_an_error() -> None:
 def test_saved_figures_are_white_pngs(tmp_path: Path) -> None:
     figure = plots.curves(runs.metrics(100))
     assert figure is not None
-    path = plots.save(figure, tmp_path / "a" / "curves.png")
+    path = plots.save_figure(figure, tmp_path / "a" / "curves.png")
     with Image.open(path) as image:
         assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
     assert [p.name for p in path.parent.iterdir()] == ["curves.png"]
 
 
-def test_no_global_state_of_pyplot_is_touched() -> None:
+def test_pyplot_is_not_used() -> None:
     assert "matplotlib.pyplot" not in Path(plots.__file__).read_text()
-    assert sys.modules[plots.__name__].Figure is not None

@@ -1,4 +1,4 @@
-"""A short run ends at the same loss whichever backend computes it."""
+"""A short run ends at the same loss with every backend."""
 
 import math
 import statistics
@@ -22,8 +22,8 @@ STEPS, LAST = 100, 30
 SEEDS = (0, 1, 2)
 
 
-def ends(data: Path, out: Path, backend: str, device: str, parts: str) -> tuple[list[float], list[float]]:
-    """Mean loss of the first and of the last 30 of 100 steps of PARTICLE, a run a seed."""
+def losses_of(data: Path, out: Path, backend: str, device: str, parts: str) -> tuple[list[float], list[float]]:
+    """Mean loss of the first and of the last 30 of 100 steps of PARTICLE, for one run per seed."""
     config = PARTICLEConfig(
         data=str(data), model=TINY, model_args="output_stride=8", size=32, batch_size=6, log_every=1, knn_every=0,
         save_every=1000, n_parts=4, max_parts=3, map_size=16, hidden=16, projection=8, parts=parts, discover_size=32,
@@ -32,7 +32,7 @@ def ends(data: Path, out: Path, backend: str, device: str, parts: str) -> tuple[
     first, last = [], []
     for seed in SEEDS:
         with use_backend(backend):
-            # two views through two encoders, and online the whole image
+            # two views through two encoders, and the full image with online parts
             passes = STEPS * config.batch_size * (5 if parts == "online" else 4)
             run = pretrain("particle", replace(config, out=str(out / f"{backend}{seed}"), seed=seed, passes=passes))
         losses = [row["loss"] for row in read_metrics(run / "metrics.jsonl")[0] if "loss" in row]
@@ -43,14 +43,15 @@ def ends(data: Path, out: Path, backend: str, device: str, parts: str) -> tuple[
 
 
 def compare(data: Path, out: Path, backends: tuple[str, str], device: str, parts: str) -> None:
-    """The mean ends differ by less than 3 standard errors, and by far less than what was learned.
+    """The mean final losses differ by less than 3 standard errors, which is far less than their decrease.
 
-    Two means of n independent runs of deviation s differ by s sqrt(2 / n) in the mean square.
+    The difference of the means of n independent runs each, of standard deviation s, has standard deviation
+    s sqrt(2 / n).
     """
-    (first, known), (_, got) = (ends(data, out, backend, device, parts) for backend in backends)
-    most = 3 * statistics.stdev(known) * math.sqrt(2 / len(SEEDS))
-    assert statistics.mean(first) - statistics.mean(known) > 2 * most
-    assert abs(statistics.mean(known) - statistics.mean(got)) < most
+    (first, expected), (_, last) = (losses_of(data, out, backend, device, parts) for backend in backends)
+    most = 3 * statistics.stdev(expected) * math.sqrt(2 / len(SEEDS))
+    assert statistics.mean(first) - statistics.mean(expected) > 2 * most
+    assert abs(statistics.mean(expected) - statistics.mean(last)) < most
 
 
 def test_tiled_torch_ends_where_the_reference_does(drawn: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""What version 0.1 wrote still loads: a stopped run, half-made id maps, the state of every method and loss.
+"""Files of version 0.1 still load: an interrupted run, incomplete id maps, the state of every method and loss.
 
-run_0_1.tar.xz was written by that version: ``stopped`` is a PARTICLE run interrupted in its second round, ``half`` a
-folder of maps whose discovery was interrupted, states.json the names, dtypes and shapes that state dicts had.
+Version 0.1 wrote run_0_1.tar.xz: ``stopped`` is a PARTICLE run interrupted in its second round, ``half`` a folder of
+maps whose discovery was interrupted, and states.json has the names, dtypes and shapes of the state dicts.
 """
 
 import json
@@ -19,9 +19,9 @@ from fgfast.data.layouts import open_images
 from fgfast.data.synthetic import generate
 from fgfast.evaluate.protocols import evaluate
 from fgfast.methods.base import method_class
-from fgfast.methods.stored import load_encoder_of, read_run
+from fgfast.methods.run_folder import load_run_encoder, read_run
 from fgfast.parts.clustering import ClusteringConfig
-from fgfast.parts.discover import discover
+from fgfast.parts.discover import DiscoveryConfig, discover
 from fgfast.report.html import write_report
 from fgfast.train.log import read_metrics
 from fgfast.train.loop import pretrain
@@ -43,7 +43,7 @@ STATES, EXPECTED = _stored("states.json"), _stored("expected.json")
 
 @pytest.fixture(scope="module")
 def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The set that the run was trained on."""
+    """The data set of the run."""
     return Path(generate(tmp_path_factory.mktemp("earlier") / "set", classes=3, images=12, size=48, seed=0, workers=1))
 
 
@@ -55,8 +55,8 @@ def earlier(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_stopped_run_goes_on(earlier: Path, birds: Path) -> None:
-    """With --resume it ends with the losses that its own version would have had, from the parts that it had found."""
+def test_an_interrupted_run_resumes(earlier: Path, birds: Path) -> None:
+    """It ends with the losses that version 0.1 would have had, and keeps the parts that it had discovered."""
     run = earlier / "stopped"
     before = {p: p.read_bytes() for p in run.glob("parts_*/*/*.png")}
     name, config = read_run(run)
@@ -68,9 +68,9 @@ def test_a_stopped_run_goes_on(earlier: Path, birds: Path) -> None:
 
 
 def test_a_run_is_evaluated_and_reported(earlier: Path, birds: Path) -> None:
-    """Its encoder gives the features of its own version; scores join those that it had noted."""
+    """Its encoder computes the features of version 0.1; scores are added to those already stored."""
     run = earlier / "stopped"
-    encoder, _ = load_encoder_of(run, "last", CPU)
+    encoder, _ = load_run_encoder(run, "last", CPU)
     x = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(encoder(x)[0], torch.tensor(EXPECTED["features"]), rtol=1e-4, atol=1e-5)
@@ -79,16 +79,14 @@ def test_a_run_is_evaluated_and_reported(earlier: Path, birds: Path) -> None:
     assert write_report(run).is_file()
 
 
-def test_half_made_maps_go_on(earlier: Path, birds: Path) -> None:
-    """Discovery makes the maps that are missing and keeps the others."""
-    encoder, config = load_encoder_of(earlier / "stopped", "last", CPU)
+def test_interrupted_discovery_resumes(earlier: Path, birds: Path) -> None:
+    """Discovery writes the missing maps and keeps the others."""
+    encoder, config = load_run_encoder(earlier / "stopped", "last", CPU)
     maps = earlier / "half"
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in maps.rglob("*.png")}
     images = open_images(birds)
-    discover(
-        encoder, images, maps, ClusteringConfig(n_parts=3, levels=2), image_size=32, map_size=16, run="stopped, last",
-        device=CPU, threads=config.threads,
-    )  # fmt: skip
+    how = DiscoveryConfig(image_size=32, map_size=16, run="stopped, last", threads=config.threads)
+    discover(encoder, images, maps, ClusteringConfig(n_parts=3, levels=2), how)
     after = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in maps.rglob("*.png")}
     assert (len(before), len(after)) == (5, 12)
     assert before.items() <= after.items()
@@ -104,7 +102,7 @@ def _blank(shape: Any) -> Any:
 
 @pytest.mark.parametrize("name", STATES["methods"])
 def test_state_of_a_method_loads(name: str) -> None:
-    """Every stored tensor has a place of its shape, and no other is missing."""
+    """Names and shapes of all tensors agree."""
     known = STATES["methods"][name]
     method_type = method_class(name.split()[0])
     method = method_type(with_values(method_type.Config(), known["options"], "test"))
@@ -113,7 +111,7 @@ def test_state_of_a_method_loads(name: str) -> None:
 
 @pytest.mark.parametrize("name", STATES["losses"])
 def test_state_of_a_loss_loads(name: str) -> None:
-    """The buffers and parameters of the loss classes keep their names."""
+    """Names and shapes of buffers and parameters agree."""
     made: torch.nn.Module = {
         "NTXentLoss": lambda: fgfast.NTXentLoss(memory_bank_size=(4, 3)),
         "DINOLoss": lambda: fgfast.DINOLoss(5),

@@ -1,4 +1,4 @@
-"""The guard against losses that are not finite, and the learning rate's schedule."""
+"""The guard against losses that are not finite, the schedule of the learning rate, and weight decay."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 from fgfast.config import TrainConfig
 from fgfast.errors import UserError
-from fgfast.train.optim import LAG, MOST_IN_A_ROW, FiniteGuard, learning_rate, make_optimizer
+from fgfast.train.optim import LAG, MAX_SKIPPED_IN_A_ROW, FiniteGuard, make_optimizer
 
 
 def net() -> nn.Module:
@@ -23,8 +23,8 @@ def guarded_step(module: nn.Module, guard: FiniteGuard, x: torch.Tensor, step: i
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_bad_step_leaves_no_trace(optimizer: str) -> None:
-    """Weights, moments and BatchNorm's statistics are those of the same run without the bad batch."""
+def test_bad_step_has_no_effect(optimizer: str) -> None:
+    """Weights, moments and BatchNorm statistics equal those of the same run without the bad batch."""
     good = [torch.randn(6, 4, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     bad = torch.full((6, 4), float("nan"))
     ends = []
@@ -38,8 +38,8 @@ def test_bad_step_leaves_no_trace(optimizer: str) -> None:
         torch.testing.assert_close(ends[1][key], value, rtol=0, atol=0)
 
 
-def test_verdict_comes_late_and_names_the_batch() -> None:
-    """The host learns of a skipped step a few steps later, with the numbers of its images."""
+def test_verdict_is_read_later_and_names_the_batch() -> None:
+    """The host learns of a skipped step a few steps later, with the positions of its images."""
     module = net()
     guard = FiniteGuard(module, make_optimizer(module, TrainConfig()))
     seen = []
@@ -52,8 +52,8 @@ def test_verdict_comes_late_and_names_the_batch() -> None:
     assert guard.skipped == 1
 
 
-def test_stop_is_read_as_late_as_a_verdict() -> None:
-    """What one rank was asked is known LAG steps later, when every rank reads the flags of the same step."""
+def test_stop_is_read_with_the_verdict_of_its_step() -> None:
+    """A request to stop takes effect LAG steps later, when every rank reads the flags of the same step."""
     module = net()
     guard = FiniteGuard(module, make_optimizer(module, TrainConfig()))
     seen = []
@@ -67,8 +67,8 @@ def test_stop_is_read_as_late_as_a_verdict() -> None:
 
 
 def test_ten_in_a_row_stop_the_run() -> None:
-    """Ten skipped steps in a row raise; nine and a good one do not."""
-    for bad_steps, stops in ((MOST_IN_A_ROW - 1, False), (MOST_IN_A_ROW, True)):
+    """Ten skipped steps in a row raise an error; nine and a good one do not."""
+    for bad_steps, stops in ((MAX_SKIPPED_IN_A_ROW - 1, False), (MAX_SKIPPED_IN_A_ROW, True)):
         module = net()
         guard = FiniteGuard(module, make_optimizer(module, TrainConfig()))
         for step in range(bad_steps + 1):
@@ -76,20 +76,20 @@ def test_ten_in_a_row_stop_the_run() -> None:
             guarded_step(module, guard, x, step)
         if stops:
             with pytest.raises(UserError, match="10 steps in a row"):
-                guard.verdicts(all_of_them=True)
+                guard.verdicts(wait=True)
         else:
-            assert len(guard.verdicts(all_of_them=True)) == bad_steps
+            assert len(guard.verdicts(wait=True)) == bad_steps
 
 
 def test_schedule_warms_up_and_falls_to_zero() -> None:
-    """Linear to the peak, then a cosine that ends at 0."""
+    """It rises linearly to the peak, then falls as a cosine to 0."""
     config = TrainConfig(lr=1.0, warmup=0.1)
-    rates = [learning_rate(s, 100, config) for s in range(100)]
+    rates = [config.learning_rate(s, 100) for s in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == pytest.approx(1.0)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[55] == pytest.approx(0.5)
-    assert learning_rate(100, 100, config) == pytest.approx(0.0)
+    assert config.learning_rate(100, 100) == pytest.approx(0.0)
 
 
 def test_norms_and_biases_get_no_weight_decay() -> None:
@@ -98,8 +98,8 @@ def test_norms_and_biases_get_no_weight_decay() -> None:
     assert {g["weight_decay"]: {p.ndim for p in g["params"]} for g in groups} == {0.1: {2}, 0.0: {1}}
 
 
-def test_first_step_after_a_restore_puts_back_what_was_loaded() -> None:
-    """A guard made after loading copies the loaded buffers: a non-finite first step keeps them."""
+def test_bad_first_step_restores_loaded_buffers() -> None:
+    """A guard that is built after loading restores the loaded buffers after a non-finite first step."""
     net = nn.BatchNorm1d(2)
     optimizer = make_optimizer(net, TrainConfig())
     net.load_state_dict(net.state_dict() | {"running_mean": torch.tensor([3.0, 4.0])})

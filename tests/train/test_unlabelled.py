@@ -1,4 +1,4 @@
-"""Images without labels: every method that needs none trains on them, and no score ever sees them."""
+"""Images without labels: methods that need no labels are trained on them, and they are never scored."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +15,16 @@ from fgfast.compare import Comparison
 from fgfast.data.layouts import EXTRA, open_images
 from fgfast.data.manifest import check_images
 from fgfast.data.maps import map_path
-from fgfast.data.splits import pretext_images, training_images
+from fgfast.data.splits import pretext_images, scored_images, training_images
+from fgfast.data.views import Batch
 from fgfast.errors import UserError
+from fgfast.evaluate.features import extract
+from fgfast.evaluate.knn import knn_predict
 from fgfast.evaluate.protocols import evaluate, online_knn
+from fgfast.methods.base import build_encoder
 from fgfast.methods.particle import PARTICLEConfig
-from fgfast.methods.simclr import SimCLRConfig
+from fgfast.methods.simclr import SimCLR, SimCLRConfig
 from fgfast.methods.supervised import SupervisedConfig
-from fgfast.train import loop
 from fgfast.train.loop import pretrain
 from tests.conftest import TINY
 from tests.data import trees
@@ -39,17 +42,17 @@ def simclr(data: Path, out: Path, **values: object) -> SimCLRConfig:
 
 @pytest.fixture
 def extra(tmp_path: Path) -> Path:
-    """Four images in folders, one of them broken, and a text."""
+    """Four images in folders, one of them broken, and a text file."""
     trees.write_images(tmp_path / "extra", ["a/1.jpg", "a/b/2.png", "3.jpg"])
     (tmp_path / "extra" / "broken.jpg").write_bytes(b"no image")
     (tmp_path / "extra" / "notes.txt").write_text("")
     return tmp_path / "extra"
 
 
-def test_both_kinds_are_trained_on_and_scored_never(
+def test_unlabelled_images_are_trained_on_and_not_scored(
     tmp_path: Path, extra: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run on cassava's form sees 8 labelled, 3 own unlabelled and 3 of --unlabelled; scores see 8 and 2."""
+    """A run on a set like Cassava uses 8 labelled and 3 unlabelled images and 3 of --unlabelled; scores use 8 and 2."""
     data = trees.cassava(tmp_path / "set")
     config = simclr(data, tmp_path / "run", unlabelled=str(extra), batch_size=7)
     monkeypatch.setattr("fgfast.data.manifest.MAX_BROKEN", 0.2)
@@ -59,55 +62,51 @@ def test_both_kinds_are_trained_on_and_scored_never(
     assert [rel for rel, _ in records.skipped] == [f"{EXTRA}/broken.jpg"]
     assert len(records) == 14
     assert str(extra / "a" / "b" / "2.png") in records.files
-    seen: set[int] = set()
-    real = loop._Trainer._update
+    used: set[int] = set()
 
-    def noted(self: Any, loss: Any, lr: float, index: torch.Tensor, **kw: Any) -> Any:
-        seen.update(index.tolist())
-        return real(self, loss, lr, index, **kw)
+    class Recording(SimCLR):
+        def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+            used.update(batch.index.tolist())
+            return super().forward(batch)
 
-    monkeypatch.setattr(loop._Trainer, "_update", noted)
-    run = pretrain("simclr", config)
-    assert seen == set(records.index.tolist())
+    run = pretrain(Recording, config)
+    assert used == set(records.index.tolist())
     score = evaluate(run, "knn", data, device=CPU)
     assert (score.n_train, len(score.correct)) == (8, 2)
     assert "broken.jpg" in (run / "log.txt").read_text()
 
 
-def test_online_knn_sees_labelled_images_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fgfast.evaluate import protocols
-    from fgfast.methods.base import build_encoder
-
+def test_online_knn_uses_only_labelled_images(tmp_path: Path) -> None:
+    """It equals kNN on the features of the 8 labelled training images and the 2 test images."""
     config = simclr(trees.cassava(tmp_path / "set"), tmp_path / "run")
-    targets: list[int] = []
-    real = protocols.extract
-    monkeypatch.setattr(
-        protocols, "extract", lambda e, images, *a, **k: targets.extend(images.targets) or real(e, images, *a, **k)
+    encoder = build_encoder(config).eval()
+    (train_x, train_y), (test_x, test_y) = (
+        extract(encoder, images, config.size) for images in (training_images(config)[0], scored_images(config))
     )
-    assert online_knn(build_encoder(config), config, CPU) is not None
-    assert sorted(set(targets)) == [0, 1]
-    assert len(targets) == 10
+    assert (len(train_x), len(test_x), sorted(set(train_y.tolist()))) == (8, 2, [0, 1])
+    expected = (knn_predict(train_x, train_y, test_x) == test_y).float().mean()
+    assert online_knn(encoder, config, CPU) == pytest.approx(float(expected))
 
 
-def test_holdout_is_of_labelled_images(tmp_path: Path, extra: Path) -> None:
-    """The held-out images are labelled, the same with and without further images, and not trained on."""
+def test_held_out_images_are_labelled(tmp_path: Path, extra: Path) -> None:
+    """The held-out images are labelled, equal with and without --unlabelled, and not trained on."""
     config = simclr(trees.cassava(tmp_path / "set"), tmp_path / "run", holdout=0.25)
-    kept, held = training_images(config)
+    training, held_out = training_images(config)
     more = training_images(replace(config, unlabelled=str(extra)))
-    assert (more[0].paths, more[1].paths) == (kept.paths, held.paths)
-    assert held.targets.tolist() == [0, 1]
+    assert (more[0].paths, more[1].paths) == (training.paths, held_out.paths)
+    assert held_out.targets.tolist() == [0, 1]
     assert set(pretext_images(config).paths) == set(open_images(config.data).subset([*range(13)]).paths) - {
-        *held.paths,
+        *held_out.paths,
         *open_images(config.data).test_set().paths,
     }
 
 
-def test_a_set_without_unlabelled_images_is_trained_on_as_it_is(drawn: Path, tmp_path: Path) -> None:
+def test_a_set_without_unlabelled_images_is_used_in_full(drawn: Path, tmp_path: Path) -> None:
     config = simclr(drawn, tmp_path)
     assert pretext_images(config).paths == training_images(config)[0].paths == open_images(drawn).train_set().paths
 
 
-def test_part_maps_of_unlabelled_images_lie_in_the_run(tmp_path: Path, drawn: Path) -> None:
+def test_part_maps_of_unlabelled_images_are_in_the_run_folder(tmp_path: Path, drawn: Path) -> None:
     trees.write_images(tmp_path / "extra", [f"{i}.jpg" for i in range(3)])
     config = PARTICLEConfig(
         data=str(drawn), out=str(tmp_path / "run"), unlabelled=str(tmp_path / "extra"), parts="discovered", n_parts=3,
@@ -120,7 +119,7 @@ def test_part_maps_of_unlabelled_images_lie_in_the_run(tmp_path: Path, drawn: Pa
         pretrain("particle", replace(config, parts="truth", out=str(tmp_path / "two")))
 
 
-def test_supervised_trains_on_labelled_images_and_refuses_others(tmp_path: Path, extra: Path) -> None:
+def test_supervised_training_uses_only_labelled_images(tmp_path: Path, extra: Path) -> None:
     data = trees.cassava(tmp_path / "set")
     config = SupervisedConfig(data=str(data), out=str(tmp_path / "run"), **COMMON | {"knn_every": 0})
     assert (pretext_images(config).targets >= 0).all()
@@ -129,12 +128,12 @@ def test_supervised_trains_on_labelled_images_and_refuses_others(tmp_path: Path,
     assert not (tmp_path / "run").exists()
 
 
-def test_compare_gives_them_to_the_methods_that_can_use_them(tmp_path: Path) -> None:
+def test_compare_gives_unlabelled_images_to_methods_that_can_use_them(tmp_path: Path) -> None:
     data = trees.cassava(tmp_path / "set")
     trees.write_images(tmp_path / "extra", ["1.jpg"])
     shared = COMMON | {"unlabelled": str(tmp_path / "extra")}
     c = Comparison(tmp_path / "cmp", [data], ["random", "simclr", "supervised"], [0], shared)
-    found = {entry.name: c._config(entry, data, 0).unlabelled for entry in c.entries}
+    found = {entry.name: c.run_config(entry, data, 0).unlabelled for entry in c.entries}
     assert found == {"random": shared["unlabelled"], "simclr": shared["unlabelled"], "supervised": ""}
     with pytest.raises(UserError, match="--unlabelled"):
         Comparison(tmp_path / "cmp", [data], ["supervised:unlabelled=x"], [0], COMMON)
@@ -144,7 +143,7 @@ def test_compare_gives_them_to_the_methods_that_can_use_them(tmp_path: Path) -> 
     ("folder", "message"),
     [("nowhere", "nowhere of --unlabelled does not exist"), ("empty", "holds no image"), ("set", "in --data and in")],
 )
-def test_a_bad_folder_is_one_sentence(
+def test_a_bad_folder_gives_one_sentence(
     tmp_path: Path, folder: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = trees.cassava(tmp_path / "set")
@@ -157,7 +156,7 @@ def test_a_bad_folder_is_one_sentence(
     assert not (tmp_path / "run").exists()
 
 
-def test_rows_without_a_label_have_no_box_and_no_key_point(tmp_path: Path) -> None:
+def test_unlabelled_images_have_no_boxes_and_key_points(tmp_path: Path) -> None:
     images = open_images(trees.nabirds(tmp_path / "set")).with_unlabelled(["x.jpg"])
     assert images.boxes is not None
     assert images.keypoints is not None
@@ -166,8 +165,8 @@ def test_rows_without_a_label_have_no_box_and_no_key_point(tmp_path: Path) -> No
     assert len(images.train_set()) + len(images.test_set()) == 3
 
 
-def test_a_changed_folder_of_the_same_name_is_checked_anew(tmp_path: Path) -> None:
-    """Verdicts of mounted images belong to their own folder."""
+def test_equal_file_names_in_another_folder_are_checked_again(tmp_path: Path) -> None:
+    """The result of the check of an unlabelled image belongs to its own folder."""
     data = trees.flowers(tmp_path / "set")
     for name, content in (("one", None), ("two", b"broken")):
         trees.write_images(tmp_path / name, ["same.png"])

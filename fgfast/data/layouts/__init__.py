@@ -1,4 +1,4 @@
-"""Data sets as they lie on disk, each in its official form, read into one ImageSet."""
+"""Readers of data sets in their official layouts on disk; each returns an ImageSet."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +18,17 @@ __all__ = ["EXTENSIONS", "EXTRA", "LAYOUTS", "ImageSet", "Layout", "open_images"
 
 @dataclass(frozen=True)
 class Layout:
-    """A form of a data set on disk."""
+    """A layout of a data set on disk.
+
+    Args:
+        name: its name in messages.
+        sign: files that identify it, for messages.
+        fits: whether a folder has the layout.
+        read: reads the folder.
+    """
 
     name: str
     sign: str
-    """What tells it from the others, for people."""
     fits: Callable[[Path], bool]
     read: Callable[[Path], ImageSet]
 
@@ -46,14 +52,14 @@ LAYOUTS = (
     Layout("Oxford Flowers 102", "imagelabels.mat", _has("imagelabels.mat", "setid.mat"), read_flowers),
     Layout("iNaturalist", "train2018.json or train.json", is_inaturalist, read_inaturalist),
 )
-"""The layouts that have a sign of their own, in the order in which they are tried; folders of images come last."""
+"""The layouts that are identified by a file, in the order in which they are tried; image folders come last."""
 
 
 def open_images(root: Path | str, *, level: str | None = None) -> ImageSet:
-    """Read a data set from its folder, in the first of ``LAYOUTS`` whose sign it has.
+    """Read a data set from its folder, in the first of ``LAYOUTS`` that fits.
 
-    Without such a sign it is a folder of images: train/CLASS/image with val/ or test/; CLASS/image, all training;
-    or images alone, one unlabelled class.
+    If none does, it is an image folder: train/CLASS/image with val/ or test/; CLASS/image, all for training; or only
+    images, one class "unlabelled".
 
     Args:
         root: the folder.
@@ -73,7 +79,7 @@ def open_images(root: Path | str, *, level: str | None = None) -> ImageSet:
     layout = next((layout for layout in LAYOUTS if layout.fits(root)), None)
     if level is not None:
         if layout is None or layout.read is not read_aircraft:
-            raise UserError(f"{root} has no levels of classes, only FGVC-Aircraft has: leave the level out.")
+            raise UserError(f"{root} has no levels of classes, only FGVC-Aircraft has: leave out the level.")
         return read_aircraft(root, level)
     if layout is not None:
         return layout.read(root)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from fgfast.data.imageset import ImageSet
-from fgfast.data.layouts.text import by_image, named, numbers, read_rows
+from fgfast.data.layouts.text import align_rows, named, numbers, read_rows
 from fgfast.errors import UserError
 
 LEVELS = {"variant": "variants.txt", "family": "families.txt", "manufacturer": "manufacturers.txt"}
@@ -14,12 +14,12 @@ _LAYOUT = "FGVC-Aircraft"
 
 
 def lists_folder(root: Path) -> Path:
-    """Where the lists lie: data/ of the unpacked archive, or the folder itself."""
+    """The folder of the lists: data/ of the unpacked archive, or the folder itself."""
     return root / "data" if (root / "data" / "images").is_dir() else root
 
 
 def is_aircraft(root: Path) -> bool:
-    """Whether the folder has a list that only this set has."""
+    """Whether the folder has one of the lists of this set."""
     lists = (*LEVELS.values(), *(f"images_{level}_{split}.txt" for level in LEVELS for split in ("trainval", "test")))
     return any((lists_folder(root) / name).is_file() for name in lists)
 
@@ -27,8 +27,8 @@ def is_aircraft(root: Path) -> bool:
 def read_aircraft(root: Path, level: str = "variant") -> ImageSet:
     """FGVC-Aircraft: images_LEVEL_{trainval,test}.txt ("ID NAME"), variants.txt, images_box.txt, images/ID.jpg.
 
-    Training is trainval (train and val where that list is missing), test is test. Boxes are corners that count from
-    (1, 1), the last pixel included. The lowest 20 rows of each image name its photographer: ``banner``.
+    The training split is trainval (train and val if that list is missing). Boxes in the file are corners, 1-based and
+    inclusive. The lowest 20 rows of pixels of each image name its photographer: ``banner``.
 
     Args:
         root: the unpacked archive, or its folder data/.
@@ -41,11 +41,11 @@ def read_aircraft(root: Path, level: str = "variant") -> ImageSet:
     base = lists_folder(root)
     classes = [name for (name,) in read_rows(base / LEVELS[level], lambda line: (line,), layout=_LAYOUT)]
     place = {name: i for i, name in enumerate(classes)}
-    joined = (base / f"images_{level}_trainval.txt").is_file() or not (base / f"images_{level}_train.txt").is_file()
+    listed = {split for split in ("trainval", "train") if (base / f"images_{level}_{split}.txt").is_file()}
     paths: list[str] = []
     targets: list[int] = []
     train: list[bool] = []
-    for split in ("trainval", "test") if joined else ("train", "val", "test"):
+    for split in ("train", "val", "test") if listed == {"train"} else ("trainval", "test"):
         file = base / f"images_{level}_{split}.txt"
         for number, name in read_rows(file, named(str), layout=_LAYOUT):
             if name not in place:
@@ -54,13 +54,13 @@ def read_aircraft(root: Path, level: str = "variant") -> ImageSet:
             targets.append(place[name])
             train.append(split != "test")
     if len(set(paths)) < len(paths):
-        twice = next(rel for i, rel in enumerate(paths) if rel in paths[:i])
-        raise UserError(f"The lists of {base} name {twice} twice: correct them.")
+        duplicate = next(rel for i, rel in enumerate(paths) if rel in paths[:i])
+        raise UserError(f"The lists of {base} name {duplicate} twice: correct them.")
     boxes = None
     if (base / "images_box.txt").is_file():
         rows = read_rows(base / "images_box.txt", numbers(5, str), layout=_LAYOUT)
         ids = {rel.removesuffix(".jpg"): i for i, rel in enumerate(paths)}
-        corners = by_image(
+        corners = align_rows(
             [row for row in rows if row[0] in ids], base / "images_box.txt", 5, ids, f"images_{level}_*.txt"
         )
         boxes = corner_boxes(corners)
@@ -73,5 +73,5 @@ def read_aircraft(root: Path, level: str = "variant") -> ImageSet:
 
 
 def corner_boxes(corners: np.ndarray) -> np.ndarray:
-    """(x, y, w, h) float32 [N, 4] from (xmin, ymin, xmax, ymax) that count from 1, the last pixel included."""
+    """(x, y, w, h) float32 [N, 4] from 1-based, inclusive (xmin, ymin, xmax, ymax)."""
     return np.concatenate([corners[:, :2] - 1, corners[:, 2:] - corners[:, :2] + 1], 1).astype(np.float32)

@@ -1,4 +1,4 @@
-"""CUB-200-2011's layout, and NABirds', which has the same lists with other keys and a hierarchy of classes."""
+"""CUB-200-2011 and NABirds, which has the same lists with other keys and a hierarchy of classes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 
 from fgfast.data.imageset import ImageSet
-from fgfast.data.layouts.text import by_image, named, numbers, read_rows
+from fgfast.data.layouts.text import align_rows, named, numbers, read_rows
 from fgfast.errors import UserError
 
 
 def read_cub(root: Path) -> ImageSet:
     """CUB-200-2011: images.txt, classes.txt, image_class_labels.txt, train_test_split.txt, images/.
 
-    Boxes (bounding_boxes.txt) and key points (parts/) are read where they are there; a folder part_masks/ holds true
-    part maps. Every class of classes.txt must have an image.
+    Boxes (bounding_boxes.txt) and key points (parts/) are optional, as is a folder part_masks/ of ground-truth id maps.
+    Every class of classes.txt must have an image.
 
     Source: Wah et al., "The Caltech-UCSD Birds-200-2011 Dataset", 2011.
     """
@@ -32,8 +32,8 @@ def read_cub(root: Path) -> ImageSet:
 def read_nabirds(root: Path) -> ImageSet:
     """NABirds: the lists of CUB-200-2011 with hashes for images, and hierarchy.txt ("CHILD PARENT").
 
-    classes.txt names every node of the hierarchy; the classes are those that images have (555 in the full set), and
-    their parents are the ``groups``.
+    classes.txt names every node of the hierarchy; the classes are those with images (555 in the full set), and their
+    parents are the ``groups``.
 
     Source: Van Horn et al., "Building a bird recognition app and large scale dataset with citizen scientists",
     CVPR 2015.
@@ -47,7 +47,7 @@ def read_nabirds(root: Path) -> ImageSet:
     if inner:
         number = min(inner)
         image = list(ids)[int((labels == number).argmax())]
-        raise UserError(f"Image {image} has class {number}, which {path} gives children: only leaves have images.")
+        raise UserError(f"Image {image} has class {number}, which has children in {path}: give it a leaf class.")
     for number in used:
         if parents.get(number) not in names:
             raise UserError(f"{path} has no parent for class {number} that classes.txt names: add the line.")
@@ -62,18 +62,20 @@ def read_nabirds(root: Path) -> ImageSet:
 def _read(
     root: Path, key: Callable[[str], Any], layout: str
 ) -> tuple[dict[str, Any], dict[int, str], np.ndarray, dict]:
-    """What both layouts share: fields of the ImageSet, class names by number, class numbers, rows by image."""
+    """The parts common to both layouts: fields of ImageSet, class names by number, class number of each image, index by
+    image key.
+    """
     listed = read_rows(root / "images.txt", named(key), layout=layout)
     ids = {number: i for i, (number, _) in enumerate(listed)}
     if not listed:
-        raise UserError(f"{root / 'images.txt'} names no image: restore the file.")
+        raise UserError(f"{root / 'images.txt'} lists no image: restore the file.")
     if len(ids) != len(listed):
         raise UserError(f"{root / 'images.txt'} gives one number to two images: correct the numbers.")
     names = dict(read_rows(root / "classes.txt", named(int), layout=layout))
 
     def table(name: str, count: int) -> np.ndarray:
         rows = read_rows(root / name, numbers(count, key), layout=layout)
-        return by_image(rows, root / name, count, ids, "images.txt")
+        return align_rows(rows, root / name, count, ids, "images.txt")
 
     labels = table("image_class_labels.txt", 2)[:, 0]
     for (_, name), label in zip(listed, labels, strict=True):
@@ -88,7 +90,7 @@ def _read(
     if (root / "parts").is_dir():
         keypoints, part_names = _keypoints(root / "parts", ids, key, layout)
     if not (root / "images").is_dir():
-        raise UserError(f"{root / 'images'} is missing: a folder with images.txt keeps its images there.")
+        raise UserError(f"{root / 'images'} is missing: move the images there.")
     masks = root / "part_masks"
     fields: dict[str, Any] = {
         "root": root / "images", "paths": tuple(name for _, name in listed), "train": split == 1, "boxes": boxes,

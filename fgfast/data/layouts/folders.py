@@ -1,20 +1,20 @@
-"""Folders of images: a class a folder, with or without splits, and cassava's with its unlabelled images."""
+"""Image folders, one per class, with or without splits; and cassava, which adds unlabelled images."""
 
 from pathlib import Path
 
 import numpy as np
 
 from fgfast.data.imageset import ImageSet, entries, images_below
-from fgfast.data.layouts.text import by_image, named, numbers, read_rows
+from fgfast.data.layouts.text import align_rows, named, numbers, read_rows
 from fgfast.errors import UserError
 
 
 def read_folder(root: Path, known: str = "") -> ImageSet:
-    """train/CLASS/image with val/ or test/; CLASS/image, all training; or images alone, one unlabelled class.
+    """train/CLASS/image with val/ or test/; CLASS/image, all for training; or only images, one class "unlabelled".
 
     Args:
         root: the folder.
-        known: the layouts that it could have had, for the message where it has none.
+        known: the known layouts, for the message if the folder has none.
     """
     folders, images = entries(root)
     masks = root / "part_masks"
@@ -24,17 +24,17 @@ def read_folder(root: Path, known: str = "") -> ImageSet:
             raise UserError(f"{root} has train/ but neither val/ nor test/: add one of them.")
         parts = [(_class_folders(root, f"{name}/"), name == "train") for name in ("train", *held_out)]
         if not parts[0][0]:
-            raise UserError(f"{root / 'train'} has no class folder: put the images into train/CLASS/.")
+            raise UserError(f"{root / 'train'} has no class folder: move the images to train/CLASS/.")
         for found, is_train in parts:
-            strange = sorted(set(found) - set(parts[0][0]))
-            if strange and not is_train:
-                raise UserError(f"Class {strange[0]} of {root} is not in train/: add it there or remove it.")
+            unknown = sorted(set(found) - set(parts[0][0]))
+            if unknown and not is_train:
+                raise UserError(f"Class {unknown[0]} of {root} is not in train/: add it there or remove it.")
     else:
         folders = [name for name in folders if name != masks.name]
         if folders and images:
-            raise UserError(f"{root} mixes images and folders: put the images into folders of their class.")
+            raise UserError(f"{root} mixes images and folders: move each image to the folder of its class.")
         if not images and not any(images_below(root / name) for name in folders):
-            raise UserError(f"{root} holds no image and no list of a known layout: give the folder of {known}.")
+            raise UserError(f"{root} holds no images and no list of a known layout: give the folder of {known}.")
         parts = [({"unlabelled": images} if images else _class_folders(root, "", folders), True)]
     return _image_set(root, parts, masks)
 
@@ -42,10 +42,10 @@ def read_folder(root: Path, known: str = "") -> ImageSet:
 def read_cassava(root: Path) -> ImageSet:
     """Cassava leaf diseases (Kaggle's cassava-disease): train/CLASS/image and unlabelled extraimages/ and test/0/.
 
-    The class folders may lie in the root too. Images of extraimages/ have no label; test/ is left out, as its labels
-    were never published. So the labelled images are split here: by images.txt and train_test_split.txt in the root
-    where they are there (the form of the authors' lists), otherwise every fourth of each class in alphabetical order is
-    for testing, the share of those lists (4,242 and 1,414), not their images.
+    The class folders may also be in the root. Images of extraimages/ have no label; test/ is left out, as its labels
+    were never published. The labelled images are split here: by images.txt and train_test_split.txt in the root if
+    they exist (the format of the authors' lists), otherwise every fourth image of each class in alphabetical order is
+    for testing, the same fraction as in those lists (4,242 and 1,414), but not the same images.
 
     Source: Mwebaze et al., "iCassava 2019 Fine-Grained Visual Categorization Challenge", 2019.
     """
@@ -53,13 +53,13 @@ def read_cassava(root: Path) -> ImageSet:
     folders, _ = entries(root / inside)
     found = _class_folders(root, inside, [name for name in folders if name not in ("extraimages", "test")])
     if not found:
-        raise UserError(f"{root / inside} has extraimages/ beside it and no class folder: put images into CLASS/.")
+        raise UserError(f"{root / inside} has extraimages/ beside it and no class folder: move images to CLASS/.")
     images = _image_set(root, [(found, True)], root / "part_masks")
     if (root / "train_test_split.txt").exists():
-        train = _listed_split(root, images.paths, inside)
+        train = _read_split(root, images.paths, inside)
     else:
-        place = np.concatenate([np.arange(len(paths)) for _, paths in sorted(found.items())])
-        train = place % 4 != 3
+        rank_in_class = np.concatenate([np.arange(len(paths)) for _, paths in sorted(found.items())])
+        train = rank_in_class % 4 != 3
     extra = images_below(root / "extraimages")
     if not extra:
         raise UserError(f"{root / 'extraimages'} holds no image: restore the images or remove the folder.")
@@ -67,18 +67,18 @@ def read_cassava(root: Path) -> ImageSet:
     return split.with_unlabelled([f"extraimages/{rel}" for rel in extra])
 
 
-def _listed_split(root: Path, paths: tuple[str, ...], inside: str) -> np.ndarray:
-    """The split by image number, for images that images.txt names relative to the class folders."""
+def _read_split(root: Path, paths: tuple[str, ...], inside: str) -> np.ndarray:
+    """The split of train_test_split.txt; images.txt has paths relative to the folder of the class folders."""
     listed = {name: number for number, name in read_rows(root / "images.txt", named(int), layout="cassava")}
     path = root / "train_test_split.txt"
     ids = {number: i for i, number in enumerate(listed.values())}
-    split = by_image(read_rows(path, numbers(2), layout="cassava"), path, 2, ids, "images.txt")[:, 0]
+    split = align_rows(read_rows(path, numbers(2), layout="cassava"), path, 2, ids, "images.txt")[:, 0]
     if not np.isin(split, (0, 1)).all():
         raise UserError(f"{path} must hold 0 (test) or 1 (train): correct the values.")
     names = [rel.removeprefix(inside) for rel in paths]
-    absent = next((name for name in names if name not in listed), None)
-    if absent is not None:
-        raise UserError(f"{root / 'images.txt'} does not name {absent}: add the line, or remove both lists.")
+    missing = next((name for name in names if name not in listed), None)
+    if missing is not None:
+        raise UserError(f"{root / 'images.txt'} does not list {missing}: add the line, or remove both lists.")
     return np.array([split[ids[listed[name]]] == 1 for name in names])
 
 

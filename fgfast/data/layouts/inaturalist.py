@@ -1,4 +1,4 @@
-"""iNaturalist 2017 to 2021: one COCO-style JSON file for each split."""
+"""iNaturalist 2017 to 2021: one COCO-style JSON file per split."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,11 @@ from fgfast.data.imageset import ImageSet
 from fgfast.errors import UserError
 
 YEARS = ("", "2017", "2018", "2019", "2021")
-"""What stands after "train" and "val" in the names of the files; the files of 2021 have no year."""
+"""Suffixes of "train" and "val" in the file names; those of 2021 may have none."""
 
 
 def is_inaturalist(root: Path) -> bool:
-    """Whether the folder has a file of a split."""
+    """Whether the folder has the file of a split."""
     names = ["train_mini.json", *(f"{split}{year}.json" for split in ("train", "val") for year in YEARS)]
     return any((root / name).is_file() for name in names)
 
@@ -22,9 +22,9 @@ def is_inaturalist(root: Path) -> bool:
 def read_inaturalist(root: Path) -> ImageSet:
     """iNaturalist: trainYEAR.json and valYEAR.json (2021: train.json or train_mini.json, val.json), and the images.
 
-    Training is train, test is val (the labels of the test split were never published). Classes are the categories that
-    images have, in the order of their numbers; ``groups`` are their super-categories, and names come from
-    categories.json where it is there (2018 and 2019 first hid them). Boxes are those of the annotations or of 2017's
+    The test split is val (the labels of the official test split were never published). Classes are the categories with
+    images, in the order of their ids; ``groups`` are their super-categories, and names come from categories.json if it
+    exists (2018 and 2019 were first released without names). Boxes are those of the annotations or of 2017's
     {train,val}_2017_bboxes.json, the largest of each image.
 
     Source: Van Horn et al., "The iNaturalist Species Classification and Detection Dataset", CVPR 2018.
@@ -41,13 +41,14 @@ def read_inaturalist(root: Path) -> ImageSet:
     for part in parts:
         names |= part.categories
     if (root / "categories.json").is_file():
-        names |= {c["id"]: c for c in _need(_load(root / "categories.json"), root / "categories.json", ("id", "name"))}
+        path = root / "categories.json"
+        names |= {c["id"]: c for c in _require(_load(path), path, ("id", "name"))}
     numbers = [number for part in parts for number in part.classes]
     used = sorted(set(numbers))
     order = {number: i for i, number in enumerate(used)}
     for number in used:
         if number not in names:
-            raise UserError(f"{file} has images of category {number}, which it does not list: add the category.")
+            raise UserError(f"{file} has images of category {number}, which it does not define: add the category.")
     boxes = np.concatenate([part.boxes for part in parts])
     groups = tuple(str(names[number].get("supercategory", "")) for number in used)
     return ImageSet(
@@ -66,30 +67,30 @@ class _Split:
 
     def __init__(self, path: Path, year: str) -> None:
         table = _load(path)
-        images = _need(table, path, ("id", "file_name"), "images")
-        self.categories = {c["id"]: c for c in _need(table, path, ("id", "name"), "categories")}
-        notes = _need(table, path, ("image_id", "category_id"), "annotations")
-        place = {image["id"]: i for i, image in enumerate(images)}
+        images = _require(table, path, ("id", "file_name"), "images")
+        self.categories = {c["id"]: c for c in _require(table, path, ("id", "name"), "categories")}
+        annotations = _require(table, path, ("image_id", "category_id"), "annotations")
+        index = {image["id"]: i for i, image in enumerate(images)}
         self.paths = [str(image["file_name"]) for image in images]
-        found: list[int | None] = [None] * len(images)
-        for note in notes:
-            i = place.get(note["image_id"])
+        classes: list[int | None] = [None] * len(images)
+        for annotation in annotations:
+            i = index.get(annotation["image_id"])
             if i is None:
-                raise UserError(f"{path} annotates image {note['image_id']}, which it does not list: correct it.")
-            if found[i] not in (None, note["category_id"]):
+                raise UserError(f"{path} annotates image {annotation['image_id']}, which it does not list: correct it.")
+            if classes[i] not in (None, annotation["category_id"]):
                 raise UserError(f"{path} gives {self.paths[i]} two categories: correct it.")
-            found[i] = note["category_id"]
-        if None in found:
-            raise UserError(f"{path} has no annotation for {self.paths[found.index(None)]}: add it.")
-        self.classes = [number for number in found if number is not None]
+            classes[i] = annotation["category_id"]
+        if None in classes:
+            raise UserError(f"{path} has no annotation for {self.paths[classes.index(None)]}: add it.")
+        self.classes = [number for number in classes if number is not None]
         self.boxes = np.full((len(images), 4), np.nan, np.float32)
-        more = path.with_name(f"{path.stem.removesuffix(year)}_{year}_bboxes.json")
-        if year and more.is_file():
-            notes = _need(_load(more), more, ("image_id",), "annotations")
-        for note in notes:
-            i = place.get(note["image_id"])
-            if i is not None and "bbox" in note and not _area(self.boxes[i]) >= _area(note["bbox"]):
-                self.boxes[i] = note["bbox"]
+        box_file = path.with_name(f"{path.stem.removesuffix(year)}_{year}_bboxes.json")
+        if year and box_file.is_file():
+            annotations = _require(_load(box_file), box_file, ("image_id",), "annotations")
+        for annotation in annotations:
+            i = index.get(annotation["image_id"])
+            if i is not None and "bbox" in annotation and not _area(self.boxes[i]) >= _area(annotation["bbox"]):
+                self.boxes[i] = annotation["bbox"]
 
 
 def _area(box: Any) -> float:
@@ -100,20 +101,20 @@ def _load(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: the layout of iNaturalist has it, restore the file.") from error
+        raise UserError(f"{path} is missing: iNaturalist has this file, restore it.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore the file.") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: the JSON does not parse ({error.msg}): restore the file.") from error
 
 
-def _need(table: Any, path: Path, keys: tuple[str, ...], name: str = "") -> list[dict[str, Any]]:
-    """The list ``name`` of a table (the table itself without a name), every entry of which has the keys."""
+def _require(table: Any, path: Path, keys: tuple[str, ...], name: str = "") -> list[dict[str, Any]]:
+    """The list ``name`` of a table (without a name the table itself), after a check that every entry has the keys."""
     rows = table.get(name) if name and isinstance(table, dict) else table
     if not isinstance(rows, list):
         raise UserError(f"{path} has no list {name or 'of categories'!r}: give the file of a split that has labels.")
     for i, row in enumerate(rows):
-        absent = next((key for key in keys if not isinstance(row, dict) or key not in row), None)
-        if absent is not None:
-            raise UserError(f"{path}: entry {i} of {name or 'the list'} has no {absent!r}: restore the file.")
+        missing = next((key for key in keys if not isinstance(row, dict) or key not in row), None)
+        if missing is not None:
+            raise UserError(f"{path}: entry {i} of {name or 'the list'} has no {missing!r}: restore the file.")
     return rows

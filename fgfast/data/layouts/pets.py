@@ -22,9 +22,9 @@ IDS[1], IDS[2] = 0, 1
 def read_pets(root: Path) -> ImageSet:
     """Oxford-IIIT Pet: annotations/{trainval,test}.txt ("NAME CLASS SPECIES BREED"), images/NAME.jpg, trimaps/NAME.png.
 
-    The trimaps are the ``masks``: id 0 is the pet, 1 the background, the border is absent. They are rewritten once in
-    the form of ``fgfast.data.maps``, into the cache folder. The boxes of the set are of heads, for some images only,
-    and are not read.
+    The trimaps are the ``masks``: id 0 is the pet, 1 the background, the border is absent. They are converted once to
+    the format of ``fgfast.data.maps``, in the cache folder. The boxes of the set are not read: they are of heads, for
+    some images only.
 
     Source: Parkhi et al., "Cats and Dogs", CVPR 2012.
     """
@@ -49,7 +49,7 @@ def read_pets(root: Path) -> ImageSet:
         targets=np.array([order.index(number) for _, number, _ in records], np.int64),
         classes=tuple(names[number] for number in order),
         train=np.array([train for _, _, train in records], bool),
-        masks=_masks(trimaps, paths) if trimaps.is_dir() else None,
+        masks=_convert_trimaps(trimaps, paths) if trimaps.is_dir() else None,
     )
 
 
@@ -58,18 +58,18 @@ def _parse(line: str) -> tuple[str, int]:
     return name, int(number)
 
 
-def _masks(trimaps: Path, paths: tuple[str, ...]) -> Path:
-    """The folder of rewritten trimaps, made where it is missing or of other images."""
+def _convert_trimaps(trimaps: Path, paths: tuple[str, ...]) -> Path:
+    """The folder of converted trimaps, written if it is missing or of other images."""
     from fgfast.data.manifest import cache_folder
     from fgfast.data.maps import map_path, read_maps_info, write_atomically, write_maps_info
 
-    what = f"trimaps of {trimaps.resolve()}, {trimaps.stat().st_mtime_ns}, {hash_of(paths)}"
+    origin = f"trimaps of {trimaps.resolve()}, {trimaps.stat().st_mtime_ns}, {hash_of(paths)}"
     out = cache_folder() / "trimaps" / hash_of([str(trimaps.resolve())])
-    if (out / "maps.json").is_file() and read_maps_info(out)["run"] == what:
+    if (out / "maps.json").is_file() and read_maps_info(out)["run"] == origin:
         return out
-    log.info("rewriting %d trimaps into %s, once", len(paths), out)
+    log.info("converting %d trimaps to %s, once", len(paths), out)
 
-    def rewrite(rel: str) -> tuple[int, int]:
+    def convert(rel: str) -> tuple[int, int]:
         from PIL import Image
 
         source = trimaps / f"{rel.removesuffix('.jpg')}.png"
@@ -81,18 +81,18 @@ def _masks(trimaps: Path, paths: tuple[str, ...]) -> Path:
         except FileNotFoundError as error:
             raise UserError(f"{source} is missing: restore the trimap, or remove the folder.") from error
         except (OSError, SyntaxError) as error:
-            raise UserError(f"{source} is no readable trimap ({error}): restore it.") from error
+            raise UserError(f"{source} is not a readable trimap ({error}): restore it.") from error
         stream = BytesIO()
         Image.fromarray(ids).save(stream, "PNG", compress_level=1)
         write_atomically(map_path(out, rel), stream.getvalue())
         return ids.shape[0], ids.shape[1]
 
     with ThreadPoolExecutor() as pool:
-        sizes = set(pool.map(rewrite, paths))
-    write_maps_info(out, 2, sizes.pop() if len(sizes) == 1 else (0, 0), what)
+        sizes = set(pool.map(convert, paths))
+    write_maps_info(out, 2, sizes.pop() if len(sizes) == 1 else (0, 0), origin)
     return out
 
 
 def hash_of(words: tuple[str, ...] | list[str]) -> str:
-    """Sixteen digits that name a list of words."""
+    """Sixteen hexadecimal digits of a hash of a list of strings."""
     return hashlib.sha1("\n".join(words).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Lists in text files: every line parses, or the file, the line and the remedy are named."""
+"""Parsers of lists in text files; an error names the file, the line and the remedy."""
 
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -16,9 +16,9 @@ def read_rows(path: Path, parse: Callable[[str], tuple], *, layout: str, comment
 
     Args:
         path: the list.
-        parse: a line without surrounding blanks to a row; ValueError or IndexError where it does not parse.
-        layout: whose list it is, for the message when it is missing.
-        comment: what a comment begins with.
+        parse: converts a line without surrounding blanks to a row; raises ValueError or IndexError if it cannot.
+        layout: name of the data set, for the message if the file is missing.
+        comment: prefix of comment lines.
 
     Raises:
         UserError: the file is missing or unreadable, or a line does not parse.
@@ -26,7 +26,7 @@ def read_rows(path: Path, parse: Callable[[str], tuple], *, layout: str, comment
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: the layout of {layout} has it, restore the file.") from error
+        raise UserError(f"{path} is missing: {layout} has this file, restore it.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore the file.") from error
     rows = []
@@ -65,19 +65,19 @@ def numbers(count: int, key: Callable[[str], Hashable] = int) -> Callable[[str],
     return parse
 
 
-def by_image(rows: list[tuple], path: Path, count: int, ids: dict, listed_in: str) -> np.ndarray:
-    """Rows (key, a, b, ..) as an array [N, count - 1] in the order of ``ids``.
+def align_rows(rows: list[tuple], path: Path, count: int, ids: dict, listed_in: str) -> np.ndarray:
+    """Sort rows (key, a, b, ..) into an array [N, count - 1] in the order of ``ids``.
 
     Raises:
-        UserError: an image is not listed, or has no row.
+        UserError: an image is not in ``ids``, or has no row.
     """
     table = np.full((len(ids), count - 1), np.nan)
     for number, *values in rows:
         if number not in ids:
             raise UserError(f"{path} names image {number}, which {listed_in} does not have: correct one of the two.")
         table[ids[number]] = values
-    absent = np.isnan(table[:, 0])
-    if absent.any():
-        number = list(ids)[int(absent.argmax())]
+    missing = np.isnan(table[:, 0])
+    if missing.any():
+        number = list(ids)[int(missing.argmax())]
         raise UserError(f"{path} has no line for image {number} of {listed_in}: add the line.")
     return table

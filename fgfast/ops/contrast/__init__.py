@@ -1,4 +1,8 @@
-"""The contrastive loss: :mod:`contrast` checks and registers, :mod:`tiled` computes, :mod:`ring` spans ranks."""
+"""The contrastive loss.
+
+:mod:`contrast` chooses the backend and registers the operation, :mod:`checks` checks the arguments, :mod:`tiled` is the
+"torch" backend, :mod:`ring` spans the ranks of a process group.
+"""
 
 from fgfast.ops.contrast.contrast import contrastive_loss
 from fgfast.ops.contrast.ring import global_ids

@@ -1,8 +1,8 @@
-r"""The contrast over the columns of all ranks: keys travel round a ring, logits stay tiles.
+r"""The contrast with the columns of all ranks: blocks of keys are passed around a ring, logits are computed by tiles.
 
-Rank r starts with its own keys and passes them to rank r + 1 while it works on them; after W blocks every row has met
-every column. Backward sends the keys round again together with the gradient that they have gathered so far, which is
-home after W steps. Each rank holds two blocks of keys; nothing of size rows x all columns exists.
+Rank r starts with its own keys and sends them to rank r + 1 while it works on them; after W blocks every row has been
+compared with every column. Backward sends the keys around again together with the gradient accumulated so far, which
+is back at its rank after W steps. Each rank holds two blocks of keys; no tensor of size rows x all columns exists.
 """
 
 import torch
@@ -10,8 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fgfast.ids import Ids
-from fgfast.ops.contrast import tiled
-from fgfast.ops.contrast.autograd import register_autograd, returned
+from fgfast.ops.contrast import sides, tiled
+from fgfast.ops.contrast.autograd import cast_gradients, register_autograd
+from fgfast.ops.contrast.operands import Operands
+from fgfast.ops.contrast.statistics import RowStatistics
 from fgfast.tensors import accumulation, exact
 
 
@@ -21,14 +23,14 @@ def global_ids(ids: Ids, group: "dist.ProcessGroup | None" = None) -> Ids:
     Rank r adds the sum over the ranks before it of (highest image id + 1).
 
     Args:
-        ids: ids of this rank, image ids 0 and up; the number of them may be 0 and may differ between ranks.
-        group: the process group; None is the default group, or one process where none was set up.
+        ids: ids of this rank, image ids from 0 up; their number may be 0 and may differ between ranks.
+        group: the process group; None is the default group, or a single process if no group was initialised.
 
     Returns:
-        Ids with int64 image ids that are unique over the group; parts and views as they were.
+        Ids with int64 image ids that are unique over the group; parts and views are unchanged.
 
     Raises:
-        ValueError: an image id is negative (looked at on the CPU).
+        ValueError: an image id is negative (checked on the CPU).
 
     Example:
         >>> import torch
@@ -38,142 +40,144 @@ def global_ids(ids: Ids, group: "dist.ProcessGroup | None" = None) -> Ids:
     """
     image = ids.image.to(torch.int64)
     if image.device.type == "cpu" and len(image) and image.min() < 0:
-        raise ValueError(f"An image id is {image.min().item()}: number images from 0 to make the ids global.")
+        raise ValueError(f"ids.image holds the image id {image.min().item()}: number the images from 0.")
     if not dist.is_available() or not dist.is_initialized():
         return ids._replace(image=image)
-    used = torch.cat([image, image.new_full((1,), -1)]).amax(0, keepdim=True) + 1
-    counts = used.new_empty(dist.get_world_size(group))
-    dist.all_gather(list(counts.split(1)), used, group=group)
+    count = torch.cat([image, image.new_full((1,), -1)]).amax(0, keepdim=True) + 1
+    counts = count.new_empty(dist.get_world_size(group))
+    dist.all_gather(list(counts.split(1)), count, group=group)
     return ids._replace(image=image + counts[: dist.get_rank(group)].sum())
 
 
 class _Ring:
-    """Sends lists of tensors to the next rank and receives those of the one before."""
+    """Sends lists of tensors to the next rank and receives those of the previous one."""
 
     def __init__(self, group: dist.ProcessGroup, columns: Tensor):
         self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
         self.next = dist.get_global_rank(group, (self.rank + 1) % self.size)
-        self.before = dist.get_global_rank(group, (self.rank - 1) % self.size)
-        mine = torch.tensor([len(columns)], device=columns.device)
-        each = mine.new_empty(self.size)
-        dist.all_gather(list(each.split(1)), mine, group=group)
-        self.counts: list[int] = each.tolist()
+        self.previous = dist.get_global_rank(group, (self.rank - 1) % self.size)
+        count = torch.tensor([len(columns)], device=columns.device)
+        counts = count.new_empty(self.size)
+        dist.all_gather(list(counts.split(1)), count, group=group)
+        self.counts: list[int] = counts.tolist()  # columns of each rank
 
     def start(self, tensors: list[Tensor], step: int) -> tuple[list[Tensor], list[dist.Work]]:
-        """Begin to pass on what belongs to rank - step; returns what arrives, and the work to wait for."""
+        """Start to send the block of rank - step; returns the tensors being received, and the work to wait for."""
         if self.size == 1:
             return tensors, []
-        n = self.counts[(self.rank - step - 1) % self.size]
-        arriving = [t.new_empty(n, *t.shape[1:]) for t in tensors]
+        length = self.counts[(self.rank - step - 1) % self.size]
+        arriving = [t.new_empty(length, *t.shape[1:]) for t in tensors]
         transfers = [dist.P2POp(dist.isend, t, self.next, self.group) for t in tensors if t.numel()]
-        transfers += [dist.P2POp(dist.irecv, t, self.before, self.group) for t in arriving if t.numel()]
+        transfers += [dist.P2POp(dist.irecv, t, self.previous, self.group) for t in arriving if t.numel()]
         return arriving, dist.batch_isend_irecv(transfers) if transfers else []
 
 
-def _named(group: str) -> dist.ProcessGroup:
-    """The process group of that name: operations take names, so that they can be traced.
+def _process_group(name: str) -> dist.ProcessGroup:
+    """The process group with this name; operations take names because these can be traced.
 
-    PyTorch's own traced collectives look names up by the same function; there is no public one.
+    PyTorch's own traced collectives look up names with the same function; there is no public one.
     """
     from torch.distributed import distributed_c10d as c10d
 
-    return c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type]
+    return c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
 
 
-def _wait(works: list[dist.Work]) -> None:
-    for work in works:
+def _wait(transfers: list[dist.Work]) -> None:
+    for work in transfers:
         work.wait()
 
 
-def _blocks(key: Tensor, ids: Ids) -> list[Tensor]:
-    """What travels: keys and their ids."""
+def _make_block(key: Tensor, ids: Ids) -> list[Tensor]:
+    """The tensors that are sent around: keys and their ids."""
     return [key.contiguous(), *(i.to(torch.int64).contiguous() for i in ids)]
 
 
 @torch.library.custom_op("fgfast::ring_contrast", mutates_args=())
-def _ring(
+def _ring_contrast(
     query: Tensor, query_image: Tensor, query_part: Tensor, query_view: Tensor,
     key: Tensor, key_image: Tensor, key_part: Tensor, key_view: Tensor,
     bank: Tensor | None, temperature_tensor: Tensor | None, temperature: float,
     negatives: str, normalize: bool, precision: str, group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss, log2-sum-exp2 and positives of the local rows [M] against the columns of all ranks of the named group."""
+    """Loss, log2-sum-exp2 and positives of the local rows [M] with the columns of all ranks of the named group."""
     dtype = accumulation(query.dtype)
     with exact(query.device, precision):
         scale = tiled.logit_scale(temperature_tensor, temperature, dtype)
-        rows = tiled.make_side(query, Ids(query_image, query_part, query_view), normalize, dtype, negatives)
-        stats = tiled.Stats.zeros(rows, tiled.bounded(scale, normalize))
+        rows = sides.make_side(query, Ids(query_image, query_part, query_view), normalize, dtype, negatives)
+        statistics = RowStatistics.zeros(rows, tiled.has_bounded_logits(scale, normalize))
         if bank is not None:
-            columns = tiled.make_side(bank, None, normalize, dtype)
-            tiled.forward_tiles(tiled.Products(rows, columns, scale, negatives), stats)
-        ring = _Ring(_named(group), key)
-        block = _blocks(key, Ids(key_image, key_part, key_view))
+            columns = sides.make_side(bank, None, normalize, dtype)
+            tiled.forward_tiles(tiled.LogitTiles(rows, columns, scale, negatives), statistics)
+        ring = _Ring(_process_group(group), key)
+        block = _make_block(key, Ids(key_image, key_part, key_view))
         for step in range(ring.size):
             last = step == ring.size - 1
-            arriving, works = (block, []) if last else ring.start(block, step)
-            columns = tiled.make_side(block[0], Ids(*block[1:]), normalize, dtype, negatives)
-            tiled.forward_tiles(tiled.Products(rows, columns, scale, negatives), stats)
-            _wait(works)
+            arriving, transfers = (block, []) if last else ring.start(block, step)
+            columns = sides.make_side(block[0], Ids(*block[1:]), normalize, dtype, negatives)
+            tiled.forward_tiles(tiled.LogitTiles(rows, columns, scale, negatives), statistics)
+            _wait(transfers)
             block = arriving
-        return stats.finish()
+        return statistics.finish()
 
 
 @torch.library.custom_op("fgfast::ring_contrast_backward", mutates_args=())
-def _ring_backward(
+def _ring_contrast_backward(
     grad: Tensor, lse: Tensor, count: Tensor, needs: list[bool],
     query: Tensor, query_image: Tensor, query_part: Tensor, query_view: Tensor,
     key: Tensor, key_image: Tensor, key_part: Tensor, key_view: Tensor,
     bank: Tensor | None, temperature_tensor: Tensor | None, temperature: float,
     negatives: str, normalize: bool, precision: str, group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of query, key, bank and temperature, empty where ``needs`` says no."""
+    """Gradients of query, key, bank and temperature, empty where ``needs`` is False."""
     need_query, need_key, need_bank, need_temperature = needs
     dtype = accumulation(query.dtype)
     with exact(query.device, precision):
         scale = tiled.logit_scale(temperature_tensor, temperature, dtype)
-        k = tiled.Coefficients.make(grad, lse, count)
-        rows = tiled.make_side(query, Ids(query_image, query_part, query_view), normalize, dtype, negatives)
+        coefficients = tiled.Coefficients.make(grad, lse, count)
+        rows = sides.make_side(query, Ids(query_image, query_part, query_view), normalize, dtype, negatives)
         d_query = query.new_zeros(query.shape, dtype=dtype) if need_query or need_temperature else None
         d_bank = None
         if bank is not None:
-            of_bank = tiled.make_side(bank, None, normalize, dtype)
+            bank_side = sides.make_side(bank, None, normalize, dtype)
             d_bank = bank.new_zeros(bank.shape, dtype=dtype) if need_bank else None
-            tiled.backward_tiles(tiled.Products(rows, of_bank, scale, negatives), k, d_query, d_bank)
+            tiled.backward_tiles(tiled.LogitTiles(rows, bank_side, scale, negatives), coefficients, d_query, d_bank)
             if d_bank is not None:
-                tiled.finish_gradient(of_bank, d_bank, scale)
-        ring = _Ring(_named(group), key)
+                tiled.finish_gradient(bank_side, d_bank, scale)
+        ring = _Ring(_process_group(group), key)
         key_ids = Ids(key_image, key_part, key_view)
-        block = _blocks(key, key_ids)
+        block = _make_block(key, key_ids)
         d_key = key.new_zeros(key.shape, dtype=dtype) if need_key else None
         for step in range(ring.size):
             last = step == ring.size - 1
-            arriving, works = (block, []) if last else ring.start(block, step)
-            columns = tiled.make_side(block[0], Ids(*block[1:]), normalize, dtype, negatives)
-            tiled.backward_tiles(tiled.Products(rows, columns, scale, negatives), k, d_query, d_key)
-            _wait(works)
+            arriving, transfers = (block, []) if last else ring.start(block, step)
+            columns = sides.make_side(block[0], Ids(*block[1:]), normalize, dtype, negatives)
+            tiled.backward_tiles(tiled.LogitTiles(rows, columns, scale, negatives), coefficients, d_query, d_key)
+            _wait(transfers)
             if d_key is not None:
-                (d_key,), works = ring.start([d_key], step)
-                _wait(works)
+                (d_key,), transfers = ring.start([d_key], step)
+                _wait(transfers)
             block = arriving
         if d_key is not None:
-            tiled.finish_gradient(tiled.make_side(key, key_ids, normalize, dtype), d_key, scale)
+            tiled.finish_gradient(sides.make_side(key, key_ids, normalize, dtype), d_key, scale)
         d_temperature = None
         if d_query is not None:
             if need_temperature and temperature_tensor is not None:
-                d_temperature = tiled.temperature_gradient(tiled.inner(rows, d_query), scale, temperature_tensor)
+                d_temperature = tiled.temperature_gradient(
+                    tiled.sum_inner_products(rows, d_query), scale, temperature_tensor
+                )
             tiled.finish_gradient(rows, d_query, scale)
         grads = [d_query if need_query else None, d_key, d_bank, d_temperature]
-        return returned(grads, query, key, bank, temperature_tensor)
+        return cast_gradients(grads, query, key, bank, temperature_tensor)
 
 
-register_autograd(_ring, _ring_backward)
+register_autograd(_ring_contrast, _ring_contrast_backward)
 
 
 @torch.library.custom_op("fgfast::group_sum", mutates_args=())
 def _group_sum(x: Tensor, group: str) -> Tensor:
     """Sum of x over the ranks of the named group."""
     x = x.clone()
-    dist.all_reduce(x, group=_named(group))
+    dist.all_reduce(x, group=_process_group(group))
     return x
 
 
@@ -182,16 +186,10 @@ def _(x: Tensor, group: str) -> Tensor:
     return torch.empty_like(x)
 
 
-def ring_contrast(
-    query: Tensor, key: Tensor, query_ids: Ids, key_ids: Ids, temperature: float | Tensor, negatives: str,
-    weight: Tensor | None, normalize: bool, bank: Tensor | None, reduction: str, precision: str,
-    group: "dist.ProcessGroup",
-) -> Tensor:  # fmt: skip
+def ring_contrast(operands: Operands, weight: Tensor | None, reduction: str, group: "dist.ProcessGroup") -> Tensor:
     """``contrastive_loss`` over a group: world size x local sum / global divisor; "none" gives the local losses."""
-    number, tensor = (1.0, temperature) if isinstance(temperature, Tensor) else (float(temperature), None)
-    loss, _, count = _ring(
-        query, *query_ids, key, *key_ids, bank, tensor, number, negatives, normalize, precision, group.group_name
-    )
+    # Reaches the "torch" backend on every rank: tiled.forward_tiles on each block of keys.
+    loss, _, count = _ring_contrast(*operands.flat(), group.group_name)
     valid = count > 0
     if weight is not None:
         loss = torch.where(valid, loss * weight.to(loss.dtype), 0)

@@ -25,9 +25,11 @@ from fgfast.ops.kmeans.checks import (
     match_centroids,
     seed_tensor,
 )
-from fgfast.ops.kmeans.lloyd import Outcome, lloyd
+from fgfast.ops.kmeans.lloyd import lloyd
 from fgfast.pixels.init import start
+from fgfast.pixels.options import KMeansOptions
 from fgfast.pixels.pyramid import Pyramid
+from fgfast.pixels.result import LloydResult, best_of
 from fgfast.pixels.source import EPS, Dense, PixelSource
 from fgfast.reference import kmeans as reference
 from fgfast.tensors import accumulation, check_tensor, check_weight, check_whole, exact
@@ -45,35 +47,21 @@ class KMeansResult(NamedTuple):
     n_iter: Tensor
 
 
-def _solved(
-    source: PixelSource,
-    n_clusters: int,
-    n_iter: int,
-    init: str,
-    first: Tensor | None,
-    init_samples: int,
-    n_init: int,
-    tol: float,
-    weight: Tensor | None,
-    metric: str,
-    empty: str,
-    seed: Tensor,
-) -> Outcome:
+def _solve(source: PixelSource, weight: Tensor | None, seed: Tensor, options: KMeansOptions) -> LloydResult:
     """The best of n_init runs of each problem."""
-    source.prepare(metric, weight, None)
-    best: Outcome | None = None
-    for run in range(n_init):
-        c = start(source, n_clusters, init, init_samples, seed, run) if first is None else first.to(source.dtype)
-        if metric == "cosine":
-            c = torch.nn.functional.normalize(c, dim=2, eps=EPS)
-        new = lloyd(source, c, n_iter, tol, empty)
-        if best is None:
-            best = new
+    n_clusters, first = options.n_clusters, options.first
+    source.prepare(options.metric, weight, None)
+
+    def run(number: int) -> LloydResult:
+        if first is None:
+            c = start(source, n_clusters, options.init, options.init_samples, seed, number)
         else:
-            better = new.inertia < best.inertia
-            pairs = zip(new, best, strict=True)
-            best = Outcome(*(torch.where(better.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs))
-    assert best is not None
+            c = first.to(source.dtype)
+        if options.metric == "cosine":
+            c = torch.nn.functional.normalize(c, dim=2, eps=EPS)
+        return lloyd(source, c, options.n_iter, options.tol, options.empty)
+
+    best = best_of(options.n_init, run, lambda result: result.inertia)
     return best._replace(
         centroids=source.as_given(best.centroids), inertia=torch.where(source.has_nonfinite, torch.nan, best.inertia)
     )
@@ -116,20 +104,17 @@ def _kmeans(
         check_finite("init", first)
     if weight is not None:
         check_weight(weight)
+    options = KMeansOptions(
+        n_clusters, n_iter, init, first, init_samples, n_init, tol, metric, empty, precision, deterministic
+    )
     if backend == "triton" and xs[0].numel():
         from fgfast.kernels.kmeans import launch as kernels
         from fgfast.kernels.kmeans import pyramid as pyramids
 
         with exact(xs[0].device, precision):
             if size is not None:
-                return pyramids.kmeans(
-                    xs, (size[0], size[1]), n_clusters, n_iter, init, first, init_samples, n_init, tol, weight, metric,
-                    empty, seed, precision,
-                )  # fmt: skip
-            return kernels.kmeans(
-                xs[0], n_clusters, n_iter, init, first, init_samples, n_init, tol, weight, metric, empty, seed,
-                precision, deterministic,
-            )  # fmt: skip
+                return pyramids.kmeans(xs, (size[0], size[1]), weight, seed, options)
+            return kernels.kmeans(xs[0], weight, seed, options)
     outs = _outputs(xs, n_clusters, size)
     starts = groups(len(xs[0]), sum(m[:1].numel() for m in xs), xs[0].device)
     with exact(xs[0].device, precision):
@@ -140,8 +125,8 @@ def _kmeans(
                 Dense(maps[0].flatten(2)) if size is None else Pyramid(maps, (size[0], size[1]), first is None, metric)
             )
             w, c = (None if t is None else t[part] for t in (weight, first))
-            solved = _solved(source, n_clusters, n_iter, init, c, init_samples, n_init, tol, w, metric, empty, seed)
-            for out, value in zip(outs, solved, strict=True):
+            result = _solve(source, w, seed, options._replace(first=c))
+            for out, value in zip(outs, result, strict=True):
                 out[part] = value
     return outs
 

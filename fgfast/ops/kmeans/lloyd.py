@@ -1,22 +1,11 @@
 """Lloyd's iteration by scikit-learn's rules, for a batch of problems, without a look at the device from the host."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fgfast.pixels.result import LloydResult
 from fgfast.pixels.source import EPS, PixelSource
-
-
-class Outcome(NamedTuple):
-    """Centroids [B, K, D], labels [B, N], counts [B, K], inertia [B] (of the finite pixels) and n_iter int32 [B]."""
-
-    centroids: Tensor
-    labels: Tensor
-    counts: Tensor
-    inertia: Tensor
-    n_iter: Tensor
 
 
 def _relocated(
@@ -42,9 +31,10 @@ def _means(source: PixelSource, sums: Tensor, counts: Tensor, before: Tensor) ->
     return torch.where(full, F.normalize(means, dim=2, eps=EPS) if source.cosine else means, before)
 
 
-def lloyd(source: PixelSource, centroids: Tensor, n_iter: int, tol: float, empty: str) -> Outcome:
+def lloyd(source: PixelSource, centroids: Tensor, n_iter: int, tol: float, empty: str) -> LloydResult:
     """Iterate until labels repeat or centroids move less than tol x the mean variance, then assign once more.
 
+    The inertia is that of the finite pixels.
     A problem that has converged keeps its state; the loop ends early where the host may look for free (the CPU).
     """
     host = source.device.type == "cpu"
@@ -70,4 +60,4 @@ def lloyd(source: PixelSource, centroids: Tensor, n_iter: int, tol: float, empty
             break
     if not fresh:
         labels, near, _, counts = source.step(centroids)
-    return Outcome(centroids, labels, counts, (source.w * near).sum(1), steps)
+    return LloydResult(centroids, labels, counts, (source.w * near).sum(1), steps)

@@ -1,4 +1,4 @@
-"""What a run folder holds of a method: its options and its encoder."""
+"""Run folders of a method: read its configuration and load its encoder."""
 
 from pathlib import Path
 from typing import Literal
@@ -17,21 +17,21 @@ def read_run(run: Path) -> tuple[str, TrainConfig]:
     """The method's name and the configuration of a run folder.
 
     Raises:
-        UserError: the folder is no run.
+        UserError: the folder is not a run folder.
     """
     name, values = read_options(run)
     return name, with_values(method_class(name).Config(), values, str(run / "config.toml"))
 
 
-def load_encoder_of(
+def load_run_encoder(
     run: Path, checkpoint: Checkpoint, device: torch.device, settings: dict[str, str] | None = None
 ) -> tuple[Backbone, TrainConfig]:
     """The encoder of a run at step 0 ("init") or at its newest checkpoint ("last"), in evaluation mode.
 
-    ``settings`` replace settings of the run, such as the blocks that srgan's encoder leaves out.
+    ``settings`` replace options of the run, such as how many blocks srgan's encoder leaves out.
 
     Raises:
-        UserError: the run or the checkpoint is missing or of another method, or does not fit the settings.
+        UserError: the run or the checkpoint is missing, belongs to another method or does not fit the settings.
     """
     name, config = read_run(run)
     config = with_values(config, parse_values(config, settings or {}, "--set"), "--set")

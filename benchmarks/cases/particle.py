@@ -1,27 +1,25 @@
 """One PARTICLE step with parts clustered inside it: fgfast against hypercolumns built in plain PyTorch.
 
-Forward and backward of one batch under bf16 autocast, no loader. Both start k-means from the same pixels and take ten
-Lloyd steps; the plain step resizes and joins the levels, measures distances by cdist, pools by a one-hot product and
-makes the whole matrix of logits. In float32 loss and gradients agree to 1e-4, or there is no speed; under autocast the
-plain step rounds its own products to bfloat16, and the losses agree to that.
+Forward and backward of one batch under bf16 autocast, without a loader. Both start k-means from the same pixels and
+take ten Lloyd steps; the plain step resizes and concatenates the levels, measures distances by cdist, pools by a
+one-hot product and stores the full matrix of logits. In float32 loss and gradients must agree to 1e-4; under autocast,
+where the plain step rounds its own products to bfloat16, the losses must agree to 1%.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from functools import partial
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.conftest import Race, check
-from benchmarks.peak import peak_memory
+from benchmarks.cases.common import judge_by, sizes
+from benchmarks.timing import Answer, Case, Run, Variant, distance
 from fgfast import kmeans
 from fgfast.data.views import Batch
 from fgfast.methods.particle import PARTICLE, PARTICLEConfig
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ITERATIONS = 10
-SHAPE = {"cpu": ("resnet18", 96, 8, 48), "cuda": ("resnet50", 224, 64, 56)}[DEVICE]  # model, side, images, map
 
 
 def start(maps: list[Tensor], k: int) -> Tensor:
@@ -98,43 +96,59 @@ class Plain(Fused):
         return {"loss": each[valid].mean()}
 
 
-def step(name: str, exact: bool = False) -> Any:
-    """One step of a contender: a function that returns the loss, and in float32 a gradient of the heads with it."""
-    model, side, images, map_size = SHAPE
-    torch.manual_seed(0)
-    config = PARTICLEConfig(parts="online", model=model, size=side, map_size=4 * map_size, max_parts=0)
-    method = {"fgfast": Fused, "plain": Plain}[name](config).to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    g = torch.Generator().manual_seed(1)
+METHODS = {"fgfast": Fused, "plain": Plain}
+
+
+def batch(side: int, images: int, device: torch.device, seed: int) -> Batch:
+    g = torch.Generator().manual_seed(seed)
     whole = torch.randn(images, 3, 16, 16, generator=g)
-    whole = F.interpolate(whole, (2 * side, 2 * side), mode="bicubic").to(DEVICE, memory_format=torch.channels_last)
-    boxes = torch.tensor([[0.0, 0.0, 0.7, 0.7, 0], [0.2, 0.2, 0.8, 0.8, 1]], device=DEVICE).expand(images, 2, 5)
-    windows = (
-        whole[:, :, : int(1.4 * side), : int(1.4 * side)],
-        whole[:, :, int(0.4 * side) :, int(0.4 * side) :].flip(3),
-    )
-    batch = Batch(
+    whole = F.interpolate(whole, (2 * side, 2 * side), mode="bicubic").to(device, memory_format=torch.channels_last)
+    boxes = torch.tensor([[0.0, 0.0, 0.7, 0.7, 0], [0.2, 0.2, 0.8, 0.8, 1]], device=device).expand(images, 2, 5)
+    first, last = int(1.4 * side), int(0.4 * side)
+    windows = (whole[:, :, :first, :first], whole[:, :, last:, last:].flip(3))
+    return Batch(
         views=[F.interpolate(w, (side, side), mode="bilinear").to(memory_format=torch.channels_last) for w in windows],
-        boxes=boxes, whole=whole, index=torch.arange(images, device=DEVICE),
-        target=torch.zeros(images, dtype=torch.int64), valid=torch.ones(images, dtype=torch.bool, device=DEVICE),
+        boxes=boxes, whole=whole, index=torch.arange(images, device=device),
+        target=torch.zeros(images, dtype=torch.int64), valid=torch.ones(images, dtype=torch.bool, device=device),
     )  # fmt: skip
 
-    def run() -> list[Tensor]:
-        method.zero_grad(set_to_none=True)
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=not exact):
-            loss = method(batch)["loss"]
-        loss.backward()
-        first = next(method.part_loss.projector.parameters()).grad
-        return [loss.detach(), first] if exact and first is not None else [loss.detach()]
 
-    return run
+def step(x: Batch, method: PARTICLE, exact: bool = False) -> Answer:
+    """The loss of one step, and in float32 a gradient of the heads."""
+    method.zero_grad(set_to_none=True)
+    with torch.autocast(x.views[0].device.type, torch.bfloat16, enabled=not exact):
+        loss = method(x)["loss"]
+    loss.backward()
+    first = next(method.part_loss.projector.parameters()).grad
+    return [loss.detach(), first.clone()] if exact and first is not None else [loss.detach()]
 
 
-@pytest.mark.benchmark(group="PARTICLE step, parts clustered inside it")
-def test_online_step(race: Race, benchmark: Any) -> None:
-    """Time and peak memory of a whole step; logits of up to 10, rounded to bfloat16, may move the loss by 0.04."""
-    names = ("fgfast", "plain")
-    check("fgfast", step("fgfast", exact=True)(), step("plain", exact=True)(), 1e-4)
-    race({name: step(name) for name in names}, "plain", rounds=3, rtol=0.01)
-    peaks = {name: peak_memory("benchmarks.test_particle:step", name=name) for name in names}
-    benchmark.extra_info["peak_mib"] = {name: round(peak / 2**20) for name, peak in peaks.items()}
-    benchmark.extra_info["step"] = dict(zip(("model", "side", "pictures", "map"), SHAPE, strict=True))
+def case(model: str, side: int, images: int, map_size: int, device: torch.device, weigh: bool) -> Case:
+    def method(name: str) -> PARTICLE:
+        torch.manual_seed(0)
+        config = PARTICLEConfig(parts="online", model=model, size=side, map_size=4 * map_size, max_parts=0)
+        return METHODS[name](config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def make(name: str) -> Run:
+        return partial(step, method=method(name))
+
+    def reference(x: Batch) -> Answer:
+        error = distance(step(x, method("fgfast"), exact=True), step(x, method("plain"), exact=True))
+        assert error < 1e-4, f"loss or gradient is off by {error:.2g} in float32"
+        return step(x, method("plain"))
+
+    shape = f"online step {model} {sizes(B=images, S=side, H=map_size)}"
+    return Case(
+        "particle", shape, "bf16", partial(batch, side, images, device),
+        tuple(Variant(name, partial(make, name)) for name in METHODS),
+        judge_by(reference), 0.01, weigh=weigh,
+    )  # fmt: skip
+
+
+def cases(device: torch.device, tiny: bool = False) -> Iterator[Case]:
+    if tiny:
+        yield case("resnet18", 32, 2, 8, device, False)
+    elif device.type == "cpu":
+        yield case("resnet18", 96, 8, 48, device, True)
+    else:
+        yield case("resnet50", 224, 64, 56, device, False)

@@ -1,0 +1,211 @@
+"""A resumable comparison: run what is missing, score it, store one row per finished run."""
+
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from fgfast.compare.entries import Entry, run_config
+from fgfast.compare.store import (
+    Key,
+    lock,
+    read_correct,
+    read_rows,
+    read_tuning,
+    store_correct,
+    store_row,
+    store_tuning,
+    training_summary,
+)
+from fgfast.compare.table import format_table
+from fgfast.config import Range, TrainConfig, check_range, read_toml, validate
+from fgfast.data.layouts import open_images
+from fgfast.errors import UserError
+from fgfast.evaluate.finetune import FinetuneOptions
+from fgfast.evaluate.mlp import MLPOptions
+from fgfast.evaluate.options import Protocol, parse_protocols
+from fgfast.files import write_atomic
+
+HELD_OUT = 0.2  # fraction of the training split on which learning rates are compared
+
+
+@dataclass
+class Comparison:
+    """A comparison in a folder: rows of finished runs in compare.csv, runs in runs/, chosen rates in tuned.json.
+
+    Args:
+        out: folder.
+        data: data sets.
+        methods: entries as text; "random" is random weights, "start" the weights that ``init`` names.
+        seeds: random seeds.
+        shared: settings of all runs; "{seed}" in a text becomes the seed.
+        lrs: learning rates to choose from for every trained method; if empty, the settings decide.
+        tune_share: length of a tuning run as a fraction of the budget.
+        baseline: entry that the others are compared with, paired by image.
+        protocols: how every run is scored, as ``parse_protocols`` reads them; missing scores are added to old rows.
+    """
+
+    out: Path
+    data: list[Path]
+    methods: list[str]
+    seeds: list[int]
+    shared: dict[str, Any] = field(default_factory=dict)
+    lrs: list[float] = field(default_factory=list)
+    tune_share: float = 0.3
+    baseline: str = ""
+    protocols: list[str] = field(default_factory=lambda: ["linear", "knn"])
+
+    def __post_init__(self) -> None:
+        """Check everything before the first run."""
+        for name, given in (("data", self.data), ("methods", self.methods), ("seeds", self.seeds)):
+            if not given:
+                raise UserError(f"--{name} is empty: give at least one.")
+        self.entries = [Entry.parse(m) for m in self.methods]
+        self.scored = parse_protocols(self.protocols)
+        for data in self.data:
+            open_images(data)
+            for entry in self.entries:
+                validate(self.run_config(entry, data, self.seeds[0]))
+        check_range("--tune-share", self.tune_share, Range(0, 1, open=True))
+        for lr in self.lrs:
+            check_range("A rate of --lrs", lr, Range(0, open=True))
+        if len({p.name for p in self.data}) < len(self.data):
+            raise UserError("Two data sets have the same folder name: rename one.")
+        if self.baseline and self.baseline not in self.methods:
+            raise UserError(f"The baseline {self.baseline!r} is not among the methods: add it.")
+
+    def run_config(self, entry: Entry, data: Path, seed: int) -> TrainConfig:
+        """The configuration of one run."""
+        return run_config(entry, self.shared, data, self.out / "runs", seed)
+
+    def run(self) -> None:
+        """Train and score what is missing; a finished run is stored at once, a killed one resumes from its checkpoint.
+
+        Several processes may run the same comparison: each takes runs that no other process holds.
+        """
+        self._check_stored_rows()
+        jobs = [(entry, data, seed) for seed in self.seeds for data in self.data for entry in self.entries]
+        while missing := [job for job in jobs if _key(*job) not in self._complete()]:
+            worked = False
+            for job in missing:
+                with lock(self._lock_file(*job), wait=False) as acquired:
+                    if acquired and _key(*job) not in self._complete():
+                        self._run_one(*job)
+                        worked = True
+            if not worked:
+                with lock(self._lock_file(*missing[0])):
+                    pass  # other processes hold all missing runs: wait for the first one
+
+    def _check_stored_rows(self) -> None:
+        """Refuse to mix stored rows and tuning of other settings with new ones in a table."""
+        from fgfast.train.resume import ANY_TIME, check_options
+
+        stored = read_rows(self.out)
+        for entry, data, seed in product(self.entries, self.data, self.seeds):
+            config = self.run_config(entry, data, seed)
+            run = Path(config.out)
+            if _key(entry, data, seed) not in stored:
+                continue
+            if not (run / "correct.npz").is_file():
+                raise UserError(f"{self.out / 'compare.csv'} has a row of {run}, which is gone: remove the row.")
+            before = Path(str(read_toml(run / "config.toml").get("data", "")))
+            if before.is_dir() and before.resolve() != data.resolve():
+                raise UserError(f"{run} was trained on {before}, not on {data}: give another --out.")
+            tuned = ("lr",) if self.lrs and entry.trained else ()
+            check_options(run, config, may_change=(*ANY_TIME, *tuned))
+
+    def _complete(self) -> set[Key]:
+        """The keys of the rows that have a score of every protocol."""
+        return {key for key, row in read_rows(self.out).items() if all(row.get(label) for label in self.scored)}
+
+    def _lock_file(self, entry: Entry, data: Path, seed: int) -> Path:
+        return Path(self.run_config(entry, data, seed).out + ".lock")
+
+    def _run_one(self, entry: Entry, data: Path, seed: int) -> None:
+        """Train and score one run and store its row; a stored row only gets the scores that it lacks."""
+        from fgfast.evaluate.part_discovery import score_discovery
+        from fgfast.train.distributed import choose_device
+        from fgfast.train.loop import pretrain
+
+        config = self.run_config(entry, data, seed)
+        stored = read_rows(self.out).get(_key(entry, data, seed))
+        if stored is not None:
+            store_row(self.out, stored | self._score(Path(config.out), entry, data, config, stored), [*self.scored])
+            return
+        if self.lrs and entry.trained:
+            config = replace(config, lr=self._tune_lr(entry, data))
+        run = pretrain(entry.method, config, train=entry.trained)
+        row: dict[str, Any] = {"data": data.name, "method": entry.label, "seed": seed, "lr": config.lr}
+        row |= training_summary(run) | self._score(run, entry, data, config, {})
+        if open_images(data).masks is not None:
+            device = choose_device(config.device)
+            discovery = score_discovery(run, data, checkpoint=entry.checkpoint, device=device)
+            row |= {name: round(value, 4) for name, value in discovery.items()}
+        store_row(self.out, row, [*self.scored])
+
+    def _score(self, run: Path, entry: Entry, data: Path, config: TrainConfig, row: dict[str, str]) -> dict[str, Any]:
+        """Top-1 under every protocol that ``row`` lacks; correct.npz is written after each."""
+        from fgfast.evaluate.protocols import evaluate
+        from fgfast.train.distributed import choose_device
+
+        device, scores = choose_device(config.device), {}
+        for label in (label for label in self.scored if not row.get(label)):
+            name, options = self.scored[label]
+            if isinstance(options, MLPOptions | FinetuneOptions) and "seed" not in label:
+                options = replace(options, seed=config.seed)
+            protocol = cast(Protocol, name)
+            score = evaluate(run, protocol, data, checkpoint=entry.checkpoint, device=device, options=options)
+            store_correct(run, label, score.correct)
+            scores[label] = round(score.top1, 5)
+        return scores
+
+    def _tune_lr(self, entry: Entry, data: Path) -> float:
+        """The rate with the best linear probe on a held-out part of the training split, with the first seed."""
+        from fgfast.evaluate.protocols import evaluate
+        from fgfast.train.distributed import choose_device
+        from fgfast.train.loop import pretrain
+
+        name = f"{data.name} {entry.label}"
+        with lock(Path(self.run_config(entry, data, self.seeds[0]).out + ".tune.lock")):
+            scores = read_tuning(self.out).get(name, {})
+            for lr in self.lrs:
+                if str(lr) in scores:
+                    continue
+                config = self.run_config(entry, data, self.seeds[0])
+                config = replace(config, lr=lr, holdout=HELD_OUT, out=f"{config.out}-lr{lr:g}", knn_every=0)
+                passes, epochs = int(config.passes * self.tune_share), max(1, round(config.epochs * self.tune_share))
+                run = pretrain(entry.name, replace(config, passes=passes, epochs=epochs))
+                scores[str(lr)] = evaluate(run, "linear", data, device=choose_device(config.device)).top1
+                store_tuning(self.out, name, scores)
+        return max(self.lrs, key=lambda lr: scores[str(lr)])
+
+    def table(self) -> str:
+        """Write compare.md and compare.png from the finished runs and return the Markdown table."""
+        stored = read_rows(self.out)
+        asked = {_key(*job) for job in product(self.entries, self.data, self.seeds)}
+        rows = [row for key, row in stored.items() if key in asked]
+        complete = self._complete()
+        lines: list[str] = []
+        for data in self.data:
+
+            def correct(entry: Entry, protocol: str, data: Path = data) -> np.ndarray:
+                seeds = [seed for seed in self.seeds if _key(entry, data, seed) in complete]
+                runs = [Path(self.run_config(entry, data, seed).out) for seed in seeds]
+                return np.stack([read_correct(run, protocol) for run in runs])
+
+            lines += format_table(data.name, self.entries, self.baseline, [*self.scored], rows, correct)
+        text = "\n".join(lines)
+        write_atomic(self.out / "compare.md", lambda p: p.write_text(text))
+        if rows:
+            from fgfast.report import plots
+
+            first = next(iter(self.scored))
+            rows = [row for row in rows if row.get(first)]
+            plots.save_figure(plots.bars(rows, value=first, unit=f"{first} top-1, %"), self.out / "compare.png")
+        return text
+
+
+def _key(entry: Entry, data: Path, seed: int) -> Key:
+    return data.name, entry.label, str(seed)

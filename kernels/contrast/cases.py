@@ -1,0 +1,137 @@
+"""The cases of the contrastive kernels that are compiled ahead of time and timed by the tuner."""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+
+from fgfast.ids import Ids
+from fgfast.kernels.common import MOST_REGISTERS, AotCase
+from fgfast.kernels.configs import architectures_for, contrast_row, table
+from fgfast.kernels.contrast import kernels as device_side
+from fgfast.kernels.contrast.launch import (
+    CHUNK,
+    FINISH_ROWS,
+    JOIN_ROWS,
+    LARGEST_D,
+    TileShape,
+    arithmetic,
+    backward,
+    forward,
+    forward_registers,
+)
+from fgfast.kernels.tune import TuneCase
+
+
+def _signature(kernel: Any, dtype: str, constexprs: dict[str, Any]) -> dict[str, str]:
+    """Types of the arguments of ``kernel``, for aligned vectors of ``dtype``, contiguous in D, and int64 ids."""
+    types = {}
+    for name in kernel.arg_names:
+        if name in constexprs:
+            types[name] = "constexpr"
+        elif name in ("x", "y"):
+            types[name] = f"*{dtype}:16"
+        elif "stride" not in name and (name in ("low", "high") or name.endswith(("image", "part", "view"))):
+            types[name] = "*i64:16"
+        elif name in ("N", "X", "Y", "D") or name.endswith("stride_n"):
+            types[name] = "i32:16"
+        elif "stride" in name or name.startswith("slot"):
+            types[name] = "i32"
+        else:
+            types[name] = "fp32" if name == "scale" else "*fp32:16"
+    return types
+
+
+def _case(
+    name: str, kernel: Any, dtype: str, constexprs: dict[str, Any], warps: int = 4, stages: int = 3,
+    archs: tuple[str, ...] = (), rare: bool = False, registers: int = 0,
+) -> AotCase:  # fmt: skip
+    contiguous = [n for n in kernel.arg_names if n.endswith(("stride_d", "stride_image", "stride_part", "stride_view"))]
+    absent = {"temperature"} & set(kernel.arg_names)
+    known = constexprs | dict.fromkeys(contiguous, 1) | dict.fromkeys(absent)
+    types = _signature(kernel, dtype, known)
+    return AotCase(f"contrast {name}", kernel, types, known, warps, stages, archs, rare, registers=registers)
+
+
+def tune_cases(device: str = "cuda", number: int = 1 << 14) -> Iterator[TuneCase]:
+    """Query and key of 128 and 256 channels, all in one tile, and of 1,024."""
+    sizes = list(product((64, 128), (32, 64, 128), (16, 32), (16, 32, 64, 0), (4, 8), (2, 3), (0, MOST_REGISTERS)))
+    for dtype, (channels, most) in product(
+        (torch.bfloat16, torch.float32), ((128, 128), (256, 256), (1024, LARGEST_D))
+    ):
+        query, key = (torch.randn(number, channels, device=device, dtype=dtype) for _ in range(2))
+        image = torch.arange(number, device=device)
+        one, two = (Ids(image, torch.zeros_like(image), torch.full_like(image, view)) for view in (0, 1))
+        call: tuple[Any, ...] = (query, one, key, two, None, None, 0.1, "all", True, "ieee")
+        _, lse, count = forward(*call)
+        runs = {
+            "forward": partial(forward, *call),
+            "gradient": partial(backward, torch.ones_like(lse), lse, count, [True, True, False, False], *call),
+        }
+        rows = [
+            contrast_row(arithmetic(dtype, "ieee"), most, x, y, compared, d or channels, warps, stages, 0, registers)
+            for x, y, compared, d, warps, stages, registers in sizes
+            if compared <= y and (d or channels) <= 256
+        ]
+        for kernel, run in runs.items():
+            yield TuneCase(f"contrast {kernel}", rows, run)
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """Cases of every kernel, dtype and row of the table."""
+    common = {"NORMALIZE": True, "UPCAST": False}
+    for dtype in ("bf16", "fp16", "fp32"):
+        for block in (32, 64, 128):
+            prepare = common | {"BOUNDED": True, "BLOCK": block, "BLOCK_D": 128}
+            rare = dtype == "fp16" or block < 128
+            yield _case(f"prepare {dtype} {block}", device_side.prepare, dtype, prepare, rare=rare)
+        for splits in (1, 4):
+            finish = common | {"SPLITS": splits, "BLOCK": FINISH_ROWS, "BLOCK_D": 128}
+            rare = dtype == "fp16" or splits == 1
+            yield _case(f"finish {dtype} {splits}", device_side.finish, dtype, finish, rare=rare)
+            inner = {key: value for key, value in finish.items() if key != "NORMALIZE"}
+            yield _case(f"inner {dtype} {splits}", device_side.inner, dtype, inner, rare=rare, registers=MOST_REGISTERS)
+    for bounded in (True, False):
+        join = {"BOUNDED": bounded, "BLOCK_SLOTS": 16, "BLOCK": JOIN_ROWS}
+        yield _case(f"join {'bounded' if bounded else 'online'}", device_side.join, "fp32", join)
+    for kernel in ("forward", "gradient"):
+        rows = list(table(f"contrast {kernel}"))
+        for arch, row_name, row in rows:
+            dtypes = {"half": ("bf16", "fp16"), "fp16": ("fp16",)}.get(row.kind, ("fp32",))
+            if row.kind == "half" and any(a == arch and r.kind == "fp16" for a, _, r in rows):
+                dtypes = ("bf16",)
+            archs, tuned = architectures_for(f"contrast {kernel}", arch, row), "tuned" in row_name
+            for dtype in dtypes:
+                name = f"{kernel} {arch} {dtype} {row.kind} D{row.channels}{' tuned' * tuned}"
+                for case in _tile_cases(name, kernel, dtype, row.kind, TileShape.of(row), archs):
+                    yield case._replace(tuned=tuned, registers=case.registers or row.registers, shared=row.shared)
+
+
+def _tile_cases(
+    name: str, kernel: str, dtype: str, kind: str, row: TileShape, archs: tuple[str, ...]
+) -> Iterator[AotCase]:
+    """Cases of one row: bounded or not; all pairs or one triangle; the sides that the gradient is taken for."""
+    rare = dtype == "fp16" and kind != "fp16"  # as for bfloat16 but for one instruction
+    fixed = row.options | {
+        "NEGATIVES": "all", "SPLITS": 1, "CHUNK": CHUNK, "PRECISION": "tf32" if kind == "tf32" else "ieee",
+        "UPCAST": False,
+    }  # fmt: skip
+    for bounded in (True, False):
+        full = f"{name} {'bounded' if bounded else 'online'}"
+        if kernel == "forward":
+            for triangular in (False, True) if bounded else (False,):
+                flags = fixed | {"BOUNDED": bounded, "TRIANGULAR": triangular}
+                flags |= {"SPLITS": 4} if triangular else {"partial": None}
+                registers = forward_registers(row.registers, bounded, triangular)
+                yield _case(
+                    f"{full}{' triangular' * triangular}", device_side.forward, dtype, flags, row.warps, row.stages,
+                    archs, rare, registers,
+                )  # fmt: skip
+            continue
+        for sides in ("x", "y", "xy") if bounded else ("x", "y"):
+            flags = fixed | {
+                "BOUNDED": bounded, "X_ROWS": "x" in sides, "Y_ROWS": "y" in sides, "ADD": False,
+            }  # fmt: skip
+            yield _case(f"{full} {sides}", device_side.gradient, dtype, flags, row.warps, row.stages, archs, rare)
