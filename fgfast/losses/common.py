@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fgfast.ids import Ids
 from fgfast.ops.contrast import global_ids
-from fgfast.tensors import check_tensor
+from fgfast.tensors import check_tensor, shape_error
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -25,7 +25,7 @@ def check_vectors(**named: Tensor) -> None:
     for name, x in named.items():
         check_tensor(name, x)
         if x.dim() != 2:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}: give one vector a row, [B, D].")
+            raise shape_error(name, "[B, D]", x)
     shapes = {name: tuple(x.shape) for name, x in named.items()}
     if len(set(shapes.values())) > 1:
         found = " and ".join(f"{name} has shape {shape}" for name, shape in shapes.items())

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fgfast.ids import Ids
 from fgfast.losses.common import arange_like, check_temperature, check_vectors
 from fgfast.ops.contrast import contrastive_loss
-from fgfast.tensors import check_integers
+from fgfast.tensors import check_integers, shape_error
 
 if TYPE_CHECKING:
     pass
@@ -83,7 +83,7 @@ class SupConLoss(nn.Module):
 def _by_label(x: Tensor, labels: Tensor, first: int, name: str = "labels") -> tuple[Tensor, Ids]:
     """Vectors in the order of their labels (so that tiles of one class lie together), each a view of its own."""
     if labels.shape != x.shape[:1]:
-        raise ValueError(f"{name} has shape {tuple(labels.shape)}: give one label a row, {tuple(x.shape[:1])}.")
+        raise shape_error(name, str(list(x.shape[:1])), labels)
     order = labels.argsort()
     image = labels[order]
     return x[order], Ids(image, torch.zeros_like(image), first + arange_like(len(labels), labels))

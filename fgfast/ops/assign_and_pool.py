@@ -14,9 +14,10 @@ from fgfast.ops.kmeans.checks import (
     match_centroids,
 )
 from fgfast.ops.kmeans.step import assigned
-from fgfast.ops.part_pool import is_pixel_major, part_pool_backward, pool
+from fgfast.ops.part_pool.part_pool import is_pixel_major, part_pool_backward
+from fgfast.ops.part_pool.tiled import pool
 from fgfast.reference import assign_and_pool as reference
-from fgfast.tensors import accumulation, check_tensor, check_weight, exact
+from fgfast.tensors import accumulation, check_tensor, check_weight, exact, shape_error
 
 
 @torch.library.custom_op("fgfast::assign_and_pool", mutates_args=())
@@ -116,7 +117,7 @@ def assign_and_pool(
     choose("metric", metric, METRICS)
     check_tensor("features", features)
     if features.dim() not in (3, 4):
-        raise ValueError(f"features has shape {tuple(features.shape)}: give [B, D, h, w] or [B, N, D].")
+        raise shape_error("features", "[B, D, h, w] or [B, N, D]", features)
     maps, shape = columns(features)
     maps = maps if maps.dim() == 4 else maps.unsqueeze(3)
     c = match_centroids("centroids", centroids, len(maps), maps.shape[1], features.device)

@@ -21,6 +21,7 @@ from fgfast.tensors import (
     check_tensor,
     check_whole,
     seed_or_drawn,
+    shape_error,
     values_checked,
 )
 
@@ -228,7 +229,7 @@ def _check_images(images: Tensor, batch: int, patches: int, grid: tuple[int, int
     check_float("images", images)
     check_device("images", images, device)
     if images.dim() != 4 or len(images) != batch:
-        raise ValueError(f"images has shape {tuple(images.shape)}: give [B, C, H, W] with B = {batch}.")
+        raise shape_error("images", f"[B, C, H, W] with B = {batch}", images)
     if grid is None:
         side = _square(patches, "give grid=(rows, columns)")
         grid = (side, side)
@@ -320,7 +321,7 @@ def pivotal_mask(
     if attention.dim() == 3:
         attention = attention.unsqueeze(2)
     if attention.dim() != 4 or 0 in (attention.shape[0], attention.shape[2], attention.shape[3]):
-        raise ValueError(f"attention has shape {tuple(attention.shape)}: give [L, B, P] or [L, B, heads, P].")
+        raise shape_error("attention", "[L, B, P] or [L, B, heads, P]", attention)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy is {strategy!r}: choose one of {', '.join(STRATEGIES)}.")
     if not 0 < keep <= 1:
@@ -369,7 +370,7 @@ def mask_images(
     if mask.dtype != torch.bool:
         raise TypeError(f"mask has dtype {mask.dtype}: give bool, True = kept.")
     if mask.dim() != 2:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}: give [B, P].")
+        raise shape_error("mask", "[B, P]", mask)
     rows, columns = _check_images(images, len(mask), mask.shape[1], grid, mask.device)
     name = _resolve("mask_images", backend, images, FLOATS, 0)
     return _mask_images(images, mask, rows, columns, name)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fgfast.backend import check_triton, preference, resolve
 from fgfast.reference import perturb as reference
 from fgfast.reference.draws import normal
-from fgfast.tensors import accumulation, check_device, check_float, check_tensor, seed_or_drawn
+from fgfast.tensors import accumulation, check_device, check_float, check_tensor, seed_or_drawn, shape_error
 
 IMPORTANCE = ("absolute", "positive", "given")
 COMBINE = ("union", "intersection")
@@ -151,7 +151,7 @@ def _check(
     """Types, shapes and devices."""
     check_float("features", features)
     if features.dim() != 2 or features.shape[1] < 1:
-        raise ValueError(f"features has shape {tuple(features.shape)}: give one row an image, [B, D].")
+        raise shape_error("features", "[B, D]", features)
     rows, row = tuple(features.shape), tuple(features.shape[1:])
     for name, x, shape in (
         ("gradient", gradient, rows), ("low_variance", low_variance, row), ("std", std, row), ("noise", noise, rows),
@@ -165,7 +165,7 @@ def _check(
         else:
             check_float(name, x)
         if tuple(x.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)} and features {rows}: give {shape}.")
+            raise shape_error(name, str(list(shape)), x)
         check_device(name, x, features.device)
 
 

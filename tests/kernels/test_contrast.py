@@ -201,7 +201,7 @@ def test_opcheck(same: bool) -> None:
     query = field.query.requires_grad_()
     key = (None, None, None, None) if same else (field.key.requires_grad_(), *field.key_ids)
     temperature = torch.tensor(0.2, requires_grad=True)
-    args = (query, *field.query_ids, *key, field.bank, temperature, 1.0, "all", True, "ieee", True, "triton")
+    args = (query, *field.query_ids, *key, field.bank, temperature, 1.0, "all", True, "ieee", "triton")
     torch.library.opcheck(torch.ops.fgfast.contrast, args)
     grads = [torch.randn(10, device=DEVICE), *(x.detach() for x in torch.ops.fgfast.contrast(*args)[1:])]
     detached = [x.detach() if isinstance(x, Tensor) else x for x in args]

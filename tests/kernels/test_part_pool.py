@@ -19,7 +19,8 @@ pytest.importorskip("triton")
 
 import fgfast
 from fgfast import labels_to_grid, part_pool
-from fgfast.ops.part_pool import _labels_to_grid, _part_pool, _part_pool_map, part_pool_backward
+from fgfast.ops.part_pool.grid import _labels_to_grid
+from fgfast.ops.part_pool.part_pool import _part_pool, _part_pool_map, part_pool_backward
 from fgfast.reference import part_pool as reference
 from tests.examples import examples
 

@@ -10,83 +10,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fgfast.ids import Ids
-from fgfast.ops.contrast import contrastive_loss, tiled
-from tests.examples import examples
-
-NEGATIVES = ("all", "other_images", "same_image")
-BACKENDS = ("torch", "reference")
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 4, so that a field of 30 has inner, ragged, shared and skipped tiles."""
-    monkeypatch.setitem(tiled.LOGIT_TILE, "cpu", 4)
-
-
-class Field:
-    """Random vectors and ids; ``loss`` evaluates, ``values`` evaluates with gradients."""
-
-    def __init__(self, seed: int, m: int = 21, t: int = 30, d: int = 5, bank: int | None = 9, *, same: bool = False,
-                 sort: bool = True, absent: bool = True, dtype: torch.dtype = torch.float64):  # fmt: skip
-        g = torch.Generator().manual_seed(seed)
-
-        def ids(n: int) -> Ids:
-            image = torch.randint(0, 5, (n,), generator=g)
-            part = torch.randint(-1 if absent else 0, 3, (n,), generator=g)
-            return Ids(image.sort().values if sort else image, part, torch.randint(0, 2, (n,), generator=g))
-
-        self.query, self.query_ids = torch.randn(m, d, generator=g, dtype=dtype), ids(m)
-        self.key, self.key_ids = torch.randn(t, d, generator=g, dtype=dtype), ids(t)
-        if same:
-            self.key, self.key_ids = self.query, self.query_ids
-        self.bank = None if bank is None else torch.randn(bank, d, generator=g, dtype=dtype)
-        self.weight = torch.rand(m, generator=g, dtype=dtype) * (torch.rand(m, generator=g) > 0.3)
-        self.options: dict[str, Any] = {"temperature": 0.1, "backend": "torch"}
-
-    def loss(self, **options: Any) -> Tensor:
-        given = {"query": self.query, "key": self.key, "query_ids": self.query_ids, "key_ids": self.key_ids,
-                 "bank": self.bank, "weight": self.weight}  # fmt: skip
-        merged = given | self.options | options
-        return contrastive_loss(merged.pop("query"), merged.pop("key"), **merged)
-
-    def values(self, **options: Any) -> list[Tensor]:
-        """Loss and the gradients of query, key, bank and temperature."""
-        query = self.query.clone().requires_grad_()
-        key = query if self.key is self.query else self.key.clone().requires_grad_()
-        bank = None if self.bank is None else self.bank.clone().requires_grad_()
-        temperature = torch.tensor((self.options | options)["temperature"], dtype=query.dtype, requires_grad=True)
-        loss = self.loss(**options | {"query": query, "key": key, "bank": bank, "temperature": temperature})
-        inputs = [query, temperature] + ([] if key is query else [key]) + ([] if bank is None else [bank])
-        return [loss.detach(), *torch.autograd.grad((loss * torch.arange(1, loss.numel() + 1)).sum(), inputs)]
-
-
-def assert_same(a: list[Tensor], b: list[Tensor], rtol: float = 1e-8) -> None:
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x, y, rtol=rtol, atol=rtol)
-
-
-fields = st.builds(
+from fgfast.ops.contrast import positives, sides, tiled
+from tests.ops.contrast_fields import (
+    BACKENDS,
+    NEGATIVES,
     Field,
-    st.integers(0, 10_000),
-    st.sampled_from([1, 7, 8, 21]),
-    st.sampled_from([1, 9, 30]),
-    st.sampled_from([1, 5, 16]),
-    st.sampled_from([None, 0, 9]),
-    same=st.booleans(),
-    sort=st.booleans(),
-    absent=st.booleans(),
+    assert_same,
+    few,
+    fields,
+    options,
+    quick,
+    seeds,
 )
-options = st.fixed_dictionaries(
-    {
-        "negatives": st.sampled_from(NEGATIVES),
-        "reduction": st.sampled_from(["mean", "mean_valid", "sum", "none"]),
-        "normalize": st.booleans(),
-        "temperature": st.sampled_from([1.0, 0.1, 0.01]),  # 0.01 leaves the bounded path
-    }
-)
-quick = examples(60)
-few = examples(15)
-seeds = st.integers(0, 10_000)
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
 @quick
@@ -99,7 +36,7 @@ def test_tiles_equal_the_definition_in_value_and_every_gradient(field: Field, op
 @given(fields, options)
 def test_a_single_tile_equals_the_definition(field: Field, options: dict[str, Any]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tiled.LOGIT_TILE, "cpu", 1024)
+        patch.setitem(sides.LOGIT_TILE, "cpu", 1024)
         assert_same(field.values(**options, backend="torch"), field.values(**options, backend="reference"))
 
 
@@ -109,10 +46,10 @@ def test_a_single_tile_equals_the_definition(field: Field, options: dict[str, An
 def test_ids_that_are_not_listed_are_compared(ranged: bool, field: Field, options: dict[str, Any]) -> None:
     """Too many pairs, whole images or another device: ids are compared where ranges overlap, or everywhere."""
     expected = field.values(**options)
-    make = tiled.make_side
+    make = sides.make_side
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiled, "MOST_PAIRS", -1)
-        patch.setattr(tiled, "make_side", lambda x, ids, *rest: make(x, ids, *rest[:3], ranged=ranged))
+        patch.setattr(positives, "MAX_PAIRS", -1)
+        patch.setattr(sides, "make_side", lambda x, ids, *rest: make(x, ids, *rest[:3], with_ranges=ranged))
         assert_same(field.values(**options), expected)
 
 
@@ -122,7 +59,7 @@ def test_pairs_are_those_of_equal_image_and_part(field: Field) -> None:
     """Each once, by tile and in all."""
     q, k = field.query_ids, field.key_ids
     same = (q.image[:, None] == k.image) & (q.part[:, None] == k.part) & (q.part[:, None] >= 0)
-    pairs = tiled.find_pairs(q, None if field.key is field.query else k, 4)
+    pairs = positives.find_pairs(q, None if field.key is field.query else k, 4)
     assert pairs is not None
     assert sorted(zip(pairs.row.tolist(), pairs.column.tolist(), strict=True)) == [
         tuple(place) for place in same.nonzero().tolist()
@@ -155,7 +92,7 @@ def test_permuting_rows_permutes_losses(backend: str, seed: int, negatives: str)
 @given(
     seed=seeds, negatives=st.sampled_from(NEGATIVES), normalize=st.booleans(), temperature=st.sampled_from([0.1, 0.01])
 )
-def test_contents_of_absent_vectors_reach_nothing(
+def test_contents_of_absent_vectors_are_masked_out(
     backend: str, seed: int, negatives: str, normalize: bool, temperature: float
 ) -> None:
     field = Field(seed)
@@ -315,105 +252,3 @@ def test_large_logits_do_not_overflow() -> None:
         assert all(v.isfinite().all() for v in values)
         big = field.loss(query=field.query * 100 * sign, key=field.key * 100, normalize=False)
         assert big.isfinite()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("m", "t"), [(0, 0), (0, 5), (5, 0)])
-def test_empty_inputs_give_zero(backend: str, m: int, t: int) -> None:
-    field = Field(0, m=m, t=t)
-    for reduction in ("mean", "mean_valid", "sum"):
-        values = field.values(reduction=reduction, backend=backend)
-        assert values[0] == 0
-        assert not any(v.any() for v in values)
-
-
-def test_strides_do_not_matter() -> None:
-    field = Field(8)
-    wide = torch.randn(30, 5, 3, dtype=torch.float64)
-    wide[..., 1] = field.key
-    strided = field.loss(query=field.query.T.contiguous().T, key=wide[..., 1])
-    torch.testing.assert_close(strided, field.loss())
-
-
-def test_a_detached_key_in_the_same_memory_gets_no_gradient() -> None:
-    field = Field(4, same=True)
-    for backend in BACKENDS:
-        query = field.query.clone().requires_grad_()
-        field.loss(query=query, key=query.detach(), backend=backend).backward()
-        other = field.query.clone().requires_grad_()
-        field.loss(query=other, key=field.query.clone(), backend="reference").backward()
-        torch.testing.assert_close(query.grad, other.grad)
-
-
-@pytest.mark.parametrize("same", [False, True])
-def test_opcheck(same: bool) -> None:
-    field = Field(1, m=10, t=12, same=same)
-    query = field.query.requires_grad_()
-    key = (None, None, None, None) if same else (field.key.requires_grad_(), *field.key_ids)
-    temperature = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
-    args = (query, *field.query_ids, *key, field.bank, temperature, 1.0, "all", True, "ieee", True, "torch")
-    torch.library.opcheck(torch.ops.fgfast.contrast, args)
-    grads = [torch.randn(10, dtype=torch.float64), *(x.detach() for x in torch.ops.fgfast.contrast(*args)[1:])]
-    detached = [x.detach() if isinstance(x, Tensor) else x for x in args]
-    for needs in ([True, not same, True, True], [False, not same, True, False]):
-        torch.library.opcheck(torch.ops.fgfast.contrast_backward, (*grads, needs, *detached))
-
-
-@pytest.mark.parametrize("same", [False, True])
-def test_compiled_fullgraph_gives_the_same_numbers(same: bool) -> None:
-    field = Field(9, same=same)
-
-    def loss(query: Tensor, key: Tensor, bank: Tensor | None) -> Tensor:
-        return field.loss(query=query, key=key, bank=bank)
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    results = []
-    for f in (loss, compiled):
-        query = field.query.clone().requires_grad_()
-        key = query if same else field.key.clone().requires_grad_()
-        value = f(query, key, field.bank)
-        results.append([value.detach(), *torch.autograd.grad(value, [query] if same else [query, key])])
-    assert_same(*results)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_does_not_lower_the_arithmetic(backend: str) -> None:
-    field = Field(7, dtype=torch.float32)
-    expected = field.loss(backend=backend)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(field.loss(backend=backend), expected)
-        mixed = field.loss(query=field.query.bfloat16(), backend=backend)
-    torch.testing.assert_close(mixed, field.loss(query=field.query.bfloat16().float(), backend=backend))
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "words"),
-    [
-        ({"query": torch.zeros(21)}, ValueError, "query has shape"),
-        ({"query": torch.zeros(21, 5, dtype=torch.int64)}, TypeError, "query has dtype"),
-        ({"key": torch.zeros(30, 4, dtype=torch.float64)}, ValueError, "key has 4 channels"),
-        ({"key": torch.zeros(30, 5)}, TypeError, "convert one of them"),
-        ({"key": torch.zeros(30, 5, dtype=torch.float64, device="meta")}, ValueError, "key is on meta"),
-        ({"bank": torch.zeros(2, 3, dtype=torch.float64)}, ValueError, "bank has 3 channels"),
-        ({"weight": torch.ones(20)}, ValueError, "weight has shape"),
-        ({"weight": -torch.ones(21)}, ValueError, "negative or non-finite"),
-        ({"weight": torch.full((21,), torch.nan)}, ValueError, "negative or non-finite"),
-        ({"temperature": 0}, ValueError, "temperature is 0"),
-        ({"temperature": -0.1}, ValueError, "temperature is -0.1"),
-        ({"temperature": float("nan")}, ValueError, "temperature is nan"),
-        ({"temperature": torch.tensor(-1.0)}, ValueError, "temperature is -1.0"),
-        ({"temperature": torch.ones(2)}, ValueError, "0-d"),
-        ({"negatives": "some"}, ValueError, "negatives is 'some'"),
-        ({"reduction": "max"}, ValueError, "reduction is 'max'"),
-        ({"precision": "bf16"}, ValueError, "precision is 'bf16'"),
-        ({"backend": "native"}, (ValueError, RuntimeError), "native"),
-        ({"query_ids": Ids(*torch.zeros(3, 20, dtype=torch.int64))}, ValueError, "query_ids.image has shape"),
-        ({"query_ids": Ids(*torch.zeros(3, 21))}, TypeError, "give integers"),
-        ({"query_ids": Ids(*torch.full((3, 21), -2))}, ValueError, "query_ids.part holds -2"),
-    ],
-)
-def test_bad_input_is_one_clear_error(change: dict[str, Any], error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words) as caught:
-        Field(0).loss(**change)
-    assert str(caught.value).count(".") >= 1
-    assert "\n" not in str(caught.value)

@@ -109,5 +109,5 @@ def test_global_ids_of_one_process_are_its_own() -> None:
 
 
 def test_global_ids_refuse_negative_images() -> None:
-    with pytest.raises(ValueError, match="image id is -1"):
+    with pytest.raises(ValueError, match="image id -1"):
         global_ids(Ids(*torch.full((3, 2), -1)))

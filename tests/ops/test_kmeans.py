@@ -1,4 +1,4 @@
-"""kmeans, kmeans_step and assign_and_pool: scikit-learn, the reference, invariants, registration, errors."""
+"""kmeans: scikit-learn, the reference, invariants, registration, errors."""
 
 import math
 
@@ -6,52 +6,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from torch.library import opcheck
 
 import fgfast.ops.kmeans.kmeans  # noqa: F401  (registers the operations)
-from fgfast import assign_and_pool, kmeans, kmeans_step, part_pool
-from fgfast.pixels.pyramid import Pyramid
+from fgfast import assign_and_pool, kmeans, kmeans_step
 from fgfast.reference.kmeans import hypercolumns
 from tests.examples import examples
-
-METRICS = ["euclidean", "cosine"]
-seeds = st.integers(0, 10**6)
-
-
-def blobs(seed, *shape, n_blobs=4, dtype=torch.float64, offset=0.0):
-    """Points [*shape, D] around a few centres, so that a rounding error does not decide a label."""
-    g = torch.Generator().manual_seed(seed)
-    centres = 3 * torch.randn(n_blobs, shape[-1], generator=g, dtype=torch.float64)
-    which = torch.randint(n_blobs, shape[:-1], generator=g)
-    noise = torch.randn(*shape, generator=g, dtype=torch.float64)
-    return (centres[which] + noise + offset).to(dtype)
-
-
-def pyramid(seed, batch=2, dtype=torch.float64):
-    """Levels below, at and above (in one axis) the size (8, 8), one of them channels last."""
-    g = torch.Generator().manual_seed(seed)
-    shapes = [(3, 8, 8), (7, 4, 4), (5, 2, 3), (2, 11, 1)]
-    maps = [torch.randn(batch, *s, generator=g, dtype=torch.float64).to(dtype) for s in shapes]
-    maps[1] = maps[1].contiguous(memory_format=torch.channels_last)
-    return maps
-
-
-def same(a, b, tolerance=1e-6):
-    assert torch.equal(a.labels.flatten(), b.labels.flatten())
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(
-            x.double().flatten(), y.double().flatten(), rtol=tolerance, atol=tolerance, equal_nan=True
-        )
-
-
-def sklearn(x, init, weight=None, n_iter=30, tol=1e-4):
-    cluster = pytest.importorskip("sklearn.cluster")
-    k = cluster.KMeans(len(init), init=init.double().numpy(), n_init=1, max_iter=n_iter, tol=tol, algorithm="lloyd")
-    return k.fit(x.double().numpy(), sample_weight=None if weight is None else weight.double().numpy())
-
-
-# ---------------------------------------------------------------- scikit-learn, from the same start
+from tests.ops.kmeans_data import METRICS, blobs, pyramid, same, seeds, sklearn
 
 
 @pytest.mark.parametrize("tol", [0.0, 1e-4, 1e-2])
@@ -83,38 +44,12 @@ def test_relocates_empty_clusters_as_scikit_learn_does(weighted, n_empty):
         assert (ours.counts > 0).all()
 
 
-def test_pyramid_equals_scikit_learn_on_the_built_matrix():
-    maps = pyramid(0, 1, torch.float32)
-    x = hypercolumns(maps, (8, 8))[0]
-    theirs = sklearn(x, x[:5])
-    ours = kmeans(maps, 5, size=8, init=x[:5], n_iter=30)
-    assert np.array_equal(ours.labels.flatten().numpy(), theirs.labels_)
-    assert ours.inertia.item() == pytest.approx(theirs.inertia_, rel=1e-5)
-
-
 def test_kmeans_plus_plus_is_as_good_as_scikit_learns():
     x = blobs(0, 400, 8, n_blobs=8)
     ours = np.mean([kmeans(x, 8, seed=s).inertia.item() for s in range(20)])
     cluster = pytest.importorskip("sklearn.cluster")
     theirs = np.mean([cluster.KMeans(8, n_init=1, random_state=s).fit(x.numpy()).inertia_ for s in range(20)])
     assert ours < 1.1 * theirs
-
-
-# ---------------------------------------------------------------- the reference
-
-
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("shape", [(2, 37, 5), (1, 1, 1), (3, 130, 1), (2, 64, 33)], ids=str)
-def test_step_equals_reference(shape, metric):
-    k = min(7, shape[1])
-    for dtype, tolerance in {torch.float64: 1e-6, torch.float32: 1e-4}.items():
-        x = blobs(1, *shape, dtype=dtype)
-        weight = (torch.rand(shape[:2], generator=torch.Generator().manual_seed(0)) - 0.2).clamp_min(0)
-        for w in (None, weight):
-            step = kmeans_step(x, x[:, :k], weight=w, metric=metric)
-            same(step, kmeans_step(x, x[:, :k], weight=w, metric=metric, backend="reference"), tolerance)
-            assert step.labels.shape == shape[:2]
-            assert (step.counts.dtype, step.inertia.dtype, step.sums.dtype) == (torch.float32, torch.float32, dtype)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -149,63 +84,6 @@ def test_a_large_mean_costs_no_digits():
     ours, exact = kmeans(x, 5, init=x[:5]), kmeans(x.double(), 5, init=x[:5])
     assert torch.equal(ours.labels, exact.labels)
     torch.testing.assert_close(ours.inertia, exact.inertia, rtol=1e-4, atol=0)
-
-
-# ---------------------------------------------------------------- invariants
-
-
-@pytest.mark.parametrize("metric", METRICS)
-@examples(15)
-@given(seed=seeds)
-def test_pyramid_equals_kmeans_on_the_built_hypercolumns(metric, seed):
-    maps = pyramid(seed)
-    built = hypercolumns(maps, (8, 8))
-    same(kmeans(maps, 4, size=8, seed=seed, metric=metric), kmeans(built, 4, seed=seed, metric=metric))
-
-
-@pytest.mark.parametrize("metric", METRICS)
-@examples(15)
-@given(seed=seeds, bad=st.booleans(), flat=st.booleans())
-def test_levels_of_few_cells_and_many_channels_are_turned_without_a_trace(metric, seed, bad, flat):
-    """48 channels of 9 cells are 9 channels inside, cells that are alike (a singular map) and broken ones included."""
-    g = torch.Generator().manual_seed(seed)
-    deep = torch.randn(2, 48, 3, 3, generator=g, dtype=torch.float64)
-    if flat:
-        deep[:, :, 1:] = deep[:, :, :1]
-    if bad:
-        deep[0, 5, 0, 0] = torch.nan
-    maps = [deep, torch.randn(2, 3, 6, 6, generator=g, dtype=torch.float64)]
-    assert [level.channels for level in Pyramid(maps, (8, 8), closed=True).levels] == [9, 3]
-    built = hypercolumns(maps, (8, 8))
-    for init in ("k-means++", "random"):
-        ours = kmeans(maps, 4, size=8, seed=seed, metric=metric, init=init, n_init=2)
-        same(ours, kmeans(built, 4, seed=seed, metric=metric, init=init, n_init=2))
-    given = torch.randn(2, 4, 51, generator=g, dtype=torch.float64)  # in no space of the cells
-    same(kmeans(maps, 4, size=8, init=given, metric=metric), kmeans(built, 4, init=given, metric=metric))
-
-
-@pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_turned_levels_keep_the_digits_of_float32(offset):
-    """A mean far from zero costs the turned levels no more than the others."""
-    g = torch.Generator().manual_seed(0)
-    maps = [torch.randn(2, 512, 4, 4, generator=g) + offset]
-    wanted = kmeans([m.double() for m in maps], 5, size=8, seed=0)
-    turned = kmeans(maps, 5, size=8, seed=0)
-    assert torch.equal(turned.labels, wanted.labels)
-    error = (turned.centroids - wanted.centroids).abs().max()
-    assert error < 16 * torch.finfo(torch.float32).eps * (1 + offset)  # of means of up to 64 numbers of that size
-
-
-@examples(15)
-@given(seed=seeds, height=st.integers(1, 9), width=st.integers(1, 9), rows=st.integers(1, 9), columns=st.integers(1, 9))
-def test_pyramid_norms_and_pixels_are_those_of_interpolate(seed, height, width, rows, columns):
-    f = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    built = hypercolumns([f], (rows, columns))
-    source = Pyramid([f], (rows, columns))
-    mu = built.mean(1)
-    torch.testing.assert_close(source.squares(None), built.square().sum(2))
-    torch.testing.assert_close(source.squares(mu), (built - mu[:, None]).square().sum(2))
-    torch.testing.assert_close(source.rows(torch.arange(rows * columns).expand(2, -1)), built)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -270,18 +148,6 @@ def test_a_non_finite_pixel_poisons_its_inertia_alone(metric, value):
         assert a.inertia.isnan().tolist() == [True, False]
         assert a.labels[0, 7] == -1
         same(a._replace(inertia=clean.inertia), clean)
-
-
-@pytest.mark.parametrize("level", [0, 1])
-def test_a_non_finite_cell_reaches_the_pixels_that_mix_it(level):
-    maps = pyramid(6)
-    maps[level] = maps[level].clone()
-    maps[level][0, 1, 2, 3] = math.nan
-    lost = ~hypercolumns(maps, (8, 8)).isfinite().all(2)
-    clean = kmeans(pyramid(6), 3, size=8, seed=1, weight=(~lost).float().view(2, 8, 8))
-    a = kmeans(maps, 3, size=8, seed=1)
-    assert a.inertia.isnan().tolist() == [True, False]
-    same(a._replace(inertia=clean.inertia), clean)
 
 
 def test_strides_change_nothing():
@@ -376,29 +242,6 @@ def test_empty_batch_and_all_pixels_left_out():
     assert r.inertia.item() == 0
 
 
-# ---------------------------------------------------------------- assign_and_pool
-
-
-@pytest.mark.parametrize("metric", METRICS)
-def test_assign_and_pool_is_a_step_and_a_pooling(metric):
-    x = blobs(15, 2, 6, 5, 4).permute(0, 3, 1, 2)
-    weight = (torch.rand(2, 6, 5, generator=torch.Generator().manual_seed(0)) - 0.2).clamp_min(0)
-    c = x.flatten(2).transpose(1, 2)[:, :3]
-    for backend in ("torch", "reference"):
-        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-        pooled, area, labels = assign_and_pool(a, c, metric=metric, weight=weight, backend=backend)
-        expected = part_pool(b, kmeans_step(x, c, metric=metric, weight=weight).labels, 3, weight=weight)
-        assert torch.equal(labels, kmeans_step(x, c, metric=metric, weight=weight).labels)
-        torch.testing.assert_close(pooled, expected.pooled)
-        torch.testing.assert_close(area, expected.area)
-        pooled.square().sum().backward()
-        expected.pooled.square().sum().backward()
-        torch.testing.assert_close(a.grad, b.grad)
-
-
-# ---------------------------------------------------------------- registration
-
-
 def test_opcheck():
     x, w = blobs(16, 2, 12, 3, dtype=torch.float32), torch.rand(2, 12)
     ops = torch.ops.fgfast
@@ -426,11 +269,6 @@ def test_compile_gives_the_same_numbers():
         torch.testing.assert_close(a, b)
 
 
-def test_gradcheck_of_assign_and_pool():
-    x = blobs(18, 1, 9, 3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: assign_and_pool(x, x.detach()[:, :2])[0], x)
-
-
 def test_outputs_are_constants():
     x = blobs(19, 1, 20, 3).requires_grad_()
     r, step = kmeans(x, 2, seed=0), kmeans_step(x, x[:, :2])
@@ -444,8 +282,6 @@ def test_autocast_leaves_float32_alone():
     assert torch.equal(a.centroids, kmeans(x, 3, seed=0).centroids)
 
 
-# ---------------------------------------------------------------- bad input
-
 X = torch.zeros(2, 9, 3)
 MAPS = [torch.zeros(2, 3, 3, 3)]
 
@@ -454,7 +290,7 @@ MAPS = [torch.zeros(2, 3, 3, 3)]
 @pytest.mark.parametrize(
     ("change", "error", "word"),
     [
-        ({"x": torch.zeros(9)}, ValueError, "x has shape"),
+        ({"x": torch.zeros(9)}, ValueError, "x: expected shape"),
         ({"x": X.long()}, TypeError, "x has dtype"),
         ({"x": []}, ValueError, "empty list"),
         ({"x": MAPS}, ValueError, "size is missing"),
@@ -471,10 +307,10 @@ MAPS = [torch.zeros(2, 3, 3, 3)]
         ({"tol": math.nan}, ValueError, "tol"),
         ({"init": "best"}, ValueError, "init"),
         ({"init": torch.zeros(2, 4, 3)}, ValueError, "init holds 4"),
-        ({"init": torch.zeros(2, 2, 4)}, ValueError, "init has shape"),
+        ({"init": torch.zeros(2, 2, 4)}, ValueError, "init: expected shape"),
         ({"init": torch.full((2, 2, 3), math.nan)}, ValueError, "init"),
         ({"init_samples": 1}, ValueError, "init_samples"),
-        ({"weight": torch.zeros(2, 8)}, ValueError, "weight has shape"),
+        ({"weight": torch.zeros(2, 8)}, ValueError, "weight: expected shape"),
         ({"weight": -torch.ones(2, 9)}, ValueError, "weight holds"),
         ({"weight": torch.ones(2, 9, device="meta")}, ValueError, "weight is on"),
         ({"metric": "l1"}, ValueError, "metric"),
@@ -488,22 +324,3 @@ def test_bad_input_is_named(change, error, word, backend):
     options = {"x": X, "n_clusters": 2, "seed": 0} | change
     with pytest.raises(error, match=word):
         kmeans(options.pop("x"), options.pop("n_clusters"), backend=backend, **options)
-
-
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"centroids": torch.zeros(2, 2, 4)}, "centroids has shape"),
-        ({"centroids": torch.zeros(0, 3)}, "no centroid"),
-        ({"centroids": torch.full((2, 3), math.inf)}, "not finite"),
-        ({"weight": torch.ones(9)}, "weight has shape"),
-        ({"metric": "l1"}, "metric"),
-    ],
-)
-def test_bad_input_of_a_step_is_named(change, word):
-    options = {"centroids": torch.zeros(2, 3)} | change
-    for backend in ("torch", "reference"):
-        with pytest.raises(ValueError, match=word):
-            kmeans_step(X, **options, backend=backend)
-        with pytest.raises(ValueError, match=word):
-            assign_and_pool(X, **options, backend=backend)

@@ -8,14 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from fgfast.ops.part_pool import (
-    _labels_to_grid,
-    _part_pool,
-    _part_pool_map,
-    labels_to_grid,
-    part_pool,
-    part_pool_backward,
-)
+from fgfast.ops.part_pool import labels_to_grid, part_pool
+from fgfast.ops.part_pool.grid import _labels_to_grid
+from fgfast.ops.part_pool.part_pool import _part_pool, _part_pool_map, part_pool_backward
 from fgfast.reference import part_pool as reference
 from tests.examples import examples
 
@@ -112,7 +107,7 @@ def test_pixels_before_channels_equals_channels_before_pixels():
 def test_tiles_join_without_a_seam(monkeypatch):
     x, labels, weight = make((3, 5, 40, 30, 4))
     whole = part_pool(x, labels, 4, weight=weight)
-    monkeypatch.setattr("fgfast.ops.part_pool.TILE_ELEMENTS", 1 << 10)
+    monkeypatch.setattr("fgfast.ops.part_pool.tiled.TILE_ELEMENTS", 1 << 10)
     y = x.clone().requires_grad_()
     tiled = part_pool(y, labels, 4, weight=weight)
     torch.testing.assert_close(tiled.pooled, whole.pooled)
@@ -285,10 +280,16 @@ def test_bad_input_is_named(change, error, word, backend):
 @pytest.mark.parametrize(
     ("change", "remedy"),
     [
-        ({"labels": torch.zeros(3, 8, 8, dtype=torch.int64)}, "labels has shape .3, 8, 8.* id map .B, H, W. of each"),
-        ({"features": torch.ones(2, 16, 5)}, "labels has shape .2, 8, 8.* give features .B, D, h, w."),
-        ({"labels": torch.zeros(2, 64, dtype=torch.int64)}, "labels has shape .2, 64.* make them agree"),
-        ({"weight": torch.ones(2, 8, 8)}, "weight has shape .2, 8, 8.* make them agree"),
+        (
+            {"labels": torch.zeros(3, 8, 8, dtype=torch.int64)},
+            "expected shape .2, 4, 4. .or an id map .B, H, W. per image., got",
+        ),
+        (
+            {"features": torch.ones(2, 16, 5)},
+            "expected shape .2, 16. .or features .B, D, h, w. to pool by id maps., got",
+        ),
+        ({"labels": torch.zeros(2, 64, dtype=torch.int64)}, "labels: expected shape .*, got .2, 64."),
+        ({"weight": torch.ones(2, 8, 8)}, "weight: expected shape .*, got .2, 8, 8."),
     ],
     ids=["pictures", "pixels before channels", "no rows", "weight"],
 )

@@ -158,7 +158,7 @@ def test_opcheck_and_compile():
 @pytest.mark.parametrize(
     ("change", "error", "word"),
     [
-        ({"features": torch.ones(3)}, ValueError, "features has shape"),
+        ({"features": torch.ones(3)}, ValueError, "features: expected shape"),
         ({"features": torch.ones(2, 3, dtype=torch.int64)}, TypeError, "features"),
         ({"gradient": torch.ones(2, 4)}, ValueError, "gradient"),
         ({"gradient": None}, ValueError, "Neither"),

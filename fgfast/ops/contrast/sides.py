@@ -96,7 +96,7 @@ def _image_ranges(image: Tensor, present: Tensor, size: int) -> list[tuple[int, 
 
 
 def tile_size(vectors: Tensor, negatives: str = "all") -> int:
-    """Rows, and columns, of a tile of logits on the device of the vectors; half of that where most tiles are skipped."""
+    """Rows, and columns, of a tile of logits on this device; half of that where most tiles are skipped."""
     size = LOGIT_TILE.get(vectors.device.type, LOGIT_TILE_ON_DEVICE)
     return size // 2 if negatives == "same_image" else size
 

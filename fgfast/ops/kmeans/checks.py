@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fgfast.tensors import TILE_ELEMENTS, as_size, check_device, check_float, values_checked
+from fgfast.tensors import TILE_ELEMENTS, as_size, check_device, check_float, shape_error, values_checked
 
 BACKENDS = ("torch", "reference")
 METRICS = ("euclidean", "cosine")
@@ -23,7 +23,7 @@ def columns(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         return x.transpose(1, 2), (x.shape[0], x.shape[1])
     if x.dim() == 4:
         return x, (x.shape[0], *x.shape[2:])
-    raise ValueError(f"x has shape {tuple(x.shape)}: give [N, D], [B, N, D], [B, D, H, W] or a list of maps.")
+    raise shape_error("x", "[N, D], [B, N, D], [B, D, H, W] or a list of maps", x)
 
 
 def flat_weight(weight: Tensor | None, shape: tuple[int, ...], batch: int, device: torch.device) -> Tensor | None:
@@ -32,7 +32,7 @@ def flat_weight(weight: Tensor | None, shape: tuple[int, ...], batch: int, devic
     check_float("weight", weight)
     check_device("weight", weight, device)
     if tuple(weight.shape) != shape:
-        raise ValueError(f"weight has shape {tuple(weight.shape)} but there are {shape} pixels: make them agree.")
+        raise shape_error("weight", str(list(shape)), weight)
     return weight.detach().reshape(batch, -1)
 
 
@@ -43,9 +43,7 @@ def match_centroids(name: str, centroids: Tensor, batch: int, channels: int, dev
     if centroids.dim() == 2:
         centroids = centroids.expand(batch, *centroids.shape)
     if centroids.dim() != 3 or centroids.shape[0] != batch or centroids.shape[2] != channels:
-        raise ValueError(
-            f"{name} has shape {tuple(centroids.shape)}: give [B, K, D] or [K, D] with B = {batch} and D = {channels}."
-        )
+        raise shape_error(name, f"[B, K, D] or [K, D] with B = {batch} and D = {channels}", centroids)
     if centroids.shape[1] < 1:
         raise ValueError(f"{name} holds no centroid: give at least one.")
     return centroids.detach()
@@ -75,9 +73,7 @@ def checked_maps(
         check_float(name, m)
         check_device(name, m, x[0].device)
         if m.dim() != 4 or m.shape[0] != x[0].shape[0] or 0 in m.shape[1:]:
-            raise ValueError(
-                f"{name} has shape {tuple(m.shape)}: give [B, D, H, W] with B = {x[0].shape[0]}, none empty."
-            )
+            raise shape_error(name, f"[B, D, H, W] with B = {x[0].shape[0]} and no side 0", m)
         if m.dtype != x[0].dtype:
             raise TypeError(f"{name} has dtype {m.dtype} but x[0] has {x[0].dtype}: use one dtype.")
     return [m.detach() for m in x], (height, width)

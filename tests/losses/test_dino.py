@@ -1,0 +1,25 @@
+"""DINOLoss: values of lightly with warm-up and centre."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fgfast import losses
+from tests.losses.peers import assert_same, lightly, randn
+
+
+def test_dino_equals_lightly_with_warm_up_and_centre() -> None:
+    options: dict[str, Any] = {"output_dim": 12, "warmup_teacher_temp": 0.03, "warmup_teacher_temp_epochs": 4}
+    ours, theirs = losses.DINOLoss(**options).double(), lightly.DINOLoss(**options).double()
+    teacher, student = [randn(i, 5, 12) for i in range(2)], [randn(i + 9, 5, 12) for i in range(4)]
+
+    def at(epoch: int | None, loss: nn.Module) -> Callable[..., Tensor]:
+        return lambda *x: loss(teacher, list(x), epoch=epoch)
+
+    for epoch in (0, 1, 3, 4, 9, None):
+        assert_same(at(epoch, ours), at(epoch, theirs), *student)
+        torch.testing.assert_close(ours.center, theirs.center)
+    assert ours(teacher, student, teacher_temp=0.5) == pytest.approx(theirs(teacher, student, teacher_temp=0.5).item())

@@ -1,0 +1,99 @@
+"""Errors of the loss classes name the arguments of the class."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fgfast import losses
+from tests.losses.peers import randn
+
+
+@pytest.mark.parametrize("name", ["NTXentLoss", "DetConBLoss", "DetConSLoss", "SupConLoss", "InfoNCELoss"])
+@pytest.mark.parametrize("temperature", [0.0, -0.1, float("inf"), float("nan")])
+def test_a_temperature_that_is_not_positive_is_refused(name: str, temperature: float) -> None:
+    with pytest.raises(ValueError, match="temperature is"):
+        getattr(losses, name)(temperature=temperature)
+
+
+def test_bad_input_is_one_clear_error() -> None:
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="memory_bank_size is 5"):
+        losses.NTXentLoss(memory_bank_size=5)
+    with pytest.raises(ValueError, match="belong together"):
+        losses.SupConLoss()(x, torch.zeros(2), ref_emb=x)
+    with pytest.raises(ValueError, match="leave the miner out"):
+        losses.SupConLoss()(x, torch.zeros(2), (x, x, x, x))
+    with pytest.raises(ValueError, match="center_mode is 'median'"):
+        losses.DINOLoss(center_mode="median")
+    with pytest.raises(ValueError, match="different views"):
+        losses.DINOLoss(output_dim=3)([x], [x])
+    with pytest.raises(ValueError, match="n_parts is 0"):
+        losses.PartContrastiveLoss(0, nn.Identity())
+    maps = torch.zeros(1, 3, 2, 2)
+    ids = torch.zeros(1, 2, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="target1 and target2"):
+        losses.PartContrastiveLoss(2, nn.Identity())(maps, maps, ids, ids, maps)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: losses.NTXentLoss()(x, x[:3]), ValueError, "out0 has shape (4, 8) and out1 has shape (3, 8)"),
+        (lambda x: losses.NTXentLoss()(x[0], x[0]), ValueError, "out0: expected shape [B, D], got [8]"),
+        (lambda x: losses.NTXentLoss()([1.0], x), TypeError, "out0 is a list"),
+        (lambda x: losses.InfoNCELoss()(x, x[:, :3]), ValueError, "key has shape (4, 3)"),
+        (lambda x: losses.SupConLoss()(x, torch.zeros(4)), TypeError, "labels has dtype torch.float32"),
+        (
+            lambda x: losses.SupConLoss()(x[0], torch.zeros(8).long()),
+            ValueError,
+            "embeddings: expected shape",
+        ),
+        (
+            lambda x: losses.SupConLoss()(x, torch.zeros(4).long(), None, x, torch.zeros(3).long()),
+            ValueError,
+            "ref_labels: expected shape",
+        ),
+        (
+            lambda x: losses.SupConLoss()(x, torch.zeros(4).long(), None, x[:, :3], torch.zeros(4).long()),
+            ValueError,
+            "ref_emb has 3 channels and embeddings has 8",
+        ),
+        (
+            lambda x: losses.DetConSLoss()(x[None], x[None], [0], torch.zeros(1, 4)),
+            TypeError,
+            "mask_view0 is a list",
+        ),
+        (
+            lambda x: losses.DetConSLoss()(x[None], x[None], torch.zeros(1, 4), torch.zeros(1, 4)),
+            TypeError,
+            "mask_view0 has dtype torch.float32",
+        ),
+        (
+            lambda x: losses.PartContrastiveLoss(2, nn.Identity())(
+                x.view(2, 4, 2, 2), x.view(2, 4, 2, 2)[:1], *[torch.zeros(2, 2, 2).long()] * 2
+            ),
+            ValueError,
+            "features1 has shape (2, 4, 2, 2) and features2 has shape (1, 4, 2, 2)",
+        ),
+    ],
+)
+def test_messages_name_the_arguments_of_the_class(
+    call: Callable[[Tensor], Tensor], error: type[Exception], message: str
+) -> None:
+    """Who calls a loss is told of its own arguments, not of those of the operation below."""
+    with pytest.raises(error, match=re.escape(message)):
+        call(randn(0, 4, 8))
+
+
+def test_labels_and_ids_that_do_not_fit_are_refused() -> None:
+    """Shapes are told before anything is indexed."""
+    x = randn(0, 4, 8)
+    with pytest.raises(ValueError, match="labels: expected shape"):
+        losses.SupConLoss()(x, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"\[B, M, D\]"):
+        losses.DetConBLoss()(x, x, x, x, torch.zeros(4).long(), torch.zeros(4).long())
+    with pytest.raises(ValueError, match=r"\[B, M, D\]"):
+        losses.DetConSLoss()(x[None], x[None], torch.zeros(1, 3).long(), torch.zeros(1, 3).long())
