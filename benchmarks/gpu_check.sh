@@ -40,7 +40,7 @@ tests() {
     run "sampler on the device" "$PYTHON" -m pytest tests/ops/test_mask.py
 }
 
-# Without the caching allocator every tensor is an allocation of its own, and the tools see where it ends.
+# Without the caching allocator every tensor is a separate allocation, and the tools see where it ends.
 sanitized() {
     if [[ ! -x $SANITIZER ]]; then
         echo "compute-sanitizer was not found: name it with SANITIZER=PATH."

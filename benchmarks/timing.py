@@ -208,7 +208,7 @@ class _Racer:
 
 
 def _prepare(variant: Variant, case: Case, sets: Sequence[Inputs], judge: Judge, clock: Clock) -> Measurement | _Racer:
-    """Make, warm up, judge and weigh a variant; the measurement alone when it must not be timed."""
+    """Make, warm up, judge and weigh a variant; only the measurement when it must not be timed."""
     result, bound = Measurement(case, variant.name), case.tolerance * variant.slack
     try:
         run = variant.make()

@@ -100,7 +100,7 @@ def kmeans_step(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
     """With the preparation of the centroids.
 
     Four problems are a program each, as 128 are on a GPU. One problem is split among the processors (four, where there
-    is none) and pays for partial sums and for the centroids alone. From 768 channels on centroids and a tile of pixels
+    is none) and pays only for partial sums and the centroids. From 768 channels on centroids and a tile of pixels
     fit the 128 KiB on chip in half precision and do not in float32.
     """
     shapes = ((4, 3136, 256, 25), (4, 784, 768, 25), (4, 784, 1024, 15))
@@ -179,7 +179,7 @@ KMEANS_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 def counted(only: str = "", quick: bool = False) -> Iterator[Count]:
-    """Every count, or those of one operation; ``quick`` counts in half precision alone. Needs TRITON_INTERPRET=1."""
+    """Every count, or those of one operation; ``quick`` counts only in half precision. Needs TRITON_INTERPRET=1."""
     torch.manual_seed(0)
     for kernel in KERNELS:
         if only in ("", kernel.__name__):

@@ -1,4 +1,4 @@
-// What the CPU and the CUDA code share: arguments, and the score arithmetic, which gives the same bits on both.
+// Common to the CPU and the CUDA code: arguments, and the score arithmetic, which gives the same bits on both.
 //
 // The score of a patch is sum over layers of log2(mean over heads of attention). Every operation is a single IEEE
 // rounding (no fused multiply-add: both compilers are told so), and log2 is spelled out here instead of taken from a

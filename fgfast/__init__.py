@@ -1,4 +1,4 @@
-"""fgfast: cluster pixels into parts, pool them, contrast them. The public names; importing this loads torch alone."""
+"""fgfast: cluster pixels into parts, pool them, contrast them. The public names; importing this loads only torch."""
 
 from fgfast.backend import use_backend
 from fgfast.ids import Ids

@@ -1,4 +1,4 @@
-"""The three integers that a row or column of a contrast carries."""
+"""The three integers that identify each vector of a contrast."""
 
 from typing import NamedTuple
 
@@ -8,8 +8,9 @@ from torch import Tensor
 class Ids(NamedTuple):
     """Which image, part and view a vector comes from.
 
-    Two vectors are a positive pair when image and part agree and view differs; they are the same thing when all three
-    agree. Part -1 means "absent": the vector takes part in nothing.
+    Two vectors are a positive pair when image and part agree and view differs; they are the same
+    vector, or copies of it, when all three agree. Part -1 means "absent": the vector is masked out and affects neither
+    loss nor gradients.
 
     Args:
         image: integer [N], any values; unique over all ranks when a process group is used.

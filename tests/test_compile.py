@@ -149,7 +149,7 @@ def test_the_choice_of_a_backend_is_a_constant() -> None:
 
 @pytest.mark.parametrize("strategy", ["sample", "random"])
 def test_a_compiled_mask_draws_anew(strategy: str) -> None:
-    """Without a seed every call of one graph has a mask of its own."""
+    """Without a seed each call of a graph draws its own mask."""
     attention = torch.ones(1, 4, 64)
     run = torch.compile(
         lambda a: pivotal_mask(a, keep=0.5, strategy=strategy).mask,

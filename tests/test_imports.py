@@ -104,7 +104,7 @@ def test_no_circle() -> None:
 
 
 def test_the_definitions_depend_on_nothing_that_they_judge() -> None:
-    """reference/ imports itself and the ground floor alone."""
+    """reference/ imports only itself and the ground floor."""
     for name, others in GRAPH.items():
         if name.startswith("fgfast.reference"):
             assert {other.split(".")[1] for other in others} <= GROUND | {"reference"}, name

@@ -1,4 +1,4 @@
-"""Losses as modules, one a file: each a few lines over ``contrastive_loss``, with the field's names and values."""
+"""Losses as modules, one per file: each a few lines over ``contrastive_loss``, with the field's names and values."""
 
 from fgfast.losses.detcon import DetConBLoss, DetConSLoss
 from fgfast.losses.dino import DINOLoss

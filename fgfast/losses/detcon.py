@@ -1,7 +1,5 @@
 """DetCon: contrast of regions with target regions of both views."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
@@ -9,9 +7,6 @@ from fgfast.ids import Ids
 from fgfast.losses.common import arange_like, check_temperature, group_of_all, ids_over_ranks
 from fgfast.ops.contrast import contrastive_loss
 from fgfast.tensors import check_integers
-
-if TYPE_CHECKING:
-    pass
 
 
 class DetConBLoss(nn.Module):
@@ -21,7 +16,7 @@ class DetConBLoss(nn.Module):
               \text{id}_m\}|}
 
     with the loss of a region as in ``contrastive_loss``: positives are the regions of the same id in the other view,
-    the region itself in its own view is left out, everything else is a negative.
+    the region itself is left out, and all others are negatives.
 
     Args:
         temperature: at least 1e-8.
@@ -63,8 +58,8 @@ class DetConBLoss(nn.Module):
             m.shape != pred_view0.shape[:2] for m in maps
         ):
             raise ValueError(
-                f"The views are {[tuple(v.shape) for v in vectors]}, the masks {[tuple(m.shape) for m in maps]}: "
-                "give vectors [B, M, D] and ids [B, M]."
+                "expected views of shape [B, M, D] and masks [B, M], got "
+                f"{[list(v.shape) for v in vectors]} and {[list(m.shape) for m in maps]}."
             )
         masks = torch.stack([mask_view0, mask_view1])  # [2, B, M]
         view, image, _ = (

@@ -1,14 +1,10 @@
 """Cross entropy between teacher and student, with a centre."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    pass
 
 
 class DINOLoss(nn.Module):
@@ -17,7 +13,7 @@ class DINOLoss(nn.Module):
     .. math:: L = -\frac{1}{n} \sum_{t \ne s} \frac{1}{B} \sum_b \text{softmax}((x_t - c) / T_t) \cdot
               \log \text{softmax}(x_s / T_s)
 
-    with n pairs of different views. Afterwards the centre c moves towards the mean of the teacher (over all ranks).
+    with n pairs of different views. After each call the centre c moves towards the teacher's mean over all ranks.
 
     Args:
         output_dim: channels K.
@@ -25,8 +21,8 @@ class DINOLoss(nn.Module):
         teacher_temp: T_t after the warm-up.
         warmup_teacher_temp_epochs: epochs of the linear warm-up.
         student_temp: T_s.
-        center_momentum: share of the old centre that is kept.
-        center_mode: "mean", the only one.
+        center_momentum: weight of the old centre in its moving average, 0 to 1.
+        center_mode: only "mean".
 
     Raises:
         ValueError: another mode of the centre, or fewer than two views.
@@ -56,7 +52,7 @@ class DINOLoss(nn.Module):
     ):
         super().__init__()
         if center_mode != "mean":
-            raise ValueError(f"center_mode is {center_mode!r}: 'mean' is the only one.")
+            raise ValueError(f"center_mode is {center_mode!r}: only 'mean' is supported.")
         self.warmup_teacher_temp, self.teacher_temp = warmup_teacher_temp, teacher_temp
         self.warmup_teacher_temp_epochs = warmup_teacher_temp_epochs
         self.student_temp, self.center_momentum = student_temp, center_momentum
@@ -66,8 +62,8 @@ class DINOLoss(nn.Module):
         """T_t of an epoch: linear from the first to the last epoch of the warm-up, teacher_temp afterwards."""
         if epoch is None or epoch >= self.warmup_teacher_temp_epochs:
             return self.teacher_temp
-        share = epoch / max(self.warmup_teacher_temp_epochs - 1, 1)
-        return self.warmup_teacher_temp + min(share, 1) * (self.teacher_temp - self.warmup_teacher_temp)
+        fraction = min(epoch / max(self.warmup_teacher_temp_epochs - 1, 1), 1)
+        return self.warmup_teacher_temp + fraction * (self.teacher_temp - self.warmup_teacher_temp)
 
     def forward(
         self,
@@ -76,7 +72,7 @@ class DINOLoss(nn.Module):
         teacher_temp: float | None = None,
         epoch: int | None = None,
     ) -> Tensor:
-        """Loss of the outputs [B, K] a view; teacher_temp wins over the warm-up of epoch."""
+        """Loss of the outputs, [B, K] per view; teacher_temp takes precedence over the warm-up of epoch."""
         pairs = len(teacher_out) * len(student_out) - min(len(teacher_out), len(student_out))
         if pairs <= 0:
             raise ValueError("A pair of different views is needed: give outputs of two views or more.")

@@ -21,7 +21,7 @@ class InfoNCELoss(nn.Module):
 
     .. math:: \ell_i = -\log \frac{e^{s_{ii}}}{e^{s_{ii}} + \sum_n e^{s_{in}}}, \quad s = \cos / T,
 
-    averaged over queries. Negatives are the keys of the other images, or, where a bank is given, the bank alone.
+    averaged over queries. Negatives are the keys of the other images, or, if a bank is given, only the bank.
 
     Args:
         temperature: at least 1e-8.

@@ -1,7 +1,6 @@
 """NT-Xent, the loss of SimCLR, with an optional memory bank."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -12,16 +11,13 @@ from fgfast.ids import Ids
 from fgfast.losses.common import check_temperature, check_vectors, group_of_all, ids_of_two_views, ids_over_ranks
 from fgfast.ops.contrast import contrastive_loss
 
-if TYPE_CHECKING:
-    pass
-
 
 class NTXentLoss(nn.Module):
     r"""Normalised temperature-scaled cross entropy of two views (SimCLR); signature and values of lightly's.
 
     .. math:: \ell_i = -\log \frac{e^{s_{ij}}}{\sum_{k \ne i} e^{s_{ik}}}, \quad s = \cos / T,
 
-    averaged over the 2 B vectors, j being the other view of i. With a memory bank the negatives are the bank alone, and
+    averaged over the 2 B vectors, j being the other view of i. With a memory bank only the bank holds negatives, and
     only the first view is a query (MoCo).
 
     Args:
@@ -83,7 +79,7 @@ class NTXentLoss(nn.Module):
 
     @torch.no_grad()
     def _enqueue(self, batch: Tensor) -> None:
-        """Write the batch over the oldest vectors; what does not fit before the end of the bank is dropped."""
+        """Overwrite the oldest vectors by the batch; vectors beyond the end of the bank are dropped."""
         if group_of_all(self.gather_distributed) is not None:
             gathered = [torch.empty_like(batch) for _ in range(dist.get_world_size())]
             dist.all_gather(gathered, batch.contiguous())

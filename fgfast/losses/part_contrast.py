@@ -1,4 +1,4 @@
-"""The whole part step for any training loop: pool, heads, contrast."""
+"""The part step for any training loop: pool, heads, contrast."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 
 class PartContrastiveLoss(nn.Module):
-    r"""The whole part step for any training loop: maps and id maps in, the contrast of parts out.
+    r"""The part step for any training loop: feature maps and id maps in, the contrast of parts out.
 
-    Id maps go to the resolution of the features by majority; features are averaged over each part; a query is
+    Id maps are reduced to the resolution of the features by majority; features are averaged over each part; a query is
     predictor(projector(part)), a key is target_projector(target part); every part of both views is a query and a key.
     The loss is ``contrastive_loss`` with (image, part id, view), averaged over the queries that have a positive: the
-    same part in the other view of its image. Absent parts take part in nothing.
+    same part in the other view of its image. Absent parts are masked out.
 
     Args:
         n_parts: K; ids are 0..K-1, anything else is "no part".
         projector: module [N, D] -> [N, E].
-        predictor: module [N, E] -> [N, E] of the queries; None for none.
+        predictor: module [N, E] -> [N, E] for the queries, or None.
         target_projector: projector of the targets; None takes ``projector``.
         temperature: above 0.
         negatives: "all", "other_images" or "same_image".
-        max_parts: sample that many parts an image, without replacement, among those present in either view (the same
+        max_parts: sample that many parts per image, without replacement, among those present in either view (the same
             parts for both views); None takes all.
         group: contrast with the parts of all ranks.
 

@@ -13,7 +13,7 @@ from fgfast.ops.kmeans.checks import (
     groups,
     match_centroids,
 )
-from fgfast.ops.kmeans.step import assigned
+from fgfast.ops.kmeans.step import assign_tiles
 from fgfast.ops.part_pool.part_pool import is_pixel_major, part_pool_backward
 from fgfast.ops.part_pool.tiled import pool
 from fgfast.reference import assign_and_pool as reference
@@ -38,7 +38,7 @@ def _assign_and_pool(
             part = slice(b, b + starts.step)
             w = None if weight is None else weight[part]
             flat = None if w is None else w.flatten(1)
-            ids = assigned(features[part].flatten(2), centroids[part], flat, metric)[0]
+            ids = assign_tiles(features[part].flatten(2), centroids[part], flat, metric)[0]
             labels[part] = ids.view(labels[part].shape)
             pooled[part], area[part] = pool(features[part], labels[part], centroids.shape[1], w, True)
     return pooled, area, labels

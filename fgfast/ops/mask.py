@@ -1,4 +1,4 @@
-"""``pivotal_mask`` and ``mask_images``: which patches attention calls pivotal, and images of those alone.
+"""``pivotal_mask`` and ``mask_images``: which patches attention ranks highest, and images of only those.
 
 The compiled sampler (csrc/, "native") and the path in PyTorch here give the same bits on every device: the arithmetic
 of a score is spelled out as single float32 roundings in a fixed order, log2 included.
@@ -290,7 +290,7 @@ def pivotal_mask(
     Args:
         attention: float32, float16 or bfloat16 (the torch backend: float64 too) [L, B, P] or [L, B, heads, P], not
             negative, any strides: of the CLS token over the P patches, without CLS and registers, in L layers.
-        keep: share of the patches that is kept, above 0, at most 1; k = floor(keep x P + 1e-9) must be 1 or more.
+        keep: fraction of the patches that is kept, above 0 and at most 1; k = floor(keep x P + 1e-9) must be 1 or more.
         strategy: "topk" takes the largest scores; "sample" draws without replacement in proportion to 2^score (Gumbel
             top-k, noise by Philox 4x32-10 of seed, image and patch); "block" takes the nearly square window of k
             cells with the largest sum of scores, fewest zeros first (P a square); "random" draws uniformly.
@@ -325,7 +325,7 @@ def pivotal_mask(
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy is {strategy!r}: choose one of {', '.join(STRATEGIES)}.")
     if not 0 < keep <= 1:
-        raise ValueError(f"keep is {keep}: give a share above 0 and at most 1.")
+        raise ValueError(f"keep is {keep}: give a fraction above 0 and at most 1.")
     patches = attention.shape[3]
     kept = math.floor(keep * patches + 1e-9)
     if kept < 1:

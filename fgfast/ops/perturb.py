@@ -1,7 +1,7 @@
-"""``perturb``: choose the dimensions of features that matter least, and change those alone.
+"""``perturb``: choose the dimensions of features that matter least, and change only those.
 
-What is compared or summed to make the mask is one rounding of float32 or a whole number: the mask is the same, bit for
-bit, on every device and by every backend, whatever the order of its sums.
+The mask is made from float32 values rounded once and from sums of integers, so it is the same bit for bit on every
+device and backend, whatever the order of summation.
 """
 
 import math
@@ -20,9 +20,9 @@ from fgfast.tensors import accumulation, check_device, check_float, check_tensor
 IMPORTANCE = ("absolute", "positive", "given")
 COMBINE = ("union", "intersection")
 STRATEGIES = ("noise", "swap", "zero")
-MOST = 4096  # channels that a program of the kernel holds in its registers
-AT_ONCE = 2**16  # features of which a CPU sorts the energies together: 512 KiB, which its caches keep
-SHARE_BITS = 16  # the budget is a whole number of 2^-16
+MAX_CHANNELS = 4096  # that a program of the kernel holds in registers
+AT_ONCE = 2**16  # features whose energies a CPU sorts together: 512 KiB, which fits its caches
+FRACTION_BITS = 16  # the budget is a whole number of 2^-16
 
 
 class Perturbed(NamedTuple):
@@ -33,7 +33,7 @@ class Perturbed(NamedTuple):
 
 
 def smallest_mask(scores: Tensor, count: int) -> Tensor:
-    """Mask bool [B, D] of the ``count`` smallest scores of each row, ties to the lowest index, NaN last.
+    """Mask bool [B, D] of the ``count`` smallest scores of each vector, ties to the lowest index, NaN last.
 
     Example:
         >>> smallest_mask(torch.tensor([[2.0, 1.0, 1.0, 0.0]]), 2).tolist()
@@ -55,21 +55,21 @@ def smallest_mask(scores: Tensor, count: int) -> Tensor:
     return below | (equal & (equal.cumsum(1) <= count - below.sum(1, keepdim=True)))
 
 
-def _affordable(rows: Tensor, mask: Tensor, share: int) -> Tensor:
-    """The part of the mask that holds at most the share of the energy of each row; rows are float32 [B, D]."""
+def limit_energy(rows: Tensor, mask: Tensor, budget: int) -> Tensor:
+    """Shrink the mask until it holds at most budget / 2^16 of the energy of each vector; vectors are float32 [B, D]."""
     top = rows.abs().amax(1, keepdim=True)
     finite = top < torch.inf  # False for NaN
     exponent = (268 - (top.view(torch.int32) >> 23)).clamp(max=254)  # of the power of two that brings top under 2^15
     scale = torch.where(finite, exponent << 23, 0).view(torch.float32)
     cost = (torch.where(finite, rows, 0) * scale).square().long()
     mask = mask & finite
-    allowed = cost.sum(1, keepdim=True) * share >> SHARE_BITS
+    allowed = cost.sum(1, keepdim=True) * budget >> FRACTION_BITS
     on_cpu = mask.device.type == "cpu"
     if on_cpu and not bool(((cost * mask).sum(1, keepdim=True) > allowed).any()):
         return mask
     bits = (rows.shape[1] - 1).bit_length()
     place = torch.arange(rows.shape[1], device=rows.device)
-    keys = torch.where(mask, cost, 1 << reference.UNITS) << bits | place  # no two alike: any sort will do
+    keys = torch.where(mask, cost, 1 << reference.UNITS) << bits | place  # all distinct, so any sort is stable
     ordered = torch.from_numpy(np.sort(keys.numpy(), axis=1)) if on_cpu else keys.sort(dim=1).values
     kept = ((ordered >> bits).cumsum(1) <= allowed).sum(1, keepdim=True)
     limit = ordered.gather(1, (kept - 1).clamp_min(0))
@@ -87,7 +87,7 @@ def _perturb_torch(
     combine: str,
     strategy: str,
     strength: float,
-    share: int,
+    budget: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     wide = features.to(accumulation(features.dtype))
@@ -101,7 +101,7 @@ def _perturb_torch(
         return features.clone(), mask.clone()
     few = AT_ONCE // features.shape[1] + 1 if mask.device.type == "cpu" else len(mask)
     parts = zip(wide.float().split(few), mask.split(few), strict=True)
-    mask = torch.cat([_affordable(rows, chosen, share) for rows, chosen in parts])
+    mask = torch.cat([limit_energy(rows, chosen, budget) for rows, chosen in parts])
     if strategy == "noise":
         assert std is not None  # checked
         drawn = normal(seed, len(features), features.shape[1], features.device) if noise is None else noise
@@ -125,7 +125,7 @@ def _perturb(
     combine: str,
     strategy: str,
     strength: float,
-    share: int,
+    budget: int,
     seed: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -135,7 +135,7 @@ def _perturb(
         run = reference.perturb if backend == "reference" else _perturb_torch
     with torch.autocast(features.device.type, enabled=False):
         out, mask = run(
-            features, gradient, low_variance, std, noise, count, importance, combine, strategy, strength, share, seed
+            features, gradient, low_variance, std, noise, count, importance, combine, strategy, strength, budget, seed
         )
     return out.contiguous(), mask.contiguous()
 
@@ -192,21 +192,21 @@ def perturb(
               \Delta_{bd} = \|r_b\| \sigma_d \epsilon_{bd} \;\text{(noise)}, \quad
               r_{b+1,d} - r_{bd} \;\text{(swap)}, \quad -r_{bd} \;\text{(zero)}
 
-    The mask M joins the dimensions of low variance, the same for all rows, with the floor(fraction x D) dimensions of a
-    row whose importance :math:`|w_{bd} r_{bd}|` is smallest, ties to the lowest index. Where these hold more than the
-    share ``budget`` of the row's energy :math:`\sum_d r_{bd}^2`, the dimensions with the most energy are spared until
-    the rest do not (the largest energy is counted in 28 to 30 bits). What is not masked keeps its bits. A row with a
-    number that is not finite, in float32, keeps all of them.
+    The mask M joins the dimensions of low variance, the same for all vectors, with the floor(fraction x D) dimensions
+    of each vector whose importance :math:`|w_{bd} r_{bd}|` is smallest, ties to the lowest index. Where these hold more
+    than the fraction ``budget`` of the vector's energy :math:`\sum_d r_{bd}^2`, those with the most energy are left
+    unchanged until the rest do not (the largest energy has 28 to 30 bits). Dimensions outside the mask keep their bits.
+    A vector with a value that is not finite in float32 is not changed at all.
 
     Args:
         features: r, float [B, D], any strides.
         gradient: w, float [B, D], such as that of a loss (Grad-CAM); None leaves this criterion out.
         low_variance: bool [D], True where the data vary little; None leaves this criterion out.
-        std: float [D], sigma, for rows scaled to norm 1: needed by "noise".
+        std: float [D], sigma, for vectors scaled to norm 1: needed by "noise".
         fraction: of the dimensions of a vector, how many the gradient's criterion takes, 0 to 1.
         importance: "absolute" is |w r|, "positive" is max(w r, 0), "given" is |w|.
         combine: "union" or "intersection" of two criteria.
-        strategy: "noise", "swap" (with the next row, the last one with the first) or "zero".
+        strategy: "noise", "swap" (with the next vector, the last one with the first) or "zero".
         strength: lambda; 0 changes nothing.
         budget: largest fraction of a vector's energy that may change, 0 to 1, rounded down to 2^-16.
         noise: epsilon, float [B, D]; None draws standard normal numbers from ``seed``, row and dimension (Philox
@@ -231,8 +231,8 @@ def perturb(
         [[3.0, 1.0, 0.0, 2.0]]
 
     Source: after Wang, Liu, Weston, Tian, Li, "On Learning Discriminative Features from Synthesized Data for
-    Self-Supervised Fine-Grained Visual Recognition", ECCV 2024. Their settings and code are not public: shares, guard
-    and changes are a re-creation.
+    Self-Supervised Fine-Grained Visual Recognition", ECCV 2024. Their settings and code are not public: fractions,
+    energy budget and changes are a re-creation.
     """
     _check(features, gradient, low_variance, std, noise)
     for name, value, known in (
@@ -258,15 +258,17 @@ def perturb(
     chosen = resolve("perturb", backend, _order(features))
     if chosen == "triton":
         check_triton("features", features)
-        if features.shape[1] > MOST:
-            raise ValueError(f"features has {features.shape[1]} channels, over the {MOST} of a kernel: choose 'torch'.")
+        if features.shape[1] > MAX_CHANNELS:
+            raise ValueError(
+                f"features has {features.shape[1]} channels, over the {MAX_CHANNELS} of a kernel: choose 'torch'."
+            )
     given = [None if x is None else x.detach() for x in (features, gradient, low_variance, std, noise)]
     count = math.floor(fraction * features.shape[1] + 1e-9)
-    bits = math.floor(budget * (1 << SHARE_BITS))
+    bits = math.floor(budget * (1 << FRACTION_BITS))
     return Perturbed(*_perturb(*given, count, importance, combine, strategy, float(strength), bits, seed, chosen))
 
 
 def _order(features: Tensor) -> tuple[str, ...]:
     """Backends, the one that "auto" takes first."""
     order = preference("perturb", features)
-    return order if features.shape[1] <= MOST else ("torch", "reference", "triton")
+    return order if features.shape[1] <= MAX_CHANNELS else ("torch", "reference", "triton")

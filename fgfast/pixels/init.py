@@ -1,4 +1,4 @@
-"""Where k-means starts: greedy k-means++ or random pixels, every problem with the same numbers."""
+"""Initial centroids of k-means: greedy k-means++ or random pixels, from the same random numbers for every problem."""
 
 import math
 
@@ -34,14 +34,14 @@ def trial_numbers(seed: Tensor, run: int, n_clusters: int) -> Tensor:
     return uniform(seed, 3 * run + 2, n_clusters * trials).view(n_clusters, trials)
 
 
-def _drawn(p: Tensor, u: Tensor) -> Tensor:
+def _draw_positions(p: Tensor, u: Tensor) -> Tensor:
     """Positions [B, m] drawn in proportion to p [B, N] by uniform numbers u [m]."""
     c = p.double().cumsum(1)
     return torch.searchsorted(c, u * c[:, -1:], right=True).clamp_max_(p.shape[1] - 1)
 
 
 def start(source: PixelSource, n_clusters: int, init: str, init_samples: int, seed: Tensor, run: int) -> Tensor:
-    """Centroids [B, K, D]; run numbers the restarts.
+    """Initial centroids [B, K, D] of restart number ``run``.
 
     k-means++ draws 2 + floor(log K) candidates in proportion to weight x distance and keeps the one that leaves the
     least, as scikit-learn does (Arthur and Vassilvitskii, SODA 2007).
@@ -58,12 +58,14 @@ def start(source: PixelSource, n_clusters: int, init: str, init_samples: int, se
         else:
             w = w * torch.zeros_like(w).scatter_(1, chosen, 1)
     u = trial_numbers(seed, run, n_clusters)
-    first = source.points(_drawn(w, u[0, :1]))  # [B, 1, D]
+    first = source.points(_draw_positions(w, u[0, :1]))  # [B, 1, D]
     found = [first]
     closest = source.distances(first)[:, 0]  # [B, N]
     for k in range(1, n_clusters):
         p = closest * w
-        candidates = source.points(_drawn(torch.where(p.sum(1, keepdim=True) > 0, p, w), u[k]))  # [B, trials, D]
+        candidates = source.points(
+            _draw_positions(torch.where(p.sum(1, keepdim=True) > 0, p, w), u[k])
+        )  # [B, trials, D]
         closer = torch.minimum(closest[:, None], source.distances(candidates))
         best = torch.bmm(closer, w[..., None]).argmin(1, keepdim=True)  # [B, 1, 1]
         found.append(candidates.gather(1, best.expand(-1, -1, source.channels)))

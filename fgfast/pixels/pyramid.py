@@ -1,18 +1,18 @@
-"""Hypercolumns as a source of pixels that are never built.
+"""Hypercolumns as a pixel source that never builds them.
 
-Bilinear resizing is a linear map of each channel, up(f) = Wy f Wx^T with two weights a row, the same for all channels.
-So it commutes with everything that k-means does to channels:
+Bilinear resizing is a linear map, up(f) = Wy f Wx^T with two weights per row, the same for all channels. So it
+commutes with everything that k-means does to channels:
     <up(f), c> = up(<f, c>)                        K score maps are resized instead of D channels,
     sum_n h_n up(f)_n = <f, Wy^T h Wx>             sums are the adjoint: the one-hot maps come down to the level.
 |up(f)|^2 is not linear, but each pixel mixes a 2 x 2 block of cells, so five maps of inner products of neighbouring
 cells, made at the level's own resolution, give it exactly:
     |up(f)|^2 = A0 G00 B0^T + 2 A0 G01 B1^T + 2 A1 G10 B0^T + 2 A1 (G11 + G-11) B1^T,
-A0 = Wy * Wy, A1[i, y] = Wy[i, y] Wy[i, y + 1] (B from Wx likewise), Gab(y, x) = <f(y, x), f(y + a, x + b)>.
-A level of D channels and n < D cells lies in a space of n dimensions: its QR decomposition f = Q r turns it into a
+A0 = Wy * Wy, A1[i, y] = Wy[i, y] Wy[i, y + 1] (B from Wx in the same way), Gab(y, x) = <f(y, x), f(y + a, x + b)>.
+A level of D channels and n < D cells lies in a space of n dimensions: its QR decomposition f = Q r reduces it to a
 level r of n channels with the same inner products, norms and distances, and a centroid c of r is Q c of f. That pays
 where n is far less than D, as in the deepest stages of a CNN. Centroids from outside need not lie in that space.
-Squared distances do not change either when the mean cell is taken away first, which keeps digits; means of pixels then
-get it back, as the weights of a pixel sum to one.
+Squared distances do not change when the mean cell is subtracted first, which preserves precision; it is added back to
+means of pixels, since the weights of a pixel sum to one.
 The resizing is that of torch.nn.functional.interpolate(mode="bilinear", align_corners=False), without antialiasing.
 """
 
@@ -35,22 +35,22 @@ def interpolation(length: int, size: int, dtype: torch.dtype, device: torch.devi
     """
     position = ((torch.arange(size, device=device, dtype=dtype) + 0.5) * (length / size) - 0.5).clamp_min(0)
     low = position.floor().clamp_max(length - 1)
-    share = torch.where(low < length - 1, position - low, 0)[:, None]
+    fraction = torch.where(low < length - 1, position - low, 0)[:, None]
     cell = torch.arange(length, device=device, dtype=dtype)
-    return (cell == low[:, None]) * (1 - share) + (cell == low[:, None] + 1) * share
+    return (cell == low[:, None]) * (1 - fraction) + (cell == low[:, None] + 1) * fraction
 
 
 FEW = 4  # a level with that many times fewer cells than channels is rank-reduced by QR to as many channels as cells
 
 
 class Level:
-    """One map [B, D, h, w] with its resizing; cells that are not finite are set to zero and remembered.
+    """One feature map [B, D, h, w] with its resizing; cells that are not finite are set to zero and marked.
 
     Args:
         f: the map.
-        size: pixels of the whole.
-        reduce_rank: take coordinates within the space of the cells for the channels where they are far fewer.
-        centre: only squared distances are asked about: take the mean cell of a rank-reduced level away.
+        size: (H, W) to which it is resized.
+        reduce_rank: replace the level by the R of its QR decomposition if it has far fewer cells than channels.
+        centre: subtract the mean cell of a rank-reduced level, which changes no distance between pixels.
     """
 
     def __init__(self, f: Tensor, size: tuple[int, int], reduce_rank: bool = False, centre: bool = False) -> None:
@@ -74,7 +74,7 @@ class Level:
             self.f = self.flat.unflatten(2, f.shape[2:])
 
     def as_given(self, c: Tensor) -> Tensor:
-        """Vectors [B, K, channels] as [B, K, D]."""
+        """Vectors [B, K, channels] in the space of the given map, [B, K, D]."""
         if self.reflectors is None:
             return c
         missing = self.reflectors[0].shape[1] - self.channels
@@ -82,7 +82,7 @@ class Level:
         return (back + self.mean).transpose(1, 2)
 
     def up(self, maps: Tensor) -> Tensor:
-        """[..., h, w] to [..., H, W]."""
+        """Resize [..., h, w] to [..., H, W]."""
         return maps if self.same else self.wy @ (maps @ self.wx.T)
 
     def _products(self, mu: Tensor | None, neighbours: bool) -> list[Tensor]:
@@ -112,7 +112,7 @@ class Level:
 
     def cells(self, index: Tensor, width: int) -> Tensor:
         """up(f) [B, D, m] at pixels index [B, m] of rows of ``width``."""
-        wy, y = self.wy[index // width].topk(min(2, self.height), dim=2)  # [B, m, 2]: the rows of cells it mixes
+        wy, y = self.wy[index // width].topk(min(2, self.height), dim=2)  # [B, m, 2]: the rows of cells
         wx, x = self.wx[index % width].topk(min(2, self.width), dim=2)
         weight, cell = (
             (wy[..., None] * wx[:, :, None]).flatten(2),
@@ -123,13 +123,13 @@ class Level:
 
 
 class Pyramid(PixelSource):
-    """Levels [B, D_l, h_l, w_l] seen at size (H, W), channels in list order.
+    """Levels [B, D_l, h_l, w_l] resized to (H, W), their channels concatenated in list order.
 
     Args:
         maps: the levels.
         size: (H, W).
-        closed: no vectors but pixels of these maps, and means of them, are asked about.
-        metric: what is asked about them.
+        closed: all vectors compared with the pixels are pixels of these maps or means of them.
+        metric: "euclidean" or "cosine".
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Pyramid(PixelSource):
         return torch.cat([level.as_given(part) for level, part in parts], 2)
 
     def finite(self) -> Tensor:
-        """Which pixels mix finite cells alone, bool [B, N]."""
+        """Which pixels interpolate only finite cells, bool [B, N]."""
         out = torch.ones(self.batch, *self.size, dtype=torch.bool, device=self.device)
         for level in self.levels:
             if level.bad is not None:

@@ -1,9 +1,9 @@
-"""What k-means asks of its pixels, and the answer for a matrix that lies in memory.
+"""The interface through which k-means reads pixels, and its implementation for a matrix in memory.
 
-Everything is said in inner products <x_n, m_k>, so that a feature pyramid can give them without building its pixels.
+Everything is expressed by inner products <x_n, m_k>, so that a feature pyramid need not build its pixels.
 Squared distances are taken around a point mu, the mean of the pixels: with c' = c - mu,
     |x - c|^2 = |x - mu|^2 + |c'|^2 + 2 <mu, c'> - 2 <x, c'>,
-which loses far fewer digits than |x|^2 - 2 <x, c> + |c|^2 when the mean is large, and costs no pass over the pixels.
+which is far more precise than |x|^2 - 2 <x, c> + |c|^2 when the mean is large, and needs no extra pass over the pixels.
 Cosine: u = x / |x|, distance 1 - <u, c>; the factor 1 / |x| scales inner products and one-hot entries, not pixels.
 """
 
@@ -53,7 +53,7 @@ class PixelSource(ABC):
 
     @abstractmethod
     def total(self, scale: Tensor) -> Tensor:
-        """Sum of scale_n x_n [B, D]; a pixel of scale 0 reaches nothing."""
+        """Sum of scale_n x_n [B, D]; a pixel of scale 0 is masked out."""
 
     @abstractmethod
     def rows(self, index: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class Dense(PixelSource):
         return picked.transpose(1, 2).to(self.dtype)
 
     def subset(self, index: Tensor) -> "Dense":
-        """The problems of these pixels alone [B, m], with the squares of the whole."""
+        """The problems of only these pixels [B, m]; squared norms are reused."""
         part = Dense(self.rows(index).transpose(1, 2))
         part.cosine, part.all_finite = self.cosine, self.all_finite
         part.w, part.scale = self.w.gather(1, index), self.scale.gather(1, index)

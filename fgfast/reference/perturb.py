@@ -35,10 +35,10 @@ def energies(row: Tensor) -> list[int]:
     return (row.double() * 2.0 ** (UNITS // 2 - exponent)).float().square().long().tolist()
 
 
-def affordable(row: Tensor, candidates: set[int], share: int) -> set[int]:
-    """The candidates that may change: those of the least energy first, while they hold share / 2^16 of the row's."""
+def limit_energy(row: Tensor, candidates: set[int], budget: int) -> set[int]:
+    """The candidates that may change: those of least energy first, up to budget / 2^16 of the energy of the vector."""
     cost = energies(row.float())
-    left = sum(cost) * share >> 16
+    left = sum(cost) * budget >> 16
     chosen = set()
     for d in sorted(candidates, key=lambda d: (cost[d], d)):
         left -= cost[d]
@@ -59,7 +59,7 @@ def perturb(
     combine: str,
     strategy: str,
     strength: float,
-    share: int,
+    budget: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     """Features [B, D] with the chosen dimensions changed, and the mask bool [B, D] of these; see `fgfast.perturb`."""
@@ -80,7 +80,7 @@ def perturb(
             score = {"absolute": product.abs(), "positive": product.relu(), "given": weight.abs()}[importance]
             criteria.append(set(smallest(score, count)))
         chosen = set.union(*criteria) if combine == "union" else set.intersection(*criteria)
-        for d in affordable(row, chosen, share):
+        for d in limit_energy(row, chosen, budget):
             mask[b, d] = True
             if strategy == "noise":
                 assert std is not None  # checked by the operation
@@ -100,9 +100,9 @@ def running_variance(batches: list[Tensor], decay: float) -> Tensor:
         >>> running_variance([x], 0.9).tolist()
         [0.25, 0.25]
     """
-    shares = [decay ** (len(batches) - 1 - i) for i in range(len(batches))]
+    weights = [decay ** (len(batches) - 1 - i) for i in range(len(batches))]
     units = [torch.nn.functional.normalize(x.double(), dim=1) for x in batches]
-    mean = sum(s * x.mean(0) for s, x in zip(shares, units, strict=True)) / sum(shares)
-    spread = sum(s * (x - mean).square().mean(0) for s, x in zip(shares, units, strict=True)) / sum(shares)
+    mean = sum(w * x.mean(0) for w, x in zip(weights, units, strict=True)) / sum(weights)
+    spread = sum(w * (x - mean).square().mean(0) for w, x in zip(weights, units, strict=True)) / sum(weights)
     assert isinstance(spread, Tensor)  # of one batch at least
     return spread

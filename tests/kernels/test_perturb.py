@@ -9,7 +9,7 @@ from hypothesis import given
 pytest.importorskip("triton")
 
 from fgfast import perturb
-from fgfast.ops.perturb import MOST
+from fgfast.ops.perturb import MAX_CHANNELS
 from tests.examples import examples
 from tests.ops.test_perturb import TOLERANCE, problems
 
@@ -57,7 +57,7 @@ def test_a_row_that_is_not_finite_keeps_all_it_has():
 
 
 def test_what_the_kernel_does_not_take_is_named():
-    x = torch.ones(1, MOST + 1, device=DEVICE)
+    x = torch.ones(1, MAX_CHANNELS + 1, device=DEVICE)
     with pytest.raises(ValueError, match="channels, over the"):
         perturb(x, x, strategy="zero", backend="triton")
     with pytest.raises(TypeError, match="float64"):

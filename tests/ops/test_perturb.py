@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 import fgfast
 from fgfast import perturb
-from fgfast.ops.perturb import IMPORTANCE, SHARE_BITS, STRATEGIES, _perturb, smallest_mask
+from fgfast.ops.perturb import FRACTION_BITS, IMPORTANCE, STRATEGIES, _perturb, smallest_mask
 from fgfast.reference import perturb as reference
 from tests.examples import examples
 
@@ -45,7 +45,7 @@ def problems(draw, dtypes=tuple(TOLERANCE)):
 
 
 def held(x, mask):
-    """Share of each row's energy that the mask holds, float64."""
+    """Fraction of each vector's energy that the mask holds, float64."""
     square = x.double().square()
     return torch.where(mask, square, 0).sum(1) / square.sum(1).clamp(min=1e-300)
 
@@ -75,13 +75,13 @@ def test_what_is_not_masked_keeps_its_bits_and_the_guard_holds(problem):
 
 @examples(60)
 @given(st.integers(0, 10**6), st.integers(1, 40), st.floats(0, 1), st.booleans())
-def test_each_criterion_takes_its_share_ties_to_the_lowest_index(seed, channels, share, ties):
-    """With the whole energy to spend, exactly floor(share x D) a row: the smallest scores, in a stable order."""
+def test_each_criterion_takes_its_fraction_ties_to_the_lowest_index(seed, channels, fraction, ties):
+    """With the full energy budget, exactly floor(fraction x D) per vector: the smallest scores, in a stable order."""
     g = torch.Generator().manual_seed(seed)
     x, w = torch.randn(3, channels, generator=g), torch.randn(3, channels, generator=g)
     x, w = (x.round(), w.round()) if ties else (x, w)
-    mask = perturb(x, w, fraction=share, strategy="zero", budget=1.0).mask
-    count = math.floor(share * channels + 1e-9)
+    mask = perturb(x, w, fraction=fraction, strategy="zero", budget=1.0).mask
+    count = math.floor(fraction * channels + 1e-9)
     order = (w * x).abs().sort(dim=1, stable=True).indices[:, :count]
     assert torch.equal(mask, torch.zeros_like(mask).scatter_(1, order, True))
     assert torch.equal(smallest_mask((w * x).abs(), count), mask)
@@ -188,7 +188,7 @@ def test_energies_are_whole_numbers_of_thirty_bits():
     cost = reference.energies(torch.tensor([1.9, -(2.0**-10), 0.0]))
     assert 2**28 <= cost[0] < 2**reference.UNITS
     assert cost[1:] == [2**8, 0]
-    assert math.floor(0.5 * (1 << SHARE_BITS)) == 2**15
+    assert math.floor(0.5 * (1 << FRACTION_BITS)) == 2**15
 
 
 def test_is_public():

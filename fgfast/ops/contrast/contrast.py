@@ -122,6 +122,7 @@ def contrastive_loss(
     if key is query and all(a is b for a, b in zip(query_ids, key_ids, strict=True)):
         operands = operands._replace(key=None, key_ids=None)
     # Reaches _contrast below: "torch" runs tiled.forward_tiles, "triton" fgfast.kernels.contrast.launch.forward.
+    # Reaches kernels.contrast.launch.forward (triton) or ops.contrast.tiled.forward_tiles (torch), by _contrast below.
     loss, _, count = torch.ops.fgfast.contrast(*operands.flat(), name)
     return reference.reduce(loss, count > 0, weight, reduction)
 

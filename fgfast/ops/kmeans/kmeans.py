@@ -196,7 +196,7 @@ def kmeans(
     Returns:
         KMeansResult: centroids [B, K, D] float32 (float64 for float64), labels int64 in the spatial shape of x (-1
         where weight is 0 or the pixel is not finite; ties go to the lowest index), counts float32 [B, K] sums of
-        weight, inertia float32 [B] (NaN where a pixel of positive weight is not finite, which reaches nothing else),
+        weight, inertia float32 [B] (NaN where a pixel of positive weight is not finite, which affects nothing else),
         n_iter int32 [B]. One problem [N, D] has no B.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Lloyd's iteration by scikit-learn's rules, for a batch of problems, without a look at the device from the host."""
+"""Lloyd's iteration by scikit-learn's rules, for a batch of problems, without synchronising with the device."""
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +8,10 @@ from fgfast.pixels.result import LloydResult
 from fgfast.pixels.source import EPS, PixelSource
 
 
-def _relocated(
+def _relocate_empty(
     source: PixelSource, labels: Tensor, near: Tensor, sums: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The i-th empty cluster becomes the i-th farthest pixel, which leaves the sum of its donor."""
+    """Give the i-th empty cluster the i-th farthest pixel, which is subtracted from the sum of its donor."""
     n_clusters = counts.shape[1]
     empty = counts == 0
     far_near, far = torch.where(source.w > 0, near, -1).topk(n_clusters, dim=1)  # [B, K]
@@ -34,8 +34,8 @@ def _means(source: PixelSource, sums: Tensor, counts: Tensor, before: Tensor) ->
 def lloyd(source: PixelSource, centroids: Tensor, n_iter: int, tol: float, empty: str) -> LloydResult:
     """Iterate until labels repeat or centroids move less than tol x the mean variance, then assign once more.
 
-    The inertia is that of the finite pixels.
-    A problem that has converged keeps its state; the loop ends early where the host may look for free (the CPU).
+    The inertia is that of the finite pixels. A problem that has converged keeps its state; on a CPU, where the host can
+    look at the values, the loop then ends early.
     """
     host = source.device.type == "cpu"
     limit = tol * source.variance()
@@ -45,7 +45,7 @@ def lloyd(source: PixelSource, centroids: Tensor, n_iter: int, tol: float, empty
     for _ in range(n_iter):
         labels, near, sums, counts = source.step(centroids)
         if empty == "farthest" and not (host and bool((counts > 0).all())):
-            moved = _means(source, *_relocated(source, labels, near, sums, counts), centroids)
+            moved = _means(source, *_relocate_empty(source, labels, near, sums, counts), centroids)
         else:
             moved = _means(source, sums, counts, centroids)
         shift = (moved - centroids).square().sum((1, 2))

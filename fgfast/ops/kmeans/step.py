@@ -30,18 +30,20 @@ class KMeansStep(NamedTuple):
     inertia: Tensor
 
 
-def assigned(x: Tensor, centroids: Tensor, weight: Tensor | None, metric: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One step of x [b, D, N], a tile of pixels at a time, around the mean of the centroids (which needs no pass)."""
+def assign_tiles(
+    x: Tensor, centroids: Tensor, weight: Tensor | None, metric: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One step of x [b, D, N], a tile of pixels at a time, centred on the mean of the centroids (no extra pass)."""
     wide = accumulation(x.dtype)
     c = centroids.to(wide)
     if metric == "cosine":
         c = torch.nn.functional.normalize(c, dim=2, eps=EPS)
-    middle = c.mean(1)
+    mean = c.mean(1)
     labels = torch.empty(len(x), x.shape[2], dtype=torch.int64, device=x.device)
     sums, counts, inertia = torch.zeros_like(c), c.new_zeros(c.shape[:2]), c.new_zeros(len(x))
     for n in tiles(x):
         source = Dense(x[:, :, n].to(wide))
-        source.prepare(metric, None if weight is None else weight[:, n], middle)
+        source.prepare(metric, None if weight is None else weight[:, n], mean)
         labels[:, n], near, more, heavier = source.step(c)
         sums += more
         counts += heavier
@@ -72,7 +74,7 @@ def _kmeans_step(
         for b in starts:
             part = slice(b, b + starts.step)
             w = None if weight is None else weight[part]
-            for out, value in zip(outs, assigned(x[part].flatten(2), centroids[part], w, metric), strict=True):
+            for out, value in zip(outs, assign_tiles(x[part].flatten(2), centroids[part], w, metric), strict=True):
                 out[part] = value
     return outs
 
@@ -118,21 +120,21 @@ def kmeans_step(
     With metric "cosine" x_n and c_k stand for their unit vectors and the distance is 1 - <x_n, c_k>. Every output is a
     constant: nothing here is differentiable. Products and sums are float32 (float64 for float64): a label may differ
     from the exact one where two distances agree to about 1e-6 |x| |c - m|, m the mean of the centroids. The Triton
-    kernel rounds c - m to the dtype of x (bfloat16: 2^-9 of it) and assigns to the centroids so moved.
+    kernel rounds c - m to the dtype of x (bfloat16: 2^-9 of it) and assigns to these rounded centroids.
 
     Args:
-        x: float [N, D] (one problem), [B, N, D] or [B, D, H, W], any strides, read where it lies.
+        x: float [N, D] (one problem), [B, N, D] or [B, D, H, W], any strides, read without a copy.
         centroids: float [B, K, D], or [K, D] for all problems; finite.
         weight: float, the spatial shape of x, not negative; 0 leaves a pixel out.
         metric: "euclidean" or "cosine".
         precision: "ieee" or "tf32": how float32 products are made on a GPU.
-        deterministic: False lets the Triton kernel add sums with atomics; everything else has a fixed order anyway.
+        deterministic: False lets the Triton kernel add sums with atomics; all other paths have a fixed order.
         backend: "torch", "triton" or "reference"; strict. None follows `use_backend`.
 
     Returns:
         KMeansStep: labels int64 in the spatial shape of x (-1 where weight is 0 or the pixel is not finite; ties go to
         the lowest index), sums [B, K, D] float32 (float64 for float64), counts float32 [B, K], inertia float32 [B] (NaN
-        where a pixel of positive weight is not finite; it reaches nothing else). One problem [N, D] has no B.
+        where a pixel of positive weight is not finite; such a pixel affects nothing else). One problem [N, D] has no B.
 
     Raises:
         ValueError: shapes, devices or names do not fit, or (seen on the CPU) negative weights, non-finite centroids.
