@@ -67,9 +67,9 @@ class _Ring:
             return tensors, []
         length = self.counts[(self.rank - step - 1) % self.size]
         arriving = [t.new_empty(length, *t.shape[1:]) for t in tensors]
-        transfers = [dist.P2POp(dist.isend, t, self.next, self.group) for t in tensors if t.numel()]
-        transfers += [dist.P2POp(dist.irecv, t, self.previous, self.group) for t in arriving if t.numel()]
-        return arriving, dist.batch_isend_irecv(transfers) if transfers else []
+        operations = [dist.P2POp(dist.isend, t, self.next, self.group) for t in tensors if t.numel()]
+        operations += [dist.P2POp(dist.irecv, t, self.previous, self.group) for t in arriving if t.numel()]
+        return arriving, dist.batch_isend_irecv(operations) if operations else []
 
 
 def _process_group(name: str) -> dist.ProcessGroup:
