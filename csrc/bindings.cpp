@@ -1,4 +1,4 @@
-// Python's door: numbers and addresses in, nothing of PyTorch, so that one build serves every version of it.
+// Python bindings. They take only numbers and addresses, nothing of PyTorch: one build serves every version of it.
 
 #include <pybind11/pybind11.h>
 

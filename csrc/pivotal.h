@@ -2,7 +2,7 @@
 //
 // The score of a patch is sum over layers of log2(mean over heads of attention). Every operation is a single IEEE
 // rounding (no fused multiply-add: both compilers are told so), and log2 is spelled out here instead of taken from a
-// library, so that a mask does not depend on where it was made. fgfast/ops/mask.py has the same lines in PyTorch.
+// library, so that a mask is the same on every device. fgfast/ops/mask.py has the same arithmetic in PyTorch.
 #pragma once
 
 #include <cstdint>
@@ -108,12 +108,12 @@ FGFAST_HD uint32_t philox(uint64_t seed, uint64_t image, uint32_t patch) {
 // A number in (0, 1) with 23 random bits, exact in float32.
 FGFAST_HD float uniform_of(uint32_t random) { return (float(random >> 9) + 0.5f) * 1.1920928955078125e-07f; }
 
-// What patches are ranked by, from their score.
+// The value by which patches are ranked, from their score.
 FGFAST_HD float ranked(const Problem& p, float score, int64_t image, int64_t patch) {
     if (p.strategy == kTopK || p.strategy == kBlock) return score;
     const float u = uniform_of(philox(p.seed, uint64_t(image), uint32_t(patch)));
     if (p.strategy == kRandom) return u;
-    return score - log2_of(-log2_of(u));  // Gumbel noise in base 2, but for a constant
+    return score - log2_of(-log2_of(u));  // Gumbel noise in base 2, up to a constant
 }
 
 // A score as a term of a window's sum: fewest zeros first, then the largest product.
@@ -134,7 +134,7 @@ FGFAST_HD bool in_window(const Problem& p, int64_t row, int64_t column, int64_t 
     return y >= 0 && y < p.window_rows && x >= 0 && x < p.window_columns && y * p.window_columns + x < p.kept;
 }
 
-// Both return a sentence that says what went wrong, or null. pivotal_cpu fails on negative or NaN attention.
+// Both return an error message, or null. pivotal_cpu fails on negative or NaN attention.
 const char* pivotal_cpu(const Problem& problem, int threads);
 const char* mask_images_cpu(const Images& images, const bool* mask, int64_t batch, int threads);
 #ifdef FGFAST_CUDA

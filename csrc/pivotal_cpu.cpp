@@ -1,4 +1,4 @@
-// The mask sampler and the masking of images on the CPU: images are dealt out to threads, rows of patches vectorise.
+// The mask sampler and the masking of images on the CPU: images are distributed over threads, rows of patches vectorise.
 
 #include <dlfcn.h>
 
@@ -24,16 +24,16 @@ constexpr int64_t kRanges = 4;           // for each thread
 
 using Parallel = void(void (*)(void*), void*, unsigned, unsigned);
 
-// Runs work in ``threads`` threads: PyTorch's own, by the OpenMP that it has loaded. They are at hand and may still be
-// spinning after its last operation, so that new ones would have to wait for a core. Without OpenMP one thread does it all.
+// Runs work in ``threads`` threads: PyTorch's own, through the OpenMP library that it has loaded. They exist already and
+// may still be spinning after its last operation, so new ones would wait for a core. Without OpenMP one thread runs it all.
 void in_threads(int threads, std::function<void()> work) {
     static Parallel* const openmp = reinterpret_cast<Parallel*>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
     if (openmp == nullptr) return work();
     openmp([](void* f) { (*static_cast<std::function<void()>*>(f))(); }, &work, unsigned(threads), 0);
 }
 
-// Calls work(begin, end) on disjoint ranges that cover [0, n), in at most ``threads`` threads that are worth ``least`` each.
-// Whoever is free takes the next range: a thread that comes late, on a busy machine, leaves more to the others.
+// Calls work(begin, end) on disjoint ranges that cover [0, n), in at most ``threads`` threads with at least ``least`` items each.
+// A free thread takes the next range: one that starts late, on a busy machine, leaves more to the others.
 void deal_out(int64_t n, int threads, int64_t least, const std::function<void(int64_t, int64_t)>& work) {
     const int64_t parts = std::min<int64_t>(threads, n / least);
     if (parts <= 1) return work(0, n);
@@ -54,13 +54,13 @@ inline float load(const void* base, int64_t i) {
 constexpr int64_t size_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 // Asks for ``bytes`` that lie kAhead past ``at``, which is where the next rows are in a contiguous tensor; the rows are too
-// short for the hardware to see a run in them. An address that nobody reads does no harm.
+// short for the hardware to see a run in them. Prefetching an address that is never read is harmless.
 inline void fetch(const char* at, int64_t bytes) {
     const uintptr_t first = reinterpret_cast<uintptr_t>(at) + kAhead;
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(first + i));
 }
 
-// sum[p] = sum over heads of a, one head after the other, four of them a pass; false where an entry is negative or NaN.
+// sum[p] = sum over heads of a, one head after the other, four of them per pass; false if an entry is negative or NaN.
 template <int dtype>
 inline __attribute__((always_inline)) bool add_heads(
     const void* base, int64_t offset, int64_t by_head, int64_t stride, int64_t heads, int64_t n, float* sum) {
@@ -105,8 +105,8 @@ FGFAST_CLONES void add_log2_of_means(const float* sum, float heads, int64_t n, b
     }
 }
 
-// Scores of the images [begin, end), a row of patches each. Layer by layer, as attention lies in memory: a thread reads
-// one long run a layer, which the hardware fetches ahead of it.
+// Scores of the images [begin, end), a row of patches each. Layer by layer, in the memory order of attention: a thread
+// reads one long run per layer, which the hardware prefetches.
 bool scores_of(const Problem& p, int64_t begin, int64_t end, float* sum, float* scores) {
     AddHeads* const add = p.dtype == kFloat32 ? add_float32 : p.dtype == kFloat16 ? add_float16 : add_bfloat16;
     bool good = true;

@@ -1,6 +1,6 @@
 // The mask sampler and the masking of images on the GPU.
 //
-// One block an image (and slice of its pixels): scores into shared memory, a radix selection of the k-th largest key
+// One block per image (and slice of its pixels): scores into shared memory, a radix selection of the k-th largest key
 // there, the mask and the ascending index by ballots, then the pixels, all in one launch. Attention is read once:
 // neighbouring threads take neighbouring patches, and each has the heads of a layer in flight together.
 
@@ -79,7 +79,7 @@ __device__ void select(const uint32_t* key, int n, int kept, int* bins, uint32_t
     *ties = need;
 }
 
-// Rank of this thread among those whose flag is set, and their number; every thread takes part.
+// Rank of this thread among those whose flag is set, and their number; every thread must call this.
 __device__ int rank_of(bool flag, int* counts, int* total) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const unsigned votes = __ballot_sync(~0u, flag);
@@ -95,7 +95,7 @@ __device__ int rank_of(bool flag, int* counts, int* total) {
     return before + __popc(votes & ((1u << lane) - 1u));
 }
 
-// The first cell of the window with the largest sum, the lowest one of equals, in *best.
+// The first cell of the window with the largest sum, the first of equal ones, in *best.
 __device__ void find_window(const Problem& p, const float* score, double* sums, int* places, int* best) {
     const int rows = int(p.side - p.window_rows + 1), columns = int(p.side - p.window_columns + 1);
     double most = 0.0;

@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: the choice, its scope, and why a backend is missing."""
+"""The choice of the implementation that runs an operation, its scope, and why a backend is unavailable."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ _chosen = os.environ.get("FGFAST_BACKEND", "auto")
 
 
 def missing(backend: str) -> str | None:
-    """Why ``backend`` cannot run in this process, as half a sentence, or None when it can.
+    """The reason why ``backend`` cannot run in this process, as a clause without a full stop, or None if it can.
 
     Example:
         >>> missing("torch") is None
@@ -40,11 +40,11 @@ def missing(backend: str) -> str | None:
     return None
 
 
-# To torch.compile the answer is a constant: torch.compiler.assume_constant_result does the same after a slow import.
+# torch.compile treats the result as a constant; torch.compiler.assume_constant_result does this after a slow import.
 vars(missing)["_dynamo_marked_constant"] = True
 
 
-def _checked(name: str, source: str) -> str:
+def _check_available(name: str, source: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"{source} is {name!r}: choose one of {', '.join(BACKENDS)}.")
     reason = missing(name)
@@ -58,7 +58,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Run the operations inside the block with one backend.
 
     The choice holds for the whole process, applies to the operations that have the backend, and leaves the others on
-    "auto". The environment variable FGFAST_BACKEND sets the same thing from outside. A per-call ``backend=`` wins and
+    "auto". The environment variable FGFAST_BACKEND makes the same choice. A per-call ``backend=`` has precedence and
     is strict. An operation remembers the backend of its forward pass for its backward pass.
 
     Args:
@@ -66,7 +66,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: the name is none of these.
-        RuntimeError: the backend cannot run in this process; the message says what is missing.
+        RuntimeError: the backend cannot run in this process; the message names what is missing.
 
     Example:
         >>> import torch, fgfast
@@ -76,7 +76,7 @@ def use_backend(name: str) -> Iterator[None]:
         4.0
     """
     global _chosen
-    before, _chosen = _chosen, _checked(name, "The backend")
+    before, _chosen = _chosen, _check_available(name, "The backend")
     try:
         yield
     finally:
@@ -123,11 +123,11 @@ def resolve(op: str, requested: str | None, available: tuple[str, ...]) -> str:
     """
     if requested is not None and requested != "auto":
         if requested in BACKENDS and requested not in available:
-            _checked(requested, "backend")
+            _check_available(requested, "backend")
             raise ValueError(f"{op} has no backend {requested!r}: choose one of {', '.join(available)}.")
-        return _checked(requested, "backend")
+        return _check_available(requested, "backend")
     if requested is None and _chosen != "auto":
-        _checked(_chosen, "FGFAST_BACKEND")
+        _check_available(_chosen, "FGFAST_BACKEND")
         if _chosen in available:
             return _chosen
     return available[0]

@@ -8,9 +8,8 @@ from torch import Tensor
 class Ids(NamedTuple):
     """Which image, part and view a vector comes from.
 
-    Two vectors are a positive pair when image and part agree and view differs; they are the same
-    vector, or copies of it, when all three agree. Part -1 means "absent": the vector is masked out and affects neither
-    loss nor gradients.
+    Two vectors are a positive pair when image and part agree and view differs; they are the same vector, or copies of
+    it, when all three agree. Part -1 means absent: the vector is masked out and affects neither loss nor gradients.
 
     Args:
         image: integer [N], any values; unique over all ranks when a process group is used.

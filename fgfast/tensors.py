@@ -1,4 +1,4 @@
-"""What every operation needs around its arithmetic: dtype, value checks, autocast, precision."""
+"""Helpers of every operation: dtypes, checks of arguments, autocast and matmul precision."""
 
 import math
 import os
@@ -17,12 +17,12 @@ TILE_ELEMENTS = 1 << 21  # elements of a tile: 8 MiB of float32
 
 
 def accumulation(dtype: torch.dtype) -> torch.dtype:
-    """float64 accumulates in itself, every other float dtype in float32."""
+    """The dtype in which sums accumulate: float64 for float64, float32 for every other float dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def values_checked(x: Tensor) -> bool:
-    """Whether the contents of ``x`` may be looked at: free on the CPU, a device sync elsewhere (FGFAST_CHECKS=1)."""
+    """Whether the values of ``x`` may be read: free on the CPU, a device sync elsewhere (only with FGFAST_CHECKS=1)."""
     return x.device.type == "cpu" or os.environ.get("FGFAST_CHECKS") == "1"
 
 
@@ -37,20 +37,20 @@ def shape_error(name: str, expected: str, x: Tensor) -> ValueError:
 
 
 def check_integers(name: str, x: Tensor) -> None:
-    """Raise on anything but a tensor of integers: labels or ids."""
+    """Raise unless ``x`` is a tensor of integers."""
     check_tensor(name, x)
     if x.dtype not in INTEGERS:
         raise TypeError(f"{name} has dtype {x.dtype}: give integers.")
 
 
 def check_weight(weight: Tensor) -> None:
-    """Raise on a negative or non-finite weight where looking costs no device sync."""
+    """Raise on a negative or non-finite weight if reading it costs no device sync."""
     if values_checked(weight) and weight.numel() and not bool(((weight >= 0) & weight.isfinite()).all()):
         raise ValueError("weight holds a negative or non-finite number: use 0 to leave a pixel out.")
 
 
 def check_ids(labels: Tensor, n_parts: int) -> None:
-    """Raise on a label other than -1 (uint8: 255), 0, ..., n_parts - 1 where looking costs no device sync."""
+    """Raise on a label other than -1 (uint8: 255), 0, ..., n_parts - 1 if reading it costs no device sync."""
     if torch.compiler.is_compiling() or not values_checked(labels) or not labels.numel():
         return
     signed = labels.masked_fill(labels == 255, 0) if labels.dtype == torch.uint8 else labels
@@ -69,16 +69,17 @@ def check_tensor(name: str, x: object) -> None:
 
 
 def check_whole(name: str, n: object) -> None:
-    """Raise unless ``n`` is a whole number of Python, or of a traced shape."""
+    """Raise unless ``n`` is an integer or a symbolic integer of a traced shape."""
     if not isinstance(n, Integral | torch.SymInt):
         raise TypeError(f"{name} is {n!r}: give a whole number.")
 
 
-def seed_or_drawn(seed: int | None, needed: bool) -> int:
-    """The seed that was given; without one a draw from torch's generator, or 0 where no seed is ``needed``.
+def seed_or_random(seed: int | None, needed: bool) -> int:
+    """The given seed; if None, one drawn from torch's generator, or 0 if no seed is ``needed``.
 
     Raises:
-        TypeError, ValueError: no whole number from 0 to 2^63 - 1.
+        TypeError: the seed is not an integer.
+        ValueError: the seed is not in 0..2^63 - 1.
     """
     if seed is None:
         return int(torch.randint(1 << 62, ())) if needed else 0
@@ -89,7 +90,7 @@ def seed_or_drawn(seed: int | None, needed: bool) -> int:
 
 
 def as_size(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width), both at least 1, of a pair or of one number for a square."""
+    """(height, width), both at least 1, from a pair or from one number for a square."""
     pair = (size, size) if not isinstance(size, tuple | list) else tuple(size)
     if len(pair) != 2:
         raise ValueError(f"size is {size!r}: give (height, width) or one whole number.")
@@ -108,14 +109,14 @@ def check_float(name: str, x: Tensor) -> None:
 
 
 def check_device(name: str, x: Tensor, device: torch.device) -> None:
-    """Raise unless ``x`` lies on ``device``."""
+    """Raise unless ``x`` is on ``device``."""
     if x.device != device:
         raise ValueError(f"{name} is on {x.device} but the features are on {device}: move it there.")
 
 
 @contextmanager
 def exact(device: torch.device, precision: str = "ieee") -> Iterator[None]:
-    """Autocast off, and fp32 products on the device as ``precision`` says, while an operation runs."""
+    """Run the block without autocast, with float32 products on a GPU in ``precision`` ("ieee" or "tf32")."""
     with torch.autocast(device.type, enabled=False):
         if device.type != "cuda":
             yield

@@ -112,7 +112,7 @@ CALLS: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Tensor, ...]]]] = 
 
 
 class Traced(Exception):
-    """The one graph of a call."""
+    """Raised when a call has been traced into one graph."""
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -148,7 +148,7 @@ def test_the_choice_of_a_backend_is_a_constant() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["sample", "random"])
-def test_a_compiled_mask_draws_anew(strategy: str) -> None:
+def test_a_compiled_mask_is_redrawn(strategy: str) -> None:
     """Without a seed each call of a graph draws its own mask."""
     attention = torch.ones(1, 4, 64)
     run = torch.compile(

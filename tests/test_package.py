@@ -1,4 +1,4 @@
-"""What installing and importing fgfast promises."""
+"""Guarantees about installing and importing fgfast."""
 
 import ast
 import os

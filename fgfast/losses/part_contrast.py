@@ -121,6 +121,6 @@ class PartContrastiveLoss(nn.Module):
 
     @staticmethod
     def _rows(pooled: Tensor, chosen: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-        """The chosen parts of both views, one a row, through a head: [2 B S, E]."""
+        """The chosen parts of both views, one per row, through a head: [2 B S, E]."""
         index = chosen[None, :, :, None].expand(2, -1, -1, pooled.shape[-1])
         return head(pooled.gather(2, index).flatten(0, 2))

@@ -81,7 +81,7 @@ class SupConLoss(nn.Module):
 
 
 def _by_label(x: Tensor, labels: Tensor, first: int, name: str = "labels") -> tuple[Tensor, Ids]:
-    """Vectors sorted by label, so that a class occupies few tiles; each vector is its own view."""
+    """Vectors sorted by label, which puts each class into few tiles; each vector is its own view."""
     if labels.shape != x.shape[:1]:
         raise shape_error(name, str(list(x.shape[:1])), labels)
     order = labels.argsort()

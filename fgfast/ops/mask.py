@@ -20,14 +20,14 @@ from fgfast.tensors import (
     check_float,
     check_tensor,
     check_whole,
-    seed_or_drawn,
+    seed_or_random,
     shape_error,
     values_checked,
 )
 
 STRATEGIES = ("topk", "sample", "block", "random")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the compiled sampler, in the order of its numbers
-MOST = 8192  # patches that fit the shared memory of a block on a GPU
+MAX_PATCHES = 8192  # patches that fit the shared memory of a block on a GPU
 ATANH = (0.32059890, 0.41219857, 0.57707804, 0.96179670, 2.88539008)  # 2 / (n ln 2), n = 9, 7, 5, 3, 1
 ZERO = -1e9  # what a patch without attention adds to the sum of a window
 
@@ -266,8 +266,8 @@ def _native_misses(x: Tensor, dtypes: tuple[torch.dtype, ...], patches: int) -> 
         return f"it takes no {x.dtype}"
     if x.device.type == "cuda" and not _native.CUDA:
         return "it was built without CUDA"
-    if x.device.type == "cuda" and patches > MOST:
-        return f"a GPU takes {MOST} patches, not {patches}"
+    if x.device.type == "cuda" and patches > MAX_PATCHES:
+        return f"a GPU takes {MAX_PATCHES} patches, not {patches}"
     return None if x.device.type in ("cpu", "cuda") else f"it does not know {x.device}"
 
 
@@ -335,7 +335,7 @@ def pivotal_mask(
     grid = (0, 0)
     if images is not None:
         grid = _check_images(images, attention.shape[1], patches, None, attention.device)
-    seed = seed_or_drawn(seed, strategy in ("sample", "random"))
+    seed = seed_or_random(seed, strategy in ("sample", "random"))
     name = _resolve("pivotal_mask", backend, attention, DTYPES, patches)
     masked, mask, index = _pivotal_mask(attention, images, kept, strategy, seed, *grid, name)
     return PivotalMask(mask, index, None if images is None else masked)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fgfast.backend import check_triton, preference, resolve
 from fgfast.reference import perturb as reference
 from fgfast.reference.draws import normal
-from fgfast.tensors import accumulation, check_device, check_float, check_tensor, seed_or_drawn, shape_error
+from fgfast.tensors import accumulation, check_device, check_float, check_tensor, seed_or_random, shape_error
 
 IMPORTANCE = ("absolute", "positive", "given")
 COMBINE = ("union", "intersection")
@@ -254,7 +254,7 @@ def perturb(
         raise ValueError("Neither gradient nor low_variance is given: no dimension can be chosen.")
     if strategy == "noise" and std is None:
         raise ValueError('std is missing, and strategy is "noise": give the standard deviation of each dimension.')
-    seed = seed_or_drawn(seed, strategy == "noise" and noise is None)
+    seed = seed_or_random(seed, strategy == "noise" and noise is None)
     chosen = resolve("perturb", backend, _order(features))
     if chosen == "triton":
         check_triton("features", features)

@@ -185,7 +185,7 @@ class Pyramid(PixelSource):
         assert own is not None
         return own
 
-    def _gathered(self, maps: Tensor) -> Tensor:
+    def _weighted_sums(self, maps: Tensor) -> Tensor:
         """Sum of maps [B, K, N] times pixels: the adjoint of ``inner`` [B, K, D]."""
         maps = maps.unflatten(2, self.size)
         rows = iter((self.down.T @ maps).split([level.height for level in self.resized], 2) if self.resized else ())
@@ -199,11 +199,11 @@ class Pyramid(PixelSource):
         """Two reads of the levels: scores, then sums."""
         best, labels = self.inner(m).add_(bias[..., None]).min(1)
         hot = one_hot(labels, scale, m.shape[1])
-        return labels, best, self._gathered(hot), hot.sum(2)
+        return labels, best, self._weighted_sums(hot), hot.sum(2)
 
     def total(self, scale: Tensor) -> Tensor:
         """Sum of scale_n x_n [B, D]."""
-        return self._gathered(scale[:, None])[:, 0]
+        return self._weighted_sums(scale[:, None])[:, 0]
 
     def rows(self, index: Tensor) -> Tensor:
         """Pixels [B, m, D]."""

@@ -1,6 +1,6 @@
 """The interface through which k-means reads pixels, and its implementation for a matrix in memory.
 
-Everything is expressed by inner products <x_n, m_k>, so that a feature pyramid need not build its pixels.
+Everything is expressed by inner products <x_n, m_k>, which a feature pyramid computes without building its pixels.
 Squared distances are taken around a point mu, the mean of the pixels: with c' = c - mu,
     |x - c|^2 = |x - mu|^2 + |c'|^2 + 2 <mu, c'> - 2 <x, c'>,
 which is far more precise than |x|^2 - 2 <x, c> + |c|^2 when the mean is large, and needs no extra pass over the pixels.
@@ -95,7 +95,7 @@ class PixelSource(ABC):
             spread = (counted * self.squared_norms).sum(1) / n
         return spread.clamp_min(0) / max(1, self.features)
 
-    def _around(self, c: Tensor) -> tuple[Tensor, Tensor]:
+    def _score_terms(self, c: Tensor) -> tuple[Tensor, Tensor]:
         """The m [B, K, D] and bias [B, K] whose scores order the centroids c for each pixel."""
         if self.cosine:
             return -c, c.new_zeros(c.shape[:2])
@@ -104,7 +104,7 @@ class PixelSource(ABC):
 
     def step(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Labels [B, N] (-1 where weight is 0), distances [B, N], sums [B, K, D] and counts [B, K]."""
-        m, bias = self._around(c)
+        m, bias = self._score_terms(c)
         labels, best, sums, counts = self.assign(m, bias, self.scale)
         if self.cosine:
             counts = one_hot(labels, self.w, c.shape[1]).sum(2)
@@ -115,7 +115,7 @@ class PixelSource(ABC):
 
     def distances(self, points: Tensor) -> Tensor:
         """[B, m, N] distances of every pixel from points [B, m, D] (unit vectors for cosine), 0 where none counts."""
-        m, bias = self._around(points)
+        m, bias = self._score_terms(points)
         scores = self.inner(m) + bias[..., None]
         near = 1 + scores * self.inverse_norms[:, None] if self.cosine else scores + self.squared_norms[:, None]
         return near.clamp_min_(0).masked_fill_((self.w <= 0)[:, None], 0)
@@ -168,7 +168,7 @@ class Dense(PixelSource):
         for n, x in self._tiles():
             best[:, n], labels[:, n] = torch.baddbmm(bias[..., None], m, x).min(1)
             hot = one_hot(labels[:, n], scale[:, n], m.shape[1])
-            sums += self._summed(x, hot)
+            sums += self._weighted_sums(x, hot)
             counts += hot.sum(2)
         return labels, best, sums, counts
 
@@ -176,10 +176,10 @@ class Dense(PixelSource):
         """Sum of scale_n x_n [B, D]."""
         sums = torch.zeros(self.batch, 1, self.channels, dtype=self.dtype, device=self.device)
         for n, x in self._tiles():
-            sums += self._summed(x, scale[:, None, n])
+            sums += self._weighted_sums(x, scale[:, None, n])
         return sums[:, 0]
 
-    def _summed(self, x: Tensor, hot: Tensor) -> Tensor:
+    def _weighted_sums(self, x: Tensor, hot: Tensor) -> Tensor:
         """[B, k, n] x [B, n, D]. Zero times NaN is NaN, so select first."""
         if not self.all_finite:
             x = torch.where(x.isfinite(), x, 0)

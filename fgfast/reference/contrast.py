@@ -1,4 +1,4 @@
-"""The definition of the contrastive loss: the whole logit matrix, one line a rule, for tests to compare with."""
+"""The definition of the contrastive loss: the full logit matrix, one line per rule, for tests to compare with."""
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,8 @@ def contrastive_loss(
     .. math:: \ell_i = \log \sum_{j \in C_i} e^{s_{ij}} - \frac{1}{|P_i|} \sum_{j \in P_i} s_{ij}, \qquad
               s_{ij} = \langle q_i, k_j \rangle / T
 
-    where C_i holds the positives P_i, the allowed negatives and the bank. Absent rows and columns are selected away
-    before the first product, so that NaN in them reaches neither value nor gradient. float64 is accumulated in
+    where C_i holds the positives P_i, the allowed negatives and the bank. Absent rows and columns are set to zero
+    before the first product, so NaN in them affects neither loss nor gradients. float64 is accumulated in
     float64, everything else in float32.
 
     Example:
@@ -60,7 +60,7 @@ def contrastive_loss(
             of_bank = counted.new_ones(len(q), len(bank))
             counted, positive = torch.cat([counted, of_bank], 1), torch.cat([positive, ~of_bank], 1)
 
-        if logits.shape[1] == 0:  # one column that never counts, for logsumexp has no value over nothing
+        if logits.shape[1] == 0:  # add a masked column: logsumexp of nothing is undefined
             logits, counted, positive = (F.pad(t, (0, 1)) for t in (logits, counted, positive))
         n_positives = positive.sum(1)
         valid = n_positives > 0
@@ -72,7 +72,7 @@ def contrastive_loss(
 
 
 def reduce(loss: Tensor, valid: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """Weight the losses [M] of rows and reduce them; ``valid`` [M] says which rows have a positive.
+    """Weight the losses [M] of rows and reduce them; ``valid`` [M] marks the rows that have a positive.
 
     Example:
         >>> reduce(torch.tensor([1.0, 0.0]), torch.tensor([True, False]), None, "mean_valid").item()

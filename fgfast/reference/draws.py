@@ -1,8 +1,8 @@
 """Counter-based random numbers: a function of (seed, stream, position), the same on every device and in every order.
 
 torch.Generator cannot take its seed from a tensor, and its numbers differ between devices. SplitMix64 in int64 tensors
-can and do not: the seed may lie on the device (CUDA graphs), and every problem of a batch may draw the same numbers, so
-that its result does not depend on its neighbours.
+has neither limit: the seed may be on the device (CUDA graphs), and all problems of a batch may draw the same numbers,
+which makes the result of each independent of the others.
 
 Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
 """
@@ -10,7 +10,7 @@ Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OO
 import torch
 from torch import Tensor
 
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # int64 wraps around, as the algorithm wants
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # int64 wraps around, as the algorithm requires
 _MIX = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
 
 
@@ -19,17 +19,17 @@ def _shift(z: Tensor, bits: int) -> Tensor:
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _mixed(z: Tensor) -> Tensor:
+def _mix(z: Tensor) -> Tensor:
     for bits, factor in _MIX:
         z = (z ^ _shift(z, bits)) * factor
     return z ^ _shift(z, 31)
 
 
 def uniform(seed: Tensor, stream: int, n: int) -> Tensor:
-    """N numbers in [0, 1) with 32 random bits, float64.
+    """``n`` numbers in [0, 1) with 32 random bits, float64.
 
     Args:
-        seed: 0-d int64; the numbers come on its device.
+        seed: 0-d int64; the numbers are on its device.
         stream: which independent sequence.
         n: how many.
 
@@ -38,15 +38,15 @@ def uniform(seed: Tensor, stream: int, n: int) -> Tensor:
         >>> bool(((u >= 0) & (u < 1)).all()), torch.equal(u[:2], uniform(torch.tensor(0), 1, 2))
         (True, True)
     """
-    start = _mixed(_mixed(seed * _GOLDEN) + torch.full_like(seed, stream) * _GOLDEN)
-    z = _mixed(start + torch.arange(1, n + 1, device=seed.device) * _GOLDEN)
+    start = _mix(_mix(seed * _GOLDEN) + torch.full_like(seed, stream) * _GOLDEN)
+    z = _mix(start + torch.arange(1, n + 1, device=seed.device) * _GOLDEN)
     return _shift(z, 32).double() / (1 << 32)
 
 
 def philox(seed: int, images: int, patches: int, device: torch.device) -> Tensor:
     """Numbers in (0, 1) with 23 random bits, float32 [images, patches], by Philox 4x32-10.
 
-    The counter is (patch // 4, 0, image), the word patch % 4, the key the seed: csrc/pivotal.h draws the same ones.
+    The counter is (patch // 4, 0, image), the word patch % 4, the key the seed: csrc/pivotal.h draws the same numbers.
 
     Example:
         >>> u = philox(0, 2, 8, torch.device("cpu"))

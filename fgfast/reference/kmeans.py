@@ -1,4 +1,4 @@
-"""k-means in plain PyTorch, one problem after the other on the built matrix: the definition of every backend."""
+"""k-means in plain PyTorch, one problem at a time on the built matrix: every backend is tested against it."""
 
 import math
 
@@ -29,8 +29,8 @@ def _distances(x: Tensor, centroids: Tensor, metric: str) -> Tensor:
     return torch.stack([(x - c).square().sum(1) for c in centroids], 1)
 
 
-def _prepared(x: Tensor, weight: Tensor | None, metric: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels [N, D] wide and clean (unit vectors for cosine), their weights, and which are finite."""
+def _prepare_pixels(x: Tensor, weight: Tensor | None, metric: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels [N, D] upcast, non-finite ones zero (unit vectors for cosine), their weights, and which are finite."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     finite = x.isfinite().all(1)
     x = torch.where(finite[:, None], x.to(wide), 0)
@@ -40,7 +40,7 @@ def _prepared(x: Tensor, weight: Tensor | None, metric: str) -> tuple[Tensor, Te
     return x, torch.where(finite, w, 0), finite | (w <= 0)
 
 
-def _assigned(x: Tensor, w: Tensor, centroids: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+def _assign(x: Tensor, w: Tensor, centroids: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """Labels [N], -1 for weight 0, and the distance of each pixel from its centroid."""
     nearest, labels = _distances(x, centroids, metric).min(1)
     return torch.where(w > 0, labels, -1), torch.where(w > 0, nearest.clamp_min(0), 0)
@@ -66,8 +66,8 @@ def kmeans_step(
     sums = torch.zeros_like(centroids, dtype=wide)
     counts, inertia = sums.new_zeros(sums.shape[:2]), sums.new_zeros(batch)
     for b in range(batch):
-        xb, w, finite = _prepared(x[b], None if weight is None else weight[b], metric)
-        labels[b], nearest = _assigned(xb, w, centroids[b].to(wide), metric)
+        xb, w, finite = _prepare_pixels(x[b], None if weight is None else weight[b], metric)
+        labels[b], nearest = _assign(xb, w, centroids[b].to(wide), metric)
         sums[b], counts[b] = _totals(xb, w, labels[b], centroids.shape[1])
         inertia[b] = (w * nearest).sum() if bool(finite.all()) else math.nan
     return labels, sums, counts.float(), inertia.float()
@@ -84,7 +84,7 @@ def sample(w: Tensor, seed: Tensor, stream: int, n: int, by_weight: bool = False
     return torch.where(w > 0, keys, -math.inf).topk(n).indices.sort().values
 
 
-def _drawn(p: Tensor, u: Tensor) -> Tensor:
+def _draw(p: Tensor, u: Tensor) -> Tensor:
     """Positions drawn in proportion to p by uniform numbers u."""
     c = p.double().cumsum(0)
     return torch.searchsorted(c, u.to(c.device) * c[-1], right=True).clamp_max(len(p) - 1)
@@ -101,11 +101,11 @@ def starts(
         x, w = x[chosen], w[chosen]
     trials = 2 + int(math.log(n_clusters))
     u = uniform(seed, 3 * run + 2, n_clusters * trials).view(n_clusters, trials)
-    rows = [x[_drawn(w, u[0, :1])[0]]]
+    rows = [x[_draw(w, u[0, :1])[0]]]
     closest = _distances(x, rows[0][None], metric)[:, 0].clamp_min(0)
     for k in range(1, n_clusters):
         p = closest * w
-        candidates = x[_drawn(p if float(p.sum()) > 0 else w, u[k])]  # [trials, D]
+        candidates = x[_draw(p if float(p.sum()) > 0 else w, u[k])]  # [trials, D]
         closer = torch.minimum(closest[:, None], _distances(x, candidates, metric).clamp_min(0))
         best = int((closer * w[:, None]).sum(0).argmin())
         rows.append(candidates[best])
@@ -113,7 +113,7 @@ def starts(
     return torch.stack(rows)
 
 
-def _relocated(
+def _relocate_empty(
     x: Tensor, w: Tensor, labels: Tensor, nearest: Tensor, sums: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Give each empty cluster the farthest pixel that is left, taken from its donor (scikit-learn's rule)."""
@@ -136,10 +136,10 @@ def _lloyd(
     limit = tol * float(kept.var(0, unbiased=False).mean()) if len(kept) else 0.0
     before = None
     for i in range(n_iter):
-        labels, nearest = _assigned(x, w, centroids, metric)
+        labels, nearest = _assign(x, w, centroids, metric)
         sums, counts = _totals(x, w, labels, len(centroids))
         if empty == "farthest" and bool((counts == 0).any()):
-            sums, counts = _relocated(x, w, labels, nearest, sums, counts)
+            sums, counts = _relocate_empty(x, w, labels, nearest, sums, counts)
         full = (counts > 0)[:, None]
         means = sums / torch.where(full, counts[:, None], 1)
         if metric == "cosine":
@@ -188,7 +188,7 @@ def kmeans(
     counts, inertia = centroids.new_zeros(batch, n_clusters).float(), centroids.new_zeros(batch).float()
     steps = torch.zeros(batch, dtype=torch.int32, device=x.device)
     for b in range(batch):
-        xb, w, finite = _prepared(x[b], None if weight is None else weight[b], metric)
+        xb, w, finite = _prepare_pixels(x[b], None if weight is None else weight[b], metric)
         best = math.inf
         for run in range(n_init):
             if isinstance(init, Tensor):
@@ -198,7 +198,7 @@ def kmeans(
             if metric == "cosine":
                 c = F.normalize(c, dim=1, eps=EPS)
             c, i = _lloyd(xb, w, c, n_iter, tol, metric, empty)
-            ids, nearest = _assigned(xb, w, c, metric)
+            ids, nearest = _assign(xb, w, c, metric)
             total = float((w * nearest).sum())
             if total < best:
                 best = total

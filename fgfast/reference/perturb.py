@@ -1,4 +1,4 @@
-"""The definition of the perturbation of features, in loops over rows, and of the running variance that steers it."""
+"""The definition of the perturbation of features, in loops over vectors, and of the running variance behind it."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from fgfast.reference.draws import normal
 from fgfast.tensors import accumulation
 
-UNITS = 30  # bits in which a row's largest energy is counted
+UNITS = 30  # bits of the largest energy of a vector
 
 
 def smallest(scores: Tensor, count: int) -> list[int]:
@@ -23,9 +23,9 @@ def smallest(scores: Tensor, count: int) -> list[int]:
 
 
 def energies(row: Tensor) -> list[int]:
-    """Squares of row [D] as whole numbers below 2^30, the row scaled to lie under 2^15 by a power of two.
+    """Squares of the vector [D] as integers below 2^30, after scaling it below 2^15 by a power of two.
 
-    Whole numbers have one sum, whatever the order: so each backend spares the same dimensions.
+    The sum of integers does not depend on their order, so every backend leaves the same dimensions unchanged.
 
     Example:
         >>> energies(torch.tensor([1.0, 0.5])) == [2**28, 2**26]
@@ -93,7 +93,7 @@ def perturb(
 
 
 def running_variance(batches: list[Tensor], decay: float) -> Tensor:
-    """Variance [D] of unit rows: each batch [n, D] of features counts ``decay`` times as much as the one after it.
+    """Variance [D] of unit vectors: each batch [n, D] of features has ``decay`` times the weight of the next one.
 
     Example:
         >>> x = torch.tensor([[3.0, 0.0], [0.0, 2.0]])

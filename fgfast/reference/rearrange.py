@@ -1,4 +1,4 @@
-"""What a view is once its pixels have changed places or gone: one image at a time, one rectangle after the other."""
+"""The definition of rearranged views: swapped patches, permuted blocks, holes and pasted regions, in plain loops."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,8 @@ def rearrange(
     """Swap two patches, permute blocks, make holes and paste a region at the centre, in this order.
 
     Args:
-        layers: what moves together, each [S, S, ...]; the first is the image [S, S, C], whose edges place the region.
+        layers: tensors that change together, each [S, S, ...]; the first is the image [S, S, C], whose edges place the
+            region.
         fills: the values of a hole and around the pasted region, for each layer.
         patches: (y, x, side) of two.
         blocks: number of the block, row by row, that comes to each place of an n x n grid, [n, n].
@@ -45,7 +46,7 @@ def rearrange(
             layer[v : v + side, u : u + side] = first
     if blocks is not None:
         edges = [i * size // len(blocks) for i in range(len(blocks) + 1)]
-        layers = [_permuted(layer, blocks, edges) for layer in layers]
+        layers = [_permute_blocks(layer, blocks, edges) for layer in layers]
     for y, x, side in holes or []:
         for layer, (hole, _) in zip(layers, fills, strict=True):
             layer[y : y + side, x : x + side] = hole
@@ -59,8 +60,8 @@ def rearrange(
     return layers
 
 
-def _permuted(layer: Tensor, blocks: Tensor, edges: list[int]) -> Tensor:
-    """Every block cut out and put into its place; one that is a pixel too long or short is cut or repeats its last."""
+def _permute_blocks(layer: Tensor, blocks: Tensor, edges: list[int]) -> Tensor:
+    """Move every block to its place; a block one pixel too long is cropped, one too short repeats its last pixel."""
     out, n = torch.empty_like(layer), len(blocks)
     for place in range(n * n):
         (i, j), (k, m) = divmod(place, n), divmod(int(blocks.flatten()[place]), n)
@@ -73,14 +74,14 @@ def _permuted(layer: Tensor, blocks: Tensor, edges: list[int]) -> Tensor:
 
 
 def edge_centre(image: Tensor) -> tuple[int, int]:
-    """Mean place (y, x) of the steps |x[i] - x[i - 1]| of the summed channels in both directions, weighted by them.
+    """Mean position (y, x) of the edges, weighted by their strength.
 
-    Rounded down; the middle of an image without steps.
+    Edges are the differences |x[i] - x[i - 1]| of the summed channels along both axes. Rounded down; the middle if the image is constant.
 
     Example:
         >>> image = torch.zeros(8, 8, 3, dtype=torch.uint8)
         >>> image[5, 2] = 9
-        >>> edge_centre(image)  # the steps stand at (5, 2) twice, (6, 2) and (5, 3)
+        >>> edge_centre(image)  # the differences are at (5, 2) twice, (6, 2) and (5, 3)
         (5, 2)
     """
     light = image.long().sum(2)

@@ -23,7 +23,7 @@ def test_detcon_equals_lightly(b: int, m: int, ids: int) -> None:
 
 
 def naive_detcon(pred: Tensor, same: Tensor, other: Tensor, mask: Tensor, mask_other: Tensor, local: bool) -> Tensor:
-    """One view of DetCon-B by loops over image and region; targets of its own view and of the other."""
+    """One view of DetCon-B by loops over image and region; with the targets of this view and of the other."""
     b, m, _ = pred.shape
     pred, same, other = (F.normalize(x, dim=-1) for x in (pred, same, other))
     total = pred.new_zeros(())
@@ -63,7 +63,7 @@ def test_detcon_is_the_loop_over_images_and_regions(local: bool) -> None:
     torch.testing.assert_close(2 * got, expected)
 
 
-def test_detcon_with_one_region_an_image_is_infonce_with_same_view_negatives() -> None:
+def test_detcon_with_one_region_per_image_is_infonce_with_same_view_negatives() -> None:
     p, t = randn(0, 2, 6, 1, 5), randn(1, 2, 6, 1, 5)
     masks = torch.zeros(2, 6, 1, dtype=torch.int64)
     expected = torch.zeros((), dtype=torch.float64)

@@ -13,7 +13,7 @@ from tests.losses.peers import randn
 
 @pytest.mark.parametrize("name", ["NTXentLoss", "DetConBLoss", "DetConSLoss", "SupConLoss", "InfoNCELoss"])
 @pytest.mark.parametrize("temperature", [0.0, -0.1, float("inf"), float("nan")])
-def test_a_temperature_that_is_not_positive_is_refused(name: str, temperature: float) -> None:
+def test_a_temperature_that_is_not_positive_is_an_error(name: str, temperature: float) -> None:
     with pytest.raises(ValueError, match="temperature is"):
         getattr(losses, name)(temperature=temperature)
 
@@ -83,12 +83,12 @@ def test_bad_input_is_one_clear_error() -> None:
 def test_messages_name_the_arguments_of_the_class(
     call: Callable[[Tensor], Tensor], error: type[Exception], message: str
 ) -> None:
-    """Who calls a loss is told of its own arguments, not of those of the operation below."""
+    """Errors name the arguments of the loss, not those of the operation that it calls."""
     with pytest.raises(error, match=re.escape(message)):
         call(randn(0, 4, 8))
 
 
-def test_labels_and_ids_that_do_not_fit_are_refused() -> None:
+def test_labels_and_ids_that_do_not_fit_are_errors() -> None:
     """Shapes are told before anything is indexed."""
     x = randn(0, 4, 8)
     with pytest.raises(ValueError, match="labels: expected shape"):

@@ -44,7 +44,7 @@ def test_a_single_tile_equals_the_definition(field: Field, options: dict[str, An
 @few
 @given(fields, options)
 def test_ids_that_are_not_listed_are_compared(ranged: bool, field: Field, options: dict[str, Any]) -> None:
-    """Too many pairs, whole images or another device: ids are compared where ranges overlap, or everywhere."""
+    """With too many pairs, or on another device, ids are compared where ranges overlap, or everywhere."""
     expected = field.values(**options)
     make = sides.make_side
     with pytest.MonkeyPatch.context() as patch:
@@ -56,7 +56,7 @@ def test_ids_that_are_not_listed_are_compared(ranged: bool, field: Field, option
 @few
 @given(field=fields)
 def test_pairs_are_those_of_equal_image_and_part(field: Field) -> None:
-    """Each once, by tile and in all."""
+    """Each pair is listed once, per tile and in total."""
     q, k = field.query_ids, field.key_ids
     same = (q.image[:, None] == k.image) & (q.part[:, None] == k.part) & (q.part[:, None] >= 0)
     pairs = positives.find_pairs(q, None if field.key is field.query else k, 4)
@@ -201,7 +201,7 @@ def test_gradcheck_in_float64(temperature: float, same: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("same", [False, True])
-def test_low_precision_is_rounded_only_in_the_gradients_returned(dtype: torch.dtype, same: bool) -> None:
+def test_low_precision_is_rounded_only_in_the_returned_gradients(dtype: torch.dtype, same: bool) -> None:
     field = Field(5, dtype=dtype, same=same)
     exact = Field(5, dtype=dtype, same=same)
     exact.query, exact.weight = field.query.double(), field.weight.double()
@@ -233,7 +233,7 @@ def test_float32_keeps_its_stated_error_bound(normalize: bool) -> None:
         assert (g - e).abs().max() <= 1e-5 * e.abs().max()
 
 
-def test_auto_takes_the_definition_only_where_the_logits_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_chooses_the_reference_only_where_the_logits_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     field = Field(1)
     calls = []
     forward = tiled.forward_tiles

@@ -1,4 +1,4 @@
-"""The ring over ranks: the loss and the gradients of one process on the joined batch."""
+"""The ring over ranks: the loss and the gradients of one process on the concatenated batch."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from tests import ranks
 
 pytestmark = pytest.mark.slow
 
-IMAGES = {2: [[4, 3], [0, 5]], 4: [[3, 0, 5, 1], [2, 2, 2, 2]]}  # images a rank, a rank without any included
+IMAGES = {2: [[4, 3], [0, 5]], 4: [[3, 0, 5, 1], [2, 2, 2, 2]]}  # images per rank, including a rank without any
 CASES: list[dict[str, Any]] = [
     {},
     {"negatives": "other_images", "reduction": "mean_valid"},
@@ -25,7 +25,7 @@ CASES: list[dict[str, Any]] = [
 
 
 def field(images: list[int]) -> tuple[list[Tensor], list[int]]:
-    """Query, key, weight, image, part and view of all ranks, 4 rows an image, and the rows of each rank."""
+    """Query, key, weight, image, part and view of all ranks, 4 rows per image, and the rows of each rank."""
     g = torch.Generator().manual_seed(sum(images))
     n = 4 * sum(images)
     image = torch.cat([torch.arange(k) for k in images]).repeat_interleave(4)
@@ -70,7 +70,7 @@ def work(rank: int, world: int, folder: str) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_ring_equals_one_process_on_the_joined_batch(world: int, tmp_path: Path) -> None:
+def test_ring_equals_one_process_on_the_concatenated_batch(world: int, tmp_path: Path) -> None:
     ranks.start(work, world, str(tmp_path), ranks=world)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     for i, images in enumerate(IMAGES[world]):
@@ -103,7 +103,7 @@ def test_opcheck(tmp_path: Path) -> None:
         dist.destroy_process_group()
 
 
-def test_global_ids_of_one_process_are_its_own() -> None:
+def test_global_ids_of_one_process_are_unchanged() -> None:
     ids = Ids(*torch.tensor([[3, 1], [0, -1], [0, 1]]))
     assert all(torch.equal(a, b) for a, b in zip(global_ids(ids), ids, strict=True))
 

@@ -79,7 +79,7 @@ def test_low_precision_accumulates_in_float32(dtype):
     same(kmeans_step(x, x[:, :4]), kmeans_step(x.float(), x[:, :4].float()))
 
 
-def test_a_large_mean_costs_no_digits():
+def test_a_large_mean_costs_no_precision():
     x = blobs(4, 300, 6, dtype=torch.float32, offset=1000.0)
     ours, exact = kmeans(x, 5, init=x[:5]), kmeans(x.double(), 5, init=x[:5])
     assert torch.equal(ours.labels, exact.labels)
@@ -93,8 +93,8 @@ def test_batch_equals_loop_and_permutes(metric, seed):
     x, order = blobs(seed, 3, 40, 4), [2, 0, 1]
     together = kmeans(x, 4, seed=7, metric=metric)
     for i in range(3):
-        alone = kmeans(x[i], 4, seed=7, metric=metric)
-        same(alone, type(alone)(*(value[i] for value in together)))
+        single = kmeans(x[i], 4, seed=7, metric=metric)
+        same(single, type(single)(*(value[i] for value in together)))
     moved = kmeans(x[order], 4, seed=7, metric=metric)
     same(moved, type(moved)(*(value[order] for value in together)))
 
@@ -134,7 +134,7 @@ def test_weight_zero_leaves_a_pixel_out_whatever_it_holds(metric, seed):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_non_finite_pixel_poisons_its_inertia_alone(metric, value):
+def test_a_non_finite_pixel_makes_only_its_inertia_nan(metric, value):
     x = blobs(5, 2, 40, 4)
     dirty = x.clone()
     dirty[0, 7, 2] = value
@@ -158,7 +158,7 @@ def test_strides_change_nothing():
         same(kmeans_step(x.contiguous(), a.centroids), kmeans_step(y, a.centroids))
 
 
-def test_tiles_join_without_a_seam(monkeypatch):
+def test_tiles_give_the_result_of_a_single_one(monkeypatch):
     x = blobs(8, 1, 700, 9)
     whole = kmeans(x, 5, seed=0), kmeans_step(x, x[:, :5])
     monkeypatch.setattr("fgfast.pixels.source.PIXEL_TILE", 100)
@@ -275,7 +275,7 @@ def test_outputs_are_constants():
     assert not any(value.requires_grad for value in (*r, *step))
 
 
-def test_autocast_leaves_float32_alone():
+def test_autocast_leaves_float32_single():
     x = blobs(20, 1, 50, 6, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         a = kmeans(x, 3, seed=0)

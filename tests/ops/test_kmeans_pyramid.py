@@ -38,7 +38,7 @@ def test_pyramid_equals_kmeans_on_the_built_hypercolumns(metric, seed):
 @examples(15)
 @given(seed=seeds, bad=st.booleans(), flat=st.booleans())
 def test_levels_of_few_cells_and_many_channels_are_rank_reduced_exactly(metric, seed, bad, flat):
-    """48 channels of 9 cells are 9 channels inside, cells that are alike (a singular map) and broken ones included."""
+    """48 channels of 9 cells become 9 channels, also with equal cells (a singular map) and non-finite ones."""
     g = torch.Generator().manual_seed(seed)
     deep = torch.randn(2, 48, 3, 3, generator=g, dtype=torch.float64)
     if flat:
@@ -57,7 +57,7 @@ def test_levels_of_few_cells_and_many_channels_are_rank_reduced_exactly(metric, 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_rank_reduced_levels_keep_the_digits_of_float32(offset):
-    """A mean far from zero costs the turned levels no more than the others."""
+    """A mean far from zero costs rank-reduced levels no more precision than the others."""
     g = torch.Generator().manual_seed(0)
     maps = [torch.randn(2, 512, 4, 4, generator=g) + offset]
     wanted = kmeans([m.double() for m in maps], 5, size=8, seed=0)

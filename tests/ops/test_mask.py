@@ -1,4 +1,4 @@
-"""The pivotal mask: one list of cases for every backend and device, held to the definition and to its laws."""
+"""The pivotal mask: one list of cases for every backend and device, compared with the definition and its invariants."""
 
 import math
 import threading
@@ -51,7 +51,7 @@ def rough(layers: int, batch: int, heads: int, patches: int, seed: int = 0) -> T
     layers=st.integers(1, 4), batch=st.integers(0, 5), heads=st.integers(1, 3), side=st.integers(1, 9),
     keep=st.floats(0.05, 1.0), seed=st.integers(0, 1000),
 )  # fmt: skip
-def test_exactly_k_and_the_same_everywhere(strategy, backend, device, layers, batch, heads, side, keep, seed):
+def test_every_backend_keeps_the_same_k_patches(strategy, backend, device, layers, batch, heads, side, keep, seed):
     """Exactly k patches in every row, the index lists them in order, and every backend keeps the same ones."""
     x = rough(layers, batch, heads, side * side, seed).to(device)
     kept = math.floor(keep * side * side + 1e-9)
@@ -84,7 +84,7 @@ def test_agrees_with_the_definition(strategy, backend, device, dtype):
 @every_backend
 @examples(15)
 @given(layers=st.integers(1, 5), patches=st.integers(2, 300), keep=st.floats(0.3, 1.0), seed=st.integers(0, 99))
-def test_laws_of_topk(backend, device, layers, patches, keep, seed):
+def test_invariants_of_topk(backend, device, layers, patches, keep, seed):
     """Permuted patches permute the mask; a scaled layer, or one layer transformed, changes nothing."""
     if keep * patches < 1:
         return
@@ -119,7 +119,7 @@ def test_ties_go_to_the_lowest(backend, device):
 @everywhere
 @every_backend
 def test_block_is_the_best_window(backend, device):
-    """A bright square is found, and a single zero in it moves the window away where there is another place."""
+    """A bright square is found; a single zero in it moves the window elsewhere."""
     x = torch.full((1, 1, 1, 8, 8), 0.01)
     x[..., 2:5, 3:6] = 0.5
     mask = pivotal_mask(x.flatten(3).to(device), keep=9 / 64, strategy="block", backend=backend).mask.view(8, 8)
@@ -133,7 +133,7 @@ def test_block_is_the_best_window(backend, device):
 @every_backend
 @pytest.mark.parametrize("strategy", ["sample", "random"])
 def test_seeds_reproduce_and_differ(strategy, backend, device):
-    """One seed, one mask; another seed, and another image, another one."""
+    """The same seed gives the same mask; another seed, or another image, a different one."""
     x = torch.full((1, 4, 2, 196), 0.1, device=device)
     masks = [pivotal_mask(x, strategy=strategy, seed=s, backend=backend).mask for s in (1, 1, 2, (1 << 62) + 1)]
     assert torch.equal(masks[0], masks[1])
@@ -147,7 +147,7 @@ def test_seeds_reproduce_and_differ(strategy, backend, device):
 
 @every_backend
 def test_sampling_follows_attention(backend):
-    """With one patch kept its share is its attention: chi-square of 8 patches under the 0.1% point for 7 degrees."""
+    """A single kept patch is drawn in proportion to attention: chi-square of 8 patches under the 0.1% point."""
     p = torch.tensor([0.3, 0.2, 0.15, 0.1, 0.1, 0.08, 0.05, 0.02])
     n = 4000
     x = p.expand(1, n, 1, 8)
@@ -161,8 +161,8 @@ def test_sampling_follows_attention(backend):
 @everywhere
 @every_backend
 @every_strategy
-def test_strides_are_read_as_they_lie(strategy, backend, device):
-    """Slices, permuted dimensions and expanded ones give what their copies give."""
+def test_strides_do_not_matter(strategy, backend, device):
+    """Slices, permuted and expanded dimensions give the result of a contiguous copy."""
     base = rough(6, 5, 4, 40).to(device)
     for x in (
         base[::2, 1:4, 1:3, 3:39],
@@ -191,7 +191,7 @@ def layouts(x: Tensor) -> list[Tensor]:
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_masked_images(backend, device, dtype):
-    """Dropped patches are zero whatever stood there, the others bit for bit what they were, in every layout."""
+    """Dropped patches are zero even where they held NaN, the others keep their bits, in every layout."""
     x = torch.randn(3, 3, 24, 24).to(dtype).to(device)
     x[:, :, 0, 0] = torch.nan
     attention = rough(2, 3, 2, 16).to(device)
@@ -211,7 +211,7 @@ def test_masked_images(backend, device, dtype):
 
 @everywhere
 @every_backend
-def test_gradient_reaches_what_is_kept(backend, device):
+def test_gradients_are_masked(backend, device):
     """The gradient of the images is masked like the images, through both functions."""
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64, device=device, requires_grad=True)
     mask = pivotal_mask(rough(1, 2, 1, 16), backend="reference").mask.to(device)
@@ -235,7 +235,7 @@ def test_custom_ops_pass_their_checks(backend):
     torch.library.opcheck(torch.ops.fgfast.mask_images.default, (images, mask, 4, 4, backend), test_utils=checks)
 
 
-def test_compiles_whole():
+def test_compiles_as_one_graph():
     """torch.compile(fullgraph=True) gives the same mask and images."""
 
     def run(attention: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,7 +251,7 @@ def test_compiles_whole():
 
 @every_backend
 def test_many_callers_at_once(backend):
-    """Eight threads with problems of their own get the answers of one."""
+    """Eight threads that work on different inputs at once get the results of one thread."""
     problems = [rough(3, 20, 3, 196, seed) for seed in range(8)]
     expected = [pivotal_mask(x, backend=backend).mask for x in problems]
     wrong = []
@@ -270,11 +270,11 @@ def test_many_callers_at_once(backend):
 
 
 @every_backend
-def test_threads_share_the_work(backend):
-    """Any number of them gives the answer of one, to several callers at once, and an error of one range is seen."""
+def test_the_number_of_threads_changes_nothing(backend):
+    """Any number of threads gives the result of one, to concurrent callers too, and reports an error in any range."""
     x = rough(3, 70, 12, 1024)
     images = torch.randn(70, 3, 64, 64)
-    alone = torch.get_num_threads()
+    before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         expected = pivotal_mask(x, images=images, backend="torch")
@@ -291,7 +291,7 @@ def test_threads_share_the_work(backend):
             with pytest.raises(ValueError, match="negative"):
                 pivotal_mask(spoilt, backend=backend)
     finally:
-        torch.set_num_threads(alone)
+        torch.set_num_threads(before)
 
 
 @everywhere
@@ -307,7 +307,7 @@ def test_large_problems(device, patches):
 
 
 def test_logarithm():
-    """Within 3 units in the last place of log2 over the whole range, exact at powers of two, denormals included."""
+    """Within 3 units in the last place of log2 over the full range, exact at powers of two, denormals included."""
     x = torch.cat([torch.logspace(-44, 38, 20_001), 1 + torch.linspace(-0.3, 0.42, 20_001), torch.tensor([1.0])])
     exact = x.double().log2()
     error = (_log2(x).double() - exact).abs()
@@ -318,7 +318,7 @@ def test_logarithm():
     assert _log2(torch.tensor([0.0, torch.inf])).tolist() == [-torch.inf, torch.inf]
 
 
-def test_philox_is_philox():
+def test_philox_gives_its_published_numbers():
     """The known answer of Philox 4x32-10 for counter and key zero: 6627e8d5 e169c58d bc57ac4c 9b00dbd8."""
     words = torch.tensor([0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8])
     expected = ((words >> 9).float() + 0.5) * 2.0**-23
@@ -375,8 +375,8 @@ def test_bad_masks_are_named():
 
 
 @pytest.mark.skipif(missing("native") is not None, reason=f"{missing('native')}")
-def test_native_says_what_it_cannot_take():
-    """float64 goes the other way unless it is asked for by name."""
+def test_native_names_the_dtype_that_it_does_not_support():
+    """float64 uses the torch backend; asking for "native" is an error."""
     x = GOOD.double()
     assert torch.equal(pivotal_mask(x).mask, pivotal_mask(x, backend="torch").mask)
     with pytest.raises(ValueError, match="takes no torch"):

@@ -1,6 +1,6 @@
-"""The CUDA code of the mask sampler without a GPU: compiled for the CPU, thread by thread, it makes the CPU's masks.
+"""The CUDA code of the mask sampler without a GPU: compiled for the CPU, thread by thread, it gives the CPU's masks.
 
-tests/ops/emulated/cuda_runtime.h stands in for CUDA. What a GPU alone can show (its memory model, its speed) it cannot.
+tests/ops/emulated/cuda_runtime.h stands in for CUDA. It cannot test what needs a GPU (memory model, speed).
 """
 
 import importlib.util
@@ -63,7 +63,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 @pytest.fixture
 def as_on_a_gpu(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Operations with backend "native" go to the CUDA code."""
+    """Operations with backend "native" run the CUDA code."""
     import fgfast._native as native
 
     for name in ("pivotal_mask", "mask_images"):
@@ -96,7 +96,7 @@ def test_masks_are_those_of_the_cpu(
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_dtypes_and_strides(dtype: torch.dtype) -> None:
-    """Read as they lie."""
+    """Any strides are read in place."""
     x = rough(4, 3, 6, 200, seed=1).to(dtype)
     both(x[::2, :, 1::2, 4:])
     both(x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0), keep=0.7)
@@ -107,7 +107,7 @@ def test_dtypes_and_strides(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels last"])
 def test_images_are_masked_in_the_same_launch(dtype: torch.dtype, channels: int, last: bool) -> None:
-    """Wide and narrow accesses, several slices an image, gaps between rows."""
+    """Wide and narrow accesses, several slices per image, gaps between rows."""
     order = torch.channels_last if last else torch.contiguous_format
     x = rough(2, 2, 3, 16)
     for side in (128, 20):

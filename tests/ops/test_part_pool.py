@@ -72,10 +72,10 @@ def test_gradient_equals_reference_in_every_layout(shape, reduce):
         assert torch.equal(grad == 0, expected == 0)
 
 
-# (H, W): whole cells, ragged ones, smaller than the features, longer one way and shorter the other, nothing
+# (H, W): full cells, ragged ones, smaller than the features, longer along one axis and shorter along the other, empty
 @pytest.mark.parametrize("size", [(14, 18), (17, 11), (2, 3), (3, 20), (0, 4)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_id_maps_of_another_size_are_taken_to_the_features_by_majority(shape, size):
+def test_id_maps_of_another_size_are_reduced_to_the_features_by_majority(shape, size):
     g = torch.Generator().manual_seed(0)
     labels = torch.randint(-1, shape[-1], (shape[0], *size), generator=g).mT.contiguous().mT
     x, _, weight = make(shape, torch.float32)
@@ -104,7 +104,7 @@ def test_pixels_before_channels_equals_channels_before_pixels():
     assert torch.equal(a.area, b.area)
 
 
-def test_tiles_join_without_a_seam(monkeypatch):
+def test_tiles_give_the_result_of_a_single_one(monkeypatch):
     x, labels, weight = make((3, 5, 40, 30, 4))
     whole = part_pool(x, labels, 4, weight=weight)
     monkeypatch.setattr("fgfast.ops.part_pool.tiled.TILE_ELEMENTS", 1 << 10)
@@ -166,7 +166,7 @@ def test_autocast_leaves_float32_alone():
 
 @examples(30)
 @given(st.integers(0, 10**6), st.sampled_from(["mean", "sum"]), st.booleans())
-def test_ignored_pixels_reach_nothing(seed, reduce, pixel_major):
+def test_ignored_pixels_affect_neither_result_nor_gradients(seed, reduce, pixel_major):
     x, labels, weight = make((2, 4, 5, 3, 3), torch.float32, seed)
     if pixel_major:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -184,7 +184,7 @@ def test_ignored_pixels_reach_nothing(seed, reduce, pixel_major):
     assert (dirty.grad.transpose(0, 1)[:, ignored] == 0).all()
 
 
-def test_a_non_finite_pixel_reaches_its_own_part_alone():
+def test_a_non_finite_pixel_affects_only_its_own_part():
     x, labels = torch.ones(1, 2, 2, 2), torch.tensor([[[0, 0], [1, 2]]])
     x[0, 1, 0, 0] = math.nan
     pooled = part_pool(x, labels, 3).pooled
@@ -192,7 +192,7 @@ def test_a_non_finite_pixel_reaches_its_own_part_alone():
     assert pooled[0, 0, 1].isnan()
 
 
-def test_a_non_finite_gradient_reaches_its_own_part_alone():
+def test_a_non_finite_gradient_affects_only_its_own_part():
     x, labels, _ = make((1, 2, 3, 3, 3), torch.float32)
     x.requires_grad_()
     g = torch.ones(1, 3, 2)
@@ -291,7 +291,7 @@ def test_bad_input_is_named(change, error, word, backend):
         ({"labels": torch.zeros(2, 64, dtype=torch.int64)}, "labels: expected shape .*, got .2, 64."),
         ({"weight": torch.ones(2, 8, 8)}, "weight: expected shape .*, got .2, 8, 8."),
     ],
-    ids=["pictures", "pixels before channels", "no rows", "weight"],
+    ids=["images", "pixels before channels", "no rows", "weight"],
 )
 def test_id_maps_that_do_not_fit_are_named(change, remedy):
     labels = torch.zeros(2, 8, 8, dtype=torch.int64)
@@ -311,8 +311,8 @@ def test_bad_grid_size_is_named(size):
 
 
 @pytest.mark.parametrize("wrong", [-2, 3, 255])
-def test_ids_out_of_range_are_told_on_the_cpu_and_never_touched(wrong):
-    """Where looking is free an id that is no part raises; the operation itself, as on a GPU, leaves it out."""
+def test_ids_out_of_range_raise_on_the_cpu_and_are_never_pooled(wrong):
+    """On the CPU an id that is not a part raises; the operation itself, as on a GPU, masks it out."""
     x, labels, _ = make((2, 3, 4, 4, 3), torch.float32)
     labels[0, 0, 0] = wrong
     for call in (lambda: part_pool(x, labels, 3), lambda: labels_to_grid(labels, (2, 2), 3)):

@@ -1,4 +1,4 @@
-"""perturb: masks equal to the reference to the bit, changed values near it, and what its definition promises."""
+"""perturb: masks equal to the reference bit for bit, changed values close to it, and invariants."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_equals_the_reference(problem):
 
 @examples(60)
 @given(problems())
-def test_what_is_not_masked_keeps_its_bits_and_the_guard_holds(problem):
+def test_unmasked_dimensions_keep_their_bits_and_the_budget_holds(problem):
     x, options = problem
     out = perturb(x, **options)
     assert torch.equal(out.features[~out.mask], x[~out.mask])
@@ -94,14 +94,14 @@ def test_union_and_intersection_join_the_criteria():
     assert perturb(x, w, **both, combine="intersection").mask.tolist() == [[False, True, False, False]]
 
 
-def test_the_guard_spares_the_largest_first():
+def test_the_budget_leaves_the_largest_dimensions_unchanged():
     x = torch.tensor([[4.0, 1.0, 3.0, 2.0], [1.0, 1.0, 1.0, 1.0]])
     everything = {"low_variance": torch.ones(4, dtype=torch.bool), "strategy": "zero"}
     assert perturb(x, **everything).mask.tolist() == [[False, True, True, True], [True, True, False, False]]
     assert perturb(x, **everything, budget=0.0).mask.sum() == 0
 
 
-def test_strategies_are_what_they_say():
+def test_values_of_each_strategy():
     x, low = torch.tensor([[3.0, 4.0], [1.0, 2.0]]), torch.tensor([True, False])
     given = {"low_variance": low, "budget": 1.0}
     assert perturb(x, **given, strategy="zero").features.tolist() == [[0, 4], [0, 2]]
@@ -111,19 +111,19 @@ def test_strategies_are_what_they_say():
     torch.testing.assert_close(noisy, torch.tensor([[3 + 5 * 0.5, 4], [1 + 5**0.5 * 0.5, 2]]))
 
 
-def test_a_seed_gives_the_same_noise_and_another_one_other_noise():
+def test_noise_depends_on_the_seed():
     x, given = torch.randn(3, 9), {"low_variance": torch.ones(9, dtype=torch.bool), "std": torch.ones(9), "budget": 1.0}
     first, again, other = (perturb(x, **given, seed=s).features for s in (2**40, 2**40, 7))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    torch.testing.assert_close(perturb(x[:2], **given, seed=7).features, other[:2])  # rows do not share numbers
+    torch.testing.assert_close(perturb(x[:2], **given, seed=7).features, other[:2])  # each vector draws its own numbers
     torch.manual_seed(0)
     assert not torch.equal(perturb(x, **given).features, perturb(x, **given).features)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_row_that_is_not_finite_keeps_all_it_has(bad, backend):
+def test_a_non_finite_vector_is_not_changed(bad, backend):
     x, w = torch.randn(3, 6), torch.randn(3, 6)
     x[1, 2] = bad
     out = perturb(x, w, strategy="zero", budget=1.0, fraction=0.5, backend=backend)
@@ -184,7 +184,7 @@ def test_bad_input_is_named(change, error, word):
         perturb(**given)
 
 
-def test_energies_are_whole_numbers_of_thirty_bits():
+def test_energies_are_integers_of_thirty_bits():
     cost = reference.energies(torch.tensor([1.9, -(2.0**-10), 0.0]))
     assert 2**28 <= cost[0] < 2**reference.UNITS
     assert cost[1:] == [2**8, 0]
@@ -196,7 +196,7 @@ def test_is_public():
 
 
 def test_the_former_name_of_fraction_warns() -> None:
-    """For one version lowest= does what fraction= does."""
+    """For one version lowest= still works as fraction=."""
     x, w = torch.rand(2, 6), torch.rand(2, 6)
     wanted = perturb(x, w, fraction=0.5, strategy="zero").mask
     with pytest.warns(DeprecationWarning, match="use fraction"):

@@ -1,4 +1,4 @@
-"""What is no tensor, and no whole number, is named before anything is computed."""
+"""An argument that is not a tensor, or not an integer, is named before anything is computed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -40,8 +40,8 @@ def test_wrong_type_is_named(call: Callable[[], Any], message: str) -> None:
         call()
 
 
-def test_numbers_of_numpy_are_numbers() -> None:
-    """Whole numbers and temperatures may come from numpy."""
+def test_numpy_numbers_are_accepted() -> None:
+    """Integers and temperatures may come from numpy."""
     assert part_pool(X, LABELS, np.int64(3)).pooled.shape == (2, 3, 4)
     assert kmeans(X, np.int32(2), seed=0).centroids.shape == (2, 2, 4)
     assert contrastive_loss(Q, Q, query_ids=IDS, key_ids=IDS, temperature=np.float32(0.5)).isfinite()

@@ -1,4 +1,4 @@
-"""k-means: :mod:`kmeans` is the whole algorithm, :mod:`step` one assignment with the sums of the new centroids."""
+"""k-means: :mod:`kmeans` is the full algorithm, :mod:`step` one assignment with the sums of the new centroids."""
 
 from fgfast.ops.kmeans.kmeans import KMeansResult, kmeans
 from fgfast.ops.kmeans.step import KMeansStep, kmeans_step

@@ -59,7 +59,7 @@ def groups(batch: int, elements: int, device: torch.device) -> range:
     return range(0, batch, max(1, TILE_ELEMENTS // max(1, elements)) if device.type == "cpu" else max(1, batch))
 
 
-def checked_maps(
+def check_maps(
     x: list[Tensor] | tuple[Tensor, ...], size: int | tuple[int, int] | None
 ) -> tuple[list[Tensor], tuple[int, int]]:
     """The maps of a pyramid and its size, checked."""
@@ -80,7 +80,7 @@ def checked_maps(
 
 
 def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """A 0-d int64 tensor on the device; None draws one from torch's own generator."""
+    """A 0-d int64 tensor on the device; None draws it from torch's generator."""
     if seed is None:
         return torch.randint(1 << 62, (), device=device)
     if isinstance(seed, Tensor):

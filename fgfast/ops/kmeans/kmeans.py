@@ -2,7 +2,7 @@
 
 Lloyd's iteration by scikit-learn's rules. Assignment and the sums of the new centres come from one read of the pixels,
 as two products with K rows: scores [K, D] x [D, n] and one-hot sums [K, n] x [n, D], tile by tile. On the CPU problems
-are taken a few at a time, so that each stays in the cache and stops when it has converged; on a device all run together
+run a few at a time: each stays in the cache and stops when it has converged. On a device all run together
 and the host looks at nothing. `_kmeans_pyramid` has the derivation for lists of maps.
 """
 
@@ -17,7 +17,7 @@ from fgfast.ops.kmeans.checks import (
     BACKENDS,
     METRICS,
     check_finite,
-    checked_maps,
+    check_maps,
     choose,
     columns,
     flat_weight,
@@ -228,7 +228,7 @@ def kmeans(
     else:
         if not isinstance(x, list | tuple):
             check_tensor("x", x)
-        xs, full = checked_maps(x, size)
+        xs, full = check_maps(x, size)
         shape = (xs[0].shape[0], *full)
     batch, channels, device = xs[0].shape[0], sum(m.shape[1] for m in xs), xs[0].device
     pixels = math.prod(xs[0].shape[2:]) if full is None else math.prod(full)

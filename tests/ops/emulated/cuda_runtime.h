@@ -1,6 +1,6 @@
 // As much of CUDA as csrc/pivotal_cuda.cu uses, on the CPU, for its tests: blocks run one after the other, the threads
-// of a block as coroutines, a warp as far as it gets before another, so that a missing barrier shows. A barrier that
-// not every thread reaches is an error. The test turns <<< >>> and the dynamic shared memory into what is here.
+// of a block as coroutines, each warp as far as it can run before the next, which exposes a missing barrier. A barrier that
+// not every thread reaches is an error. The test replaces <<< >>> and the dynamic shared memory by the functions here.
 #pragma once
 
 #include <ucontext.h>
@@ -99,7 +99,7 @@ inline bool run_warp(unsigned warp, bool backwards, unsigned& left) {
     return moved;
 }
 
-// Runs one block of whole warps, each as far as it gets before the next; false when threads wait for each other for ever.
+// Runs one block of whole warps, each warp as far as it can run before the next; false on a deadlock.
 inline bool run_block(unsigned n, uint32_t& random) {
     constexpr size_t kStack = 64 << 10;
     threads = std::vector<Coroutine>(n);
