@@ -124,7 +124,7 @@ print(*[name for name in sys.modules if name.split(".")[0] == "kernels"])
 
 
 def test_the_editable_installation_maps_the_kernels(tmp_path: Path) -> None:
-    code = "import fgfast.kernels.contrast as c; print(fgfast.kernels.__file__); print(c.__file__)"
+    code = "import fgfast, fgfast.kernels.contrast as c; print(fgfast.kernels.__file__); print(c.__file__)"
     files = [Path(file) for file in python(code, tmp_path).split()]
     assert files == [ROOT / "kernels" / "__init__.py", ROOT / "kernels" / "contrast" / "__init__.py"]
 
@@ -164,7 +164,7 @@ def test_the_wheel_imports_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
     unpacked, elsewhere = tmp_path / "unpacked", tmp_path / "elsewhere"
     elsewhere.mkdir()
     zipfile.ZipFile(wheel).extractall(unpacked)
-    code = "import fgfast.kernels.contrast as c; print(fgfast.__file__); print(c.__file__)"
+    code = "import fgfast, fgfast.kernels.contrast as c; print(fgfast.__file__); print(c.__file__)"
     files = python(code, elsewhere, PYTHONPATH=str(unpacked)).split()
     assert [Path(file) for file in files] == [
         unpacked / "fgfast" / "__init__.py",

@@ -76,7 +76,8 @@ def _permute_blocks(layer: Tensor, blocks: Tensor, edges: list[int]) -> Tensor:
 def edge_centre(image: Tensor) -> tuple[int, int]:
     """Mean position (y, x) of the edges, weighted by their strength.
 
-    Edges are the differences |x[i] - x[i - 1]| of the summed channels along both axes. Rounded down; the middle if the image is constant.
+    Edges are the differences |x[i] - x[i - 1]| of the summed channels along both axes. Rounded down; the middle if the
+    image is constant.
 
     Example:
         >>> image = torch.zeros(8, 8, 3, dtype=torch.uint8)
