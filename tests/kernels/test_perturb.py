@@ -1,4 +1,4 @@
-"""The Triton kernel of perturb: the mask of the reference to the bit, under the interpreter or on a GPU."""
+"""The Triton kernel of perturb: exactly the mask of the reference, in the interpreter or on a GPU."""
 
 import os
 
@@ -14,11 +14,11 @@ from tests.examples import examples
 from tests.ops.test_perturb import TOLERANCE, problems
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="listens to the interpreter")
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts traffic in the interpreter")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def there(options):
+def on_device(options):
     return {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
 
 
@@ -27,7 +27,7 @@ def there(options):
 def test_equals_the_reference(problem):
     x, options = problem
     expected = perturb(x, **options, backend="reference")
-    out = perturb(x.to(DEVICE), **there(options), backend="triton")
+    out = perturb(x.to(DEVICE), **on_device(options), backend="triton")
     assert torch.equal(out.mask.cpu(), expected.mask)
     assert torch.equal(out.features[~out.mask].cpu(), x[~expected.mask])
     near = TOLERANCE[x.dtype]
@@ -35,7 +35,7 @@ def test_equals_the_reference(problem):
 
 
 def test_more_rows_than_programs(monkeypatch):
-    """A program walks over several rows, the last of which swaps with the first."""
+    """A program loops over several rows; the last row swaps with the first."""
     from fgfast.kernels import perturb as kernels
 
     monkeypatch.setattr(kernels, "processors", lambda device: 1)
@@ -47,7 +47,7 @@ def test_more_rows_than_programs(monkeypatch):
     torch.testing.assert_close(out.features.cpu(), expected.features)
 
 
-def test_a_row_that_is_not_finite_keeps_all_it_has():
+def test_a_row_that_is_not_finite_is_unchanged():
     x, w = torch.randn(2, 6, device=DEVICE), torch.randn(2, 6, device=DEVICE)
     x[0, 1], w[1, 0] = float("nan"), float("nan")
     out = perturb(x, w, fraction=0.5, strategy="zero", budget=1.0, backend="triton")
@@ -56,7 +56,7 @@ def test_a_row_that_is_not_finite_keeps_all_it_has():
     torch.testing.assert_close(out.features[0], x[0], rtol=0, atol=0, equal_nan=True)
 
 
-def test_what_the_kernel_does_not_take_is_named():
+def test_unsupported_input_is_named_in_the_error():
     x = torch.ones(1, MAX_CHANNELS + 1, device=DEVICE)
     with pytest.raises(ValueError, match="channels, over the"):
         perturb(x, x, strategy="zero", backend="triton")
@@ -68,7 +68,7 @@ def test_what_the_kernel_does_not_take_is_named():
 @interpreted
 @pytest.mark.parametrize(("strategy", "reads"), [("noise", 2), ("swap", 3)])
 def test_features_are_read_once(strategy, reads, monkeypatch):
-    """Features (swap: of two rows) and gradient in, result and mask out; what rows share is read by each program."""
+    """Features (swap: of two rows) and gradient in, result and mask out; std and low_variance once per program."""
     from fgfast.kernels import perturb as kernels
     from fgfast.kernels.sanitizer import checked, fewest
 
