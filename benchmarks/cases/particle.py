@@ -33,6 +33,8 @@ def start(maps: list[Tensor], k: int) -> Tensor:
 class Fused(PARTICLE):
     """PARTICLE from a given start."""
 
+    config: PARTICLEConfig
+
     @torch.no_grad()
     def cluster(self, images: Tensor | None, size: int) -> Tensor:
         """Labels of hypercolumns that are never built."""

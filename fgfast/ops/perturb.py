@@ -242,7 +242,9 @@ def perturb(
             raise ValueError(f"{name} is {value!r}: choose one of {', '.join(known)}.")
     if lowest is not None:
         warnings.warn(
-            "perturb(lowest=..) will go in the next minor version: use fraction.", DeprecationWarning, stacklevel=2
+            "perturb(lowest=...) will be removed in the next minor version: use fraction.",
+            DeprecationWarning,
+            stacklevel=2,
         )
         fraction = lowest
     for name, part in (("fraction", fraction), ("budget", budget)):
