@@ -1,6 +1,6 @@
 """Kernel by compiler: ``python -m benchmarks.compiled OLDEST.csv LOCKED.csv NEWEST.csv`` joins reports into one table.
 
-The files are those of ``python -m fgfast.kernels.aot --default-only --csv FILE``, one a version of Triton. A row of
+The files are those of ``python -m fgfast.kernels.aot --default-only --csv FILE``, one per version of Triton. A row of
 results/compilers.csv has one kernel on one architecture: how many of its cases a compiler was given, the most registers
 a thread of one takes, and the most bytes that one spills.
 """
@@ -44,7 +44,7 @@ def join_reports(reports: Sequence[Row]) -> list[Row]:
 def main(files: Sequence[str]) -> int:
     """The command."""
     if not files:
-        print("Name the files that fgfast.kernels.aot --csv wrote, one a compiler.", file=sys.stderr)
+        print("Name the files that fgfast.kernels.aot --csv wrote, one per compiler.", file=sys.stderr)
         return 2
     made = join_reports([report for file in files for report in record.read(Path(file))])
     record.overwrite(made, record.RESULTS / "compilers.csv")

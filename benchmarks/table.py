@@ -54,7 +54,8 @@ class Row:
 
     def summary(self) -> str:
         """The line of the case as plain text, without the columns that are empty."""
-        return "; ".join(filter(None, ("".join(text for text, _ in cell) for cell in self.cells())))
+        cells = ("".join(text for text, _ in cell) for cell in self.cells())
+        return "; ".join(cell for cell in cells if cell not in ("", "-"))
 
 
 def number(value: float) -> str:

@@ -1,10 +1,10 @@
 """Traffic of the kernels over the fewest bytes, counted in Triton's interpreter: ``python -m benchmarks.traffic``.
 
-Shapes are small, with outputs under a tenth of the inputs where the operation has it so. Bytes move as the model of
-:mod:`fgfast.kernels.sanitizer` says; its :func:`~fgfast.kernels.sanitizer.checked` fails on a stray access or a race
-while it counts. Under the interpreter half-precision results are stored as float32, and the fewest bytes are counted
-so; k-means, whose operands have to fit on chip beside the pixels, is counted with float16 stored as on a GPU
-(:func:`stored_as_float16`).
+Shapes are small, and outputs are under a tenth of the inputs where the operation allows it. Bytes are counted by the
+model of :mod:`fgfast.kernels.sanitizer`, whose :func:`~fgfast.kernels.sanitizer.checked` also fails on a stray access
+or a race. The interpreter stores half-precision results as float32, and the fewest bytes are counted accordingly;
+k-means, whose operands must fit on chip beside the pixels, is counted with float16 stored as on a GPU
+(:func:`store_float16`).
 """
 
 import json
@@ -29,7 +29,7 @@ Inputs = list[Tensor]
 
 
 class Count(NamedTuple):
-    """A pass of an operation: what it was given, what came out, what it moved, and the ratio that is asked for."""
+    """One pass of an operation: the fewest bytes, the traffic counted, and the largest ratio that is a goal."""
 
     op: str
     shape: str
@@ -39,7 +39,7 @@ class Count(NamedTuple):
     goal: float | None
 
     def row(self) -> Row:
-        """As the record has it."""
+        """As in results/traffic.csv."""
         moved = self.traffic.bytes
         return {
             "op": self.op, "shape": self.shape, "dtype": self.dtype, "launches": self.traffic.launches,
@@ -48,7 +48,7 @@ class Count(NamedTuple):
         }  # fmt: skip
 
 
-def _counted(given: Inputs, run: Callable[[], Any]) -> tuple[Any, Traffic]:
+def _count(given: Inputs, run: Callable[[], Any]) -> tuple[Any, Traffic]:
     with checked(*(x.detach() for x in given)) as traffic:
         answer = run()
     return answer, traffic
@@ -58,14 +58,14 @@ def part_pool(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
     x = torch.randn(1, 128, 40, 40).to(dtype).requires_grad_()
     labels = torch.randint(-1, 8, (1, 40, 40))
     shape = sizes(B=1, D=128, N=1600, K=8)
-    out, traffic = _counted([x, labels], lambda: fgfast.part_pool(x, labels, 8, backend="triton"))
+    out, traffic = _count([x, labels], lambda: fgfast.part_pool(x, labels, 8, backend="triton"))
     yield Count("part_pool forward", shape, name, fewest(x, labels, out.pooled.float(), out.area), traffic, 1.10)
     g = torch.randn_like(out.pooled)
-    (grad,), traffic = _counted([], lambda: torch.autograd.grad(out.pooled, x, g))
+    (grad,), traffic = _count([], lambda: torch.autograd.grad(out.pooled, x, g))
     yield Count("part_pool backward", shape, name, fewest(grad.float(), labels, g, out.area), traffic, 1.10)
     # Eight images: a program each, as 320 are on a GPU.
     x, labels = torch.randn(8, 256, 14, 14).to(dtype), torch.randint(0, 8, (8, 56, 56), dtype=torch.uint8)
-    out, traffic = _counted([x, labels], lambda: fgfast.part_pool(x, labels, 8, backend="triton"))
+    out, traffic = _count([x, labels], lambda: fgfast.part_pool(x, labels, 8, backend="triton"))
     smallest = fewest(x, labels, out.pooled.float(), out.area, torch.empty(8, 14, 14, dtype=torch.int32))
     shape = sizes(B=8, D=256, N=196, H=56, W=56, K=8)
     yield Count("part_pool forward from a full-resolution map", shape, name, smallest, traffic, 1.10)
@@ -73,12 +73,12 @@ def part_pool(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
 
 def labels_to_grid(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
     labels = torch.randint(-1, 15, (1, 128, 128))
-    grid, traffic = _counted([labels], lambda: fgfast.labels_to_grid(labels, 32, 15, backend="triton"))
+    grid, traffic = _count([labels], lambda: fgfast.labels_to_grid(labels, 32, 15, backend="triton"))
     yield Count("labels_to_grid", "B=1 H=128 W=128 h=32 K=15", "int64", fewest(labels, grid), traffic, 1.10)
 
 
 @contextmanager
-def stored_as_float16(dtype: torch.dtype) -> Iterator[None]:
+def store_float16(dtype: torch.dtype) -> Iterator[None]:
     """Let k-means compute with float16 itself, which the interpreter does rightly where no bfloat16 comes in.
 
     (It does where pixels have factors, and in the sums of a pyramid: there bytes are right and sums are not.)
@@ -106,8 +106,8 @@ def kmeans_step(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
     shapes = ((4, 3136, 256, 25), (4, 784, 768, 25), (4, 784, 1024, 15))
     for b, n, d, k in ((1, 1600, 256, 8), *(() if quick else shapes)):
         x, centroids = torch.randn(b, n, d).to(dtype), torch.randn(b, k, d)
-        with stored_as_float16(dtype):
-            out, traffic = _counted([x, centroids], partial(fgfast.kmeans_step, x, centroids, backend="triton"))
+        with store_float16(dtype):
+            out, traffic = _count([x, centroids], partial(fgfast.kmeans_step, x, centroids, backend="triton"))
         yield Count("kmeans_step", sizes(B=b, N=n, D=d, K=k), name, fewest(x, centroids, *out), traffic, 1.10)
 
 
@@ -121,7 +121,7 @@ def kmeans(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
     resnet50 = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
     for levels, size, k in ((((128, 16, 16), (256, 8, 8)), 16, 8), *(() if quick else ((resnet50, 64, 15),))):
         maps = [torch.randn(1, *shape).to(dtype) for shape in levels]
-        with stored_as_float16(dtype):
+        with store_float16(dtype):
             x = Levels(maps, (size, size))
             mu, ones = x.wide(None), torch.ones(1, x.pixels)
             solver = Solver(x, k, None, ones, x.squares(mu), mu, "euclidean", "ieee")
@@ -132,7 +132,7 @@ def kmeans(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
                 solver.score(going)
                 solver.sums(going)
 
-            _, traffic = _counted([], step)
+            _, traffic = _count([], step)
         shape = sizes(B=1, N=x.pixels, D=x.channels, K=k, levels=len(maps))
         yield Count("kmeans pyramid step", shape, name, fewest(*maps), traffic, None if size == 16 else 2.2)
 
@@ -140,7 +140,7 @@ def kmeans(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
 def assign_and_pool(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
     x, centroids = torch.randn(1, 256, 24, 24).to(dtype), torch.randn(1, 8, 256)
     run = partial(fgfast.assign_and_pool, x, centroids, backend="triton")
-    (pooled, area, labels), traffic = _counted([x, centroids], run)
+    (pooled, area, labels), traffic = _count([x, centroids], run)
     smallest = fewest(x, centroids, pooled.float(), area, labels)
     yield Count("assign_and_pool", sizes(B=1, D=256, N=576, K=8), name, smallest, traffic, None)
 
@@ -152,11 +152,11 @@ def contrast(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
     row = torch.arange(m)
     ids = [fgfast.Ids(row // 4, row % 4, torch.full_like(row, view)) for view in range(2)]
     run = partial(fgfast.contrastive_loss, q, k, query_ids=ids[0], key_ids=ids[1], backend="triton")
-    loss, traffic = _counted([], run)
+    loss, traffic = _count([], run)
     given = fewest(q, k, *ids[0], *ids[1])
     shape = sizes(M=m, T=m, D=d)
     yield Count("contrast forward", shape, name, given + 12 * m, traffic, None)
-    grads, traffic = _counted([], lambda: torch.autograd.grad(loss, (q, k)))
+    grads, traffic = _count([], lambda: torch.autograd.grad(loss, (q, k)))
     yield Count("contrast backward", shape, name, given + 12 * m + fewest(*(g.float() for g in grads)), traffic, None)
 
 
@@ -168,7 +168,7 @@ def perturb(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
     x, w, noise = (torch.randn(64, 256).to(dtype) for _ in range(3))
     low, std = torch.rand(256) < 0.3, torch.rand(256)
     run = partial(fgfast.perturb, x, w, low_variance=low, std=std, noise=noise, backend="triton")
-    out, traffic = _counted([x, w, noise, low, std], run)
+    out, traffic = _count([x, w, noise, low, std], run)
     smallest = fewest(x, w, noise, low, std, out.features.float(), out.mask)
     yield Count("perturb", sizes(B=64, D=256), name, smallest, traffic, None)
 
@@ -178,7 +178,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 KMEANS_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
-def counted(only: str = "", quick: bool = False) -> Iterator[Count]:
+def count_all(only: str = "", quick: bool = False) -> Iterator[Count]:
     """Every count, or those of one operation; ``quick`` counts only in half precision. Needs TRITON_INTERPRET=1."""
     torch.manual_seed(0)
     for kernel in KERNELS:
@@ -200,5 +200,5 @@ def rows(only: str = "", quick: bool = False) -> list[Row]:
 
 
 if __name__ == "__main__":
-    for count in counted(sys.argv[1] if len(sys.argv) > 1 else "", "quick" in sys.argv[2:]):
+    for count in count_all(sys.argv[1] if len(sys.argv) > 1 else "", "quick" in sys.argv[2:]):
         print(json.dumps(count.row()), flush=True)

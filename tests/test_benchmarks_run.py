@@ -241,7 +241,7 @@ def test_ceilings_of_this_machine_are_numbers():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted without a GPU")
 def test_traffic_of_a_kernel_is_counted():
-    (grid,) = traffic.counted("labels_to_grid")
+    (grid,) = traffic.count_all("labels_to_grid")
     row = grid.row()
     assert row["launches"] == 1
     assert row["fewest"] <= row["bytes"] <= 1.1 * row["fewest"]

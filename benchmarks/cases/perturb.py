@@ -31,7 +31,7 @@ def rows(b: int, d: int, dtype: torch.dtype, device: torch.device, seed: int, lo
 
 
 def plain(r: Rows) -> Answer:
-    """The lowest |w x| by topk, the union, the guard by a sort and a cumulative sum, noise where the mask says so."""
+    """The lowest |w x| by topk, the union, the guard by a sort and a cumulative sum, noise where the mask is set."""
     x, w = r.features.float(), r.gradient.float()
     index = (w * x).abs().topk(int(FRACTION * x.shape[1]), dim=1, largest=False).indices
     mask = torch.zeros_like(x, dtype=torch.bool).scatter_(1, index, True) | r.low
