@@ -1,5 +1,8 @@
 """fgfast: cluster pixels into parts, pool them, contrast them. The public names; importing this loads only torch."""
 
+from typing import TYPE_CHECKING, Any
+
+from fgfast import interrupt as interrupt  # first: in the command, Ctrl-C then works while torch is imported
 from fgfast.backend import use_backend
 from fgfast.ids import Ids
 from fgfast.losses import (
@@ -18,6 +21,19 @@ from fgfast.ops.mask import PivotalMask, mask_images, pivotal_mask
 from fgfast.ops.part_pool import PartPool, labels_to_grid, part_pool
 from fgfast.ops.perturb import Perturbed, perturb
 
+if TYPE_CHECKING:
+    from fgfast.estimator import KMeans
+
+
+def __getattr__(name: str) -> Any:
+    """KMeans when it is first asked for, as it loads scikit-learn."""
+    if name == "KMeans":
+        from fgfast.estimator import KMeans
+
+        return KMeans
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -26,6 +42,7 @@ __all__ = [
     "DetConSLoss",
     "Ids",
     "InfoNCELoss",
+    "KMeans",
     "KMeansResult",
     "KMeansStep",
     "NTXentLoss",

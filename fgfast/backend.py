@@ -14,7 +14,7 @@ BACKENDS = ("auto", "reference", "torch", "triton", "native")
 
 OLDEST = (8, 0)  # compute capability of the oldest NVIDIA GPU that the kernels serve
 
-_chosen = os.environ.get("FGFAST_BACKEND", "auto")
+_chosen = os.environ.get("FGFAST_BACKEND") or "auto"
 
 
 def missing(backend: str) -> str | None:
@@ -51,6 +51,11 @@ def _check_available(name: str, source: str) -> str:
     if reason is not None:
         raise RuntimeError(f"Backend {name!r} cannot run because {reason}: choose 'auto' or 'torch'.")
     return name
+
+
+def check_chosen() -> None:
+    """Raise ValueError or RuntimeError if the backend that FGFAST_BACKEND names does not exist or cannot run."""
+    _check_available(_chosen, "FGFAST_BACKEND")
 
 
 @contextmanager

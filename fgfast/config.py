@@ -1,8 +1,12 @@
 """The options of a training run: a flat dataclass for the command line, config.toml and the methods."""
 
+import codecs
 import dataclasses
+import json
 import math
+import re
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
@@ -125,6 +129,20 @@ class TrainConfig:
 C = TypeVar("C", bound="DataclassInstance")
 
 
+def load_toml(path: Path) -> dict[str, Any]:
+    """The table of a TOML file, which may start with a byte order mark of UTF-8.
+
+    Raises:
+        ValueError: the file does not parse.
+        OSError: it cannot be read.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        utf16 = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        raise ValueError("it is UTF-16 and must be UTF-8" if utf16 else str(error)) from None
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """The table of a TOML file.
 
@@ -132,10 +150,10 @@ def read_toml(path: Path) -> dict[str, Any]:
         UserError: the file is missing or does not parse.
     """
     try:
-        return tomllib.loads(path.read_text())
+        return load_toml(path)
     except FileNotFoundError:
         raise UserError(f"The config file {path} does not exist: check the path.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"The config file {path} is not valid TOML: {error}.") from None
     except OSError as error:
         raise UserError(f"The config file {path} cannot be read ({error.strerror}): give a TOML file.") from None
@@ -193,6 +211,9 @@ def validate(config: TrainConfig) -> None:
         raise UserError("No data set is given: give --data DIR.")
     if not config.out:
         raise UserError("No run folder is given: give --out RUN.")
+    for name, value in vars(config).items():
+        if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):  # Python's stand-ins for other bytes
+            raise UserError(f"--{name.replace('_', '-')} is {value!r}, which is not valid UTF-8: give another name.")
     if config.unlabelled and not config.takes_unlabelled:
         raise UserError("--unlabelled adds images that supervised training cannot use: leave it out.")
     check_ranges(config)
@@ -220,19 +241,37 @@ def check_ranges(config: TrainConfig) -> None:
             check_range(f"--{name.replace('_', '-')}", value, wanted)
 
 
-def to_toml(config: TrainConfig, method: str) -> str:
-    """The configuration as TOML: the name of the method, the options, and the versions under [environment]."""
+def to_toml(config: TrainConfig, method: str, resumed: Sequence[dict[str, Any]] = (), images: str = "") -> str:
+    """The configuration as TOML: the name of the method, the options, and the versions under [environment].
+
+    Args:
+        config: the options.
+        method: the method.
+        resumed: a table for every time that the run was resumed, written to [[environment.resumed]].
+        images: one line on the images of the run, written as a comment.
+    """
     from fgfast.info import versions
 
-    def text(value: Any) -> str:
-        if isinstance(value, bool):
-            return str(value).lower()
-        if isinstance(value, str):
-            escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-            return f'"{escaped}"'
-        return repr(value)
-
-    lines = [f'method = "{method}"']
-    lines += [f"{f.name} = {text(getattr(config, f.name))}" for f in dataclasses.fields(config)]
-    lines += ["", "[environment]", *(f'"{name}" = {text(version)}' for name, version in versions().items())]
+    lines = [f"# {images}"] if images else []
+    lines += [f"method = {_toml_value(method)}"]
+    lines += [f"{f.name} = {_toml_value(getattr(config, f.name))}" for f in dataclasses.fields(config)]
+    lines += ["", "[environment]", *(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in versions().items())]
+    for table in resumed:  # here, because versions of fgfast that know nothing of it skip all of [environment]
+        lines += ["", "[[environment.resumed]]", *(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in table.items())]
     return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    """A value as TOML on one line.
+
+    Example:
+        >>> print(_toml_value({"lr": 0.1, "out": "a b", "resume": True}))
+        { "lr" = 0.1, "out" = "a b", "resume" = true }
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):  # a JSON string, except that TOML forbids one more control character
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in value.items()) + " }"
+    return repr(value)

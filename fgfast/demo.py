@@ -59,7 +59,8 @@ def demo(out: Path = Path("runs/demo"), minutes: float = 5.0, device: str = "aut
     figures = draw_run(run, data, device=torch_device)
     report = write_report(run)
     console.print(table)
-    console.print(f"parts found: {next(p for p in figures if p.name == 'parts.png')}", soft_wrap=True)
+    for path in (path for path in figures if path.name == "parts.png"):
+        console.print(f"parts found: {path}", soft_wrap=True)
     console.print(f"report:      {report}", soft_wrap=True)
     if not torch.cuda.is_available():
         console.print("(ran on the CPU: no GPU was found)")

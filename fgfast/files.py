@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fgfast.errors import UserError
+
 
 def write_atomic(path: Path, write: Callable[[Path], object], *, durable: bool = False) -> None:
     """Let ``write`` write a partial file beside ``path``, then rename it to ``path``.
@@ -41,6 +43,15 @@ def write_atomic(path: Path, write: Callable[[Path], object], *, durable: bool =
         if isinstance(error, OSError) and error.filename in (None, str(partial)):
             error.filename = str(path)  # the file that the user knows; the error of a full disk names none
         raise
+
+
+def check_folder(folder: Path) -> None:
+    """Raise a UserError if files cannot be written to a folder, which need not exist yet."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{existing} is a file: give another folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{existing} cannot be written: change its permissions, or give another folder.")
 
 
 def write_json(path: Path, value: Any) -> None:

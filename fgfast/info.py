@@ -1,6 +1,7 @@
 """Versions, devices and backends, with the reason why a backend is missing."""
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 
 from fgfast.backend import BACKENDS, missing
+from fgfast.errors import UserError
 
 _PACKAGES = ("torch", "torchvision", "triton", "timm", "nvidia-dali-cuda130", "scikit-learn", "safetensors")
 
@@ -30,6 +32,20 @@ def versions() -> dict[str, str]:
     packages = {"python": platform.python_version(), "fgfast": _version("fgfast")} | {p: _version(p) for p in _PACKAGES}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     return packages | {"device": device, "system": f"{platform.system()} {platform.machine()}"}
+
+
+def require(*modules: str) -> None:
+    """Raise a UserError if a module of the extra "train" is not installed.
+
+    Example:
+        >>> require("torch", "nosuch")
+        Traceback (most recent call last):
+        ...
+        fgfast.errors.UserError: The package nosuch is not installed: pip install 'fgfast[train]'.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"The package {module} is not installed: pip install 'fgfast[train]'.")
 
 
 def info() -> dict[str, Any]:

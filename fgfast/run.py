@@ -1,12 +1,13 @@
 """Files of a run folder, written atomically: a crash leaves the previous file in place."""
 
-import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fgfast.config import load_toml
 from fgfast.errors import UserError
 from fgfast.files import write_atomic
 from fgfast.models.weights import read_checkpoint
@@ -36,10 +37,21 @@ def load_checkpoint(path: Path, method: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"There is no checkpoint {path}: train first, or leave out --resume.")
     state = read_checkpoint(path)
+    if damaged := _damaged_part(path):
+        raise UserError(f"The checkpoint {path} is damaged ({damaged}): restore it from a copy, or train again.")
     name = state.get("name")
     if name != method:
         raise UserError(f"The checkpoint {path} is of the method {name!r}, not {method!r}: give a run of {method}.")
     return state
+
+
+def _damaged_part(path: Path) -> str | None:
+    """What in a checkpoint differs from its checksum, which torch.load does not compare; None if nothing does."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except Exception as error:  # of various types, as any byte may be another one
+        return str(error) or type(error).__name__
 
 
 def save_encoder(path: Path, encoder: nn.Module, model: str) -> None:
@@ -61,7 +73,7 @@ def read_options(run: Path) -> tuple[str, dict[str, Any]]:
     if not file.is_file():
         raise UserError(f"{run} is not a run folder (it has no config.toml): give the --out of fgfast pretrain.")
     try:
-        values = tomllib.loads(file.read_text())
-    except tomllib.TOMLDecodeError as error:
+        values = load_toml(file)
+    except ValueError as error:
         raise UserError(f"{file} does not parse ({error}): restore it or train again.") from None
     return values.pop("method", ""), values

@@ -263,7 +263,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the reports to this file")
     chosen = parser.parse_args(arguments)
-    os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled; triton reads it on import
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("TRITON_INTERPRET is 1, and an interpreted kernel cannot be compiled: unset it.", file=sys.stderr)
+        return 2
     found = reports(jobs(chosen.arch, chosen.default_only, chosen.only), recorded=chosen.recorded)
     if chosen.csv and found:
         table = rows(found)

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,51 @@ def test_errors_are_found_before_the_first_run(
     with pytest.raises(UserError, match=message):
         comparison(drawn, tmp_path / "out", **values)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"protocols": ["knn", "finetune:stages=99"]}, "random on .*--stages is 99: test_resnet has 4"),
+        ({"methods": ["random", "simclr:model=nosuch"], "baseline": ""}, "simclr:model=nosuch on .*no model 'nosuch'"),
+        ({"methods": ["random", "simclr:init=/no/such"], "baseline": ""}, "/no/such"),
+        ({"methods": ["random", "jigsaw:grid=40"], "baseline": ""}, "jigsaw:grid=40 on .*lower --grid"),
+        ({"methods": ["random", "simclr:device=cuda:77"], "baseline": ""}, "--device"),
+        ({"methods": ["random", "simclr"], "shared": SHARED | {"passes": 1}}, "--passes 1 does not allow one step"),
+        ({"methods": ["random", "simclr"], "lrs": [0.1], "tune_share": 0.01}, "--passes 1 does not allow"),
+        ({"seeds": [0, -1]}, "--seeds is -1"),
+    ],
+)  # fmt: skip
+def test_what_a_later_run_cannot_do_is_refused_before_the_first_one(
+    drawn: Path, tmp_path: Path, values: dict[str, object], message: str
+) -> None:
+    """Each network is built and each protocol checked, with nothing written."""
+    with pytest.raises(UserError, match=message):
+        comparison(drawn, tmp_path / "out", **values).run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_may_start_from_weights_that_an_earlier_one_writes(drawn: Path, tmp_path: Path) -> None:
+    """They are not there when the comparison is checked; weights from elsewhere must be."""
+    for folder, refused in ((tmp_path / "out", False), (tmp_path / "elsewhere", True)):
+        later = f"simclr:init={folder}/runs/{drawn.name}/simclr/seed0"
+        c = comparison(drawn, tmp_path / "out", methods=["simclr", later], baseline="", protocols=["knn"])
+        with pytest.raises(UserError, match="do not exist") if refused else nullcontext():
+            c._check_runs([(entry, drawn, 0) for entry in c.entries])
+
+
+def test_parts_that_cannot_be_scored_leave_the_row(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fgfast.evaluate import part_discovery
+
+    def fail(*_: object, **__: object) -> None:
+        raise UserError("no keys and CLS attention")
+
+    monkeypatch.setattr(part_discovery, "score_discovery", fail)
+    c = comparison(drawn, tmp_path, methods=["random"], seeds=[0], baseline="", protocols=["knn"])
+    c.run()
+    assert "| - |" in c.table()
 
 
 def test_the_label_of_an_entry_is_its_text() -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -56,57 +57,60 @@ def test_inductor_gives_the_same_numbers() -> None:
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-6)
 
 
-def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+device = "cuda"  # of the tensors below
+
+
+def floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """A tensor of a GPU that is not there: inside FakeTensorMode it has no memory."""
-    return torch.empty(shape, dtype=dtype, device="cuda")
+    return torch.ones(shape, dtype=dtype, device=device)
 
 
-def ids_on_gpu(*shape: int) -> Tensor:
+def ids(*shape: int) -> Tensor:
     """The same, of integers."""
-    return on_gpu(*shape, dtype=torch.int64)
+    return floats(*shape, dtype=torch.int64)
 
 
 CALLS: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Tensor, ...]]]] = {
     "contrast of itself": lambda: (
         lambda q, i: contrastive_loss(q, q, query_ids=Ids(i, i, i), key_ids=Ids(i, i, i)),
-        (on_gpu(8, 4), ids_on_gpu(8)),
+        (floats(8, 4), ids(8)),
     ),
     "contrast with everything": lambda: (
         lambda q, i, k, j, b, t: contrastive_loss(
             q, k, query_ids=Ids(i, i, i), key_ids=Ids(j, j, j), bank=b, temperature=t, negatives="same_image"
         ),
-        (on_gpu(8, 4), ids_on_gpu(8), on_gpu(6, 4), ids_on_gpu(6), on_gpu(3, 4), on_gpu()),
+        (floats(8, 4), ids(8), floats(6, 4), ids(6), floats(3, 4), floats()),
     ),
-    "kmeans": lambda: (lambda x: kmeans(x, 3, metric="cosine").labels, (on_gpu(2, 4, 8, 8),)),
+    "kmeans": lambda: (lambda x: kmeans(x, 3, metric="cosine").labels, (floats(2, 4, 8, 8),)),
     "kmeans of a pyramid": lambda: (
         lambda x, y: kmeans([x, y], 3, size=(8, 8), n_init=2).labels,
-        (on_gpu(2, 4, 8, 8), on_gpu(2, 6, 4, 4)),
+        (floats(2, 4, 8, 8), floats(2, 6, 4, 4)),
     ),
-    "kmeans_step": lambda: (lambda x, c: kmeans_step(x, c).sums, (on_gpu(2, 16, 4), on_gpu(2, 3, 4))),
+    "kmeans_step": lambda: (lambda x, c: kmeans_step(x, c).sums, (floats(2, 16, 4), floats(2, 3, 4))),
     "part_pool": lambda: (
         lambda x, i, w: part_pool(x, i, 3, weight=w).pooled,
-        (on_gpu(2, 4, 8, 8), ids_on_gpu(2, 8, 8), on_gpu(2, 8, 8)),
+        (floats(2, 4, 8, 8), ids(2, 8, 8), floats(2, 8, 8)),
     ),
     "part_pool of id maps": lambda: (
         lambda x, i, w: part_pool(x, i, 3, weight=w).pooled,
-        (on_gpu(2, 4, 8, 8), ids_on_gpu(2, 20, 20), on_gpu(2, 8, 8)),
+        (floats(2, 4, 8, 8), ids(2, 20, 20), floats(2, 8, 8)),
     ),
-    "labels_to_grid": lambda: (lambda i: labels_to_grid(i, (4, 4), 3), (ids_on_gpu(2, 8, 8),)),
-    "assign_and_pool": lambda: (lambda x, c: assign_and_pool(x, c)[0], (on_gpu(2, 4, 8, 8), on_gpu(2, 3, 4))),
+    "labels_to_grid": lambda: (lambda i: labels_to_grid(i, (4, 4), 3), (ids(2, 8, 8),)),
+    "assign_and_pool": lambda: (lambda x, c: assign_and_pool(x, c)[0], (floats(2, 4, 8, 8), floats(2, 3, 4))),
     "pivotal_mask, drawn": lambda: (
         lambda a, x: pivotal_mask(a, strategy="sample", images=x).images,
-        (on_gpu(2, 3, 4, 16), on_gpu(3, 3, 8, 8)),
+        (floats(2, 3, 4, 16), floats(3, 3, 8, 8)),
     ),
-    "mask_images": lambda: (mask_images, (on_gpu(3, 3, 8, 8), on_gpu(3, 16, dtype=torch.bool))),
-    "perturb": lambda: (lambda x, v: perturb(x, low_variance=v > 0, std=v).features, (on_gpu(8, 4), on_gpu(4))),
-    "NTXentLoss": lambda: (NTXentLoss(), (on_gpu(8, 4), on_gpu(8, 4))),
-    "SupConLoss": lambda: (SupConLoss(), (on_gpu(8, 4), ids_on_gpu(8))),
-    "InfoNCELoss": lambda: (InfoNCELoss(0.2), (on_gpu(8, 4), on_gpu(8, 4))),
-    "DetConBLoss": lambda: (DetConBLoss(), (*(on_gpu(3, 5, 4) for _ in range(4)), ids_on_gpu(3, 5), ids_on_gpu(3, 5))),
-    "DetConSLoss": lambda: (DetConSLoss(), (*(on_gpu(3, 5, 4) for _ in range(2)), ids_on_gpu(3, 5), ids_on_gpu(3, 5))),
+    "mask_images": lambda: (mask_images, (floats(3, 3, 8, 8), floats(3, 16, dtype=torch.bool))),
+    "perturb": lambda: (lambda x, v: perturb(x, low_variance=v > 0, std=v).features, (floats(8, 4), floats(4))),
+    "NTXentLoss": lambda: (NTXentLoss(), (floats(8, 4), floats(8, 4))),
+    "SupConLoss": lambda: (SupConLoss(), (floats(8, 4), ids(8))),
+    "InfoNCELoss": lambda: (InfoNCELoss(0.2), (floats(8, 4), floats(8, 4))),
+    "DetConBLoss": lambda: (DetConBLoss(), (*(floats(3, 5, 4) for _ in range(4)), ids(3, 5), ids(3, 5))),
+    "DetConSLoss": lambda: (DetConSLoss(), (*(floats(3, 5, 4) for _ in range(2)), ids(3, 5), ids(3, 5))),
     "PartContrastiveLoss": lambda: (
-        PartContrastiveLoss(5, projector=nn.Linear(4, 8, device="cuda"), max_parts=3),
-        (on_gpu(2, 4, 8, 8), on_gpu(2, 4, 8, 8), ids_on_gpu(2, 8, 8), ids_on_gpu(2, 8, 8)),
+        PartContrastiveLoss(5, projector=nn.Linear(4, 8, device=device), max_parts=3),
+        (floats(2, 4, 8, 8), floats(2, 4, 8, 8), ids(2, 8, 8), ids(2, 8, 8)),
     ),
 }
 
@@ -134,6 +138,22 @@ def test_a_call_on_a_gpu_is_one_graph(name: str, monkeypatch: pytest.MonkeyPatch
         call, given = CALLS[name]()
         with pytest.raises(Exception, match="Traced"):
             torch.compile(call, fullgraph=True, backend=end)(*given)
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_of_shapes_alone_gives_the_shape_of_its_result(
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors on the device "meta", and those of FakeTensorMode, have no values to look at."""
+    monkeypatch.setattr(f"{__name__}.device", "cpu")
+    call, given = CALLS[name]()
+    expected = call(*given)
+    monkeypatch.setattr(f"{__name__}.device", "meta" if kind == "meta" else "cpu")
+    with FakeTensorMode() if kind == "fake" else nullcontext():
+        call, given = CALLS[name]()
+        found = call(*given)
+    assert (found.shape, found.dtype, found.device.type) == (expected.shape, expected.dtype, device)
 
 
 def test_the_choice_of_a_backend_is_a_constant() -> None:

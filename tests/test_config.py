@@ -4,14 +4,18 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from fgfast.cli.parse import parse_method
-from fgfast.config import TrainConfig, parse_values, to_toml, validate, with_values
+from fgfast.config import TrainConfig, parse_values, read_toml, to_toml, validate, with_values
 from fgfast.errors import UserError
 from fgfast.methods.lodisc import LoDiscConfig
 from fgfast.methods.particle import PARTICLEConfig
 from fgfast.methods.simclr import SimCLRConfig
 from fgfast.methods.srgan import SRGANConfig
+from fgfast.run import read_options
+from tests.examples import examples
 
 
 def test_flags_override_file_and_file_overrides_defaults(tmp_path: Path) -> None:
@@ -46,13 +50,48 @@ def test_resumed_run_takes_its_own_options(tmp_path: Path) -> None:
     assert parse_method(words)[1].lr == TrainConfig.lr
 
 
-def test_configuration_round_trips_through_its_file() -> None:
-    """config.toml is read as the same configuration, with quotes and backslashes."""
-    config = PARTICLEConfig(data='a "quoted" \\ path', lr=3e-4, resume=True, parts="online")
-    values = tomllib.loads(to_toml(config, "particle"))
+@given(st.text(), st.floats(allow_nan=False), st.dictionaries(st.text(), st.text() | st.booleans() | st.integers()))
+@example('a "quoted" \\ path\n\r\t\x00\x7f\x85\u2028', 1e-5, {"torch \n": "2"})
+@examples(15)
+def test_configuration_round_trips_through_its_file(text: str, number: float, before: dict[str, object]) -> None:
+    """config.toml is read as the same configuration and the same record of resumptions, whatever the texts are."""
+    config = PARTICLEConfig(data=text, lr=number, resume=True, parts="online")
+    resumed = [{"step": 3, "before": {"environment": before}}, {"step": 4}]
+    values = tomllib.loads(to_toml(config, "particle", resumed=resumed))
     assert values.pop("method") == "particle"
     assert values["environment"]["fgfast"]
+    assert values["environment"]["resumed"] == resumed
     assert with_values(PARTICLEConfig(), values, "file") == config
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_files_of_windows_are_read(tmp_path: Path, start: str, newline: str) -> None:
+    """A byte order mark and other ends of lines change nothing, in --config files and in run folders."""
+    text = f'{start}method = "simclr"\nmodel = "r\u00e9seau"\n'.replace("\n", newline)
+    (tmp_path / "config.toml").write_bytes(text.encode())
+    assert read_toml(tmp_path / "config.toml") == {"method": "simclr", "model": "r\u00e9seau"}
+    assert read_options(tmp_path) == ("simclr", {"model": "r\u00e9seau"})
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_a_file_in_utf_16_is_refused_by_name(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "config.toml").write_bytes('\ufeffmethod = "simclr"'.encode(encoding))
+    with pytest.raises(UserError, match="is not valid TOML: it is UTF-16 and must be UTF-8"):
+        read_toml(tmp_path / "config.toml")
+    with pytest.raises(UserError, match=r"does not parse \(it is UTF-16 and must be UTF-8\): restore it"):
+        read_options(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["run\udcff", "run\0"])
+def test_texts_that_no_toml_file_can_hold_are_refused(name: str) -> None:
+    """The message is one line and shows the byte."""
+    with pytest.raises(UserError, match=r"--out is 'run\\(udcff|x00)', which is not valid UTF-8"):
+        validate(TrainConfig(data="d", out=name))
+
+
+def test_errors_are_one_line() -> None:
+    assert str(UserError("There is no a\nb\x7f\udcff \u00e9.")) == "There is no a\\nb\\x7f\\udcff \u00e9."
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ ORDER = (
     ("evaluate",),
     ("methods",),
     ("parts",),
-    ("run",),
+    ("claim", "run"),
     ("models",),
     ("data",),
-    ("losses",),
+    ("losses", "estimator"),
     ("ops",),
     ("kernels",),
     ("pixels",),
@@ -27,7 +27,7 @@ ORDER = (
     ("info",),
     ("backend",),
     ("ids", "tensors", "files"),
-    ("errors",),
+    ("errors", "interrupt"),
 )
 GROUND = {"ids", "tensors", "errors"}  # all that a definition may import
 # The faces: they import what they show, or keep names that have moved, and nothing of the package imports them.

@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from fgfast.errors import UserError
 from fgfast.files import write_atomic
 from fgfast.models.backbone import Backbone
 from fgfast.run import load_checkpoint, save_checkpoint, save_encoder
 from tests.conftest import TINY
+from tests.examples import examples
 
 
 def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -36,14 +39,52 @@ def test_checkpoint_of_another_method_is_refused(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "last.pt", "particle")
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
-def test_broken_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
-    """Empty files, other files and missing files are refused."""
-    (tmp_path / "last.pt").write_bytes(content)
-    with pytest.raises(UserError, match="could not be read"):
-        load_checkpoint(tmp_path / "last.pt", "simclr")
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """A file for checkpoints, and the content of a whole one."""
+    file = tmp_path_factory.mktemp("checkpoint") / "last.pt"
+    save_checkpoint(file, {"name": "simclr", "step": 3, "method": {"weight": torch.arange(200.0)}})
+    return file, file.read_bytes()
+
+
+def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint"):
         load_checkpoint(tmp_path / "none.pt", "simclr")
+
+
+@given(st.floats(0, 1, exclude_max=True))
+@example(0.0)
+@example(0.05)  # torch raises an OSError
+@examples(30)
+def test_a_cut_checkpoint_is_refused(saved: tuple[Path, bytes], share: float) -> None:
+    file, whole = saved
+    file.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(UserError, match=r"copy or download it again|restore it from a copy"):
+        load_checkpoint(file, "simclr")
+
+
+@given(st.data())
+@examples(60)
+def test_a_checkpoint_with_another_bit_is_refused_or_the_same(saved: tuple[Path, bytes], data: st.DataObject) -> None:
+    """Bits of weights included, which torch.load reads without a word; some bits of the file mean nothing."""
+    file, whole = saved
+    content = bytearray(whole)
+    content[data.draw(st.integers(0, len(whole) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    file.write_bytes(content)
+    try:
+        state = load_checkpoint(file, "simclr")
+    except UserError:
+        return
+    assert (state["name"], state["step"]) == ("simclr", 3)
+    assert torch.equal(state["method"]["weight"], torch.arange(200.0))
+
+
+def test_another_weight_in_a_checkpoint_is_found(saved: tuple[Path, bytes]) -> None:
+    file, whole = saved
+    place = whole.index(torch.arange(200.0).numpy().tobytes()) + 402
+    file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(UserError, match=r"last\.pt is damaged \(.*\): restore it from a copy"):
+        load_checkpoint(file, "simclr")
 
 
 def test_timm_loads_the_encoder_file(tmp_path: Path) -> None:

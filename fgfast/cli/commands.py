@@ -1,17 +1,20 @@
 """The commands of ``fgfast``: the arguments of each and the function that it calls."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from fgfast.claim import is_claim
 from fgfast.cli.parse import parse, parse_method, parse_settings
 from fgfast.config import read_toml
 from fgfast.errors import UserError
+from fgfast.files import check_folder
 
 MAPS_FILES = ("maps.json", "begun.json")  # a folder of id maps holds one of them
 
@@ -59,10 +62,24 @@ def _pretrain(argv: list[str]) -> None:
     if first and config.resume and config.out and not (Path(config.out) / "last.pt").is_file():
         print(f"{config.out} has no checkpoint to resume from: training starts from the beginning.", file=sys.stderr)
 
+    if first and config.out:
+        check_folder(Path(config.out))
     run = pretrain(name, config)
     if is_first():
-        draw_run(run, Path(config.data), device=choose_device(config.device))
-        print(write_report(run))
+        with _finished(run, f"its figures: fgfast pictures {run} --data {config.data} draws them"):
+            draw_run(run, Path(config.data), device=choose_device(config.device))
+        with _finished(run, f"its report: fgfast report {run} writes it"):
+            print(write_report(run))
+
+
+@contextlib.contextmanager
+def _finished(run: Path, rest: str) -> Iterator[None]:
+    """What follows the work of a command: if it fails, that is said, and the work stays finished."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).rstrip(".") or type(error).__name__
+        print(f"fgfast: {run} is complete without {rest} ({reason}).", file=sys.stderr)
 
 
 def _discover(argv: list[str]) -> None:
@@ -109,8 +126,10 @@ def _discover(argv: list[str]) -> None:
     check_ranges(PARTICLEConfig(**given))
     if args.image_size < 0:
         raise UserError(f"--image-size is {args.image_size}: give at least 0.")
-    if args.out.is_dir() and any(args.out.iterdir()) and not any((args.out / f).is_file() for f in MAPS_FILES):
+    files = [file for file in args.out.iterdir() if not is_claim(file)] if args.out.is_dir() else []
+    if files and not any((args.out / f).is_file() for f in MAPS_FILES):
         raise UserError(f"{args.out} holds other files: give another --out.")
+    check_folder(args.out)
     device = choose_device(args.device)
     encoder, config = load_run_encoder(args.run, args.checkpoint, device)
     images = open_images(args.data)
@@ -180,7 +199,7 @@ def _eval(argv: list[str]) -> None:
         args.run, args.protocol, args.data, checkpoint=args.checkpoint, device=device, options=options,
         settings=parse_settings(args.set),
     )  # fmt: skip
-    write_report(args.run)
+    print(score.images, file=sys.stderr)
     if args.json:
         print(json.dumps(score.row()))
     else:
@@ -194,6 +213,8 @@ def _eval(argv: list[str]) -> None:
             f"(95% interval {score.low:.2%} to {score.high:.2%}, {len(score.correct)} images){more}, "
             f"macro-F1 {score.macro_f1:.2%}, weighted-F1 {score.weighted_f1:.2%}"
         )
+    with _finished(args.run, f"a new report: fgfast report {args.run} writes it"):
+        write_report(args.run)
 
 
 def _pictures(argv: list[str]) -> None:
@@ -216,6 +237,7 @@ def _pictures(argv: list[str]) -> None:
     from fgfast.report.html import write_report
     from fgfast.train.distributed import choose_device
 
+    check_folder(args.run)
     for path in draw_run(args.run, args.data, checkpoint=args.checkpoint, device=choose_device(args.device)):
         print(path)
     print(write_report(args.run))
@@ -244,6 +266,7 @@ def _upscale(argv: list[str]) -> None:
 
     if not args.images:
         raise UserError("fgfast upscale needs images: name them after the run.")
+    check_folder(args.out)
     for path in upscale(args.run, args.images, args.out, checkpoint=args.checkpoint, device=choose_device(args.device)):
         print(path)
 
@@ -281,7 +304,7 @@ def _compare(argv: list[str]) -> None:
     shared = (read_toml(args.config) if args.config else {}) | parse_settings(args.set)
     comparison = Comparison(
         out=args.out, data=args.data, methods=args.methods, seeds=args.seeds, shared=shared, lrs=args.lrs,
-        tune_share=args.tune_share, baseline=args.baseline or args.methods[0], protocols=args.protocols,
+        tune_share=args.tune_share, baseline=args.baseline or next(iter(args.methods), ""), protocols=args.protocols,
     )  # fmt: skip
     comparison.run()
     print(comparison.table())
@@ -301,6 +324,7 @@ def _report(argv: list[str]) -> None:
     from fgfast.report.html import write_report
 
     read_run(args.run)
+    check_folder(args.run)
     print(write_report(args.run))
 
 

@@ -1,16 +1,14 @@
 """The command line: ``fgfast COMMAND``; exit status 0, 1 (bug in fgfast), 2 (user error), 130 (interrupted)."""
 
-import contextlib
 import errno
+import io
 import os
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator
 
 from fgfast.cli.commands import COMMANDS
 from fgfast.errors import UserError
+from fgfast.interrupt import interruptible
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,12 +17,13 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: the arguments after ``fgfast``; None takes those of the process.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in argv
-    argv = [argument for argument in argv if argument != "--debug"]
+    words = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in words
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # standard error is so: a path need not be UTF-8
     try:
-        with _interrupt_on_sigterm():
-            _dispatch(argv)
+        with interruptible(last=argv is None):
+            _dispatch([word for word in words if word != "--debug"])
     except UserError as error:
         return _fail(str(error), 2, debug)
     except KeyboardInterrupt:
@@ -47,23 +46,16 @@ def main(argv: list[str] | None = None) -> int:
                 2,
                 debug,
             )
+        if error.filename and error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG):
+            return _fail(f"{error.filename} cannot be used: {error.strerror}.", 2, debug)
         return _fail_internal()
+    except ModuleNotFoundError as error:
+        if (error.name or "fgfast").partition(".")[0] == "fgfast":
+            return _fail_internal()
+        return _fail(f"The package {error.name} is not installed: pip install 'fgfast[train]'.", 2, debug)
     except Exception:
         return _fail_internal()
     return 0
-
-
-@contextlib.contextmanager
-def _interrupt_on_sigterm() -> Iterator[None]:
-    """Make SIGTERM raise KeyboardInterrupt, so that partial files are removed; possible only in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _fail(message: str, status: int, debug: bool) -> int:

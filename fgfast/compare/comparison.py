@@ -1,5 +1,6 @@
 """A resumable comparison: run what is missing, score it, store one row per finished run."""
 
+import logging
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from fgfast.compare.checks import check_run
 from fgfast.compare.entries import Entry, run_config
 from fgfast.compare.store import (
     Key,
@@ -26,7 +28,10 @@ from fgfast.errors import UserError
 from fgfast.evaluate.finetune import FinetuneOptions
 from fgfast.evaluate.mlp import MLPOptions
 from fgfast.evaluate.options import Protocol, parse_protocols
-from fgfast.files import write_atomic
+from fgfast.files import check_folder, write_atomic
+from fgfast.info import require
+
+log = logging.getLogger("fgfast")
 
 HELD_OUT = 0.2  # fraction of the training split on which learning rates are compared
 
@@ -71,6 +76,8 @@ class Comparison:
         check_range("--tune-share", self.tune_share, Range(0, 1, open=True))
         for lr in self.lrs:
             check_range("A rate of --lrs", lr, Range(0, open=True))
+        for seed in self.seeds:
+            check_range("A seed of --seeds", seed, Range(0))
         if len({p.name for p in self.data}) < len(self.data):
             raise UserError("Two data sets have the same folder name: rename one.")
         if self.baseline and self.baseline not in self.methods:
@@ -85,8 +92,11 @@ class Comparison:
 
         Several processes may run the same comparison: each takes runs that no other process holds.
         """
+        require("matplotlib", "sklearn")
+        check_folder(self.out)
         self._check_stored_rows()
         jobs = [(entry, data, seed) for seed in self.seeds for data in self.data for entry in self.entries]
+        self._check_runs([job for job in jobs if _key(*job) not in self._complete()])
         while missing := [job for job in jobs if _key(*job) not in self._complete()]:
             worked = False
             for job in missing:
@@ -116,6 +126,21 @@ class Comparison:
             tuned = ("lr",) if self.lrs and entry.trained else ()
             check_options(run, config, may_change=(*ANY_TIME, *tuned))
 
+    def _check_runs(self, jobs: list[tuple[Entry, Path, int]]) -> None:
+        """Build the network of every run and check that each protocol can score it, before the first run."""
+        checked = set()
+        for entry, data, seed in jobs:
+            config = self.run_config(entry, data, seed)
+            if Path(config.init).absolute().is_relative_to(self.out.absolute()):
+                config = replace(config, init="none")  # an earlier run of this comparison writes the weights
+            same = entry.name, repr(replace(config, seed=0, out=""))
+            if same in checked:
+                continue
+            checked.add(same)
+            check_run(entry, config, [*self.scored.values()])
+            if self.lrs and entry.trained:
+                check_run(entry, self._tuning_config(config, self.lrs[0]), [("linear", None)])
+
     def _complete(self) -> set[Key]:
         """The keys of the rows that have a score of every protocol."""
         return {key for key, row in read_rows(self.out).items() if all(row.get(label) for label in self.scored)}
@@ -141,8 +166,11 @@ class Comparison:
         row |= training_summary(run) | self._score(run, entry, data, config, {})
         if open_images(data).masks is not None:
             device = choose_device(config.device)
-            discovery = score_discovery(run, data, checkpoint=entry.checkpoint, device=device)
-            row |= {name: round(value, 4) for name, value in discovery.items()}
+            try:
+                discovery = score_discovery(run, data, checkpoint=entry.checkpoint, device=device)
+                row |= {name: round(value, 4) for name, value in discovery.items()}
+            except UserError as error:  # such as a network whose pixels cannot be clustered
+                log.warning("The parts of %s are not scored: %s", run, error)
         store_row(self.out, row, [*self.scored])
 
     def _score(self, run: Path, entry: Entry, data: Path, config: TrainConfig, row: dict[str, str]) -> dict[str, Any]:
@@ -173,13 +201,18 @@ class Comparison:
             for lr in self.lrs:
                 if str(lr) in scores:
                     continue
-                config = self.run_config(entry, data, self.seeds[0])
-                config = replace(config, lr=lr, holdout=HELD_OUT, out=f"{config.out}-lr{lr:g}", knn_every=0)
-                passes, epochs = int(config.passes * self.tune_share), max(1, round(config.epochs * self.tune_share))
-                run = pretrain(entry.name, replace(config, passes=passes, epochs=epochs))
+                config = self._tuning_config(self.run_config(entry, data, self.seeds[0]), lr)
+                run = pretrain(entry.name, config)
                 scores[str(lr)] = evaluate(run, "linear", data, device=choose_device(config.device)).top1
                 store_tuning(self.out, name, scores)
         return max(self.lrs, key=lambda lr: scores[str(lr)])
+
+    def _tuning_config(self, config: TrainConfig, lr: float) -> TrainConfig:
+        """The configuration of a shorter run that tries a learning rate."""
+        epochs = max(1, round(config.epochs * self.tune_share))
+        passes = max(1, int(config.passes * self.tune_share)) if config.passes else 0
+        out = f"{config.out}-lr{lr:g}"
+        return replace(config, lr=lr, holdout=HELD_OUT, out=out, knn_every=0, passes=passes, epochs=epochs)
 
     def table(self) -> str:
         """Write compare.md and compare.png from the finished runs and return the Markdown table."""

@@ -40,7 +40,7 @@ def lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
 def read_rows(folder: Path) -> dict[Key, dict[str, str]]:
     """The rows of compare.csv by data set, method and seed."""
     file = folder / "compare.csv"
-    rows = csv.DictReader(io.StringIO(file.read_text())) if file.is_file() else ()
+    rows = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig"))) if file.is_file() else ()
     return {(row["data"], row["method"], row["seed"]): row for row in rows}
 
 

@@ -216,7 +216,7 @@ class Loader(ABC):
 
     def _fingerprint(self) -> list:
         plan = self.plan
-        return [len(plan.records), plan.batch_size, plan.seed, plan.rank, plan.world]
+        return [len(plan.records), plan.batch_size, plan.seed, 0, plan.world]  # rank 0 saves the state of all ranks
 
     def _exclude(self, row: int, reason: str) -> None:
         """Leave out an image from now on: padding takes its place (another image, valid False)."""
@@ -224,9 +224,9 @@ class Loader(ABC):
             self._failed.add(row)
             path = self.plan.relative_path(row)
             self.skipped.append((path, reason))
-            log.warning("skipped %s, which no longer decodes: %s", path, reason)
+            log.warning("skipped %s, which can no longer be read: %s", path, reason)
         if len(self._failed) == len(self.plan.records):
-            raise UserError(f"No image of {self.plan.records.images.root} decodes any longer: restore the files.")
+            raise UserError(f"No image of {self.plan.records.images.root} can be read any longer: restore the files.")
 
 
 def replace_failed(rows: np.ndarray, valid: np.ndarray, failed: set[int], n: int) -> tuple[np.ndarray, np.ndarray]:

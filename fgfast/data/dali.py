@@ -11,11 +11,11 @@ makes resuming exact.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,9 +32,11 @@ from fgfast.data.dali_pipeline import (
     encode_path,
     first_error,
     has_map,
+    stored_corners,
     window_corners,
 )
-from fgfast.data.manifest import convert, read_image, shown_size
+from fgfast.data.decode import TURNS, read_image
+from fgfast.data.manifest import check_file, convert, file_stamp, shown_size
 from fgfast.data.maps import ABSENT, map_path, read_map
 from fgfast.data.photometric import photometric, with_reduced
 from fgfast.data.rearrange import rearrange
@@ -52,6 +54,7 @@ class _Job:
     valid: np.ndarray
     draws: list[Draw]
     boxes: np.ndarray
+    transposed: np.ndarray
     inputs: dict[str, list[np.ndarray] | np.ndarray] = field(default_factory=dict)
 
 
@@ -77,6 +80,9 @@ class DaliLoader(Loader):
         # A pass in file order reads each image once: there is nothing to store.
         self._in_memory = plan.shuffle and pixels <= memory_mb * 2**20
         self._stamps = list(plan.records.stamps)
+        self._orientations = plan.records.orientations.copy()
+        if self._in_memory:  # what is kept is upright
+            self._orientations[:] = 1
         self._levels: list[list[np.ndarray]] = []
         self._maps: list[np.ndarray] = []
         self._checked_maps: set[int] = set()
@@ -193,8 +199,11 @@ class DaliLoader(Loader):
         else:
             rows, valid = replace_failed(rows, valid, self._failed, len(plan.records))
         draws = plan.draw_crops(epoch, batch, rows)
-        boxes = [draw.boxes(plan.records.sizes[rows]) for draw in draws]
-        job = _Job(epoch, batch, rows, valid, draws, np.stack(boxes, 1) if boxes else np.zeros((len(rows), 0, 5), "f4"))
+        boxes = [np.zeros((len(rows), 0, 5), "f4"), *(draw.boxes(plan.records.sizes[rows])[:, None] for draw in draws)]
+        orientations = self._orientations[rows]
+        job = _Job(epoch, batch, rows, valid, draws, np.concatenate(boxes, 1), TURNS[orientations, 0])
+        full = np.stack([plan.records.heights[rows], plan.records.sizes[rows, 1]], 1)
+        stored = partial(stored_corners, sizes=full, orientations=orientations)
         job.boxes[:, plan.spec.without_box] = np.nan
         windows = [draw.window.astype(np.float32) for draw in job.draws]
         flips = [draw.flip for draw in job.draws]
@@ -216,13 +225,13 @@ class DaliLoader(Loader):
                     for row, (y, x) in zip(rows, corners, strict=True)
                 ]
             else:
-                job.inputs["corner"] = corners.astype(np.int32)
+                job.inputs["patch_low"], job.inputs["patch_high"] = stored(corners), stored(corners + side)
         for v, (window, flip) in enumerate(zip(windows, flips, strict=True)):
             shrink = np.ones((len(rows), 1), np.float32)
             if self._in_memory:
                 side = [*self._sides, self._whole][v] or 1
                 shrink, job.inputs[f"pixels{v}"] = self._choose_levels(rows, window, side)
-            job.inputs[f"low{v}"], job.inputs[f"high{v}"] = window_corners(window / shrink, flip)
+            job.inputs[f"low{v}"], job.inputs[f"high{v}"] = map(stored, window_corners(window / shrink, flip))
             if has_map(plan.spec, v):
                 assert plan.map_sizes is not None
                 scale = plan.map_sizes[rows] / plan.records.sizes[rows].astype(np.float64)
@@ -253,6 +262,11 @@ class DaliLoader(Loader):
         """Apply what follows the resize; on the CPU in the background thread, on a GPU in the caller's stream."""
         spec = self.plan.spec
         views = len(self._sides) + (self._whole is not None)
+        if job.transposed.any():  # the files store these images lying on their side; id maps are upright
+            mask = torch.from_numpy(job.transposed).to(tensors[0].device)[:, None, None, None]
+            turned = [*range(views), *([-1] if spec.patch is not None else [])]
+            for v in turned:
+                tensors[v] = torch.where(mask, tensors[v].transpose(1, 2), tensors[v])
         pair = [] if spec.patch is None else with_reduced(tensors.pop().permute(0, 3, 1, 2), spec.patch.reduce)
         images, labels = tensors[:views], [x.squeeze(-1).to(torch.int64) for x in tensors[views:]]
         labels = [x.masked_fill_(x == ABSENT, -1) for x in labels]
@@ -312,7 +326,8 @@ class DaliLoader(Loader):
             if isinstance(levels, OSError):
                 self._exclude(row, str(levels))
             else:
-                self._store_size(row, levels[0].shape[0], levels[0].shape[1])
+                height, width = levels[0].shape[:2]
+                self.plan.records.sizes[row] = shown_size(self.plan.records.images, height, width)
         if self.plan.maps is not None:
             paths = (self.plan.relative_path(row) for row in range(len(self._files)))
             self._maps = [read_map(self.plan.maps, path)[:, :, None] for path in paths]
@@ -323,21 +338,20 @@ class DaliLoader(Loader):
 
         A broken file does not always raise an error in DALI 2.4: it may end the process (seen in one of three runs).
         """
+        records = self.plan.records
         for row in {int(row) for row in rows} - self._failed:
-            try:
-                stat = os.stat(self._files[row])
-                if self._stamps[row] != (stat.st_size, stat.st_mtime_ns):
-                    height, width = read_image(self._files[row]).shape[:2]
-                    self._store_size(row, height, width)
-                    self._stamps[row] = (stat.st_size, stat.st_mtime_ns)
-            except OSError as error:
-                self._exclude(row, str(error))
+            if self._stamps[row] is None or self._stamps[row] != file_stamp(self._files[row]):
+                verdict = check_file(self._files[row])
+                if verdict.reason:
+                    self._exclude(row, verdict.reason)
+                else:
+                    self._files[row], self._stamps[row] = verdict.source or self._files[row], verdict.stamp()
+                    self._orientations[row] = verdict.orientation
+                    records.heights[row] = verdict.height
+                    records.sizes[row] = shown_size(records.images, verdict.height, verdict.width)
             if self.plan.maps is not None and row not in self._checked_maps:
                 read_map(self.plan.maps, self.plan.relative_path(row))
                 self._checked_maps.add(row)
-
-    def _store_size(self, row: int, height: int, width: int) -> None:
-        self.plan.records.sizes[row] = shown_size(self.plan.records.images, height, width)
 
     def _recover(self, error: RuntimeError) -> None:
         """Find and exclude the file on which the pipeline failed; a new pipeline gets the same batches."""
@@ -362,7 +376,8 @@ class DaliLoader(Loader):
         if not found:  # PIL is more lenient than DALI: convert the files that only DALI refuses
             for row in rows:
                 if not decodes(self._files[row]):
-                    self._files[row] = convert(self._files[row])
+                    self._files[row] = convert(self._files[row], read_image(self._files[row]))
+                    self._orientations[row] = 1
                     found = True
         if not found:
             raise RuntimeError(f"DALI failed on a batch whose files all decode: {first_error(error)}") from error

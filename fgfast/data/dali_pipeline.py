@@ -1,11 +1,13 @@
 """The DALI pipeline of a loader, and how to find the file on which one failed."""
 
+import os
 from typing import Any
 
 import numpy as np
 import nvidia.dali as dali
 import torch
 
+from fgfast.data.decode import TURNS
 from fgfast.data.views import ViewSpec
 
 fn: Any = dali.fn  # DALI creates its operators and constants at run time, invisible to type checkers
@@ -22,8 +24,9 @@ def build_pipeline(
     """Build the pipeline that decodes, crops and resizes the views, id maps and patches of ``spec``.
 
     Inputs by name: files (paths) unless ``in_memory``, else pixelsV of each view V; lowV and highV, the corners of its
-    window in pixels; with id maps map_files or maps, map_lowV and map_highV; with a patch its corner, or the patch.
-    The unaugmented view comes after the crops.
+    window in pixels as they are stored (DALI reads no orientation from a file); with id maps map_files or maps,
+    map_lowV and map_highV; with a patch patch_low and patch_high, or the patch. The unaugmented view comes after the
+    crops.
 
     Args:
         spec: the views.
@@ -48,12 +51,9 @@ def build_pipeline(
         outputs = []
         if not in_memory:
             encoded = fn.io.file.read(put("files"))
-            pixels = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB)
+            pixels = _decode(encoded, types.RGB, "mixed" if gpu else "cpu")
         if spec.needs_maps:
-            if in_memory:
-                maps = put("maps", "HWC")
-            else:
-                maps = fn.decoders.image(fn.io.file.read(put("map_files")), output_type=types.GRAY)
+            maps = put("maps", "HWC") if in_memory else _decode(fn.io.file.read(put("map_files")), types.GRAY)
             maps = maps.gpu() if gpu else maps
         for v, side in enumerate(sides):
             if in_memory:
@@ -85,11 +85,21 @@ def build_pipeline(
                 pixels = put("patch", "HWC")
                 window = pixels.gpu() if gpu else fn.copy(pixels)  # the fed arrays are freed when the run is done
             else:
-                window = fn.slice(pixels, put("corner"), [patch.size, patch.size], axes=[0, 1])
+                window = fn.resize(
+                    pixels,
+                    size=[patch.size, patch.size],
+                    roi_start=put("patch_low"),
+                    roi_end=put("patch_high"),
+                    interp_type=types.INTERP_NN,  # copies: the window has that size
+                )
             outputs.append(window)
         pipe.set_outputs(*outputs)
     pipe.build()
     return pipe
+
+
+def _decode(encoded: Any, colours: Any, device: str = "cpu") -> Any:
+    return fn.decoders.image(encoded, device=device, output_type=colours, adjust_orientation=False)
 
 
 def has_map(spec: ViewSpec, view: int) -> bool:
@@ -105,9 +115,17 @@ def window_corners(window: np.ndarray, flip: np.ndarray) -> tuple[np.ndarray, np
     return start.astype(np.float32), end.astype(np.float32)
 
 
+def stored_corners(corners: np.ndarray, sizes: np.ndarray, orientations: np.ndarray) -> np.ndarray:
+    """Corners (y, x) in upright images of ``sizes`` (H, W) as (y, x) in the pixels that the files store, [B, 2]."""
+    turns = TURNS[orientations]
+    transposed = turns[:, :1]
+    corners, sides = (np.where(transposed, values[:, ::-1], values) for values in (corners, sizes))
+    return np.where(turns[:, 1:], sides - corners, corners).astype(np.float32)
+
+
 def encode_path(path: str) -> np.ndarray:
-    """A path as DALI's file reader takes it."""
-    return np.frombuffer(path.encode(), np.uint8)
+    """A path as DALI's file reader takes it: its bytes, which need not be UTF-8."""
+    return np.frombuffer(os.fsencode(path), np.uint8)
 
 
 def first_error(error: RuntimeError) -> str:
@@ -121,7 +139,7 @@ def decodes(file: str) -> bool:
     pipe = Pipeline(1, 1, None, prefetch_queue_depth=1)
     with pipe:
         encoded = fn.io.file.read(fn.external_source(name="files"))
-        pipe.set_outputs(fn.decoders.image(encoded, output_type=types.RGB))
+        pipe.set_outputs(_decode(encoded, types.RGB))
     pipe.build()
     try:
         pipe.feed_input("files", [encode_path(file)])

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from fgfast.errors import UserError
+from fgfast.errors import UserError, one_line
+
+log = logging.getLogger("fgfast")
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2"})
 
@@ -18,18 +23,68 @@ EXTRA = "@unlabelled"
 
 
 def entries(folder: Path) -> tuple[list[str], list[str]]:
-    """Sorted names of the visible subfolders and of the visible files with the extension of an image."""
-    with os.scandir(folder) as scan:
-        found = sorted((entry.name, entry.is_dir()) for entry in scan if not entry.name.startswith("."))
-    images = [name for name, is_dir in found if not is_dir and Path(name).suffix.lower() in EXTENSIONS]
-    return [name for name, is_dir in found if is_dir], images
+    """Sorted names of the visible subfolders and of the visible files with the extension of an image.
+
+    A link that leads back to a folder on the way to it is left out and logged, as is a link to nothing without the
+    extension of an image.
+
+    Raises:
+        UserError: the folder cannot be listed.
+    """
+    folders, images = [], []
+    try:
+        with os.scandir(folder) as scan:
+            found = sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be listed ({error.strerror}): change or remove it.") from error
+    for entry in found:
+        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+            if entry.is_symlink() and _leads_back(entry.path):
+                _leave_out(entry.path, "a folder that it is in")
+            else:
+                folders.append(entry.name)
+        elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+            images.append(entry.name)
+        elif entry.is_symlink() and not os.path.exists(entry.path):
+            _leave_out(entry.path, "nothing")
+    return folders, images
+
+
+def _leads_back(link: str) -> bool:
+    """Whether a link leads to a folder whose walk would come to the link again."""
+    target = os.path.realpath(link)
+    return any(Path(os.path.realpath(above)).is_relative_to(target) for above in Path(link).parents)
+
+
+@cache
+def _leave_out(link: str, target: str) -> None:
+    """Log a link once, however often its folder is listed."""
+    log.warning("left out %s: it is a link to %s", link, target)
 
 
 def images_below(folder: Path, *, skip: str = "") -> list[str]:
     """Sorted relative paths of all visible images below a folder, except in folders named ``skip``."""
-    folders, images = entries(folder)
-    inside = (f"{name}/{rel}" for name in folders if name != skip for rel in images_below(folder / name, skip=skip))
-    return [*images, *inside]
+    found, waiting = [], [""]
+    while waiting:
+        inside = waiting.pop()
+        folders, images = entries(folder / inside if inside else folder)
+        found += [f"{inside}{name}" for name in images]
+        waiting += [f"{inside}{name}/" for name in reversed(folders) if name != skip]
+    return found
+
+
+class LeftOut(NamedTuple):
+    """Images of a folder that a reader did not take.
+
+    Args:
+        name: their folder, absolute or relative to ``ImageSet.root``, or what they are.
+        n_images: how many they are; 0 for a list that was not read.
+        reason: why they were left out.
+    """
+
+    name: str
+    n_images: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -51,6 +106,8 @@ class ImageSet:
             leave it out.
         other_roots: (name, folder) of images outside ``root``: a path whose first component is the name is relative
             to the folder.
+        left_out: images of the folder that are not in the set, and why.
+        source: what was read, for messages: the layout and the folder.
     """
 
     root: Path
@@ -65,6 +122,8 @@ class ImageSet:
     groups: tuple[str, ...] = ()
     banner: int = 0
     other_roots: tuple[tuple[str, Path], ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    source: str = ""
 
     def __len__(self) -> int:
         """N."""
@@ -101,6 +160,14 @@ class ImageSet:
         """The labelled images outside the training split."""
         return self.subset(~self.train & (self.targets >= 0))
 
+    def without_unlabelled(self, reason: str) -> ImageSet:
+        """The set without the images that have no label, which are left out for a reason."""
+        labelled = self.targets >= 0
+        if labelled.all():
+            return self
+        left_out = LeftOut("images without labels", int((~labelled).sum()), reason)
+        return replace(self.subset(labelled), left_out=(*self.left_out, left_out))
+
     def with_unlabelled(self, paths: Sequence[str]) -> ImageSet:
         """The set with further images, without labels, appended."""
         n = len(paths)
@@ -135,5 +202,33 @@ class ImageSet:
         shared = set(self.files()) & {f"{folder}/{rel}" for rel in found}
         if shared:
             raise UserError(f"{min(shared)} is in --data and in --unlabelled: give a folder without images of the set.")
-        with_root = replace(self, other_roots=(*self.other_roots, (EXTRA, folder)))
+        left_out = tuple(part for part in self.left_out if (self.root / part.name).resolve() != folder)
+        with_root = replace(self, other_roots=(*self.other_roots, (EXTRA, folder)), left_out=left_out)
         return with_root.with_unlabelled([f"{EXTRA}/{rel}" for rel in found])
+
+
+def describe(images: ImageSet, *, held_out: int = 0) -> str:
+    """One line that says what was read: classes, images of each kind, and what was left out and why.
+
+    Args:
+        images: the set.
+        held_out: number of its training images that are held out.
+    """
+    labelled = images.targets >= 0
+    n_train, n_test = int((images.train & labelled).sum()), int((~images.train & labelled).sum())
+    shown = ", ".join(images.classes[:3]) + (", ..." if len(images.classes) > 3 else "")
+    counts = [
+        f"{len(images.classes):,} {'class' if len(images.classes) == 1 else 'classes'} ({shown})",
+        _count(n_train, "training image") + (f" ({held_out:,} of them held out)" if held_out else ""),
+        _count(n_test, "test image"),
+        f"{len(images) - n_train - n_test:,} without labels",
+    ]
+    text = f"data: {images.source or images.root}: {', '.join(counts)}"
+    if images.left_out:
+        counted = ((name, f"{_count(n, 'image')}, " if n else "", reason) for name, n, reason in images.left_out)
+        text += "; left out: " + ", ".join(f"{name} ({count}{reason})" for name, count, reason in counted)
+    return one_line(text)
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"

@@ -10,13 +10,18 @@ import hashlib
 import json
 import logging
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
+from fgfast.data.decode import decode, decoding, orientation_of, turn, upright_size
+from fgfast.data.decode import read_image as read_image
+from fgfast.data.decode import upright_rgb as upright_rgb
 from fgfast.data.imageset import ImageSet
 from fgfast.data.maps import write_atomically
 from fgfast.deprecated import forward_names
@@ -25,7 +30,7 @@ from fgfast.errors import UserError
 log = logging.getLogger("fgfast")
 
 MAX_BROKEN = 0.05
-_VERSION = 1
+_VERSION = 2
 _DIRECT_MODES = frozenset({"RGB", "L", "RGBA", "LA", "P", "1"})
 
 
@@ -47,8 +52,10 @@ class Verdict:
         full: it was decoded in full; False = only the header was read.
         height: height of the upright image, 0 if the file is broken.
         width: width of the upright image.
+        orientation: EXIF orientation of the stored pixels, 1 to 8.
         source: the file to read instead (a converted copy), "" for the file itself.
         reason: why it is broken, "" if it is not.
+        passing: the reason is an error of the system (no permission, a failed read) that may be gone next time.
     """
 
     size: int
@@ -56,8 +63,16 @@ class Verdict:
     full: bool
     height: int = 0
     width: int = 0
+    orientation: int = 1
     source: str = ""
     reason: str = ""
+    passing: bool = False
+
+    def stamp(self) -> tuple[int, int] | None:
+        """(bytes, modification time) of the file to read, if it was decoded in full."""
+        if self.source:
+            return file_stamp(self.source)
+        return (self.size, self.mtime_ns) if self.full else None
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,8 @@ class Records:
         files: the files to read, N absolute paths.
         stamps: (bytes, modification time) of each file when it was decoded in full; None = it never was.
         sizes: (H, W) of the upright images without the banner, int32 [N, 2].
+        heights: their H with the banner, int32 [N].
+        orientations: EXIF orientation of the pixels stored in each file, 1 to 8, int8 [N].
         skipped: (relative path, reason) of each broken image.
     """
 
@@ -78,6 +95,8 @@ class Records:
     files: tuple[str, ...]
     stamps: tuple[tuple[int, int] | None, ...]
     sizes: np.ndarray
+    heights: np.ndarray
+    orientations: np.ndarray
     skipped: tuple[tuple[str, str], ...]
 
     def __len__(self) -> int:
@@ -85,85 +104,59 @@ class Records:
         return len(self.files)
 
 
-def upright_rgb(image: object) -> np.ndarray:
-    """An opened PIL image as uint8 [H, W, 3], upright; 16-bit and float values are scaled, not clipped."""
-    from PIL import Image, ImageOps
-
-    assert isinstance(image, Image.Image)
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I") or upright.mode == "F":
-        values = np.asarray(upright).astype(np.float64)
-        if upright.mode == "F":
-            low, high = float(np.nanmin(values)), float(np.nanmax(values))
-            low, high = (0.0, 1.0) if low >= 0 and high <= 1 else (low, max(high, low + 1e-12))
-            values = np.nan_to_num((values - low) / (high - low))
-        else:
-            values = values / max(65535.0, values.max())
-        return np.repeat(np.rint(values * 255).astype(np.uint8)[:, :, None], 3, 2)
-    return np.asarray(upright.convert("RGB"))
-
-
-def read_image(path: str) -> np.ndarray:
-    """Decode a file with PIL to uint8 [H, W, 3], upright.
+def convert(path: str, pixels: np.ndarray) -> str:
+    """Write the pixels of an image as an 8-bit RGB PNG to the cache and return the path of that file.
 
     Raises:
-        OSError: the file does not decode.
+        UserError: the file cannot be written.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return upright_rgb(image)
-    except (SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise OSError(str(error)) from error
-
-
-def convert(path: str) -> str:
-    """Write the image as an 8-bit RGB PNG to the cache and return the path of that file.
-
-    Raises:
-        OSError: the file does not decode.
-    """
-    stat = os.stat(path)
-    key = hashlib.sha1(f"{os.path.abspath(path)}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()
-    target = cache_folder() / "converted" / f"{key}.png"
+    found = os.stat(path)
+    key = f"{_VERSION}:{os.path.abspath(path)}:{found.st_size}:{found.st_mtime_ns}"
+    target = cache_folder() / "converted" / f"{hashlib.sha1(os.fsencode(key)).hexdigest()}.png"
     if not target.exists():
         from PIL import Image
 
         stream = BytesIO()
-        Image.fromarray(read_image(path)).save(stream, "PNG", compress_level=1)
+        Image.fromarray(pixels).save(stream, "PNG", compress_level=1)
         write_atomically(target, stream.getvalue())
     return str(target)
 
 
-def _check_file(path: str, size: int, mtime_ns: int, full: bool) -> Verdict:
-    from PIL import Image, UnidentifiedImageError
+def check_file(path: str, *, full: bool = True) -> Verdict:
+    """Decode a file as the loaders do; ``full=False`` reads only the header of a JPEG.
 
+    Raises:
+        UserError: a converted copy cannot be written.
+    """
+    from PIL import Image
+
+    size = mtime_ns = 0
     try:
-        if size == 0:
-            raise OSError("the file is empty")
-        with Image.open(path) as image:
-            width, height = image.size
-            if image.getexif().get(0x0112, 1) >= 5:
-                width, height = height, width
+        found = os.stat(path)
+        size, mtime_ns = found.st_size, found.st_mtime_ns
+        if not stat.S_ISREG(found.st_mode) or size == 0:
+            raise OSError("the file is empty" if stat.S_ISREG(found.st_mode) else "not a file")
+        with decoding(), Image.open(path) as image:
             direct = image.format in ("JPEG", "PNG") and image.mode in _DIRECT_MODES
-            if full:
-                image.load()
-        if direct and path[-4:].lower() != ".jpg":
-            direct = _has_end(path)
-        return Verdict(size, mtime_ns, full, height, width, "" if direct else convert(path))
-    except UserError:
-        raise
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        return Verdict(size, mtime_ns, full, reason=reason or type(error).__name__)
+            header = direct and image.format == "JPEG" and not full
+            stored, orientation = (image, orientation_of(image)) if header else decode(image)
+            if direct and (image.format == "JPEG" or _has_end(path)):
+                height, width = upright_size(stored.size, orientation)
+                return Verdict(size, mtime_ns, not header, height, width, orientation)
+            pixels = turn(np.asarray(stored), orientation)
+        height, width = pixels.shape[:2]
+        return Verdict(size, mtime_ns, True, height, width, source=convert(path, pixels))
+    except OSError as error:
+        if error.errno is None:
+            return Verdict(size, mtime_ns, full, reason=str(error) or type(error).__name__)
+        return Verdict(size, mtime_ns, full, reason=error.strerror or str(error), passing=True)
+    except ValueError as error:  # no path at all: it holds a null byte
+        return Verdict(size, mtime_ns, full, reason=str(error))
 
 
 def _has_end(path: str) -> bool:
-    """Whether a PNG has its last chunk (True for other formats); without it PIL decodes the file, but DALI fails."""
+    """Whether a PNG has its last chunk; without it PIL decodes the file, but DALI fails."""
     with open(path, "rb") as file:
-        if file.read(4) != b"\x89PNG":
-            return True
         file.seek(-12, os.SEEK_END)
         return b"IEND" in file.read()
 
@@ -186,37 +179,42 @@ def check_images(images: ImageSet, *, full: bool = True, threads: int | None = N
     if not len(images):
         raise UserError(f"The image set of {images.root} is empty: choose another split or folder.")
     root = str(images.root.resolve())
-    cache = cache_folder() / "manifests" / f"{hashlib.sha1(root.encode()).hexdigest()[:20]}.json"
+    cache = cache_folder() / "manifests" / f"{hashlib.sha1(os.fsencode(root)).hexdigest()[:20]}.json"
     known = _load(cache)
-    verdicts: list[Verdict | None] = []
-    unknown: list[tuple[int, str, int, int]] = []
     files = images.files()
     keys = [file.removeprefix(f"{root}/") for file in files]  # the absolute path of an image outside the root
-    for i, (path, rel) in enumerate(zip(files, keys, strict=True)):
-        try:
-            stat = os.stat(path)
-        except FileNotFoundError as error:
-            raise UserError(f"The image {path} is listed but missing: restore it or take it off the list.") from error
-        verdict = known.get(rel)
-        fresh = verdict is not None and (verdict.size, verdict.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
-        if verdict is not None and fresh and verdict.source:
-            fresh = os.path.exists(verdict.source)
-        if verdict is None or not fresh or (full and not verdict.full):
-            unknown.append((i, path, stat.st_size, stat.st_mtime_ns))
-            verdict = None
-        verdicts.append(verdict)
+    verdicts = [_known_verdict(file, known.get(key), full) for file, key in zip(files, keys, strict=True)]
+    unknown = [i for i, verdict in enumerate(verdicts) if verdict is None]
     if unknown:
         with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
-            for (i, *_), found in zip(
-                unknown, pool.map(lambda u: _check_file(u[1], u[2], u[3], full), unknown), strict=True
-            ):
-                verdicts[i] = known[keys[i]] = found
-        table = {rel: list(vars(verdict).values()) for rel, verdict in known.items()}
+            checked = pool.map(partial(check_file, full=full), [files[i] for i in unknown])
+            for i, verdict in zip(unknown, checked, strict=True):
+                verdicts[i] = known[keys[i]] = verdict
+        table = {key: astuple(verdict) for key, verdict in known.items() if not verdict.passing}
         try:
             write_atomically(cache, json.dumps({"version": _VERSION, "root": root, "files": table}).encode())
         except UserError as error:  # not fatal: the files are only checked again next time
             log.warning("the manifest is not saved: %s", error)
     return _records(images, files, [verdict for verdict in verdicts if verdict is not None], quiet)
+
+
+def _known_verdict(path: str, verdict: Verdict | None, full: bool) -> Verdict | None:
+    """The verdict of an earlier check if it still holds.
+
+    Raises:
+        UserError: there is no such file; a link to nothing is a broken image.
+    """
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError) and not os.path.islink(path):
+            raise UserError(f"The image {path} is listed but missing: restore it or take it off the list.") from error
+        return None
+    if verdict is None or (verdict.size, verdict.mtime_ns) != (found.st_size, found.st_mtime_ns):
+        return None
+    if (full and not verdict.full) or (verdict.source and not os.path.exists(verdict.source)):
+        return None
+    return verdict
 
 
 def _records(images: ImageSet, paths: list[str], verdicts: list[Verdict], quiet: bool) -> Records:
@@ -226,19 +224,21 @@ def _records(images: ImageSet, paths: list[str], verdicts: list[Verdict], quiet:
         more = f" and {len(skipped) - 10} more" if len(skipped) > 10 else ""
         if len(skipped) == len(images) or len(skipped) > MAX_BROKEN * len(images):
             raise UserError(
-                f"{len(skipped)} of {len(images)} images of {images.root} do not decode, such as {skipped[0][0]} "
+                f"{len(skipped)} of {len(images)} images of {images.root} cannot be read, such as {skipped[0][0]} "
                 f"({skipped[0][1]}): restore or remove them."
             )
         if not quiet:
-            log.warning("skipped %d of %d images that do not decode: %s%s", len(skipped), len(images), named, more)
+            log.warning("skipped %d of %d images that cannot be read: %s%s", len(skipped), len(images), named, more)
     index = np.array([i for i, v in enumerate(verdicts) if not v.reason], np.int64)
     files = tuple(verdicts[i].source or paths[i] for i in index)
     return Records(
         images=images,
         index=index,
         files=files,
-        stamps=tuple(_stamp(verdicts[i]) for i in index),
+        stamps=tuple(verdicts[i].stamp() for i in index),
         sizes=np.array([shown_size(images, verdicts[i].height, verdicts[i].width) for i in index], "i4").reshape(-1, 2),
+        heights=np.array([verdicts[i].height for i in index], np.int32),
+        orientations=np.array([verdicts[i].orientation for i in index], np.int8),
         skipped=skipped,
     )
 
@@ -248,11 +248,13 @@ def shown_size(images: ImageSet, height: int, width: int) -> tuple[int, int]:
     return max(1, height - images.banner), width
 
 
-def _stamp(verdict: Verdict) -> tuple[int, int] | None:
-    if verdict.source:
-        stat = os.stat(verdict.source)
-        return stat.st_size, stat.st_mtime_ns
-    return (verdict.size, verdict.mtime_ns) if verdict.full else None
+def file_stamp(path: str) -> tuple[int, int] | None:
+    """(bytes, modification time) of a file; None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def _load(cache: Path) -> dict[str, Verdict]:
@@ -263,7 +265,7 @@ def _load(cache: Path) -> dict[str, Verdict]:
         return {rel: Verdict(*fields) for rel, fields in table["files"].items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever the file holds: a cache may always be thrown away
         log.warning("the manifest %s cannot be read (%s): every image is checked again", cache, error)
         return {}
 

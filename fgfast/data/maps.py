@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fgfast.data.decode import decoding
 from fgfast.errors import UserError
 from fgfast.files import write_atomic
 
@@ -64,12 +65,13 @@ def read_maps_info(maps: Path) -> dict:
     """
     path = Path(maps) / "maps.json"
     try:
-        info = json.loads(path.read_text())
+        info = json.loads(path.read_bytes())  # bytes may have a byte order mark
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: write the maps with {WRITER}.") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): write the maps again with {WRITER}.") from error
-    if not isinstance(info, dict) or not isinstance(info.get("n_parts"), int) or len(info.get("size") or ()) != 2:
+    size = info.get("size") if isinstance(info, dict) and isinstance(info.get("n_parts"), int) else None
+    if not isinstance(size, list) or len(size) != 2:
         raise UserError(f"{path} lacks n_parts or size: write the maps again with {WRITER}.")
     return info
 
@@ -138,9 +140,9 @@ def read_map(maps: Path, rel: str) -> np.ndarray:
 
     path = map_path(maps, rel)
     try:
-        with Image.open(path) as image:
+        with decoding(), Image.open(path) as image:
             return np.array(image)
     except FileNotFoundError as error:
         raise UserError(f"{maps} has no map for {rel}: write the maps with {WRITER}.") from error
-    except (OSError, SyntaxError) as error:
+    except OSError as error:
         raise UserError(f"{path} does not decode ({error}): write the maps again with {WRITER}.") from error

@@ -27,6 +27,7 @@ from fgfast.data._bird import KEYPOINTS, PARTS
 from fgfast.data._drawing import draw_image
 from fgfast.data.maps import ABSENT
 from fgfast.errors import UserError
+from fgfast.interrupt import shielding_children
 
 VERSION = 2  # incremented when the same settings give other images
 # Amount of variation in the drawing at nuisance 1: a linear probe of a ResNet-18 with random weights then has about
@@ -264,7 +265,8 @@ def _draw_all(
         context = multiprocessing.get_context("spawn")
         ignore = (signal.SIGINT, signal.SIG_IGN)  # only this process reports an interruption
         with ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignore) as pool:
-            futures = [pool.submit(_draw_some, *job) for job in jobs]
+            with shielding_children():
+                futures = [pool.submit(_draw_some, *job) for job in jobs]
             try:
                 done = [future.result() for future in futures]
             except BaseException:

@@ -18,7 +18,8 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from fgfast.data.base import BatchPlan, Loader, replace_failed
-from fgfast.data.manifest import read_image
+from fgfast.data.decode import read_image
+from fgfast.data.manifest import shown_size
 from fgfast.data.maps import ABSENT, read_map
 from fgfast.data.photometric import with_reduced
 from fgfast.data.rearrange import rearrange
@@ -90,20 +91,22 @@ class _Batches(Dataset):
 
     def __getitem__(self, key: tuple[int, int, tuple[int, ...]]) -> tuple[Batch, list[tuple[int, str]]] | UserError:
         epoch, number, known = key
-        failed, broken = set(known), []
+        failed, broken, records = set(known), [], self.plan.records
         rows, valid = self.plan.batch_rows(epoch, number)
         while True:
-            rows, valid = replace_failed(rows, valid, failed, len(self.plan.records))
+            rows, valid = replace_failed(rows, valid, failed, len(records))
             try:
                 images = []
                 for row in rows:
-                    images.append(torch.from_numpy(np.array(read_image(self.plan.records.files[row]))))
+                    pixels = read_image(records.files[row])
+                    records.sizes[row] = shown_size(records.images, *pixels.shape[:2])  # as the file is now
+                    images.append(torch.from_numpy(np.array(pixels)))
                 break
             except OSError as error:
                 failed.add(int(row))
                 broken.append((int(row), str(error)))
-                if len(failed) == len(self.plan.records):
-                    return UserError(f"No image of {self.plan.records.images.root} decodes any longer: restore them.")
+                if len(failed) == len(records):
+                    return UserError(f"No image of {records.images.root} can be read any longer: restore them.")
         try:
             return self._batch(epoch, number, rows, valid, [p.permute(2, 0, 1) for p in images]), broken
         except UserError as error:  # raising it here would show the user a traceback of the worker

@@ -63,6 +63,22 @@ def stages_of(net: Any) -> list[list[str]]:
     return groups
 
 
+def last_stages(encoder: Backbone, stages: str) -> set[str]:
+    """Names of the parameters of the last stages.
+
+    Raises:
+        UserError: ``stages`` is neither "all" nor a number of stages that the network has.
+    """
+    if stages == "all":
+        return {name for name, _ in encoder.net.named_parameters()}
+    groups = stages_of(encoder.net)
+    if not stages.isdecimal() or int(stages) >= len(groups):
+        raise UserError(
+            f"--stages is {stages}: {encoder.name} has {len(groups) - 1} stages, give at most that many, or all."
+        )
+    return {name for group in groups[len(groups) - int(stages) :] for name in group}
+
+
 def unfreeze(encoder: Backbone, stages: str) -> list[nn.Parameter]:
     """Make the last stages trainable and freeze everything before them, including BatchNorm statistics.
 
@@ -73,15 +89,7 @@ def unfreeze(encoder: Backbone, stages: str) -> list[nn.Parameter]:
         UserError: ``stages`` is neither "all" nor a number of stages that the network has.
     """
     net: nn.Module = encoder.net
-    if stages == "all":
-        names = {name for name, _ in net.named_parameters()}
-    else:
-        groups = stages_of(net)
-        if not stages.isdecimal() or int(stages) >= len(groups):
-            raise UserError(
-                f"--stages is {stages}: {encoder.name} has {len(groups) - 1} stages, give at most that many, or all."
-            )
-        names = {name for group in groups[len(groups) - int(stages) :] for name in group}
+    names = last_stages(encoder, stages)
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in names)
     encoder.eval()

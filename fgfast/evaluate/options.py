@@ -1,9 +1,10 @@
 """The options of evaluation protocols, from the command line and from --protocols of a comparison."""
 
+import math
 from dataclasses import fields
 from typing import Any, Literal, get_args
 
-from fgfast.config import parse_values, with_values
+from fgfast.config import Range, parse_values, with_values
 from fgfast.errors import UserError
 from fgfast.evaluate.finetune import FinetuneOptions
 from fgfast.evaluate.mlp import MLPOptions
@@ -12,6 +13,10 @@ Protocol = Literal["knn", "linear", "parts", "mlp", "finetune", "retrieval"]
 Options = MLPOptions | FinetuneOptions
 OPTIONS: dict[str, type[Options]] = {"mlp": MLPOptions, "finetune": FinetuneOptions}
 """The options of the protocols that have any."""
+_RANGES = {
+    "epochs": Range(1), "patience": Range(1), "hidden": Range(1), "batch_size": Range(2), "seed": Range(0),
+    "weight_decay": Range(0), "lr": Range(0, open=True),
+}  # fmt: skip
 
 
 def parse_options(protocol: str, values: dict[str, Any], source: str) -> Options | None:
@@ -32,11 +37,11 @@ def parse_options(protocol: str, values: dict[str, Any], source: str) -> Options
     default = OPTIONS[protocol]()
     texts = {k: v for k, v in values.items() if isinstance(v, str)}
     options = with_values(default, values | parse_values(default, texts, source), source)
-    for name, low in {"epochs": 1, "patience": 1, "hidden": 1, "batch_size": 2, "seed": 0, "weight_decay": 0}.items():
-        if getattr(options, name, low) < low:
-            raise UserError(f"{source} sets {name} = {getattr(options, name)}: give at least {low}.")
-    if options.lr <= 0:
-        raise UserError(f"{source} sets lr = {options.lr}: give more than 0.")
+    for name, wanted in _RANGES.items():
+        value = getattr(options, name, None)
+        if value is not None and value not in wanted:
+            finite = "" if math.isfinite(value) else "a finite number of "
+            raise UserError(f"{source} sets {name} = {value}: give {finite}{wanted}.")
     if isinstance(options, FinetuneOptions) and not (options.stages == "all" or options.stages.isdecimal()):
         raise UserError(f"{source} sets stages = {options.stages!r}: give a number of stages, or all.")
     return options

@@ -1,7 +1,10 @@
 """Evaluation of a run under a protocol: scores with an interval over the test images, stored in RUN/eval.json."""
 
 import hashlib
+import logging
+import os
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +15,22 @@ from torch import Tensor
 from fgfast.config import TrainConfig
 from fgfast.data.imageset import ImageSet
 from fgfast.data.maps import read_maps_info
-from fgfast.data.splits import scored_images, training_images
+from fgfast.data.splits import labelled_splits
 from fgfast.errors import UserError
 from fgfast.evaluate.bootstrap import accuracy_interval
 from fgfast.evaluate.features import PartFeatures, extract
-from fgfast.evaluate.finetune import FinetuneOptions, finetune
+from fgfast.evaluate.finetune import FinetuneOptions, finetune, last_stages
 from fgfast.evaluate.knn import knn_predict
 from fgfast.evaluate.linear import linear_probe
-from fgfast.evaluate.mlp import MLPOptions, mlp_probe
+from fgfast.evaluate.mlp import MLPOptions, class_weights, mlp_probe
 from fgfast.evaluate.options import OPTIONS, Options, Protocol, options_text
 from fgfast.evaluate.retrieval import retrieve
-from fgfast.files import write_json
+from fgfast.files import check_folder, write_json
+from fgfast.info import require
 from fgfast.methods.run_folder import Checkpoint, load_run_encoder
 from fgfast.models.backbone import Backbone
+
+log = logging.getLogger("fgfast")
 
 KNN_K = 20
 MAX_ONLINE = 4000  # images of each split in the online kNN
@@ -44,6 +50,7 @@ class Score:
     weighted_f1: float = float("nan")  # the same, weighted by the number of images of each class
     options: str = ""  # options that differ from the protocol's defaults, "name=value,name=value"
     more: dict[str, Any] = field(default_factory=dict)  # of some protocols: rank5 and map; settings (all options)
+    images: str = ""  # one line on what was read of the data set, and what was left out
 
     @property
     def top1(self) -> float:
@@ -66,8 +73,7 @@ def _features(encoder: Backbone, images: ImageSet, config: TrainConfig, device: 
 def _part_features(
     encoder: Backbone, images: ImageSet, config: TrainConfig, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    if images.masks is None:
-        raise UserError(f"{images.root} has no part masks: choose another protocol than parts.")
+    assert images.masks is not None  # checked before
     n_parts = int(read_maps_info(images.masks)["n_parts"])
     return extract(
         PartFeatures(encoder, n_parts), images, config.size, device=device, threads=config.threads,
@@ -94,14 +100,49 @@ def _classify(
 
 def _splits(config: TrainConfig, data: Path) -> tuple[ImageSet, ImageSet]:
     """The images on which classifiers are fitted, and those that are scored."""
-    config = replace(config, data=str(data))
-    fit, test = training_images(config)[0], scored_images(config)
+    splits = labelled_splits(replace(config, data=str(data)))
+    fit, test = splits.training(), splits.scored()
     if len(test) == 0:
         raise UserError(
             f"{data} has no test images to score on: give a set with a test split, or train with --holdout."
         )
-    if len(fit.classes) < 2:
-        raise UserError(f"{data} has {len(fit.classes)} class: scores need labels of two classes or more.")
+    if len(np.unique(fit.targets)) < 2:
+        n = len(np.unique(fit.targets))
+        raise UserError(f"{data} has training images of {n} class{'es' * (n != 1)}: scores need two classes or more.")
+    return fit, test
+
+
+def check_protocol(
+    protocol: Protocol, encoder: Backbone, config: TrainConfig, data: Path, options: Options | None = None
+) -> tuple[ImageSet, ImageSet]:
+    """The images on which classifiers are fitted and those that are scored, after all checks that need no features.
+
+    Args:
+        protocol: the protocol.
+        encoder: the network; its weights do not matter.
+        config: configuration of the run.
+        data: a labelled set.
+        options: options of "mlp" and "finetune".
+
+    Raises:
+        UserError: this protocol cannot score this network on these images.
+    """
+    require("sklearn")
+    fit, test = _splits(config, data)
+    if protocol == "retrieval":
+        if len(test) < 2:
+            raise UserError(f"{data} has one test image: retrieval needs two or more.")
+        if np.bincount(test.targets).max() < 2:
+            raise UserError(f"No class of {data} has two test images: retrieval needs two or more of a class.")
+    if protocol == "parts":
+        if fit.masks is None:
+            raise UserError(f"{data} has no part masks: choose another protocol than parts.")
+        read_maps_info(fit.masks)
+        encoder.map_side(config.size)
+    if options is not None:
+        class_weights(fit.targets, fit.classes, options.class_weights)
+    if isinstance(options, FinetuneOptions):
+        last_stages(encoder, options.stages)
     return fit, test
 
 
@@ -130,23 +171,25 @@ def evaluate(
         UserError: the run, the checkpoint or the data cannot be used.
     """
     encoder, config = load_run_encoder(run, checkpoint, device, settings)
-    fit, test = _splits(config, data)
     options = OPTIONS[protocol]() if options is None and protocol in OPTIONS else options
+    fit, test = check_protocol(protocol, encoder, config, data, options)
+    check_folder(run)
+    images = labelled_splits(replace(config, data=str(data))).describe()
     more: dict[str, Any] = {} if options is None else {"settings": asdict(options)}
     if protocol == "retrieval":
-        if len(test) < 2:
-            raise UserError(f"{data} has one test image: retrieval needs two or more.")
         x, y = _features(encoder, test, config, device)
+        if len(x) < 2:
+            raise UserError(f"One test image of {data} can be read: retrieval needs two or more.")
         result = retrieve(x, y)
         queries = result.has_match
         if not queries.any():
-            raise UserError(f"No class of {data} has two test images: retrieval needs two or more of a class.")
+            raise UserError(f"No class of {data} has two test images that can be read: retrieval needs them.")
         predicted, truth, n_train = result.nearest[queries], y[queries], 0
         rank5, precision = (float(v[queries].double().mean()) for v in (result.rank5, result.precision))
         more = {"rank5": rank5, "map": precision}
     elif isinstance(options, FinetuneOptions):
         file = (run / f"{checkpoint}.pt").stat()
-        key = hashlib.sha1(f"{options}{settings or ''}{data.resolve()}".encode()).hexdigest()[:8]
+        key = hashlib.sha1(os.fsencode(f"{options}{settings or ''}{data.resolve()}")).hexdigest()[:8]
         predicted, truth = finetune(
             encoder, fit, test, config, options, device=device, state_file=run / f"finetune-{checkpoint}-{key}.pt",
             start=f"{checkpoint} {file.st_size} {file.st_mtime_ns}",
@@ -155,6 +198,7 @@ def evaluate(
     else:
         predicted, truth, n_train = _classify(protocol, encoder, config, fit, test, device, options)
     score = score_predictions(protocol, checkpoint, predicted, truth, n_train, options_text(options), more)
+    score = replace(score, images=images)
     changed = {"set": ",".join(f"{k}={v}" for k, v in sorted(settings.items()))} if settings else {}
     store_score(run, {**score.row(), "data": data.name, "path": str(data.resolve()), **changed})
     return score
@@ -188,10 +232,11 @@ def store_score(run: Path, row: dict[str, Any]) -> None:
 
 
 def online_knn(encoder: Backbone, config: TrainConfig, device: torch.device) -> float | None:
-    """Top-1 of kNN during training, on at most 4,000 images per split; None if the set has no labels to score."""
+    """Top-1 of kNN during training, on at most 4,000 images per split; None if the set cannot be scored."""
     try:
         fit, test = _splits(config, Path(config.data))
-    except UserError:
+    except UserError as error:
+        _leave_out_knn(str(error))
         return None
     fit, test = (
         images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:MAX_ONLINE])) for images in (fit, test)
@@ -200,6 +245,15 @@ def online_knn(encoder: Backbone, config: TrainConfig, device: torch.device) -> 
     encoder.eval()
     try:
         predicted, truth, _ = _classify("knn", encoder, config, fit, test, device, None)
+    except UserError as error:  # such as a test split that cannot be read: no reason to end the training
+        _leave_out_knn(str(error))
+        return None
     finally:
         encoder.train(was_training)
     return float((predicted.cpu() == truth).float().mean())
+
+
+@cache
+def _leave_out_knn(reason: str) -> None:
+    """Log why there is no online kNN, once however often it is asked for."""
+    log.warning("The online kNN is left out: %s", reason)

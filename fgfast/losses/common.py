@@ -1,7 +1,10 @@
-"""Checks of vectors and temperatures, and ids, for all losses."""
+"""Checks of vectors and temperatures, ids, and updates of buffers, for all losses."""
 
 import math
-from typing import TYPE_CHECKING
+import operator
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +36,12 @@ def check_vectors(**named: Tensor) -> None:
         raise ValueError(f"{found}: give all of them the same shape [B, D].")
 
 
+def check_gather(gather_distributed: bool) -> None:
+    """Raise if gathering is wanted from a torch without torch.distributed."""
+    if gather_distributed and not dist.is_available():
+        raise ValueError("gather_distributed is True and this torch has no torch.distributed: give False.")
+
+
 def group_of_all(gather_distributed: bool) -> "ProcessGroup | None":
     """The default process group if gathering is wanted and there is more than one process, else None."""
     ready = gather_distributed and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -54,3 +63,40 @@ def ids_of_two_views(n: int, device: torch.device) -> tuple[Ids, Ids]:
 def arange_like(n: int, like: Tensor) -> Tensor:
     """0, ..., n - 1 on the device of ``like``."""
     return torch.arange(n, device=like.device)
+
+
+class _UpdateBuffers(torch.autograd.Function):
+    """Calls a function of tensors as they are outside every transform of torch.func."""
+
+    @staticmethod
+    def forward(update: Callable[..., None], *tensors: Tensor) -> Tensor:
+        update(*tensors)
+        return tensors[0].new_empty(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> None:
+        raise RuntimeError("The buffers of a loss cannot be updated inside torch.vmap: call this loss outside it.")
+
+
+def update_buffers(update: Callable[..., None], *tensors: Tensor) -> None:
+    """Call ``update``, which may change buffers in place, with detached tensors, also inside torch.func.grad."""
+    detached = [x.detach() for x in tensors]
+    if torch.compiler.is_compiling():
+        update(*detached)
+    else:
+        _UpdateBuffers.apply(update, *detached)
+
+
+def renamed(old: str, new: str) -> property:
+    """A property under an old name that warns and returns the attribute at the path ``new``."""
+
+    def get(self: object) -> Any:
+        message = f"{type(self).__name__}.{old} will be removed in the next minor version: use {new}."
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return operator.attrgetter(new)(self)
+
+    return property(get)

@@ -4,7 +4,14 @@ import torch
 from torch import Tensor, nn
 
 from fgfast.ids import Ids
-from fgfast.losses.common import arange_like, check_temperature, group_of_all, ids_over_ranks
+from fgfast.losses.common import (
+    arange_like,
+    check_gather,
+    check_temperature,
+    group_of_all,
+    ids_over_ranks,
+    renamed,
+)
 from fgfast.ops.contrast import contrastive_loss
 from fgfast.tensors import check_integers
 
@@ -22,8 +29,12 @@ class DetConBLoss(nn.Module):
         temperature: at least 1e-8.
         gather_distributed: contrast with the targets of all ranks.
 
+    Returns:
+        A scalar, float32 (float64 for float64 vectors) where lightly's has the dtype of the vectors.
+
     Raises:
-        ValueError: the temperature is too small.
+        TypeError: masks are no integers.
+        ValueError: the temperature is too small, shapes do not fit, or gathering without torch.distributed.
 
     Example:
         >>> import torch
@@ -36,9 +47,12 @@ class DetConBLoss(nn.Module):
         arXiv 2103.10957; values as in lightly 1.6, except that id -1 means an absent region.
     """
 
+    eps = 1e-8  # lowest temperature
+
     def __init__(self, temperature: float = 0.1, gather_distributed: bool = True):
         super().__init__()
         check_temperature(temperature)
+        check_gather(gather_distributed)
         self.temperature, self.gather_distributed = temperature, gather_distributed
 
     def forward(
@@ -101,11 +115,13 @@ class DetConSLoss(nn.Module):
         arXiv 2103.10957.
     """
 
+    detconb = renamed("detconb", "detconbloss")
+
     def __init__(self, temperature: float = 0.1, gather_distributed: bool = True):
         super().__init__()
-        self.detconb = DetConBLoss(temperature, gather_distributed)
+        self.detconbloss = DetConBLoss(temperature, gather_distributed)
 
     def forward(self, view0: Tensor, view1: Tensor, mask_view0: Tensor, mask_view1: Tensor) -> Tensor:
         """Loss of the regions [B, M, D] of two views with their ids [B, M]."""
-        loss: Tensor = self.detconb(view0, view1, view0, view1, mask_view0, mask_view1)
+        loss: Tensor = self.detconbloss(view0, view1, view0, view1, mask_view0, mask_view1)
         return loss

@@ -6,6 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fgfast.losses.common import update_buffers
+from fgfast.tensors import accumulation, check_float, shape_error
+
 
 class DINOLoss(nn.Module):
     r"""Cross entropy between teacher and student of different views; signature and values of lightly's.
@@ -13,7 +16,8 @@ class DINOLoss(nn.Module):
     .. math:: L = -\frac{1}{n} \sum_{t \ne s} \frac{1}{B} \sum_b \text{softmax}((x_t - c) / T_t) \cdot
               \log \text{softmax}(x_s / T_s)
 
-    with n pairs of different views. After each call the centre c moves towards the teacher's mean over all ranks.
+    with n pairs of different views. After each call the centre c moves towards the teacher's mean over all ranks. The
+    teacher gets no gradient, as in the authors' code; lightly's passes one on.
 
     Args:
         output_dim: channels K.
@@ -24,8 +28,12 @@ class DINOLoss(nn.Module):
         center_momentum: weight of the old centre in its moving average, 0 to 1.
         center_mode: only "mean".
 
+    Returns:
+        A scalar; float16 and bfloat16 outputs are computed and returned in float32.
+
     Raises:
-        ValueError: another mode of the centre, or fewer than two views.
+        TypeError: an output is no tensor of floats.
+        ValueError: another mode of the centre, fewer than two views, or shapes that do not fit.
 
     Example:
         >>> import torch
@@ -58,6 +66,11 @@ class DINOLoss(nn.Module):
         self.student_temp, self.center_momentum = student_temp, center_momentum
         self.register_buffer("center", torch.zeros(1, 1, output_dim))
 
+    @property
+    def teacher_temp_schedule(self) -> Tensor:
+        """T_t of each epoch of the warm-up."""
+        return torch.linspace(self.warmup_teacher_temp, self.teacher_temp, self.warmup_teacher_temp_epochs)
+
     def temperature_at(self, epoch: float | None) -> float:
         """T_t of an epoch: linear from the first to the last epoch of the warm-up, teacher_temp afterwards."""
         if epoch is None or epoch >= self.warmup_teacher_temp_epochs:
@@ -75,23 +88,36 @@ class DINOLoss(nn.Module):
         """Loss of the outputs, [B, K] per view; teacher_temp takes precedence over the warm-up of epoch."""
         pairs = len(teacher_out) * len(student_out) - min(len(teacher_out), len(student_out))
         if pairs <= 0:
-            raise ValueError("A pair of different views is needed: give outputs of two views or more.")
+            raise ValueError("Outputs of at least two views are needed, for pairs of different views.")
+        self._check(teacher_out=teacher_out, student_out=student_out)
         temperature = self.temperature_at(epoch) if teacher_temp is None else teacher_temp
-        teacher = torch.stack(tuple(teacher_out)).detach()  # [V, B, K]
+        teacher = torch.stack([x.detach().to(accumulation(x.dtype)) for x in teacher_out])  # [V, B, K]
         target = ((teacher - self.center) / temperature).softmax(-1)
-        total = self.center.new_zeros(())
+        total = target.new_zeros(())
         for s, x in enumerate(student_out):
-            log_prob = (x / self.student_temp).log_softmax(-1)
+            log_prob = (x.to(accumulation(x.dtype)) / self.student_temp).log_softmax(-1)
             others = [t for t in range(len(target)) if t != s]
             if others:
                 total = total - (target[others].sum(0) * log_prob).sum()
         self.update_center(teacher)
         return total / (pairs * teacher.shape[1])
 
-    @torch.no_grad()
+    def _check(self, **outputs: Sequence[Tensor]) -> None:
+        """Raise unless every output of a view is [B, K] with one B."""
+        shape = [len(next(iter(outputs.values()))[0]), self.center.shape[-1]]
+        for name, views in outputs.items():
+            for i, x in enumerate(views):
+                check_float(f"{name}[{i}]", x)
+                if list(x.shape) != shape:
+                    raise shape_error(f"{name}[{i}]", str(shape), x)
+
     def update_center(self, teacher_out: Tensor) -> None:
         """Move the centre towards the mean over views and batch of the teacher's outputs [V, B, K]."""
-        mean = teacher_out.mean((0, 1), keepdim=True).to(self.center.dtype)
+        update_buffers(self._update_center, teacher_out)
+
+    @torch.no_grad()
+    def _update_center(self, teacher_out: Tensor) -> None:
+        mean = teacher_out.to(accumulation(teacher_out.dtype)).mean((0, 1), keepdim=True).to(self.center.dtype)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()

@@ -1,17 +1,20 @@
 """Supervised contrast."""
 
-from typing import TYPE_CHECKING
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from fgfast.ids import Ids
 from fgfast.losses.common import arange_like, check_temperature, check_vectors
+from fgfast.losses.pairs import contrast_of_pairs, pairs_of_indices, pairs_of_labels
 from fgfast.ops.contrast import contrastive_loss
-from fgfast.tensors import check_integers, shape_error
+from fgfast.tensors import FLOATS, INTEGERS, accumulation, check_tensor, exact, shape_error, unit_vectors
 
-if TYPE_CHECKING:
-    pass
+ZERO = {"losses": 0, "indices": None, "reduction_type": "already_reduced"}
 
 
 class SupConLoss(nn.Module):
@@ -19,14 +22,37 @@ class SupConLoss(nn.Module):
 
     .. math:: \ell_i = \log \sum_{k \ne i} e^{s_{ik}} - \frac{1}{|P_i|} \sum_{j \in P_i} s_{ij}, \quad s = \cos / T,
 
-    averaged over the rows whose loss is above 0; 0 when there is no negative at all.
+    averaged over the rows whose loss is above 0; 0 where there is no positive or no negative pair at all.
+
+    For cosines and dot products of all pairs the similarities never exist in memory. Pairs of a miner, and every other
+    distance, need several matrices of B x R numbers.
+
+    What differs from pytorch-metric-learning 2.9:
+
+    | given | there | here |
+    |---|---|---|
+    | float16 or bfloat16 | computed and returned in that dtype | computed and returned in float32 |
+    | NaN or infinity in a vector | its row is left out | the loss is NaN |
+    | a temperature of 0 or less | accepted | ValueError |
+    | ref_labels without ref_emb | ref_labels are ignored | ValueError |
+    | ref_emb of another length, without ref_labels | the first vectors count, or an IndexError | ValueError |
+    | a row whose loss is 0 but for rounding | counted if rounded up | counted if rounded up, not always the same rows |
 
     Args:
         temperature: at least 1e-8.
+        distance: similarity of vectors: None is the cosine; otherwise one of pytorch-metric-learning's distances, or
+            any callable of [B, D] and [R, D] that returns [B, R] and has an attribute ``is_inverted`` (whether larger
+            means more similar).
+        reducer: None, or one of pytorch-metric-learning's reducers, or a callable like theirs: it takes
+            {"loss": {"losses": [B], "indices": [B], "reduction_type": "element"}}, embeddings and labels, and its
+            result is returned.
+        embedding_regularizer: callable of the embeddings whose result is added, or None.
+        embedding_reg_weight: factor of that result.
+        collect_stats: accepted for compatibility; this loss has no statistics.
 
     Raises:
-        TypeError: labels are no integers, or what should be a tensor is none.
-        ValueError: shapes do not fit, the temperature is too small, or a miner's pairs are given.
+        TypeError: what should be a tensor or a callable is none, or labels of another dtype.
+        ValueError: shapes do not fit, the temperature is too small, or labels are missing.
 
     Example:
         >>> import torch
@@ -36,54 +62,187 @@ class SupConLoss(nn.Module):
         0.5514
 
     Source:
-        arXiv 2004.11362; values as in pytorch-metric-learning 2.9 (cosine similarity, mean over losses above 0).
+        arXiv 2004.11362; values as in pytorch-metric-learning 2.9.
     """
 
-    def __init__(self, temperature: float = 0.1):
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """An instance of the class in ``fgfast.losses.pml`` where pytorch-metric-learning has been imported."""
+        if cls is SupConLoss and "pytorch_metric_learning.losses" in sys.modules:
+            cls = importlib.import_module("fgfast.losses.pml").SupConLoss
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        distance: Callable[..., Tensor] | None = None,
+        reducer: Callable[..., Any] | None = None,
+        embedding_regularizer: Callable[[Tensor], Tensor] | None = None,
+        embedding_reg_weight: float = 1,
+        collect_stats: bool | None = None,
+    ):
         super().__init__()
         check_temperature(temperature)
-        self.temperature = temperature
+        for name, given in (("reducer", reducer), ("embedding_regularizer", embedding_regularizer)):
+            if given is not None and not callable(given):
+                raise TypeError(f"{name} is {given!r}: give a callable like pytorch-metric-learning's, or None.")
+        if distance is not None and not (callable(distance) and hasattr(distance, "is_inverted")):
+            raise TypeError(
+                f"distance is {distance!r}: give None for the cosine, one of pytorch-metric-learning's distances, or a "
+                "callable that has is_inverted."
+            )
+        self.temperature, self.distance, self.reducer = temperature, distance, reducer
+        self.embedding_regularizer, self.embedding_reg_weight = embedding_regularizer, embedding_reg_weight
+        self.collect_stats = bool(collect_stats)
 
     def forward(
         self,
         embeddings: Tensor,
-        labels: Tensor,
-        indices_tuple: None = None,
+        labels: Tensor | None = None,
+        indices_tuple: Sequence[Tensor] | None = None,
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """Loss of embeddings [B, D] with labels [B] among themselves, or against ref_emb [R, D] and ref_labels [R].
 
-        ``indices_tuple`` keeps the place of a miner's pairs, which are not taken: all pairs count.
+        Where labels and ref_labels are one tensor (also where ref_labels is left out) row i is not paired with row i of
+        ref_emb; equal labels in two tensors pair them. ``indices_tuple`` holds the pairs of a miner, three or four
+        tensors of indices, and replaces those of the labels. Labels are integers, floats or booleans.
+
+        Returns:
+            A scalar, float32 (float64 for float64 embeddings), or what ``reducer`` returns.
         """
-        if indices_tuple is not None:
-            raise ValueError("indices_tuple is given, and all pairs count here: leave the miner out.")
-        if (ref_emb is None) != (ref_labels is None):
-            raise ValueError("ref_emb and ref_labels belong together: give both or neither.")
         check_vectors(embeddings=embeddings)
-        check_integers("labels", labels)
-        query, query_ids = _by_label(embeddings, labels, 0)
-        key, key_ids = query, query_ids
-        if ref_emb is not None and ref_labels is not None:
+        if ref_emb is None and ref_labels is not None:
+            raise ValueError("ref_labels is given without ref_emb: give both.")
+        if ref_emb is not None:
             check_vectors(ref_emb=ref_emb)
-            check_integers("ref_labels", ref_labels)
             if ref_emb.shape[1] != embeddings.shape[1]:
                 raise ValueError(
                     f"ref_emb has {ref_emb.shape[1]} channels and embeddings has {embeddings.shape[1]}: use one."
                 )
-            key, key_ids = _by_label(ref_emb, ref_labels, len(labels), "ref_labels")
+        reference = embeddings if ref_emb is None else ref_emb
+        if labels is not None:
+            labels = _check_labels("labels", labels, embeddings)
+            ref_labels = labels if ref_labels is None else _check_labels("ref_labels", ref_labels, reference)
+            if indices_tuple is None and len(ref_labels) != len(reference):
+                raise ValueError(
+                    f"ref_emb has {len(reference)} vectors and embeddings has {len(embeddings)}: give ref_labels."
+                )
+        elif indices_tuple is None:
+            raise ValueError("labels is None: give labels, or the pairs of a miner as indices_tuple.")
+
+        if indices_tuple is None and _is_product(self.distance):
+            assert labels is not None
+            assert ref_labels is not None
+            loss, found = self._without_matrix(embeddings, reference, labels, ref_labels)
+        else:
+            loss, found = self._with_matrix(embeddings, reference, labels, ref_labels, indices_tuple)
+        return self._reduce(loss, found, embeddings, labels)
+
+    def _without_matrix(
+        self, embeddings: Tensor, reference: Tensor, labels: Tensor, ref_labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The losses [B], and whether there are positive and negative pairs, by ``contrastive_loss``.
+
+        Vectors are sorted by label, which puts each class into few tiles.
+        """
+        classes, ref_classes = _as_integers(labels, ref_labels)
+        order = classes.argsort()
+        query, query_ids = _sorted_by_label(embeddings, classes, order, 0)
+        key, key_ids = query, query_ids
+        if ref_labels is not labels:
+            key, key_ids = _sorted_by_label(reference, ref_classes, ref_classes.argsort(), len(labels))
+        elif reference is not embeddings:
+            key = reference[order]
         loss = contrastive_loss(
-            query, key, query_ids=query_ids, key_ids=key_ids, temperature=self.temperature, reduction="none"
-        )
-        every = torch.cat([query_ids.image, key_ids.image])
-        loss = torch.where((every != every[:1]).any(), loss, 0)
-        return loss.sum() / (loss > 0).sum().clamp(min=1)
+            query, key, query_ids=query_ids, key_ids=key_ids, temperature=self.temperature, reduction="none",
+            normalize=getattr(self.distance, "normalize_embeddings", True),
+        )  # fmt: skip
+        every = torch.cat([classes, ref_classes])
+        enough = len(query) * len(key) > 2  # one positive and one negative pair do not count in the other library
+        return torch.empty_like(loss).index_copy(0, order, loss), (every != every[:1]).any() & enough
+
+    def _with_matrix(
+        self, embeddings: Tensor, reference: Tensor, labels: Tensor | None, ref_labels: Tensor | None,
+        indices_tuple: Sequence[Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The same from the similarities of all pairs [B, R]."""
+        if indices_tuple is not None:
+            positive, negative = pairs_of_indices(indices_tuple, len(embeddings), len(reference), embeddings.device)
+            enough = any(len(indices) > 1 for indices in indices_tuple)
+        else:
+            assert labels is not None
+            assert ref_labels is not None
+            positive, negative = pairs_of_labels(labels, ref_labels)
+            enough = positive.numel() > 2
+        dtype = accumulation(embeddings.dtype)
+        with exact(embeddings.device):
+            if self.distance is None:
+                similarity = unit_vectors(embeddings, dtype) @ unit_vectors(reference, dtype).T
+            else:
+                similarity = self.distance(embeddings.to(dtype), reference.to(dtype))
+                if not self.distance.is_inverted:
+                    similarity = -similarity
+            loss = contrast_of_pairs(similarity / self.temperature, positive, negative)
+        return loss, positive.any() & negative.any() & enough
+
+    def _reduce(self, loss: Tensor, found: Tensor, embeddings: Tensor, labels: Tensor | None) -> Any:
+        """The mean over the losses above 0, or what the reducer makes of the losses [B], plus the regularizer."""
+        extra = None
+        if self.embedding_regularizer is not None:
+            extra = self.embedding_regularizer(embeddings) * self.embedding_reg_weight
+        if self.reducer is None:
+            loss = torch.where(found, loss, 0)
+            loss = loss.masked_fill(loss <= 0, 0)
+            loss = loss.sum() / (loss > 0).sum().clamp(min=1)
+            return loss if extra is None else loss + extra
+        losses = {"losses": loss, "indices": arange_like(len(loss), loss), "reduction_type": "element"}
+        named = {"loss": losses if found else ZERO}
+        if extra is None:
+            return self.reducer(named, embeddings, labels)
+        if type(self.reducer).__name__ in ("DoNothingReducer", "MultipleReducers"):
+            return self.reducer({**named, "embedding_reg_loss": {**ZERO, "losses": extra}}, embeddings, labels)
+        return self.reducer(named, embeddings, labels) + extra
 
 
-def _by_label(x: Tensor, labels: Tensor, first: int, name: str = "labels") -> tuple[Tensor, Ids]:
-    """Vectors sorted by label, which puts each class into few tiles; each vector is its own view."""
-    if labels.shape != x.shape[:1]:
-        raise shape_error(name, str(list(x.shape[:1])), labels)
-    order = labels.argsort()
+def _is_product(distance: Any) -> bool:
+    """Whether similarities are cosines or dot products, of pytorch-metric-learning or by default."""
+    if distance is None:
+        return True
+    kind = type(distance)
+    return (
+        kind.__module__.startswith("pytorch_metric_learning.distances.")
+        and kind.__name__ in ("CosineSimilarity", "DotProductSimilarity")
+        and (distance.p, distance.power, distance.collect_stats) == (2, 1, False)
+    )
+
+
+def _check_labels(name: str, labels: Tensor, vectors: Tensor) -> Tensor:
+    """The labels on the device of their vectors; raise unless they are one number a vector."""
+    check_tensor(name, labels)
+    if labels.dtype not in (*INTEGERS, *FLOATS, torch.bool):
+        raise TypeError(f"{name} has dtype {labels.dtype}: give integers, floats or booleans.")
+    if labels.shape != vectors.shape[:1]:
+        raise shape_error(name, str(list(vectors.shape[:1])), labels)
+    return labels.to(vectors.device)
+
+
+def _as_integers(labels: Tensor, ref_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The labels as integers that are equal where the labels are; a label of NaN is a class of its own."""
+    if labels.dtype in INTEGERS and ref_labels.dtype in INTEGERS:
+        return labels, ref_labels
+    joined = torch.cat([labels, ref_labels])
+    if joined.dtype == torch.bool:  # which not every device can sort
+        joined = joined.byte()
+    order = joined.argsort()
+    new = joined[order][1:] != joined[order][:-1]
+    rank = torch.cat([new.new_zeros(min(len(joined), 1)), new]).cumsum(0)
+    first, second = torch.empty_like(rank).index_copy(0, order, rank).split([len(labels), len(ref_labels)])
+    return first, first if ref_labels is labels else second
+
+
+def _sorted_by_label(x: Tensor, labels: Tensor, order: Tensor, first: int) -> tuple[Tensor, Ids]:
+    """Vectors and ids in this order; each vector is its own view."""
     image = labels[order]
     return x[order], Ids(image, torch.zeros_like(image), first + arange_like(len(labels), labels))

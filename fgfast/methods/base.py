@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fgfast.config import TrainConfig
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone, parse_model_args
-from fgfast.models.weights import encoder_state, load_encoder
+from fgfast.models.weights import encoder_state, load_encoder, load_tensors
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -147,8 +147,7 @@ class Method(nn.Module):
         """The encoder stored in a checkpoint of a run with ``config``."""
         args = parse_model_args(config.model_args)
         encoder = Backbone(config.model, size=config.size, args=args, grey=config.grey_input)
-        tensors = encoder_state(checkpoint)
-        encoder.net.load_state_dict({k: tensors[k] for k in encoder.net.state_dict()})
+        load_tensors(encoder.net, encoder_state(checkpoint), "The weights of the checkpoint")
         return encoder
 
 

@@ -69,7 +69,7 @@ class Color(Method):
         self.config = config
         self.encoder = build_encoder(config)
         self.classes = AbClasses()
-        self.narrow = nn.Conv2d(self.encoder.dim, config.hidden, 3, padding=1, bias=False)
+        self.narrow = nn.Conv2d(self.encoder.map_dim, config.hidden, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(config.hidden)
         self.classifier = nn.Conv2d(config.hidden, len(self.classes), 1)
         self.weights = torch.ones(len(self.classes))  # not a buffer: RUN/colours.json holds the prior

@@ -64,8 +64,9 @@ class LoDisc(MoCoV3):
         super().__init__(config)
         if config.drop_tokens and not self.encoder.is_vit:
             raise UserError(f"--drop-tokens needs a ViT, which {config.model} is not: leave it out.")
-        patches = (config.size // self.encoder.patch) ** 2 if self.encoder.is_vit else 0
-        if patches and config.keep * patches < 1 - 1e-9:
+        side = config.size // self.encoder.patch if self.encoder.is_vit else self.encoder.map_side(config.size)
+        patches = side**2
+        if config.keep * patches < 1 - 1e-9:
             raise UserError(f"--keep is {config.keep} of {patches} patches: give at least {1 / patches:.4g}.")
         if not config.project:
             self.projector, self.target_projector = nn.Identity(), nn.Identity()  # type: ignore[assignment]

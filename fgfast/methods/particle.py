@@ -151,7 +151,7 @@ class PARTICLE(Method):
         self.passes_per_image = (4 if with_copy else 2) + (discovery if config.parts == "online" else 0)
         self.passes_to_prepare = discovery if config.parts == "discovered" and not config.maps else 0
         dim, head = self.encoder.dim, config.projection
-        projector = MLP((dim, config.hidden, head), config.norm)
+        projector = MLP((self.encoder.map_dim, config.hidden, head), config.norm)
         predictor = MLP((head, config.hidden, head), config.norm) if with_copy else None
         self.target = momentum_copy(self.encoder) if with_copy else None
         self.part_loss = PartContrastiveLoss(

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from fgfast.config import TrainConfig, parse_values, with_values
+from fgfast.config import TrainConfig, check_ranges, parse_values, with_values
 from fgfast.methods.base import method_class
 from fgfast.models.backbone import Backbone
 from fgfast.run import load_checkpoint, read_options
@@ -35,6 +35,7 @@ def load_run_encoder(
     """
     name, config = read_run(run)
     config = with_values(config, parse_values(config, settings or {}, "--set"), "--set")
+    check_ranges(config)
     state = load_checkpoint(run / f"{checkpoint}.pt", name)
     encoder = method_class(name).stored_encoder(config, state)
     return encoder.to(device, memory_format=torch.channels_last).eval(), config  # type: ignore[call-overload]

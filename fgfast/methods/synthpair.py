@@ -118,6 +118,8 @@ class SynthPair(Method):
         if c.synth_size and not 16 <= c.synth_size <= c.size:
             raise UserError(f"--synth-size is {c.synth_size}: give 0, or 16 to --size {c.size}.")
         self.encoder = build_encoder(c)
+        if self.encoder.dim != self.encoder.map_dim:
+            raise UserError(f"{c.model} widens its feature map before it is pooled: choose another --model.")
         self.base = BASES[c.base](self.encoder, c)
         self.queues = torch.nn.ModuleList(KeyQueue(c.queue, c.projection) for _ in range(2 * self.base.has_queue))
         self.decoder = Decoder(

@@ -73,6 +73,8 @@ class Backbone(nn.Module):
         options: dict[str, Any] = {"num_classes": 0, "pretrained": pretrained, **(args or {})}
         if name.startswith(("vit_", "deit", "test_vit")):
             options = {"img_size": size, "dynamic_img_size": True, **options}
+        elif getattr(timm.get_pretrained_cfg(name, allow_unregistered=True), "fixed_input_size", False):
+            options = {"img_size": size, **options}
         try:
             self.net = timm.create_model(name, **options)
         except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
@@ -82,8 +84,10 @@ class Backbone(nn.Module):
                 ) from error
             raise UserError(f"timm could not build {name!r} with {options}: {error}.") from error
         self.name, self.grey = name, grey
-        self.dim: int = self.net.num_features
-        self.is_vit = hasattr(self.net, "blocks") and hasattr(self.net, "patch_embed")
+        self.map_dim: int = self.net.num_features
+        self.dim: int = self.net.head_hidden_size  # of the pooled features: some networks widen them after the map
+        embedding = getattr(self.net, "patch_embed", None)
+        self.is_vit = hasattr(self.net, "num_prefix_tokens") and hasattr(embedding, "dynamic_feat_size")
         self.patch = int(self.net.patch_embed.patch_size[0]) if self.is_vit else 1  # side in pixels
         if size % self.patch:
             raise UserError(f"--size is {size}: {name} takes multiples of its patches of {self.patch} pixels.")
@@ -120,7 +124,7 @@ class Backbone(nn.Module):
         """Side of the feature map of images of ``side`` x ``side`` pixels.
 
         Raises:
-            UserError: the features are not a map [B, D, h, w] with D the width of the pooled features.
+            UserError: the features are not a map [B, D, h, w].
         """
         was_training = self.training
         self.eval()
@@ -128,9 +132,9 @@ class Backbone(nn.Module):
             x = torch.zeros(1, 3, side, side, device=next(self.parameters()).device)
             features = self.to_map(self.features(x), (side, side))
         self.train(was_training)
-        if features.dim() != 4 or features.shape[1] != self.dim:
+        if features.dim() != 4 or features.shape[1] != self.map_dim:
             raise UserError(
-                f"{self.name} has features of shape {list(features.shape)} instead of a map [1, {self.dim}, h, w]: "
+                f"{self.name} has features of shape {list(features.shape)} instead of a map [1, {self.map_dim}, h, w]: "
                 "choose another --model."
             )
         return features.shape[-1]
@@ -170,10 +174,12 @@ class Backbone(nn.Module):
         map, normalised to a sum of 1.
 
         Raises:
-            UserError: the network is a ViT, but not a plain one with a CLS token.
+            UserError: the network is a ViT, but not a plain one with a CLS token, or has no feature map.
         """
         if not self.is_vit:
             features = self.features(x)
+            if features.dim() != 4:
+                raise UserError(f"{self.name} has no feature map: choose another --model.")
             norm = features.detach().float().norm(dim=1).flatten(1)  # [B, h w]
             return features, (norm / norm.sum(1, keepdim=True).clamp(min=1e-12))[None, :, None]
         with self._collect_attention() as collected:

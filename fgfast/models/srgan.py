@@ -175,3 +175,4 @@ class SRGANEncoder(Backbone):
         nn.Module.__init__(self)  # that of Backbone builds a timm network
         self.net = Trunk(network, drop)
         self.name, self.dim, self.is_vit, self.grey = "srgan", self.net.num_features, False, False
+        self.map_dim = self.dim

@@ -4,8 +4,11 @@ import torch
 from torch import Tensor
 
 from fgfast.backend import check_triton, preference, resolve
+from fgfast.ops.derivatives import needs_definition, register_vmap
 from fgfast.ops.kmeans.checks import (
     METRICS,
+    Array,
+    as_floats,
     check_finite,
     choose,
     columns,
@@ -14,10 +17,11 @@ from fgfast.ops.kmeans.checks import (
     match_centroids,
 )
 from fgfast.ops.kmeans.step import assign_tiles
-from fgfast.ops.part_pool.part_pool import is_pixel_major, part_pool_backward
+from fgfast.ops.part_pool.part_pool import differentiate_pool, is_pixel_major
 from fgfast.ops.part_pool.tiled import pool
 from fgfast.reference import assign_and_pool as reference
-from fgfast.tensors import accumulation, check_tensor, check_weight, exact, shape_error
+from fgfast.reference.part_pool import part_pool as define_pool
+from fgfast.tensors import accumulation, check_weight, exact, shape_error
 
 
 @torch.library.custom_op("fgfast::assign_and_pool", mutates_args=())
@@ -68,19 +72,20 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad: Tensor, grad_area: Tensor, grad_labels: None):  # type: ignore[no-untyped-def]
     weight, area, labels = ctx.saved_tensors
-    out = part_pool_backward(grad, labels, weight, area, True, ctx.pixel_major, ctx.backend)
+    out = differentiate_pool(grad, labels, weight, area, True, ctx.pixel_major, ctx.backend)
     return out, None, None, None, None
 
 
 _assign_and_pool.register_autograd(_backward, setup_context=_setup)
+register_vmap(_assign_and_pool)
 
 
 def assign_and_pool(
-    features: Tensor,
-    centroids: Tensor,
+    features: Tensor | Array,
+    centroids: Tensor | Array,
     *,
     metric: str = "euclidean",
-    weight: Tensor | None = None,
+    weight: Tensor | Array | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Label each pixel with its nearest centroid and take the mean of each part.
@@ -88,10 +93,11 @@ def assign_and_pool(
     .. math:: labels_p = \min \arg\min_k |f_p - c_k|^2, \quad pooled_k = \sum_{labels_p = k} w_p f_p / area_k
 
     Gradients reach the features through the mean; labels, area and centroids get none. Labels as in `kmeans_step`,
-    pooling as in `part_pool` (of the features as they are, for "cosine" too).
+    pooling and its derivatives as in `part_pool` (of the features as they are, for "cosine" too).
 
     Args:
-        features: float [B, D, h, w] or [B, N, D], any strides.
+        features: float [B, D, h, w] or [B, N, D], any strides. Arrays and integers are taken here and below as `kmeans`
+            takes them.
         centroids: float [B, K, D], or [K, D] for all images; finite.
         metric: "euclidean" or "cosine".
         weight: float, the spatial shape of features, not negative; 0 leaves a pixel out.
@@ -102,7 +108,7 @@ def assign_and_pool(
 
     Raises:
         ValueError: shapes, devices or names do not fit, or (seen on the CPU) negative weights, non-finite centroids.
-        TypeError: something is not float.
+        TypeError: something is not a tensor or array of real numbers.
 
     Example:
         >>> import torch
@@ -115,7 +121,7 @@ def assign_and_pool(
     Source: the assignment of Lloyd 1982, the mask pooling of DetCon (Henaff et al., ICCV 2021).
     """
     choose("metric", metric, METRICS)
-    check_tensor("features", features)
+    features = as_floats("features", features)
     if features.dim() not in (3, 4):
         raise shape_error("features", "[B, D, h, w] or [B, N, D]", features)
     maps, shape = columns(features)
@@ -123,7 +129,12 @@ def assign_and_pool(
     c = match_centroids("centroids", centroids, len(maps), maps.shape[1], features.device)
     w = flat_weight(weight, shape, len(maps), features.device)
     chosen = resolve("assign_and_pool", backend, preference("assign_and_pool", maps))
-    if chosen == "reference":
+    if needs_definition("assign_and_pool", backend, maps, c, w):
+        spread = None if w is None else w.view(len(maps), *maps.shape[2:])
+        labels = _assign_and_pool(maps.detach(), c, spread, metric, "triton" if chosen == "triton" else "torch")[2]
+        pixels = maps.flatten(2).transpose(1, 2)
+        pooled, area = define_pool(pixels, labels.flatten(1), c.shape[1], w)
+    elif chosen == "reference":
         check_finite("centroids", c)
         if w is not None:
             check_weight(w)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fgfast.backend import missing, resolve
+from fgfast.ops.derivatives import needs_definition, register_vmap
 from fgfast.reference import mask as reference
 from fgfast.reference.draws import philox
 from fgfast.tensors import (
@@ -22,6 +23,7 @@ from fgfast.tensors import (
     check_whole,
     seed_or_random,
     shape_error,
+    transformed,
     values_checked,
 )
 
@@ -186,6 +188,13 @@ def _(images: Tensor, mask: Tensor, rows: int, columns: int, backend: str) -> Te
     return torch.empty_like(images)
 
 
+def _mask_gradient(grad: Tensor, mask: Tensor, rows: int, columns: int, backend: str) -> Tensor:
+    """The gradient of images, by the definition in a transform."""
+    if transformed(grad):
+        return reference.mask_images(grad, mask, (rows, columns))
+    return _mask_images(grad, mask, rows, columns, backend)
+
+
 def _setup_pivotal(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.options = inputs[5:]
     ctx.has_images = inputs[1] is not None
@@ -194,7 +203,7 @@ def _setup_pivotal(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward_pivotal(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     (mask,) = ctx.saved_tensors
-    of_images = _mask_images(grad, mask, *ctx.options) if ctx.has_images else None
+    of_images = _mask_gradient(grad, mask, *ctx.options) if ctx.has_images else None
     return None, of_images, None, None, None, None, None, None
 
 
@@ -205,11 +214,12 @@ def _setup_images(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_images(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (mask,) = ctx.saved_tensors
-    return _mask_images(grad, mask, *ctx.options), None, None, None, None
+    return _mask_gradient(grad, mask, *ctx.options), None, None, None, None
 
 
 _pivotal_mask.register_autograd(_backward_pivotal, setup_context=_setup_pivotal)
 _mask_images.register_autograd(_backward_images, setup_context=_setup_images)
+register_vmap(_pivotal_mask)
 
 
 def _check_values(attention: Tensor) -> None:
@@ -337,6 +347,9 @@ def pivotal_mask(
         grid = _check_images(images, attention.shape[1], patches, None, attention.device)
     seed = seed_or_random(seed, strategy in ("sample", "random"))
     name = _resolve("pivotal_mask", backend, attention, DTYPES, patches)
+    if needs_definition("pivotal_mask", backend, images):
+        _, mask, index = _pivotal_mask(attention, None, kept, strategy, seed, *grid, name)
+        return PivotalMask(mask, index, None if images is None else reference.mask_images(images, mask, grid))
     masked, mask, index = _pivotal_mask(attention, images, kept, strategy, seed, *grid, name)
     return PivotalMask(mask, index, None if images is None else masked)
 
@@ -347,7 +360,7 @@ def mask_images(
     """Zero the patches of images that a mask does not keep, in one pass.
 
     Args:
-        images: float [B, C, H, W], any strides. Gets a gradient.
+        images: [B, C, H, W] float32, float16, bfloat16 or float64, any strides. Gets every derivative.
         mask: bool [B, P], True = kept, patches in row-major order.
         grid: (rows, columns) of patches, P in all, that divide H and W; None takes the square one.
         backend: "native", "torch" or "reference"; strict. None follows `use_backend`.
@@ -373,4 +386,6 @@ def mask_images(
         raise shape_error("mask", "[B, P]", mask)
     rows, columns = _check_images(images, len(mask), mask.shape[1], grid, mask.device)
     name = _resolve("mask_images", backend, images, FLOATS, 0)
+    if needs_definition("mask_images", backend, images, mask):
+        return reference.mask_images(images, mask, (rows, columns))
     return _mask_images(images, mask, rows, columns, name)

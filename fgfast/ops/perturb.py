@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fgfast.backend import check_triton, preference, resolve
+from fgfast.ops.derivatives import register_vmap
 from fgfast.reference import perturb as reference
 from fgfast.reference.draws import normal
 from fgfast.tensors import accumulation, check_device, check_float, check_tensor, seed_or_random, shape_error
@@ -145,6 +146,9 @@ def _(features: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return features.new_empty(features.shape), features.new_empty(features.shape, dtype=torch.bool)
 
 
+register_vmap(_perturb)
+
+
 def _check(
     features: Tensor, gradient: Tensor | None, low_variance: Tensor | None, std: Tensor | None, noise: Tensor | None
 ) -> None:
@@ -199,7 +203,7 @@ def perturb(
     A vector with a value that is not finite in float32 is not changed at all.
 
     Args:
-        features: r, float [B, D], any strides.
+        features: r, [B, D] float32, float16, bfloat16 or float64, any strides; floats below may be of another dtype.
         gradient: w, float [B, D], such as that of a loss (Grad-CAM); None leaves this criterion out.
         low_variance: bool [D], True where the data vary little; None leaves this criterion out.
         std: float [D], sigma, for vectors scaled to norm 1: needed by "noise".
@@ -217,7 +221,7 @@ def perturb(
 
     Returns:
         Perturbed(features [B, D] in the dtype of features, mask bool [B, D], True = changed). Masks are equal for all
-        backends; changed values agree to a few roundings of float32. No gradient flows.
+        backends; changed values agree to a few roundings of float32. No gradient flows: every derivative is 0.
 
     Raises:
         ValueError: neither criterion, no std for "noise", shapes or devices that do not fit, an option out of range.

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fgfast.claim import claim_folder
 from fgfast.data.imageset import ImageSet
 from fgfast.data.loader import make_loader
 from fgfast.data.maps import map_path, read_maps_info, save_maps, write_maps_info
@@ -71,9 +72,11 @@ def discover(
         UserError: the folder holds maps of other weights or settings, or there are fewer pixels than clusters.
     """
     origin = describe_origin(encoder, clustering, config)
-    unlabelled = open_maps(out, images, origin, resume=not encoder.is_vit)
-    if unlabelled is not None:
-        write_maps(out, label_images(encoder, unlabelled, clustering, config), origin)
+    if not _is_complete(out, origin):
+        with claim_folder(out):
+            unlabelled = open_maps(out, images, origin, resume=not encoder.is_vit)
+            if unlabelled is not None:
+                write_maps(out, label_images(encoder, unlabelled, clustering, config), origin)
     return out
 
 
@@ -107,16 +110,22 @@ def open_maps(out: Path, images: ImageSet, origin: Origin, *, resume: bool) -> I
     Raises:
         UserError: the folder is complete and has another origin.
     """
-    if (out / "maps.json").is_file():
-        info = read_maps_info(out)
-        if (info["run"], info["n_parts"]) == (origin.run, origin.n_parts):
-            return None
-        raise UserError(f"{out} already holds maps of {info['run']}: give another --out, or remove it.")
+    if _is_complete(out, origin):
+        return None
     started, content = out / STARTED, json.dumps(origin._asdict())
     if resume and started.is_file() and started.read_text() == content:
         images = images.subset([i for i, path in enumerate(images.paths) if not map_path(out, path).is_file()])
     write_atomic(started, lambda p: p.write_text(content))
     return images
+
+
+def _is_complete(out: Path, origin: Origin) -> bool:
+    if not (out / "maps.json").is_file():
+        return False
+    info = read_maps_info(out)
+    if (info["run"], info["n_parts"]) == (origin.run, origin.n_parts):
+        return True
+    raise UserError(f"{out} already holds maps of {info['run']}: give another --out, or remove it.")
 
 
 def label_images(

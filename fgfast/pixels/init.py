@@ -1,6 +1,7 @@
 """Initial centroids of k-means: greedy k-means++ or random pixels, from the same random numbers for every problem."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,23 +10,45 @@ from fgfast.pixels.source import Dense, PixelSource
 from fgfast.reference.draws import uniform
 
 
-def pixel_keys(seed: Tensor, run: int, weight: Tensor, init: str) -> Tensor:
-    """Random keys of the N pixels for :func:`sample_pixels`, float64 [N] ("k-means++") or [B, N] ("random").
+class Sample(NamedTuple):
+    """Indices [B, n] of pixels, ascending, and the weight [B, n] with which each stands for those not drawn."""
 
-    Keys of "random" draw pixels without replacement in proportion to their weight [B, N]: log(u) / weight.
+    pixels: Tensor
+    weight: Tensor
 
-    Source: Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006.
+
+def random_pixels(weight: Tensor, n: int, seed: Tensor, run: int) -> Tensor:
+    """Indices [B, n], ascending, of pixels drawn without replacement in proportion to their weight [B, N].
+
+    Source: Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006: the largest log(u) / weight.
     """
-    keys = uniform(seed, 3 * run + 1, weight.shape[1])
-    return torch.log(keys + 2**-33) / weight.double().clamp_min(1e-30) if init == "random" else keys
-
-
-def sample_pixels(weight: Tensor, keys: Tensor, n: int) -> Tensor:
-    """Indices [B, n], ascending, of the n pixels of positive weight [B, N] with the largest keys; all if n is N."""
-    batch, pixels = weight.shape
-    if n == pixels:
-        return torch.arange(n, device=weight.device).expand(batch, -1)
+    u = uniform(seed, 3 * run + 1, weight.shape[1])
+    keys = torch.log(u + 2**-33) / weight.double().clamp_min(1e-30)
     return torch.where(weight > 0, keys, -math.inf).topk(n, dim=1).indices.sort(1).values
+
+
+def sample_pixels(weight: Tensor, spread: Tensor | None, n: int, seed: Tensor, run: int) -> Sample:
+    """N pixels that stand for all, among which a few that lie far away are not missed; all if n is N.
+
+    Half of the chance to be drawn goes to pixels alike, half in proportion to weight x spread, the distance [B, N] from
+    the centre; weights correct for it, so that sums over the sample are unbiased estimates of sums over all pixels.
+    ``spread`` is not read where n is N.
+
+    Source: Bachem, Lucic, Krause, "Scalable k-means clustering via lightweight coresets", KDD 2018, for the chances;
+    Duffield, Lund, Thorup, "Priority sampling for estimation of arbitrary subset sums", J. ACM 2007, for the draw.
+    """
+    batch, pixels = weight.shape
+    if n == pixels or spread is None:
+        return Sample(torch.arange(n, device=weight.device).expand(batch, -1), weight)
+    w = weight.double()
+    mass, counted = w * spread, (w > 0).double()
+    chance = counted / counted.sum(1, keepdim=True).clamp_min(1) + mass / mass.sum(1, keepdim=True).clamp_min(1e-300)
+    priority = chance / (uniform(seed, 3 * run + 1, pixels) + 2**-33)
+    top = priority.topk(n + 1, dim=1)
+    index = top.indices[:, :n].sort(1).values
+    share = chance.gather(1, index)
+    stands_for = torch.where(share > 0, (top.values[:, n:] / share).clamp_min(1), 0)
+    return Sample(index, (w.gather(1, index) * stands_for).to(weight.dtype))
 
 
 def trial_numbers(seed: Tensor, run: int, n_clusters: int) -> Tensor:
@@ -46,17 +69,15 @@ def start(source: PixelSource, n_clusters: int, init: str, init_samples: int, se
     k-means++ draws 2 + floor(log K) candidates in proportion to weight x distance and keeps the one that leaves the
     least, as scikit-learn does (Arthur and Vassilvitskii, SODA 2007).
     """
-    keys = pixel_keys(seed, run, source.w, init)
     if init == "random":
-        return source.points(sample_pixels(source.w, keys, n_clusters))
+        return source.points(random_pixels(source.w, n_clusters, seed, run))
     w = source.w
     if init_samples < source.pixels:
-        chosen = sample_pixels(w, keys, init_samples)
+        chosen = sample_pixels(w, source.spread(), init_samples, seed, run)
         if isinstance(source, Dense):
-            source = source.subset(chosen)
-            w = source.w
+            source, w = source.subset(chosen.pixels), chosen.weight
         else:
-            w = w * torch.zeros_like(w).scatter_(1, chosen, 1)
+            w = torch.zeros_like(w).scatter_(1, chosen.pixels, chosen.weight)
     u = trial_numbers(seed, run, n_clusters)
     first = source.points(_draw_positions(w, u[0, :1]))  # [B, 1, D]
     found = [first]

@@ -11,8 +11,7 @@ A0 = Wy * Wy, A1[i, y] = Wy[i, y] Wy[i, y + 1] (B from Wx in the same way), Gab(
 A level of D channels and n < D cells lies in a space of n dimensions: its QR decomposition f = Q r reduces it to a
 level r of n channels with the same inner products, norms and distances, and a centroid c of r is Q c of f. That pays
 where n is far less than D, as in the deepest stages of a CNN. Centroids from outside need not lie in that space.
-Squared distances do not change when the mean cell is subtracted first, which preserves precision; it is added back to
-means of pixels, since the weights of a pixel sum to one.
+The shift of :mod:`fgfast.pixels.source` is subtracted from the cells: the weights of a pixel sum to one.
 The resizing is that of torch.nn.functional.interpolate(mode="bilinear", align_corners=False), without antialiasing.
 """
 
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fgfast.pixels.source import PixelSource, one_hot
+from fgfast.pixels.source import PixelSource, one_hot, to_relative
 from fgfast.tensors import TILE_ELEMENTS, accumulation
 
 CACHED = 1 << 16  # elements of a tile on the CPU: its five products stay in a core's cache
@@ -44,54 +43,59 @@ FEW = 4  # a level with that many times fewer cells than channels is rank-reduce
 
 
 class Level:
-    """One feature map [B, D, h, w] with its resizing; cells that are not finite are set to zero and marked.
+    """One feature map [B, D, h, w] with its resizing; cells that are not finite are set to zero and marked."""
 
-    Args:
-        f: the map.
-        size: (H, W) to which it is resized.
-        reduce_rank: replace the level by the R of its QR decomposition if it has far fewer cells than channels.
-        centre: subtract the mean cell of a rank-reduced level, which changes no distance between pixels.
-    """
-
-    def __init__(self, f: Tensor, size: tuple[int, int], reduce_rank: bool = False, centre: bool = False) -> None:
+    def __init__(self, f: Tensor, size: tuple[int, int]) -> None:
         self.f = f.to(accumulation(f.dtype))
         self.channels, self.height, self.width = f.shape[1:]
         self.same = tuple(f.shape[2:]) == size
         self.wy = interpolation(self.height, size[0], self.f.dtype, f.device)
         self.wx = interpolation(self.width, size[1], self.f.dtype, f.device)
-        bad = ~self._products(None, False)[0].isfinite()  # [B, h, w]
+        self.bad_cells = ~self.largest().isfinite()  # [B, h, w]
         self.bad: Tensor | None = None
-        if f.device.type != "cpu" or bool(bad.any()):
-            self.bad = self.up(bad.to(self.f.dtype)) > 0
-            self.f = torch.where(bad[:, None], 0, self.f)
-        self.flat = self.f.flatten(2)  # [B, D, h w]
+        if f.device.type != "cpu" or bool(self.bad_cells.any()):
+            self.bad = self.up(self.bad_cells.to(self.f.dtype)) > 0
+            self.f = torch.where(self.bad_cells[:, None], 0, self.f)
+        self.given = self.f
         self.reflectors: tuple[Tensor, Tensor] | None = None
-        n = self.flat.shape[2]
+
+    @property
+    def flat(self) -> Tensor:
+        """The cells [B, channels, h w]."""
+        return self.f.flatten(2)
+
+    def largest(self) -> Tensor:
+        """The largest magnitude of each cell [B, h, w]."""
+        return torch.linalg.vector_norm(self.f, torch.inf, 1)
+
+    def move(self, shift: Tensor | None, factor: Tensor | None, reduce_rank: bool) -> None:
+        """Use factor (f - shift) from now on, a copy; reduce it to the R of its QR decomposition if that is small."""
+        self.f = to_relative(self.given.flatten(2).mT, shift, factor).mT.unflatten(2, self.given.shape[2:])
+        if self.bad is not None:
+            self.f = torch.where(self.bad_cells[:, None], 0, self.f)
+        n, self.channels = self.height * self.width, self.given.shape[1]
         if reduce_rank and FEW * n <= self.channels:
-            self.mean = self.flat.mean(2, keepdim=True) if centre else self.flat.new_zeros(1)  # [B, D, 1]
-            self.reflectors = torch.geqrf(self.flat - self.mean)
-            self.channels, self.flat = n, self.reflectors[0][:, :n].triu()
-            self.f = self.flat.unflatten(2, f.shape[2:])
+            self.reflectors = torch.geqrf(self.flat)
+            self.channels = n
+            self.f = self.reflectors[0][:, :n].triu().unflatten(2, self.given.shape[2:])
 
     def as_given(self, c: Tensor) -> Tensor:
         """Vectors [B, K, channels] in the space of the given map, [B, K, D]."""
         if self.reflectors is None:
             return c
         missing = self.reflectors[0].shape[1] - self.channels
-        back = torch.ormqr(*self.reflectors, F.pad(c, (0, missing)).transpose(1, 2))
-        return (back + self.mean).transpose(1, 2)
+        return torch.ormqr(*self.reflectors, F.pad(c, (0, missing)).transpose(1, 2)).transpose(1, 2)
 
     def up(self, maps: Tensor) -> Tensor:
         """Resize [..., h, w] to [..., H, W]."""
         return maps if self.same else self.wy @ (maps @ self.wx.T)
 
-    def _products(self, mu: Tensor | None, neighbours: bool) -> list[Tensor]:
-        """G00 of f - mu, and with ``neighbours`` G01, G10 and G11 + G-11, in tiles of channels."""
+    def _products(self, neighbours: bool) -> list[Tensor]:
+        """G00, and with ``neighbours`` G01, G10 and G11 + G-11, in tiles of channels."""
         found: list[Tensor] = []
         step = max(1, (CACHED if self.f.device.type == "cpu" else TILE_ELEMENTS) // max(1, self.f[:, :1].numel()))
         for d in range(0, self.channels, step):
             t = self.f[:, d : d + step]
-            t = t if mu is None else t - mu[:, d : d + step, None, None]
             parts = [t.square().sum(1)]
             if neighbours:
                 up, down, left, right = t[:, :, :-1], t[:, :, 1:], t[..., :-1], t[..., 1:]
@@ -100,11 +104,11 @@ class Level:
             found = [a + b for a, b in zip(found, parts, strict=True)] if found else parts
         return found
 
-    def squares(self, mu: Tensor | None) -> Tensor:
-        """|up(f) - mu|^2 [B, H, W]: up(f) - mu = up(f - mu), as the weights of a pixel sum to one."""
+    def squares(self) -> Tensor:
+        """|up(f)|^2 [B, H, W]."""
         if self.same:
-            return self._products(mu, False)[0]
-        g00, g01, g10, g11 = self._products(mu, True)
+            return self._products(False)[0]
+        g00, g01, g10, g11 = self._products(True)
         a0, b0 = self.wy.square(), self.wx.square()
         a1, b1 = 2 * self.wy[:, :-1] * self.wy[:, 1:], 2 * self.wx[:, :-1] * self.wx[:, 1:]
         out = a0 @ (g00 @ b0.T + g01 @ b1.T) + a1 @ (g10 @ b0.T + g11 @ (b1 / 2).T)
@@ -129,48 +133,56 @@ class Pyramid(PixelSource):
         maps: the levels.
         size: (H, W).
         closed: all vectors compared with the pixels are pixels of these maps or means of them.
-        metric: "euclidean" or "cosine".
     """
 
-    def __init__(
-        self, maps: list[Tensor], size: tuple[int, int], closed: bool = False, metric: str = "euclidean"
-    ) -> None:
+    def __init__(self, maps: list[Tensor], size: tuple[int, int], closed: bool = False) -> None:
         self.size = size
-        reduce_rank = closed and maps[0].device.type == "cpu"
-        self.levels = [Level(f, size, reduce_rank, centre=metric == "euclidean") for f in maps]
-        self.split = [level.channels for level in self.levels]
-        self.batch, self.pixels, self.channels = maps[0].shape[0], size[0] * size[1], sum(self.split)
-        self.features = sum(f.shape[1] for f in maps)
+        self.reduce_rank = closed and maps[0].device.type == "cpu"
+        self.levels = [Level(f, size) for f in maps]
+        self.batch, self.pixels = maps[0].shape[0], size[0] * size[1]
+        self.given = [f.shape[1] for f in maps]
+        self.features = sum(self.given)
         self.dtype, self.device = self.levels[0].f.dtype, maps[0].device
         self.resized = [level for level in self.levels if not level.same]
         if self.resized:
             self.down = torch.cat([level.wy for level in self.resized], 1)  # [H, sum of h_l]
+        self.split, self.channels = self.given, self.features  # until levels are reduced
+
+    def move(self, shift: Tensor | None, factor: Tensor | None) -> None:
+        """Use y = factor (x - shift) from now on."""
+        self.shift, self.factor = shift, factor
+        parts = [None] * len(self.levels) if shift is None else shift.split(self.given, 1)
+        for level, part in zip(self.levels, parts, strict=True):
+            level.move(part, factor, self.reduce_rank)
+        self.split = [level.channels for level in self.levels]
+        self.channels = sum(self.split)
 
     def as_given(self, c: Tensor) -> Tensor:
-        """Centroids [B, K, channels] as [B, K, features]."""
+        """Centroids [B, K, channels] of y as [B, K, features] of x."""
         parts = zip(self.levels, c.split(self.split, 2), strict=True)
-        return torch.cat([level.as_given(part) for level, part in parts], 2)
+        return super().as_given(torch.cat([level.as_given(part) for level, part in parts], 2))
 
-    def finite(self) -> Tensor:
-        """Which pixels interpolate only finite cells, bool [B, N]."""
-        out = torch.ones(self.batch, *self.size, dtype=torch.bool, device=self.device)
+    def _marked(self, out: Tensor) -> Tensor:
+        """Infinite where a pixel [B, H, W] interpolates a cell that is not finite; flattened to [B, N]."""
         for level in self.levels:
-            if level.bad is not None:
-                out &= ~level.bad
-        return out.flatten(1)
-
-    def squares(self, mu: Tensor | None) -> Tensor:
-        """|x_n - mu|^2 [B, N]."""
-        parts = [None] * len(self.levels) if mu is None else mu.split(self.split, 1)
-        out = torch.zeros(self.batch, *self.size, dtype=self.dtype, device=self.device)
-        for level, part in zip(self.levels, parts, strict=True):
-            out += level.squares(part)
             if level.bad is not None:
                 out.masked_fill_(level.bad, torch.inf)
         return out.flatten(1)
 
+    def squares(self) -> Tensor:
+        """|y_n|^2 [B, N]."""
+        out = torch.zeros(self.batch, *self.size, dtype=self.dtype, device=self.device)
+        for level in self.levels:
+            out += level.squares()
+        return self._marked(out)
+
+    def largest(self) -> Tensor:
+        """A bound of |x| over the channels of each pixel [B, N]: the largest of each map."""
+        most = torch.stack([level.given.abs().amax((1, 2, 3)) for level in self.levels]).amax(0)
+        return self._marked(most[:, None, None].expand(-1, *self.size).clone())
+
     def inner(self, m: Tensor) -> Tensor:
-        """<x_n, m_k> [B, K, N]: scores at each level, resized along x each, along y together."""
+        """<y_n, m_k> [B, K, N]: scores at each level, resized along x each, along y together."""
         batch, k = m.shape[:2]
         own, rows = None, []
         for level, part in zip(self.levels, m.split(self.split, 2), strict=True):
@@ -202,7 +214,7 @@ class Pyramid(PixelSource):
         return labels, best, self._weighted_sums(hot), hot.sum(2)
 
     def total(self, scale: Tensor) -> Tensor:
-        """Sum of scale_n x_n [B, D]."""
+        """Sum of scale_n y_n [B, D]."""
         return self._weighted_sums(scale[:, None])[:, 0]
 
     def rows(self, index: Tensor) -> Tensor:

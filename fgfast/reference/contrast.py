@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fgfast.ids import Ids
+from fgfast.tensors import accumulation, unit_vectors, without_autocast
 
 
 def contrastive_loss(
@@ -36,14 +37,14 @@ def contrastive_loss(
         >>> round(loss.item(), 4)  # log(e + 1) - 1
         0.3133
     """
-    with torch.autocast(query.device.type, enabled=False):
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    with without_autocast(query.device):
+        dtype = accumulation(query.dtype)
         row_present, column_present = query_ids.part >= 0, key_ids.part >= 0
-        q = torch.where(row_present[:, None], query, 0).to(dtype)
-        k = torch.where(column_present[:, None], key, 0).to(dtype)
-        columns = k if bank is None else torch.cat([k, bank.to(dtype)])  # [T + Q, D]
-        if normalize:
-            q, columns = F.normalize(q, dim=1), F.normalize(columns, dim=1)
+        q, k = torch.where(row_present[:, None], query, 0), torch.where(column_present[:, None], key, 0)
+        q, *columns_given = [
+            unit_vectors(x, dtype) if normalize else x.to(dtype) for x in (q, k, bank) if x is not None
+        ]
+        columns = torch.cat(columns_given)  # [T + Q, D]
         logits = q @ columns.T / temperature  # [M, T + Q]
 
         same_image = query_ids.image[:, None] == key_ids.image
@@ -65,9 +66,10 @@ def contrastive_loss(
         n_positives = positive.sum(1)
         valid = n_positives > 0
         counted = counted | ~valid[:, None]  # a row without a positive keeps a finite log-sum-exp; it is not used
-        lse = torch.where(counted, logits, -torch.inf).logsumexp(1)
-        mean_positive = torch.where(positive, logits, 0).sum(1) / n_positives.clamp(min=1)
-        loss = torch.where(valid, lse - mean_positive, 0)
+        mean_positive = torch.where(positive, logits, 0).sum(1, keepdim=True) / n_positives.clamp(min=1)[:, None]
+        # Subtracted before the logarithm, so that a loss far below the rounding error of the logits is not lost.
+        above = torch.where(counted, logits - mean_positive, -torch.inf)
+        loss = torch.where(valid, above.logsumexp(1), 0)
     return reduce(loss, valid, weight, reduction)
 
 

@@ -43,6 +43,18 @@ def uniform(seed: Tensor, stream: int, n: int) -> Tensor:
     return _shift(z, 32).double() / (1 << 32)
 
 
+def spaced_pixels(weight: Tensor, count: int = 8) -> Tensor:
+    """Indices [B, count] of pixels of positive weight [B, N], evenly spaced among these; any pixels if there is none.
+
+    Example:
+        >>> spaced_pixels(torch.tensor([[1.0, 1, 0, 0, 1, 1]]), 2).tolist()
+        [[1, 5]]
+    """
+    rank = (weight > 0).cumsum(1)  # [B, N]
+    wanted = (rank[:, -1:] * (2 * torch.arange(count, device=weight.device) + 1)) // (2 * count) + 1
+    return torch.searchsorted(rank, wanted).clamp_max(weight.shape[1] - 1)
+
+
 def philox(seed: int, images: int, patches: int, device: torch.device) -> Tensor:
     """Numbers in (0, 1) with 23 random bits, float32 [images, patches], by Philox 4x32-10.
 

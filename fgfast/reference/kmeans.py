@@ -1,4 +1,7 @@
-"""k-means in plain PyTorch, one problem at a time on the built matrix: every backend is tested against it."""
+"""k-means in plain PyTorch, one problem at a time on the built matrix: every backend is tested against it.
+
+It computes in float64, where neither a common offset of the pixels nor their scale costs digits that float32 shows.
+"""
 
 import math
 
@@ -6,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fgfast.reference.draws import uniform
+from fgfast.reference.draws import spaced_pixels, uniform
 
 EPS = 1e-12
 
@@ -30,13 +33,12 @@ def _distances(x: Tensor, centroids: Tensor, metric: str) -> Tensor:
 
 
 def _prepare_pixels(x: Tensor, weight: Tensor | None, metric: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels [N, D] upcast, non-finite ones zero (unit vectors for cosine), their weights, and which are finite."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    """Pixels [N, D] in float64, non-finite ones zero (unit vectors for cosine), their weights, which are finite."""
     finite = x.isfinite().all(1)
-    x = torch.where(finite[:, None], x.to(wide), 0)
+    x = torch.where(finite[:, None], x.double(), 0)
     if metric == "cosine":
         x = F.normalize(x, dim=1, eps=EPS)
-    w = torch.ones(len(x), dtype=wide, device=x.device) if weight is None else weight.to(wide)
+    w = torch.ones(len(x), dtype=x.dtype, device=x.device) if weight is None else weight.double()
     return x, torch.where(finite, w, 0), finite | (w <= 0)
 
 
@@ -67,21 +69,28 @@ def kmeans_step(
     counts, inertia = sums.new_zeros(sums.shape[:2]), sums.new_zeros(batch)
     for b in range(batch):
         xb, w, finite = _prepare_pixels(x[b], None if weight is None else weight[b], metric)
-        labels[b], nearest = _assign(xb, w, centroids[b].to(wide), metric)
+        labels[b], nearest = _assign(xb, w, centroids[b].double(), metric)
         sums[b], counts[b] = _totals(xb, w, labels[b], centroids.shape[1])
         inertia[b] = (w * nearest).sum() if bool(finite.all()) else math.nan
     return labels, sums, counts.float(), inertia.float()
 
 
-def sample(w: Tensor, seed: Tensor, stream: int, n: int, by_weight: bool = False) -> Tensor:
-    """N distinct pixels of weight > 0 in ascending order, drawn evenly or in proportion to the weight.
-
-    Drawing by weight: the n largest log(u) / w (Efraimidis and Spirakis, 2006).
-    """
-    keys = uniform(seed, stream, len(w)).to(w.device)
-    if by_weight:
-        keys = torch.log(keys + 2**-33) / w.double().clamp_min(1e-30)
+def random_pixels(w: Tensor, seed: Tensor, stream: int, n: int) -> Tensor:
+    """Distinct pixels drawn in proportion to their weight: the n largest log(u) / w (Efraimidis and Spirakis, 2006)."""
+    keys = torch.log(uniform(seed, stream, len(w)) + 2**-33) / w.clamp_min(1e-30)
     return torch.where(w > 0, keys, -math.inf).topk(n).indices.sort().values
+
+
+def sample(x: Tensor, w: Tensor, seed: Tensor, stream: int, n: int, metric: str) -> tuple[Tensor, Tensor]:
+    """Indices and weights of n pixels that stand for all, as `fgfast.pixels.init.sample_pixels` draws them."""
+    few = spaced_pixels(w[None])[0]
+    centre = (x[few] * (w[few] > 0)[:, None]).sum(0) / (w[few] > 0).sum().clamp_min(1)
+    mass = w * _distances(x, centre[None], metric)[:, 0]
+    chance = (w > 0) / (w > 0).sum().clamp_min(1) + mass / mass.sum().clamp_min(1e-300)
+    top = (chance / (uniform(seed, stream, len(w)) + 2**-33)).topk(n + 1)
+    index = top.indices[:n].sort().values
+    stands_for = torch.where(chance[index] > 0, (top.values[n] / chance[index]).clamp_min(1), 0)
+    return index, w[index] * stands_for
 
 
 def _draw(p: Tensor, u: Tensor) -> Tensor:
@@ -95,10 +104,10 @@ def starts(
 ) -> Tensor:
     """K rows of x: greedy k-means++ with 2 + floor(log K) trials, as scikit-learn does it, or "random" pixels."""
     if init == "random":
-        return x[sample(w, seed, 3 * run + 1, n_clusters, by_weight=True)]
+        return x[random_pixels(w, seed, 3 * run + 1, n_clusters)]
     if init_samples < len(x):
-        chosen = sample(w, seed, 3 * run + 1, init_samples)
-        x, w = x[chosen], w[chosen]
+        chosen, w = sample(x, w, seed, 3 * run + 1, init_samples, metric)
+        x = x[chosen]
     trials = 2 + int(math.log(n_clusters))
     u = uniform(seed, 3 * run + 2, n_clusters * trials).view(n_clusters, trials)
     rows = [x[_draw(w, u[0, :1])[0]]]
@@ -141,9 +150,6 @@ def _lloyd(
         if empty == "farthest" and bool((counts == 0).any()):
             sums, counts = _relocate_empty(x, w, labels, nearest, sums, counts)
         full = (counts > 0)[:, None]
-        means = sums / torch.where(full, counts[:, None], 1)
-        if metric == "cosine":
-            means = F.normalize(means, dim=1, eps=EPS)
         means = (
             F.normalize(sums, dim=1, eps=EPS) if metric == "cosine" else sums / torch.where(full, counts[:, None], 1)
         )
@@ -192,16 +198,16 @@ def kmeans(
         best = math.inf
         for run in range(n_init):
             if isinstance(init, Tensor):
-                c = init[b].to(wide)
+                c = init[b].double()
             else:
                 c = starts(xb, w, n_clusters, init, init_samples, metric, seed, run)
             if metric == "cosine":
                 c = F.normalize(c, dim=1, eps=EPS)
             c, i = _lloyd(xb, w, c, n_iter, tol, metric, empty)
             ids, nearest = _assign(xb, w, c, metric)
-            total = float((w * nearest).sum())
-            if total < best:
-                best = total
+            total = (w * nearest).sum()
+            if float(total) < best:
+                best = float(total)
                 centroids[b], labels[b], counts[b] = c, ids, _totals(xb, w, ids, n_clusters)[1]
                 inertia[b], steps[b] = total if bool(finite.all()) else math.nan, i
     return centroids, labels, counts, inertia, steps

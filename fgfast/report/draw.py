@@ -1,5 +1,6 @@
 """Figures of a run: the images that its method draws, and nearest neighbours by its features."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,17 @@ import torch
 from fgfast.data.imageset import ImageSet
 from fgfast.data.layouts import open_images
 from fgfast.data.loader import make_loader
+from fgfast.data.panels import Panel
 from fgfast.data.views import ViewSpec
+from fgfast.errors import UserError
 from fgfast.evaluate.features import extract
-from fgfast.methods.base import method_class
+from fgfast.files import write_json
+from fgfast.methods.base import Method, method_class
 from fgfast.methods.run_folder import Checkpoint, read_run
 from fgfast.report.pictures import neighbour_panels, write_grid
 from fgfast.run import load_checkpoint
+
+log = logging.getLogger("fgfast")
 
 SHOWN = 8  # images per figure
 SEARCHED = 1000  # images among which nearest neighbours are searched
@@ -22,6 +28,8 @@ SEARCHED = 1000  # images among which nearest neighbours are searched
 
 def draw_run(run: Path, data: Path, *, checkpoint: Checkpoint = "last", device: torch.device) -> list[Path]:
     """Write RUN/parts.png (methods with parts) and RUN/pictures/*.png; names for the checkpoint "init" end in -init.
+
+    A figure that these images do not allow is left out; the reason is logged, and stored for the report.
 
     Args:
         run: run folder.
@@ -43,11 +51,38 @@ def draw_run(run: Path, data: Path, *, checkpoint: Checkpoint = "last", device: 
     method.eval()
 
     shown = images.test_set() if len(images.test_set()) else images.train_set()
+    suffix = "" if checkpoint == "last" else f"-{checkpoint}"
+    written: list[Path] = []
+    reasons = []
+    try:
+        for title, rows in _method_pictures(method, images, shown, run, device).items():
+            slug = title.replace(" ", "-") + suffix
+            path = run / f"{slug}.png" if title == "parts" else run / "pictures" / f"{slug}.png"
+            written.append(write_grid(rows, path, description=f"{title} ({name}, {checkpoint})"))
+    except UserError as error:
+        reasons.append(f"The images of the method are left out: {error}")
+    try:
+        path = run / "pictures" / f"neighbours{suffix}.png"
+        written.append(_draw_neighbours(method.encoder, shown, config.size, path, device, config.threads))
+    except UserError as error:
+        reasons.append(f"The nearest neighbours are left out: {error}")
+    for reason in reasons:
+        log.warning(reason)
+    write_json(run / "pictures" / f"left-out{suffix}.json", reasons)
+    return written
+
+
+def _method_pictures(
+    method: Method, images: ImageSet, shown: ImageSet, run: Path, device: torch.device
+) -> dict[str, list[list[Panel]]]:
+    """The figures of a method, by title."""
+    config, spec = method.config, method.views()
     sample = shown.subset(np.sort(np.random.default_rng(0).permutation(len(shown))[:SHOWN]))
-    spec = method.views()
     if spec.masks:  # only the training images have stored id maps
         sample = images.train_set()
         sample = sample.subset(np.arange(min(SHOWN, len(sample))))
+    if not len(sample):
+        raise UserError(f"{images.root} has no labelled image to show.")
     maps = method.prepare(images.train_set(), run, max(0, getattr(config, "rounds", 1) - 1)) if spec.masks else None
     loader = make_loader(
         sample, replace(spec, whole=spec.whole or 2 * config.size), len(sample), shuffle=False, seed=config.seed,
@@ -57,15 +92,8 @@ def draw_run(run: Path, data: Path, *, checkpoint: Checkpoint = "last", device: 
         batch = next(iter(loader))
     finally:
         loader.close()
-    written, suffix = [], "" if checkpoint == "last" else f"-{checkpoint}"
     with torch.no_grad():
-        for title, rows in method.pictures(batch).items():
-            slug = title.replace(" ", "-") + suffix
-            path = run / f"{slug}.png" if title == "parts" else run / "pictures" / f"{slug}.png"
-            written.append(write_grid(rows, path, description=f"{title} ({name}, {checkpoint})"))
-    path = run / "pictures" / f"neighbours{suffix}.png"
-    written.append(_draw_neighbours(method.encoder, shown, config.size, path, device, config.threads))
-    return written
+        return method.pictures(batch)
 
 
 def _draw_neighbours(
@@ -73,15 +101,15 @@ def _draw_neighbours(
 ) -> Path:
     searched = images.subset(np.sort(np.random.default_rng(1).permutation(len(images))[:SEARCHED]))
     features, targets = extract(encoder, searched, size, device=device, threads=threads)
+    n = len(features)
+    if n < 2:
+        raise UserError(f"{images.root} has one image to show: neighbours need two or more.")
     loader = make_loader(searched, ViewSpec(whole=96), 64, shuffle=False, device="cpu", threads=threads)
     try:
         whole = torch.cat([b.whole[b.valid] for b in loader if b.whole is not None])
     finally:
         loader.close()
-    queries = list(range(0, len(searched), max(1, len(searched) // 6)))[:6]
-    k = min(5, len(features) - 1)
-    rows = neighbour_panels(
-        whole, torch.as_tensor(features), k, queries=queries, targets=targets, classes=searched.classes
-    )
+    queries = list(range(0, n, max(1, n // 6)))[:6]
+    rows = neighbour_panels(whole, features, min(5, n - 1), queries=queries, targets=targets, classes=searched.classes)
     description = "Each row: an image and its five nearest neighbours by cosine similarity of the features"
     return write_grid(rows, path, description=description)

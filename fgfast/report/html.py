@@ -3,7 +3,6 @@
 import base64
 import json
 import math
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -13,6 +12,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
+from fgfast.config import load_toml
 from fgfast.errors import UserError
 from fgfast.files import write_atomic
 from fgfast.info import versions
@@ -164,17 +164,28 @@ def _add_figures(page: Page, run: Path) -> None:
         page.figures.append(Figure(title[:1].upper() + title[1:], alt, _data_uri(path.read_bytes())))
 
 
+def _read_left_out(page: Page, folder: Path) -> None:
+    """The figures that :func:`fgfast.report.draw.draw_run` left out."""
+    for path in sorted(folder.glob("left-out*.json")):
+        try:
+            page.notes += [str(reason) for reason in json.loads(path.read_text(encoding="utf-8"))]
+        except (ValueError, TypeError) as error:
+            raise _parse_error(path, error) from error
+
+
 def _parse_error(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} cannot be read ({error}): repair it, or delete it to leave it out of the report.")
 
 
 def _read_config(page: Page, path: Path) -> None:
     try:
-        config = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        config = load_toml(path)
+    except ValueError as error:
         raise _parse_error(path, error) from error
     environment = config.pop("environment", None)
     if isinstance(environment, dict):
+        if resumed := environment.pop("resumed", None):  # what --resume changed, and when
+            config["resumed"] = resumed
         page.versions = [(name, _text(value)) for name, value in flatten(environment)]
         page.versions_from_run = True
     items = list(flatten(config))
@@ -240,6 +251,7 @@ def write_report(run: Path) -> Path:
             titles = ", ".join(axes.get_title(loc="left").lower() for axes in figure.axes)
             page.curves = Figure("Curves", f"Curves over training steps: {titles}", _data_uri(plots.png_bytes(figure)))
     _add_figures(page, run)
+    _read_left_out(page, run / "pictures")
     page.versions = page.versions or list(versions().items())
 
     template = resources.files("fgfast.report").joinpath("report.html.j2").read_text(encoding="utf-8")
@@ -248,5 +260,5 @@ def write_report(run: Path) -> Path:
     )
     text = environment.from_string(template).render(page=page, run=str(run))
     path = run / "report.html"
-    write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+    write_atomic(path, lambda p: p.write_text(text, encoding="utf-8", errors="backslashreplace"))
     return path

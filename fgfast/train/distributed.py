@@ -1,12 +1,17 @@
 """The ranks of a distributed run: the process group that torchrun describes, barriers, and the choice of a device."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from fgfast.backend import check_chosen
 from fgfast.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,12 @@ def choose_device(name: str) -> torch.device:
     """The device of "auto", "cpu", "cuda" or "cuda:N".
 
     Raises:
-        UserError: there is no such device.
+        UserError: there is no such device, or FGFAST_BACKEND names a backend that cannot run.
     """
+    try:
+        check_chosen()
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from None
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -47,24 +56,76 @@ def choose_device(name: str) -> torch.device:
 
 
 def start(device: str) -> Ranks:
-    """Join the process group that torchrun describes in the environment; without one this process is the only rank."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    """Join the process group that torchrun describes in the environment; without one this process is the only rank.
+
+    Raises:
+        UserError: there is no such device, the environment describes no group, or the group cannot be joined.
+    """
     chosen = choose_device(device)
+    world = _variable("WORLD_SIZE", least=1, default=1)
+    rank = _variable("RANK", below=world, default=0 if world == 1 else None)
     if world == 1:
         return Ranks(0, 1, chosen)
-    rank = int(os.environ["RANK"])
     if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        chosen = torch.device("cuda", _variable("LOCAL_RANK", below=torch.cuda.device_count()))
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world)
+        address, port = os.environ.get("MASTER_ADDR", ""), _variable("MASTER_PORT", below=2**16)
+        if not address:
+            raise UserError(f"WORLD_SIZE is {world} and MASTER_ADDR is not set: {_REMEDY}.")
+        try:
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world)
+        except dist.DistError as error:
+            raise UserError(f"Rank {rank} could not join the others at {address}:{port}: {error}") from error
     return Ranks(rank, world, chosen)
+
+
+_REMEDY = "start all ranks with torchrun, or unset WORLD_SIZE and RANK to train with one process"
+
+
+def _variable(name: str, *, least: int = 0, below: int | None = None, default: int | None = None) -> int:
+    """The number in a variable of the environment; an empty one counts as not set."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        if default is None:
+            raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} and {name} is not set: {_REMEDY}.")
+        return default
+    if not text.isdecimal() or int(text) < least or (below is not None and int(text) >= below):
+        wanted = f"at least {least}" if below is None else f"{least} to {below - 1}"
+        raise UserError(f"The environment variable {name} is {text!r} and must be a number, {wanted}: {_REMEDY}.")
+    return int(text)
 
 
 def barrier(ranks: Ranks) -> None:
     """Wait for the other ranks, if there are any."""
     if ranks.world > 1:
         dist.barrier()
+
+
+def on_first(ranks: Ranks, action: Callable[[], T]) -> T | None:
+    """Run ``action`` on the first rank while the others wait; what it raises ends the others too.
+
+    Returns:
+        Its value on the first rank, None on the others.
+
+    Raises:
+        UserError: on the other ranks, if it raised anything on the first.
+    """
+    if ranks.world == 1:
+        return action()
+    error, value = None, None
+    if ranks.first:
+        try:
+            value = action()
+        except Exception as raised:  # raised again below, once the others know
+            error = raised
+    message = [None if error is None else str(error) or type(error).__name__]
+    dist.broadcast_object_list(message, src=0, device=ranks.device)
+    if error is not None:
+        raise error
+    if message[0] is not None:
+        raise UserError(message[0])
+    return value
 
 
 def is_first() -> bool:

@@ -17,14 +17,20 @@ Lines of an evaluation have step, epoch and:
     psnr_bicubic, ...      srgan: the same of bicubic enlargement
 """
 
+import importlib.util
 import json
 import resource
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from fgfast.errors import one_line
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -89,7 +95,6 @@ class RunLog:
             TimeElapsedColumn,
             TimeRemainingColumn,
         )
-        from torch.utils.tensorboard import SummaryWriter
 
         from fgfast.files import write_atomic
 
@@ -98,16 +103,24 @@ class RunLog:
         text = "".join(json.dumps(r) + "\n" for r in earlier)
         write_atomic(path, lambda p: p.write_text(text))
         self.file = path.open("a")
-        self.text = (run / "log.txt").open("a" if start else "w")
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start or None)
+        self.text = (run / "log.txt").open("a" if start else "w", encoding="utf-8", errors="backslashreplace")
         self.console = Console(stderr=True)
+        self.board = self._open_board(run / "tensorboard", start)
         self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[row]}"), console=self.console,
             refresh_per_second=2,
             disable=not self.console.is_terminal,
         )  # fmt: skip
-        self.task = self.bar.add_task(run.name, total=total, completed=start, row="")
+        self.task = self.bar.add_task(one_line(run.name), total=total, completed=start, row="")
+
+    def _open_board(self, folder: Path, start: int) -> "SummaryWriter | None":
+        if importlib.util.find_spec("tensorboard") is None:
+            self.print("no curves for TensorBoard are written: pip install tensorboard")
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(folder), purge_step=start or None)
 
     def __enter__(self) -> "RunLog":
         if self.enabled:
@@ -121,14 +134,20 @@ class RunLog:
             self.bar.stop()
             self.file.close()
             self.text.close()
-            self.board.close()
+            if self.board is not None:
+                self.board.close()
+
+    def record(self, message: str) -> None:
+        """Write a message to log.txt."""
+        if self.enabled:
+            self.text.write(one_line(message) + "\n")
+            self.text.flush()
 
     def print(self, message: str) -> None:
         """Write a message to standard error and log.txt."""
+        self.record(message)
         if self.enabled:
-            self.text.write(message + "\n")
-            self.text.flush()
-            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(one_line(message), highlight=False, markup=False, soft_wrap=True)
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
@@ -143,7 +162,7 @@ class RunLog:
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         for key, value in row.items():
-            if key not in ("step", "epoch"):
+            if self.board is not None and key not in ("step", "epoch"):
                 self.board.add_scalar(key, value, row["step"])
         if "loss" in row:
             shown = (

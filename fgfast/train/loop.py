@@ -1,6 +1,8 @@
 """The training loop, from a configuration to a run folder."""
 
 import inspect
+import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,22 +12,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fgfast.claim import Claim
 from fgfast.config import TrainConfig, validate
-from fgfast.data.splits import pretext_images
-from fgfast.errors import UserError
+from fgfast.data.splits import pretext_splits
+from fgfast.errors import UserError, one_line
+from fgfast.info import require
 from fgfast.methods.base import Method, Progress, method_class
-from fgfast.models.backbone import Backbone
 from fgfast.run import save_checkpoint, save_encoder
-from fgfast.train.distributed import Ranks, barrier, start
+from fgfast.train.compiling import check_compiler, compile_backbones
+from fgfast.train.distributed import Ranks, barrier, on_first, start
+from fgfast.train.length import Length, rounds_of
 from fgfast.train.log import RunLog, peak_memory_mb
 from fgfast.train.optim import FiniteGuard, make_optimizer
-from fgfast.train.resume import open_run
+from fgfast.train.resume import Resumed, claim_run, open_run, record_resumption
 from fgfast.train.signals import collect_stop_signals
 
 if TYPE_CHECKING:
     from fgfast.data.imageset import ImageSet
     from fgfast.data.loader import Loader
     from fgfast.data.views import Batch
+
+log = logging.getLogger("fgfast")
 
 
 def pretrain(method: str | type[Method], config: TrainConfig, *, train: bool = True) -> Path:
@@ -47,76 +54,80 @@ def pretrain(method: str | type[Method], config: TrainConfig, *, train: bool = T
         KeyboardInterrupt: interrupted; last.pt was written before if a step was done (SIGTERM: in training only).
     """
     validate(config)
+    require("PIL", "numpy", "rich", "safetensors", "timm")
     ranks = start(config.device)
-    images = pretext_images(config)
+    if config.compile and train:
+        check_compiler(ranks.device)
+    splits = pretext_splits(config)
+    images, description = splits.pretext(), splits.describe()
     torch.manual_seed(config.seed)
     built = (method_class(method) if isinstance(method, str) else method)(config)
     built.to(ranks.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    _check_images(built, images, ranks, train=train)
-    checkpoint = open_run(built, ranks)
-    if train:
-        _Trainer(built, images, ranks).train(checkpoint)
+    built.check_training_set(images)
+    length = _length(built, images, ranks) if train else None
+    with claim_run(Path(config.out), ranks) as claim:
+        resumed = open_run(built, ranks, length, description)
+        if length is None:
+            return Path(config.out)
+        if resumed is not None and resumed.step == length.total:
+            if ranks.first:
+                log.warning(one_line(f"{config.out} is finished: all {resumed.step} steps are done."))
+            return Path(config.out)
+        if ranks.first:
+            print(description, file=sys.stderr, flush=True)  # before the parts are discovered, which takes time
+        _Trainer(built, images, description, ranks, length, claim).train(resumed)
     return Path(config.out)
 
 
-def _check_images(method: Method, images: "ImageSet", ranks: Ranks, *, train: bool) -> None:
-    """Raise a UserError before anything is written if the method cannot train on these images."""
-    method.check_training_set(images)
-    if method.config.passes:
-        steps_of_passes(method, len(images), ranks.world)
-    if train:
-        from fgfast.data.manifest import check_images
-
-        check_images(images, threads=method.config.threads, quiet=True)
-
-
-def steps_of_passes(method: Method, n_images: int, world: int) -> int:
-    """Number of steps that ``config.passes`` encoder passes allow, less those that prepare the rounds.
+def _length(method: Method, images: "ImageSet", ranks: Ranks) -> Length:
+    """The length of the run.
 
     Raises:
-        UserError: they allow no step.
+        UserError: the budget of passes allows no step, or too many images are broken.
     """
-    config = method.config
-    preparation = _rounds(config) * method.passes_to_prepare * n_images
-    steps = int((config.passes - preparation) / (method.passes_per_image * config.batch_size * world))
-    if steps < 1:
-        raise UserError(f"--passes {config.passes} does not allow one step: give more.")
-    return steps
+    from fgfast.data.manifest import check_images
 
-
-def _rounds(config: TrainConfig) -> int:
-    return max(1, getattr(config, "rounds", 1))
+    usable = check_images(images, threads=method.config.threads, quiet=True)
+    length = Length(method, len(images), -(-len(usable) // (method.config.batch_size * ranks.world)), ranks.world)
+    length.of(method.config)
+    return length
 
 
 class _Trainer:
     """One run: its parts, and the loop over rounds, epochs and steps."""
 
-    def __init__(self, method: Method, images: "ImageSet", ranks: Ranks) -> None:
-        self.method, self.images, self.ranks = method, images, ranks
+    def __init__(
+        self, method: Method, images: "ImageSet", description: str, ranks: Ranks, length: Length, claim: Claim | None
+    ) -> None:
+        self.method, self.images, self.description = method, images, description
+        self.ranks, self.length, self.claim = ranks, length, claim
         self.config = method.config
         self.run = Path(self.config.out)
-        self.rounds = _rounds(self.config)
+        self.rounds = rounds_of(self.config)
         self.optimizer = make_optimizer(method, self.config)
         self.guard = FiniteGuard(method, self.optimizer)
         self.step = 0
+        self.notes: list[str] = []  # for the log, once it is open
         if self.config.compile:
-            _compile_backbones(method)
+            compile_backbones(method)
         self.model = _distribute(method, ranks) if ranks.world > 1 else method
 
-    def train(self, checkpoint: dict[str, Any] | None) -> None:
+    def train(self, resumed: Resumed | None) -> None:
         """Run every round; on a stop signal save and raise KeyboardInterrupt."""
-        if checkpoint is not None:
-            self._restore(checkpoint)
-        first_round = 0 if checkpoint is None else checkpoint["round"]
+        if resumed is not None:
+            self._restore(resumed.checkpoint)
+        first_round = 0 if resumed is None else resumed.checkpoint["round"]
         for round_ in range(first_round, self.rounds):
             loader = self._make_loader(self._prepare(round_))
             try:
-                if checkpoint is not None and round_ == first_round:
-                    loader.load_state_dict(checkpoint["loader"])
+                if resumed is not None and round_ == first_round:
+                    loader.load_state_dict(resumed.checkpoint["loader"])
+                    on_first(self.ranks, lambda: record_resumption(self.method, resumed, self.description))
+                    self.notes += resumed.describe_schedule(self.config, self.length.total)
                 else:
                     loader.epoch = -(-self.step // len(loader))  # a later round draws other crops than the first
                 with collect_stop_signals() as caught:
-                    self._train_round(round_, loader, caught)
+                    self._train_round(round_, loader, caught, first=round_ == first_round)
             finally:
                 loader.close()
 
@@ -137,8 +148,7 @@ class _Trainer:
 
     def _prepare(self, round_: int) -> Path | None:
         """Let the first rank prepare the round; the other ranks then read what it wrote."""
-        maps = self.method.prepare(self.images, self.run, round_) if self.ranks.first else None
-        barrier(self.ranks)
+        maps = on_first(self.ranks, lambda: self.method.prepare(self.images, self.run, round_))
         return maps if self.ranks.first else self.method.prepare(self.images, self.run, round_)
 
     def _make_loader(self, maps: Path | None) -> "Loader":
@@ -150,13 +160,16 @@ class _Trainer:
             device=self.ranks.device, threads=c.threads, rank=self.ranks.rank, world=self.ranks.world, backend=c.loader,
         )  # fmt: skip
 
-    def _train_round(self, round_: int, loader: "Loader", caught: list[int]) -> None:
-        per_epoch = len(loader)
-        total = self._total_steps(per_epoch)
+    def _train_round(self, round_: int, loader: "Loader", caught: list[int], *, first: bool) -> None:
+        per_epoch, total = len(loader), self.length.total
         end = total * (round_ + 1) // self.rounds
         if self.step >= end:
             return  # resumed after the end of this round
         with RunLog(self.run, total, self.step, self.ranks.first) as log:
+            if first:
+                log.record(self.description)
+            while self.notes:
+                log.print(self.notes.pop(0))
             for path, reason in loader.skipped:
                 log.print(f"skipped {path}: {reason}")
             clock = _Clock()
@@ -180,12 +193,6 @@ class _Trainer:
             self._save(round_, loader)
             if self.step == total and self.config.knn_every:
                 self._evaluate(log, per_epoch)
-
-    def _total_steps(self, per_epoch: int) -> int:
-        """Steps of the complete run: its epochs, or what its budget of encoder passes allows."""
-        if self.config.passes:
-            return steps_of_passes(self.method, len(self.images), self.ranks.world)
-        return self.config.epochs * per_epoch
 
     def _train_step(self, batch: "Batch", total: int, *, stop: bool) -> dict[str, float | Tensor]:
         """One step; returns the learning rate, the gradient norm before clipping and the terms of the method."""
@@ -243,23 +250,20 @@ class _Trainer:
         barrier(self.ranks)
 
     def _save(self, round_: int, loader: "Loader") -> None:
-        if not self.ranks.first:
-            return
+        on_first(self.ranks, lambda: self._write_checkpoint(round_, loader))
+
+    def _write_checkpoint(self, round_: int, loader: "Loader") -> None:
+        if self.claim is not None:
+            self.claim.confirm(self.run)
         state = {
-            "name": self.method.name, "step": self.step, "round": round_, "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "loader": loader.state_dict(), "rng": torch.get_rng_state(),
-            "skipped": self.guard.skipped,
+            "name": self.method.name, "step": self.step, "total": self.length.total, "round": round_,
+            "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "loader": loader.state_dict(), "rng": torch.get_rng_state(), "skipped": self.guard.skipped,
         }  # fmt: skip
         if self.ranks.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.ranks.device)
         save_encoder(self.run / "encoder.safetensors", self.method.encoder.net, self.config.model)
         save_checkpoint(self.run / "last.pt", state)  # written last: all files of the step it records are complete
-
-
-def _compile_backbones(method: Method) -> None:
-    for module in method.modules():
-        if isinstance(module, Backbone):
-            module.net.forward_features = torch.compile(module.net.forward_features)
 
 
 def _distribute(method: Method, ranks: Ranks) -> nn.Module:

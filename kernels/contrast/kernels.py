@@ -235,9 +235,15 @@ def _forward_tile(
 def _store_rows(loss, lse, counts, n, exists, total, top, positives, count):
     """Loss in nats, log2-sum-exp2 and number of positives of rows; all 0 for a row without a positive."""
     valid = count > 0
-    value = tl.where(valid, tl.log2(tl.where(valid, total, 1.0)) + top, 0.0)
-    tl.store(lse + n, value, mask=exists)
-    tl.store(loss + n, tl.where(valid, value - positives / tl.maximum(count, 1.0), 0.0) * LN2, mask=exists)
+    log_total = tl.log2(tl.where(valid, total, 1.0))
+    tl.store(lse + n, tl.where(valid, log_total + top, 0.0), mask=exists)
+    # The sum relative to the positives: a loss far below the rounding error of the logits is not lost.
+    positive = positives / tl.maximum(count, 1.0) - top
+    of_positive = tl.exp2(tl.maximum(positive, -50.0))
+    rest = (total - of_positive) / of_positive
+    near = tl.where(rest < 2**-11, rest * (1 - 0.5 * rest) / LN2, tl.log2(1.0 + rest))
+    value = tl.where(positive >= -50.0, near, log_total - positive)
+    tl.store(loss + n, tl.where(valid, value, 0.0) * LN2, mask=exists)
     tl.store(counts + n, count, mask=exists)
 
 

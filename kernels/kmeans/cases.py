@@ -114,9 +114,10 @@ def aot_cases() -> Iterator[AotCase]:
         name, rare = f"{dtype}{' cosine' * cosine}", dtype == "fp16"
         blocks: dict[str, Any] = {"BLOCK_K": 32, "BLOCK_D": 32}
         prepare, update = centroids.prepare_centroids_kernel, centroids.update_centroids_kernel
-        yield case(f"kmeans prepare {name}", prepare, dtype, small, rare=rare, COSINE=cosine, GIVEN=False, **blocks)
+        flags = {"COSINE": cosine, "SHIFT": dtype == "fp32" and not cosine}
+        yield case(f"kmeans prepare {name}", prepare, dtype, small, rare=rare, GIVEN=False, **flags, **blocks)
         blocks = UPDATE_BLOCKS | {"BLOCK_D": 32, "WEIGHTED": True, "FARTHEST": True}
-        update_case = case(f"kmeans update {name}", update, dtype, small, rare=rare, COSINE=cosine, **blocks)
+        update_case = case(f"kmeans update {name}", update, dtype, small, rare=rare, **flags, **blocks)
         yield update_case._replace(registers=MOST_REGISTERS)
     yield case("kmeans reduce", tiles.reduce_rows, "fp32", small, LLOYD=True, BLOCK=1024)
     launch = {"num_warps": 8, "num_stages": 3}
@@ -131,6 +132,7 @@ def _step_cases(
     known: dict[str, Any] = {
         "archs": archs, "rare": rare, "FLAT": layout.flat, "EVEN": channels % t["BLOCK_S"] == 0,
         "WEIGHTED": layout.weighted, "PRECISION": precision, "UPCAST": False, layout.unit: 1,
+        "SHIFT": dtype == "fp32" and not layout.cosine,
     }  # fmt: skip
 
     def make(which: str, kernel: triton.JITFunction, blocks: dict[str, Any], **flags: Any) -> AotCase:

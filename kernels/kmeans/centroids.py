@@ -14,9 +14,13 @@ from fgfast.kernels.kmeans.tiles import EPS, find_farthest, load_centroids, stor
 @triton.jit
 def prepare_centroids(
     c_ptr, m_ptr, bias_ptr, mu_ptr, low, K, D, DP, KP, stride_k, stride_d,
-    COSINE: tl.constexpr, GIVEN: tl.constexpr, WHOLE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    COSINE: tl.constexpr, SHIFT: tl.constexpr, GIVEN: tl.constexpr, WHOLE: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """m, bias and, unless GIVEN, mu of BLOCK_K centroids from index ``low`` on; WHOLE: the problem has no others."""
+    """m, bias and, unless GIVEN, mu of BLOCK_K centroids from index ``low`` on; WHOLE: the problem has no others.
+
+    With SHIFT and GIVEN the centroids are relative to mu already.
+    """
     k = low + tl.arange(0, BLOCK_K)
     lane = tl.arange(0, BLOCK_D)
     length = tl.full([BLOCK_K], 1.0, tl.float32)
@@ -32,7 +36,8 @@ def prepare_centroids(
         c = load_centroids(c_ptr, k, d, K, D, stride_k, stride_d) / length[None, :]
         mu = tl.zeros([BLOCK_D], tl.float32)
         if GIVEN:
-            mu = tl.load(mu_ptr + d)
+            if not SHIFT:
+                mu = tl.load(mu_ptr + d)
         elif not COSINE:
             if WHOLE:
                 mu = tl.sum(c, 1)
@@ -40,7 +45,7 @@ def prepare_centroids(
                 for other in range(0, KP, BLOCK_K):
                     mu += tl.sum(load_centroids(c_ptr, other + tl.arange(0, BLOCK_K), d, K, D, stride_k, stride_d), 1)
             mu /= K
-        bias += store_centred(m_ptr, c, mu, k, d, K, D, KP)
+        bias += store_centred(m_ptr, c, mu, k, d, K, D, KP, SHIFT)
         if not GIVEN and low == 0:
             tl.store(mu_ptr + d, mu)
     tl.store(bias_ptr + k, bias)
@@ -49,7 +54,7 @@ def prepare_centroids(
 @triton.jit
 def prepare_centroids_kernel(
     c_ptr, m_ptr, bias_ptr, mu_ptr, K, D, DP, KP, stride_b, stride_k, stride_d,
-    COSINE: tl.constexpr, GIVEN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    COSINE: tl.constexpr, SHIFT: tl.constexpr, GIVEN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """m, bias and, unless GIVEN, mu of the centroids c; a program takes BLOCK_K of them."""
     within = KP // BLOCK_K
@@ -57,15 +62,15 @@ def prepare_centroids_kernel(
     b, low = program // within, program % within * BLOCK_K
     prepare_centroids(
         c_ptr + b * stride_b, m_ptr + b * DP * KP, bias_ptr + b * KP, mu_ptr + b * DP, low, K, D, DP, KP,
-        stride_k, stride_d, COSINE, GIVEN, False, BLOCK_K, BLOCK_D,
+        stride_k, stride_d, COSINE, SHIFT, GIVEN, False, BLOCK_K, BLOCK_D,
     )  # fmt: skip
 
 
 @triton.jit
 def _repair_empty(
-    x_ptr, weight_ptr, labels_ptr, distances_ptr, sums_ptr, counts_ptr, repaired_ptr,
+    x_ptr, mu_ptr, weight_ptr, labels_ptr, distances_ptr, sums_ptr, counts_ptr, repaired_ptr,
     N, WIDTH, D, K, stride_d, stride_y, stride_x,
-    COSINE: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+    COSINE: tl.constexpr, SHIFT: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Move the i-th farthest pixel from the cluster that has it, the donor, into the i-th empty cluster.
 
@@ -93,7 +98,10 @@ def _repair_empty(
                 factor = w / tl.maximum(tl.sqrt(tl.sum(square, 0)), EPS) if COSINE else w
                 for first in range(0, D, BLOCK):
                     d = first + tl.arange(0, BLOCK)
-                    x = tl.load(pixel_ptr + d.to(tl.int64) * stride_d, d < D, other=0.0).to(tl.float32) * factor
+                    x = tl.load(pixel_ptr + d.to(tl.int64) * stride_d, d < D, other=0.0).to(tl.float32)
+                    if SHIFT:
+                        x -= tl.load(mu_ptr + d, d < D, other=0.0)
+                    x *= factor
                     tl.store(sums_ptr + k * D + d, x, d < D)
                     donor_sums = sums_ptr + donor * D + d
                     tl.store(donor_sums, tl.load(donor_sums, d < D, other=0.0) - x, d < D)
@@ -109,12 +117,13 @@ def update_centroids(
     b, x_ptr, weight_ptr, labels_ptr, distances_ptr, sums_ptr, counts_ptr, repaired_ptr, changed,
     c_ptr, m_ptr, bias_ptr, mu_ptr, limit_ptr, done_ptr, steps_ptr,
     N, WIDTH, D, K, DP, KP, stride_b, stride_d, stride_y, stride_x,
-    COSINE: tl.constexpr, WEIGHTED: tl.constexpr, FARTHEST: tl.constexpr,
+    COSINE: tl.constexpr, SHIFT: tl.constexpr, WEIGHTED: tl.constexpr, FARTHEST: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Centroids c [B, K, D] of problem b from the sums, with empty clusters repaired; m, bias and convergence.
 
-    The repair works on BLOCK pixels or channels at a time, the rest on BLOCK_K x BLOCK_D centroids.
+    The repair works on BLOCK pixels or channels at a time, the rest on BLOCK_K x BLOCK_D centroids. With SHIFT sums and
+    centroids are relative to mu.
     """
     c_ptr += b * K * D
     sums_ptr += b * K * D
@@ -131,8 +140,9 @@ def update_centroids(
         tl.debug_barrier()
         if tl.sum(empty, 0) > 0:
             _repair_empty(
-                x_ptr + b * stride_b, weight_ptr + b * N, labels_ptr + b * N, distances_ptr + b * N, sums_ptr,
-                counts_ptr, repaired_ptr, N, WIDTH, D, K, stride_d, stride_y, stride_x, COSINE, WEIGHTED, BLOCK,
+                x_ptr + b * stride_b, mu_ptr + b * DP, weight_ptr + b * N, labels_ptr + b * N, distances_ptr + b * N,
+                sums_ptr, counts_ptr, repaired_ptr, N, WIDTH, D, K, stride_d, stride_y, stride_x,
+                COSINE, SHIFT, WEIGHTED, BLOCK,
             )  # fmt: skip
         tl.debug_barrier()
         counts_ptr = repaired_ptr
@@ -156,7 +166,10 @@ def update_centroids(
             c = tl.where(full[None, :], means, before)
             shift += tl.sum((c - before) * (c - before), 0)
             tl.store(c_ptr + k[None, :] * D + d[:, None], c, (k < K)[None, :] & (d < D)[:, None])
-            bias += store_centred(m_ptr + b * DP * KP, c, tl.load(mu_ptr + b * DP + d), k, d, K, D, KP)
+            mu = tl.zeros([BLOCK_D], tl.float32)
+            if not SHIFT:
+                mu = tl.load(mu_ptr + b * DP + d)
+            bias += store_centred(m_ptr + b * DP * KP, c, mu, k, d, K, D, KP, SHIFT)
         tl.store(bias_ptr + b * KP + k, bias)
     converged = (tl.sum(shift, 0) <= tl.load(limit_ptr + b)) | (changed == 0)
     tl.store(done_ptr + b, converged.to(tl.int32))
@@ -168,7 +181,7 @@ def update_centroids_kernel(
     x_ptr, weight_ptr, labels_ptr, distances_ptr, sums_ptr, counts_ptr, repaired_ptr, changed_ptr,
     c_ptr, m_ptr, bias_ptr, mu_ptr, limit_ptr, done_ptr, steps_ptr,
     N, WIDTH, D, K, DP, KP, stride_b, stride_d, stride_y, stride_x,
-    COSINE: tl.constexpr, WEIGHTED: tl.constexpr, FARTHEST: tl.constexpr,
+    COSINE: tl.constexpr, SHIFT: tl.constexpr, WEIGHTED: tl.constexpr, FARTHEST: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """`update_centroids` with one program per problem; returns at once for a problem that has converged."""
@@ -179,5 +192,5 @@ def update_centroids_kernel(
         b, x_ptr, weight_ptr, labels_ptr, distances_ptr, sums_ptr, counts_ptr, repaired_ptr, tl.load(changed_ptr + b),
         c_ptr, m_ptr, bias_ptr, mu_ptr, limit_ptr, done_ptr, steps_ptr,
         N, WIDTH, D, K, DP, KP, stride_b, stride_d, stride_y, stride_x,
-        COSINE, WEIGHTED, FARTHEST, BLOCK, BLOCK_K, BLOCK_D,
+        COSINE, SHIFT, WEIGHTED, FARTHEST, BLOCK, BLOCK_K, BLOCK_D,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from fgfast.kernels.kmeans.tiles import (
     nearest_centroid,
     pixel_distances,
     pixel_offsets,
-    squared_norms,
+    relative,
 )
 
 
@@ -33,8 +33,8 @@ def step(
     c_ptr, repaired_ptr, limit_ptr, steps_ptr,
     N, WIDTH, D, K, SPLITS, TILES,
     stride_b, stride_d, stride_y, stride_x, stride_cb, stride_ck, stride_cd,
-    FLAT: tl.constexpr, EVEN: tl.constexpr, COSINE: tl.constexpr, WEIGHTED: tl.constexpr, LLOYD: tl.constexpr,
-    PREPARE: tl.constexpr, MOVE: tl.constexpr, FARTHEST: tl.constexpr,
+    FLAT: tl.constexpr, EVEN: tl.constexpr, COSINE: tl.constexpr, SHIFT: tl.constexpr, WEIGHTED: tl.constexpr,
+    LLOYD: tl.constexpr, PREPARE: tl.constexpr, MOVE: tl.constexpr, FARTHEST: tl.constexpr,
     ATOMIC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -56,7 +56,7 @@ def step(
     if PREPARE:
         prepare_centroids(
             c_ptr + b * stride_cb, m_ptr + b * DP * BLOCK_K, bias_ptr + b * BLOCK_K, mu_ptr + b * DP, 0, K, D, DP,
-            BLOCK_K, stride_ck, stride_cd, COSINE, False, True, BLOCK_K, BLOCK_C,
+            BLOCK_K, stride_ck, stride_cd, COSINE, SHIFT, False, True, BLOCK_K, BLOCK_C,
         )  # fmt: skip
         tl.debug_barrier()
     bias = tl.load(bias_ptr + b * BLOCK_K + k)
@@ -81,8 +81,9 @@ def step(
         for first in range(0, DP, BLOCK_D):
             x = load_pixels(base, offsets, inside, first, d, D, stride_d, EVEN, UPCAST)
             m = tl.load(m_ptr + (b * DP + first + d[:, None]) * BLOCK_K + k[None, :])
-            squares += squared_norms(x, mu_ptr + b * DP + first + d, COSINE)
-            dots = tl.dot(x, m, dots, input_precision=PRECISION)
+            y = relative(x, mu_ptr + b * DP + first + d, COSINE)
+            squares += tl.sum(y * y, 1)
+            dots = tl.dot(y if SHIFT else x, m, dots, input_precision=PRECISION)
         best, index = nearest_centroid(dots, bias, k, K, COSINE)
         w = tl.where(inside, 1.0, 0.0)
         if WEIGHTED:
@@ -101,6 +102,8 @@ def step(
         for i in tl.static_range(CHUNKS):
             x = load_pixels(sum_base, sum_offsets, inside, i * BLOCK_S, sum_d, D, stride_d, EVEN, UPCAST)
             x = tl.where(is_finite(x.to(tl.float32)), x, 0.0)
+            if SHIFT and LLOYD:
+                x = relative(x, mu_ptr + b * DP + i * BLOCK_S + sum_d, False)
             total = add_one_hot(sums[i], tl.trans(x), match, scale, UNIT, PRECISION, UPCAST)
             updated += (total,)  # type: ignore[assignment]
         sums = updated
@@ -136,5 +139,5 @@ def step(
             b, x_ptr, weight_ptr, labels_ptr, distances_ptr, sums_ptr, counts_ptr, repaired_ptr, tl.sum(changed, 0),
             c_ptr, m_ptr, bias_ptr, mu_ptr, limit_ptr, done_ptr, steps_ptr,
             N, WIDTH, D, K, DP, BLOCK_K, stride_b, stride_d, stride_y, stride_x,
-            COSINE, WEIGHTED, FARTHEST, 1024, BLOCK_K, BLOCK_C,
+            COSINE, SHIFT, WEIGHTED, FARTHEST, 1024, BLOCK_K, BLOCK_C,
         )  # fmt: skip

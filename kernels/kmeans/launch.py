@@ -16,10 +16,11 @@ from torch import Tensor
 
 from fgfast.kernels.common import interpreted
 from fgfast.kernels.kmeans.step import Move, Solver, power
-from fgfast.pixels.init import pixel_keys, sample_pixels, start, trial_numbers
+from fgfast.pixels.init import random_pixels, sample_pixels, start, trial_numbers
 from fgfast.pixels.options import KMeansOptions
 from fgfast.pixels.result import LloydResult, best_of
-from fgfast.pixels.source import Dense
+from fgfast.pixels.source import Dense, from_relative, mean_of_good, to_relative
+from fgfast.reference.draws import spaced_pixels
 
 GRAM = 1 << 28  # inner products in memory at a time: 1 GiB
 SAMPLES = 4096  # most samples of a program; more are drawn by torch
@@ -93,60 +94,72 @@ def choose_samples(gram: Tensor, weight: Tensor, numbers: Tensor, n_clusters: in
 
 
 class Moments(NamedTuple):
-    """The pixels that count, bool [B, N], their mean [B, D] and their variance averaged over channels [B]."""
+    """The pixels that count, bool [B, N], their mean [B, D] and their variance averaged over channels [B].
+
+    ``spread`` [B, N] is the distance of each from the mean of a few, 0 where none counts.
+    """
 
     counted: Tensor
     mean: Tensor
     variance: Tensor
+    spread: Tensor
 
 
 def pixels(x: Tensor, index: Tensor) -> Tensor:
-    """Pixels index [B, m] of x [B, D, N] or [B, D, H, W], as [B, m, D]; values that are not finite become 0."""
+    """Pixels index [B, m] of x [B, D, N] or [B, D, H, W], as [B, m, D]."""
     b = torch.arange(len(x), device=x.device)[:, None]
     at = (index,) if x.dim() == 3 else (index // x.shape[3], index % x.shape[3])
-    rows = x[(b, slice(None), *at)]
+    return x[(b, slice(None), *at)]
+
+
+def finite_pixels(x: Tensor, index: Tensor) -> Tensor:
+    """`pixels` with 0 for values that are not finite."""
+    rows = pixels(x, index)
     return torch.where(rows.isfinite(), rows, 0)
 
 
 def moments(x: Tensor, weight: Tensor | None, metric: str, precision: str) -> Moments:
-    """Moments from one read of x: a step whose only centroid is the first pixel, which loses fewer digits than 0."""
+    """Moments from one read of x: a step whose only centroid is the mean of a few pixels, to keep all digits."""
     ones = None if weight is None else (weight > 0).to(torch.float32)
     solver = Solver(x, 1, ones, metric, precision, True)
-    first = pixels(x, torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)).to(torch.float32)
+    counted = torch.ones(1, solver.N, device=x.device) if ones is None else ones
+    few = spaced_pixels(counted).expand(len(x), -1)
+    rows = pixels(x, few).to(torch.float32)
+    rows = F.normalize(rows, dim=2, eps=1e-12) if metric == "cosine" else rows
+    first = mean_of_good(rows, counted.expand(len(x), -1).gather(1, few))[:, None]
     solver.prepare(first)
     distances = torch.empty(solver.labels.shape, dtype=torch.float32, device=x.device)
     totals = solver.step(distances, torch.zeros(len(x), dtype=torch.int32, device=x.device))
     n = totals.counts.clamp_min(1)
     mean = totals.sums[:, 0] / n
+    mean = mean + first[:, 0] if solver.shifted else mean
     if metric == "cosine":
         variance = totals.counts[:, 0] / n[:, 0] - mean.square().sum(1)
     else:
         variance = distances.clamp_min(0).sum(1) / n[:, 0] - (mean - first[:, 0]).square().sum(1)
-    return Moments(solver.labels >= 0, mean, variance.clamp_min(0) / x.shape[1])
+    return Moments(solver.labels >= 0, mean, variance.clamp_min(0) / x.shape[1], distances.clamp_min(0))
 
 
-def initial_centroids(x: Tensor, w: Tensor, mean: Tensor, seed: Tensor, run: int, options: KMeansOptions) -> Tensor:
+def initial_centroids(x: Tensor, w: Tensor, stats: Moments, seed: Tensor, run: int, options: KMeansOptions) -> Tensor:
     """Centroids [B, K, D] in float32, with the random numbers of `fgfast.pixels.init`; w is the weight [B, N]."""
     n_clusters, init, metric = options.n_clusters, options.init, options.metric
-    keys = pixel_keys(seed, run, w, init)
     if init == "random":
-        return pixels(x, sample_pixels(w, keys, n_clusters)).to(torch.float32)
+        return finite_pixels(x, random_pixels(w, n_clusters, seed, run)).to(torch.float32)
     samples = min(options.init_samples, w.shape[1])
     if samples > SAMPLES:
         source = Dense(x.flatten(2))
-        source.prepare(metric, w, mean)
-        return start(source, n_clusters, init, samples, seed, run)
+        source.prepare(metric, w)
+        return source.as_given(start(source, n_clusters, init, samples, seed, run))
     numbers = trial_numbers(seed, run, n_clusters)
     group_size = max(1, GRAM // samples**2)
     centroids = []
     for b in range(0, len(x), group_size):
         part = slice(b, b + group_size)
-        chosen = sample_pixels(w[part], keys, samples)
-        rows = pixels(x[part], chosen)
-        points = F.normalize(rows.float(), dim=2, eps=1e-12) if metric == "cosine" else rows - mean[part, None]
+        chosen = sample_pixels(w[part], stats.spread[part], samples, seed, run)
+        rows = finite_pixels(x[part], chosen.pixels)
+        points = F.normalize(rows.float(), dim=2, eps=1e-12) if metric == "cosine" else rows - stats.mean[part, None]
         points = points.to(torch.float32 if interpreted() else x.dtype)
-        weights = w[part].gather(1, chosen).to(torch.float32)
-        positions = choose_samples(inner_products(points), weights, numbers, n_clusters, metric)
+        positions = choose_samples(inner_products(points), chosen.weight.float(), numbers, n_clusters, metric)
         centroids.append(rows.gather(1, positions[..., None].expand(-1, -1, x.shape[1])))
     return torch.cat(centroids).to(torch.float32)
 
@@ -157,7 +170,8 @@ def lloyd(solver: Solver, centroids: Tensor, distances: Tensor, n_iter: int, lim
     An iteration is one launch if a program has an entire problem, else two to four.
     """
     x, batch = solver.x, solver.batch
-    c = centroids.contiguous()
+    shift = solver.mu[:, : solver.D] if solver.shifted else None
+    c = to_relative(centroids, shift, None).contiguous()
     solver.prepare(c, given=True)
     solver.labels.fill_(-2)  # no label: the first step changes every one
     done, steps, never = (torch.zeros(batch, dtype=torch.int32, device=x.device) for _ in range(3))
@@ -165,7 +179,7 @@ def lloyd(solver: Solver, centroids: Tensor, distances: Tensor, n_iter: int, lim
     for _ in range(n_iter):
         solver.step(distances, done, move=move)
     totals = solver.step(distances, never)
-    return LloydResult(c, solver.labels, totals.counts, totals.inertia, steps)
+    return LloydResult(from_relative(c, shift, None), solver.labels, totals.counts, totals.inertia, steps)
 
 
 def kmeans(x: Tensor, weight: Tensor | None, seed: Tensor, options: KMeansOptions) -> LloydResult:
@@ -181,7 +195,7 @@ def kmeans(x: Tensor, weight: Tensor | None, seed: Tensor, options: KMeansOption
 
     def run(number: int) -> LloydResult:
         if first is None:
-            c = initial_centroids(x, w, stats.mean, seed, number, options)
+            c = initial_centroids(x, w, stats, seed, number, options)
         else:
             c = first.to(torch.float32, copy=True)
         if metric == "cosine":

@@ -25,10 +25,12 @@ from fgfast.kernels.configs import Row, config, row_kind
 from fgfast.kernels.kmeans import pyramid_kernels as device_side
 from fgfast.kernels.kmeans.launch import GRAM, SAMPLES, choose_samples, inner_products
 from fgfast.kernels.kmeans.step import power
-from fgfast.pixels.init import pixel_keys, sample_pixels, start, trial_numbers
+from fgfast.pixels.init import random_pixels, sample_pixels, start, trial_numbers
 from fgfast.pixels.options import KMeansOptions
 from fgfast.pixels.pyramid import Pyramid
 from fgfast.pixels.result import LloydResult, best_of
+from fgfast.pixels.source import from_relative, mean_of_good, to_relative
+from fgfast.reference.draws import spaced_pixels
 
 PARTIAL_FRACTION = 0.04  # of the bytes of a level: the most that writing and reading its partial sums may cost
 UNIT_BYTES = 512 << 10  # features read per program, approximately
@@ -103,6 +105,11 @@ class Levels:
                 target[:, : part.shape[1]] = part
         return out
 
+    def unpad(self, mu: Tensor) -> Tensor:
+        """The inverse of `pad_channels`: [B, D] of [B, DP]."""
+        parts = zip(mu.split(self.padded, 1), self.sizes, strict=True)
+        return torch.cat([part[:, :d] for part, (d, _, _) in parts], 1)
+
     def squares(self, mu: Tensor) -> Tensor:
         """|x_n - mu|^2 [B, N] for mu [B, DP]; not finite where a pixel is not finite."""
         tiles = sum(triton.cdiv(h * w, GRAM_TILE) for _, h, w in self.sizes)
@@ -134,11 +141,12 @@ class Levels:
         """The levels of some of the problems."""
         return Levels([x[b] for x in self.xs], self.size)
 
-    def total(self, scale: Tensor) -> Tensor:
-        """Sum of scale_n x_n [B, D]; pixels of scale 0 are left out, even if not finite."""
+    def total(self, scale: Tensor, mu: Tensor, shifted: bool) -> Tensor:
+        """Sum of scale_n x_n [B, D], of x_n - mu if ``shifted``; pixels of scale 0 are left out, even if not finite."""
         adder = Adder(self, 1)
         labels = torch.zeros(self.batch, self.pixels, dtype=torch.int8, device=self.device)
-        adder.sums(labels, scale.contiguous(), torch.zeros_like(labels[:, 0], dtype=torch.int32), False, "ieee")
+        done = torch.zeros_like(labels[:, 0], dtype=torch.int32)
+        adder.sums(labels, scale.contiguous(), done, False, "ieee", mu, shifted)
         return torch.cat([part.sum(1)[:, 0] for part in adder.parts], 1)
 
 
@@ -164,12 +172,15 @@ class Adder:
             for s, (d, _, _) in zip(self.splits, levels.sizes, strict=True)
         )
 
-    def sums(self, labels: Tensor, scale: Tensor, done: Tensor, unit: bool, precision: str) -> None:
-        """Fill the parts with sums of scale_n x_n by label; ``unit``: every scale is 1."""
+    def sums(
+        self, labels: Tensor, scale: Tensor, done: Tensor, unit: bool, precision: str, mu: Tensor, shifted: bool
+    ) -> None:
+        """Fill the parts with sums of scale_n x_n by label, of x_n - mu if ``shifted``; ``unit``: every scale is 1."""
         x = self.levels
         device_side.sums[(x.batch * self.units,)](
-            x.xs, x.strides, x.sizes, self.parts, self.splits, labels, scale, done, *x.size, self.units, self.K,
-            FLATS=x.flats, **x.known, UNIT=unit, PRECISION=precision, UPCAST=interpreted(), CHUNKS=self.chunks,
+            x.xs, x.strides, x.sizes, self.parts, self.splits, mu, labels, scale, done, *x.size, self.units, x.DP,
+            self.K, FLATS=x.flats, **x.known, SHIFT=shifted, UNIT=unit, PAD=x.pad,
+            PRECISION=precision, UPCAST=interpreted(), CHUNKS=self.chunks,
             BLOCKS_C=tuple(min(self.blocks["BLOCK_C"], power(w)) for _, _, w in x.sizes), BLOCK_S=self.BLOCK_S,
             BLOCK_X=min(self.blocks["BLOCK_C"], power(x.size[1])), KP=self.KP, **x.row.launch,
         )  # fmt: skip
@@ -203,6 +214,7 @@ class Solver:
         self.levels, self.K, self.KP = levels, clusters, power(clusters)
         self.weight, self.scale, self.squared_norms, self.mu = weight, scale, squared_norms, mu
         self.cosine, self.precision = metric == "cosine", precision
+        self.shifted = levels.dtype == torch.float32 and not self.cosine
         height, width = levels.size
         self.rows = max(1, STRIP // width)
         self.strips = triton.cdiv(height, self.rows)
@@ -231,18 +243,20 @@ class Solver:
         """Labels, distances, counts and inertia for the centroids that `move` prepared."""
         x = self.levels
         device_side.score[(x.batch * self.programs,)](
-            x.xs, x.strides, x.sizes, self.m, self.scores, self.bias, self.squared_norms,
+            x.xs, x.strides, x.sizes, self.m, self.mu, self.scores, self.bias, self.squared_norms,
             self.squared_norms if self.weight is None else self.weight, done, self.needed, self.arrived,
             self.labels, self.distances, self.counts, self.inertia, self.changed,
             *x.size, self.rows, self.strips, self.spans, self.programs, x.cells, self.blocks, x.DP, self.K,
-            FLATS=x.flats, **x.known, COSINE=self.cosine, WEIGHTED=self.weight is not None, PRECISION=self.precision,
-            UPCAST=interpreted(), TILES=self.tiles, PAD=x.pad, BLOCK_N=self.tile_sizes["BLOCK_N"], KP=self.KP,
+            FLATS=x.flats, **x.known, COSINE=self.cosine, SHIFT=self.shifted, WEIGHTED=self.weight is not None,
+            PRECISION=self.precision, UPCAST=interpreted(), TILES=self.tiles, PAD=x.pad,
+            BLOCK_N=self.tile_sizes["BLOCK_N"], KP=self.KP,
             **launch_options(self.tile_sizes["warps"], self.tile_sizes["stages"], x.row.registers),
         )  # fmt: skip
 
     def sums(self, done: Tensor) -> None:
         """Partial sums for the labels of `score`."""
-        self.adder.sums(self.labels, self.scale, done, self.weight is None and not self.cosine, self.precision)
+        unit = self.weight is None and not self.cosine
+        self.adder.sums(self.labels, self.scale, done, unit, self.precision, self.mu, self.shifted)
 
     def move(self, c: Tensor, limit: Tensor, done: Tensor, steps: Tensor, empty: str, begin: bool = False) -> None:
         """Update centroids c [B, K, D] in place from the sums, and ``done``; ``begin``: only prepare the c given."""
@@ -253,14 +267,23 @@ class Solver:
                 self.squared_norms if self.weight is None else self.weight, self.scale, self.labels, self.distances,
                 self.counts, self.changed, self.lengths, self.shift, self.bias, c, self.m, self.mu, limit, done, steps,
                 self.moved, *x.size, self.strips, self.blocks, x.DP, x.channels, self.K,
-                START=begin, LENGTHS=lengths, COSINE=self.cosine, WEIGHTED=self.weight is not None,
+                START=begin, LENGTHS=lengths, COSINE=self.cosine, SHIFT=self.shifted, WEIGHTED=self.weight is not None,
                 FARTHEST=empty == "farthest", **x.known, PAD=x.pad, BLOCK=256, BLOCK_D=self.BLOCK_M, KP=self.KP,
                 **launch_options(self.tile_sizes["MOVE_WARPS"], x.row.stages, x.row.registers),
             )  # fmt: skip
 
+    def distances_from(self, centre: Tensor) -> Tensor:
+        """1 - cosine of each pixel with one vector [B, D], 0 where none counts, [B, N]."""
+        c = F.normalize(centre, dim=1, eps=1e-12)[:, None].contiguous()
+        never = torch.zeros(len(c), dtype=torch.int32, device=c.device)
+        self.move(c, self.inertia, never, never, "keep", begin=True)
+        self.score(never)
+        return self.distances.clamp_min(0)
+
     def lloyd(self, centroids: Tensor, n_iter: int, limit: Tensor, empty: str) -> LloydResult:
         """Iterate as `fgfast.ops.kmeans.lloyd` does, with three launches per iteration, four for cosine."""
-        c, device = centroids.contiguous(), self.levels.device
+        shift = self.levels.unpad(self.mu) if self.shifted else None
+        c, device = to_relative(centroids, shift, None).contiguous(), self.levels.device
         done, steps, never = (torch.zeros(len(c), dtype=torch.int32, device=device) for _ in range(3))
         self.labels.fill_(-2)  # no label: the first step changes every one
         self.move(c, limit, never, steps, empty, begin=True)
@@ -270,29 +293,32 @@ class Solver:
             self.move(c, limit, done, steps, empty)
         self.score(never)
         counts = self.counts.sum(1)[:, : self.K]
-        return LloydResult(c, self.labels.to(torch.int64), counts, self.inertia.sum(1), steps)
+        return LloydResult(
+            from_relative(c, shift, None), self.labels.to(torch.int64), counts, self.inertia.sum(1), steps
+        )
 
 
 # ---------------------------------------------------------------- the host side
 
 
 def initial_centroids(
-    levels: Levels, w: Tensor, mean: Tensor, seed: Tensor, run: int, options: KMeansOptions
+    levels: Levels, w: Tensor, spread: Tensor, mu: Tensor, seed: Tensor, run: int, options: KMeansOptions
 ) -> Tensor:
-    """Centroids [B, K, D] in float32, with the random numbers of `fgfast.pixels.init`; w is [B, N], mean [B, DP]."""
+    """Centroids [B, K, D] in float32, with the random numbers of `fgfast.pixels.init`.
+
+    The weight w and the distance from the centre, ``spread``, are [B, N]; the centre mu is [B, DP].
+    """
     n_clusters, init, metric = options.n_clusters, options.init, options.metric
-    keys = pixel_keys(seed, run, w, init)
-    zero = torch.zeros_like(mean)
+    zero = torch.zeros_like(mu)
     if init == "random":
-        return levels.rows(sample_pixels(w, keys, n_clusters), zero, torch.float32)
+        return levels.rows(random_pixels(w, n_clusters, seed, run), zero, torch.float32)
     samples = min(options.init_samples, w.shape[1])
     if samples > SAMPLES:
         source = Pyramid(list(levels.xs), levels.size)
-        source.prepare(metric, w, None)
-        return start(source, n_clusters, init, samples, seed, run)
+        source.prepare(metric, w)
+        return source.as_given(start(source, n_clusters, init, samples, seed, run))
     numbers = trial_numbers(seed, run, n_clusters)
-    chosen = sample_pixels(w, keys, samples)
-    weight = w.gather(1, chosen).to(torch.float32)
+    chosen, weight = sample_pixels(w, spread, samples, seed, run)
     rows_size, group_size = max(1, SAMPLED // (samples * levels.channels)), max(1, GRAM // samples**2)
     positions = []
     for first in range(0, levels.batch, group_size):
@@ -301,12 +327,12 @@ def initial_centroids(
         for b in range(first, last, rows_size):
             part = slice(b, min(b + rows_size, last))
             points = levels.problems(part).rows(
-                chosen[part], zero[part] if metric == "cosine" else mean[part], levels.dtype
+                chosen[part], zero[part] if metric == "cosine" else mu[part], levels.dtype
             )
             points = F.normalize(points.float(), dim=2, eps=1e-12).to(points.dtype) if metric == "cosine" else points
             grams.append(inner_products(points))
         group = slice(first, last)
-        positions.append(choose_samples(torch.cat(grams), weight[group], numbers, n_clusters, metric))
+        positions.append(choose_samples(torch.cat(grams), weight[group].float(), numbers, n_clusters, metric))
     return levels.rows(chosen.gather(1, torch.cat(positions)), zero, torch.float32)
 
 
@@ -324,22 +350,33 @@ def kmeans(
         w = finite.to(torch.float32) if weight is None else torch.where(finite, weight, 0)
         counted = (w > 0).to(torch.float32)
         n = counted.sum(1).clamp_min(1)
+        few = spaced_pixels(w)
+        rows = levels.rows(few, zero, torch.float32).float()
+        rows = F.normalize(rows, dim=2, eps=1e-12) if metric == "cosine" else rows
+        centre = mean_of_good(rows, w.gather(1, few))
+        mu, scale, factors = zero, w, counted
         if metric == "cosine":
             inverse_norms = torch.where(finite, squared_norms, 1).sqrt().clamp_min(1e-12).reciprocal()
-            mu, scale = zero, w * inverse_norms
-            mean = levels.total(counted * inverse_norms) / n[:, None]
-            spread = torch.where(finite, squared_norms * inverse_norms.square() * counted, 0).sum(1) / n
-            spread = spread - mean.square().sum(1)
+            scale, factors = w * inverse_norms, counted * inverse_norms
         else:
-            mu, scale = levels.pad_channels(levels.total(counted) / n[:, None]), w
+            mu = levels.pad_channels(centre)
             squared_norms = torch.where(finite, levels.squares(mu), math.inf)
-            spread = torch.where(finite, squared_norms * counted, 0).sum(1) / n
-        limit = options.tol * spread.clamp_min(0) / levels.channels
+        shifted = levels.dtype == torch.float32 and metric != "cosine"
+        mean = levels.total(factors, mu, shifted) / n[:, None]
+        mean = mean if shifted or metric == "cosine" else mean - centre
+        squares = torch.where(finite, squared_norms * factors.square(), 0)
+        variance = squares.sum(1) / n - mean.square().sum(1)
+        limit = options.tol * variance.clamp_min(0) / levels.channels
         solver = Solver(levels, options.n_clusters, weight, scale, squared_norms, mu, metric, options.precision)
+        spread = squares
+        if metric == "cosine" and first is None and options.init_samples < levels.pixels:
+            spread = Solver(levels, 1, weight, scale, squared_norms, mu, metric, options.precision).distances_from(
+                centre
+            )
 
         def run(number: int) -> LloydResult:
             if first is None:
-                c = initial_centroids(levels, w, mu, seed, number, options)
+                c = initial_centroids(levels, w, spread, mu, seed, number, options)
             else:
                 c = first.to(torch.float32, copy=True)
             if metric == "cosine":

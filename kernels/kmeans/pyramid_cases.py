@@ -58,8 +58,8 @@ def aot_cases() -> Iterator[AotCase]:
                 "UNIT": not (weighted or cosine), "PRECISION": "ieee", "UPCAST": False, "PAD": t["BLOCK_D"],
                 "BLOCK_C": BLOCK_C, "BLOCKS_C": (BLOCK_C, 16), "BLOCK_S": BLOCK_S, "BLOCK_X": BLOCK_C, "START": False,
                 "CHUNKS": tuple(min(triton.cdiv(d, BLOCK_S), held_channels(row, KP) // BLOCK_S) for d, _, _ in SIZES),
-                "LENGTHS": False,
-                "FARTHEST": True, "BLOCK_N": row_blocks["BLOCK_N"],
+                "LENGTHS": False, "SHIFT": kind == "fp32" and not cosine, "FARTHEST": True,
+                "BLOCK_N": row_blocks["BLOCK_N"],
             }  # fmt: skip
             rare = kind == "fp16" or layout in ("channels", "many")
             for kernel, own in (

@@ -18,6 +18,7 @@ from fgfast.kernels.kmeans.tiles import (
     is_finite,
     nearest_centroid,
     pixel_distances,
+    relative,
     store_centred,
 )
 
@@ -85,11 +86,11 @@ def _resize_scores(
 
 @triton.jit
 def _score_tile(
-    x_ptr, strides, size, m_ptr, out_ptr, start,
-    FLAT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    x_ptr, strides, size, m_ptr, mu_ptr, out_ptr, start,
+    FLAT: tl.constexpr, WIDE: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """Scores <f, m_k> of one tile of cells."""
+    """Scores <f, m_k> of one tile of cells, <f - mu, m_k> with SHIFT."""
     channels, height, width = size
     c = start + tl.arange(0, BLOCK_C)
     k = tl.arange(0, KP)
@@ -101,6 +102,8 @@ def _score_tile(
         mask = inside[:, None] & (first + d < channels)[None, :]
         offsets = cell_offsets[:, None] + _channel_offsets(first + d, strides, WIDE)[None, :]
         x = upcast(tl.load(x_ptr + offsets, mask, other=0.0), UPCAST)
+        if SHIFT:
+            x = relative(x, mu_ptr + first + d, False)
         m = tl.load(m_ptr + (first + d)[:, None] * KP + k[None, :])
         dots = tl.dot(x, m, dots, input_precision=PRECISION)
     tl.store(out_ptr + c[:, None] * KP + k[None, :], dots, inside[:, None])
@@ -151,11 +154,11 @@ def _label_strip(
 
 @triton.jit
 def score(
-    xs, strides, sizes, m_ptr, scores_ptr, bias_ptr, squares_ptr, weight_ptr, done_ptr, needed_ptr, arrived_ptr,
+    xs, strides, sizes, m_ptr, mu_ptr, scores_ptr, bias_ptr, squares_ptr, weight_ptr, done_ptr, needed_ptr, arrived_ptr,
     labels_ptr, distances_ptr, counts_ptr, inertia_ptr, changed_ptr,
     height, width, rows, strips, spans, programs, cells, blocks, DP, K,
-    FLATS: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr, COSINE: tl.constexpr, WEIGHTED: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    FLATS: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr, COSINE: tl.constexpr, SHIFT: tl.constexpr,
+    WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     TILES: tl.constexpr, PAD: tl.constexpr, BLOCK_N: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """Scores of spans[l] cells of a level; the last program that a strip of pixels waits for also labels the strip.
@@ -168,6 +171,7 @@ def score(
         return
     scores_ptr += b * cells * KP
     m_ptr += b * DP * KP
+    mu_ptr += b * DP
     base = scores_ptr
     first = 0
     last = -1
@@ -179,8 +183,8 @@ def score(
             end = tl.minimum(begin + spans[level], h * w)
             for start in range(begin, end, TILES[level][0]):
                 _score_tile(
-                    xs[level] + b * strides[level][0], strides[level], sizes[level], m_ptr, base, start,
-                    FLATS[level], WIDE, PRECISION, UPCAST, TILES[level][0], TILES[level][1], KP,
+                    xs[level] + b * strides[level][0], strides[level], sizes[level], m_ptr, mu_ptr, base, start,
+                    FLATS[level], WIDE, SHIFT, PRECISION, UPCAST, TILES[level][0], TILES[level][1], KP,
                 )  # fmt: skip
             low, high = _pixel_rows(begin // w, (end - 1) // w, h, height)
             first = low // rows
@@ -188,6 +192,7 @@ def score(
         program -= count
         base += h * w * KP
         m_ptr += tl.cdiv(sizes[level][0], PAD) * PAD * KP
+        mu_ptr += tl.cdiv(sizes[level][0], PAD) * PAD
     tl.debug_barrier()  # all threads store their scores before one of them signals it
     arrived_ptr += b * strips
     n = b * height * width
@@ -207,11 +212,12 @@ def score(
 
 @triton.jit
 def _sum_unit(
-    x_ptr, strides, size, labels_ptr, scale_ptr, out_ptr, first_d, first_row, last_row, height, width, K,
-    FLAT: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_X: tl.constexpr, KP: tl.constexpr,
+    x_ptr, strides, size, mu_ptr, labels_ptr, scale_ptr, out_ptr, first_d, first_row, last_row, height, width, K,
+    FLAT: tl.constexpr, WIDE: tl.constexpr, SHIFT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_X: tl.constexpr,
+    KP: tl.constexpr,
 ):  # fmt: skip
-    """Sums [K, D_l] over rows of cells, of CHUNKS blocks of channels.
+    """Sums [K, D_l] over rows of cells, of CHUNKS blocks of channels; of cells less mu with SHIFT.
 
     For one row of cells at a time, the one-hot labels go through the adjoint of the resizing: first across the rows of
     pixels that interpolate this row of cells, one weight per row; then along the row, as a product with the weights of
@@ -249,6 +255,8 @@ def _sum_unit(
                 mask = inside[None, :] & (at < channels)[:, None]
                 f = tl.load(x_ptr + _channel_offsets(at, strides, WIDE)[:, None] + offsets[None, :], mask, other=0.0)
                 f = upcast(tl.where(is_finite(f.to(tl.float32)), f, 0.0), UPCAST)
+                if SHIFT:
+                    f -= tl.load(mu_ptr + at, at < channels, other=0.0)[:, None]
                 updated += (add_product(acc[i], f, cell_weights, PRECISION),)  # type: ignore[assignment]
             acc = updated
     for i in tl.static_range(CHUNKS):
@@ -259,9 +267,9 @@ def _sum_unit(
 
 @triton.jit
 def sums(
-    xs, strides, sizes, parts, splits, labels_ptr, scale_ptr, done_ptr, height, width, units, K,
-    FLATS: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr, UNIT: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    xs, strides, sizes, parts, splits, mu_ptr, labels_ptr, scale_ptr, done_ptr, height, width, units, DP, K,
+    FLATS: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr, SHIFT: tl.constexpr, UNIT: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, PAD: tl.constexpr,
     CHUNKS: tl.constexpr, BLOCKS_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_X: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """Partial sums parts[l] [B, splits_l, K, D_l]: a program takes some channels of a level and a split of rows."""
@@ -271,6 +279,7 @@ def sums(
         return
     labels_ptr += b * height * width
     scale_ptr += b * height * width
+    mu_ptr += b * DP
     for level in tl.static_range(LEVELS):
         channels, h = sizes[level][0], sizes[level][1]
         count = splits[level] * tl.cdiv(channels, CHUNKS[level] * BLOCK_S)
@@ -278,12 +287,14 @@ def sums(
             split = unit % splits[level]
             first_d = unit // splits[level] * (CHUNKS[level] * BLOCK_S)
             _sum_unit(
-                xs[level] + b * strides[level][0], strides[level], sizes[level], labels_ptr, scale_ptr,
+                xs[level] + b * strides[level][0], strides[level], sizes[level], mu_ptr, labels_ptr, scale_ptr,
                 parts[level] + (b * splits[level] + split) * K * channels, first_d,
                 split * h // splits[level], (split + 1) * h // splits[level], height, width, K,
-                FLATS[level], WIDE, UNIT, PRECISION, UPCAST, CHUNKS[level], BLOCKS_C[level], BLOCK_S, BLOCK_X, KP,
+                FLATS[level], WIDE, SHIFT, UNIT, PRECISION, UPCAST, CHUNKS[level], BLOCKS_C[level], BLOCK_S, BLOCK_X,
+                KP,
             )  # fmt: skip
         unit -= count
+        mu_ptr += tl.cdiv(channels, PAD) * PAD
 
 
 # ---------------------------------------------------------------- centroids
@@ -308,8 +319,8 @@ def _load_resized(x_ptr, strides, size, at, d, height, width, WIDE: tl.constexpr
 
 @triton.jit
 def _repair_empty(
-    tile, count, x_ptr, strides, size, weight_ptr, scale_ptr, labels_ptr, distances_ptr, k, d, height, width, K,
-    WIDE: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+    tile, count, x_ptr, strides, size, mu, weight_ptr, scale_ptr, labels_ptr, distances_ptr, k, d, height, width, K,
+    WIDE: tl.constexpr, SHIFT: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums [BLOCK_D, KP] of one level and counts [KP] after the i-th farthest pixel moved to the i-th empty cluster.
 
@@ -332,6 +343,8 @@ def _repair_empty(
                 donor = tl.load(labels_ptr + pixel)
                 at = pixel + tl.zeros([1], tl.int32)
                 vector = tl.sum(_load_resized(x_ptr, strides, size, at, d, height, width, WIDE), 0)
+                if SHIFT:
+                    vector -= mu
                 vector *= tl.load(scale_ptr + pixel)
                 is_donor = tl.where(k == donor, 1.0, 0.0)
                 tile = tl.where((k == empty)[None, :], vector[:, None], tile - vector[:, None] * is_donor[None, :])
@@ -343,15 +356,19 @@ def _repair_empty(
 def _move_level(
     x_ptr, strides, size, part_ptr, splits, weight_ptr, scale_ptr, labels_ptr, distances_ptr, counts_ptr, lengths_ptr,
     c_ptr, m_ptr, mu_ptr, first, height, width, strips, blocks, channels, K,
-    START: tl.constexpr, LENGTHS: tl.constexpr, COSINE: tl.constexpr, WEIGHTED: tl.constexpr, FARTHEST: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, KP: tl.constexpr,
+    START: tl.constexpr, LENGTHS: tl.constexpr, COSINE: tl.constexpr, SHIFT: tl.constexpr, WEIGHTED: tl.constexpr,
+    FARTHEST: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """Move the centroids in BLOCK_D channels of one level; returns the bias (or squares) and shift [KP] of these."""
+    """Move the centroids in BLOCK_D channels of one level; returns the bias (or squares) and shift [KP] of these.
+
+    With SHIFT sums and centroids are relative to mu.
+    """
     k = tl.arange(0, KP)
     d = first + tl.arange(0, BLOCK_D)
     mask = (k < K)[None, :] & (d < size[0])[:, None]
     place = k[None, :].to(tl.int64) * channels + d[:, None]
     before = tl.load(c_ptr + place, mask, other=0.0)
+    mu = tl.load(mu_ptr + d)
     c = before
     shift = tl.zeros([KP], tl.float32)
     if not START:
@@ -365,8 +382,8 @@ def _move_level(
         if FARTHEST:  # noqa: SIM102  (the one a constant, the other a value)
             if tl.sum(((count == 0) & (k < K)).to(tl.int32), 0) > 0:
                 tile, count = _repair_empty(
-                    tile, count, x_ptr, strides, size, weight_ptr, scale_ptr, labels_ptr, distances_ptr, k, d,
-                    height, width, K, WIDE, WEIGHTED, BLOCK,
+                    tile, count, x_ptr, strides, size, mu, weight_ptr, scale_ptr, labels_ptr, distances_ptr, k, d,
+                    height, width, K, WIDE, SHIFT, WEIGHTED, BLOCK,
                 )  # fmt: skip
         if LENGTHS:
             c = tile
@@ -380,10 +397,10 @@ def _move_level(
             c = tl.where((count > 0)[None, :], tile / divisor[None, :], before)
             shift = tl.sum((c - before) * (c - before), 0)
             tl.store(c_ptr + place, c, mask)
-    if LENGTHS:  # noqa: SIM108
+    if LENGTHS:
         partial = tl.sum(c * c, 0)
     else:
-        partial = store_centred(m_ptr, c, tl.load(mu_ptr + d), k, d, K, size[0], KP)
+        partial = store_centred(m_ptr, c, mu * 0 if SHIFT else mu, k, d, K, size[0], KP, SHIFT)
     return partial, shift
 
 
@@ -392,9 +409,9 @@ def move(
     xs, strides, sizes, parts, splits, weight_ptr, scale_ptr, labels_ptr, distances_ptr, counts_ptr, changed_ptr,
     lengths_ptr, shift_ptr, bias_ptr, c_ptr, m_ptr, mu_ptr, limit_ptr, done_ptr, steps_ptr, arrived_ptr,
     height, width, strips, blocks, DP, channels, K,
-    START: tl.constexpr, LENGTHS: tl.constexpr, COSINE: tl.constexpr, WEIGHTED: tl.constexpr, FARTHEST: tl.constexpr,
-    WIDE: tl.constexpr, LEVELS: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-    KP: tl.constexpr,
+    START: tl.constexpr, LENGTHS: tl.constexpr, COSINE: tl.constexpr, SHIFT: tl.constexpr, WEIGHTED: tl.constexpr,
+    FARTHEST: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """Centroids c [B, K, D] from the sums, empty clusters repaired; m, and bias in parts [B, blocks, KP].
 
@@ -420,7 +437,7 @@ def move(
                 parts[level] + b * splits[level] * K * sizes[level][0], splits[level], weight_ptr + n, scale_ptr + n,
                 labels_ptr + n, distances_ptr + n, counts_ptr + b * strips * KP, lengths_ptr + b * blocks * KP,
                 c_ptr, m_ptr, mu_ptr, rest * BLOCK_D, height, width, strips, blocks, channels, K,
-                START, LENGTHS, COSINE, WEIGHTED, FARTHEST, WIDE, BLOCK, BLOCK_D, KP,
+                START, LENGTHS, COSINE, SHIFT, WEIGHTED, FARTHEST, WIDE, BLOCK, BLOCK_D, KP,
             )  # fmt: skip
             if LENGTHS:
                 tl.store(lengths_ptr + row * KP + k, partial)

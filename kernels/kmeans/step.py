@@ -140,6 +140,7 @@ class Solver:
         flat = width == self.N or down == width * across
         aligned = x.data_ptr() % 16 == 0 and all(stride % 16 == 0 or stride == 1 for stride in x.stride())
         self.cosine = metric == "cosine"
+        self.shifted = x.dtype == torch.float32 and not self.cosine
         row = config("kmeans_step", x.device, *kinds(x.dtype, aligned, flat))
         self.tile = t = tile(row, self.D, clusters, flat and (self.cosine or weight is not None))
         self.DP = t["CHUNKS"] * t["BLOCK_S"]
@@ -157,6 +158,7 @@ class Solver:
         self.common = {
             "FLAT": flat and short,
             "EVEN": self.D % t["BLOCK_S"] == 0,
+            "SHIFT": self.shifted,
             "WEIGHTED": weight is not None,
             "PRECISION": precision,
             "UPCAST": interpreted(),
@@ -172,11 +174,11 @@ class Solver:
             self.scale = torch.empty(self.batch, self.N, dtype=torch.float32, device=x.device)
 
     def prepare(self, centroids: Tensor, given: bool = False) -> None:
-        """Set m, bias and (unless ``given``) mu for centroids [B, K, D]."""
+        """Set m, bias and (unless ``given``) mu for centroids [B, K, D], relative to mu if that is given and shifts."""
         blocks = {name: min(32, self.tile[name]) for name in ("BLOCK_K", "BLOCK_D")}
         prepare_centroids_kernel[(self.batch * self.KP // blocks["BLOCK_K"],)](
             centroids, self.m, self.bias, self.mu, self.K, self.D, self.DP, self.KP, *centroids.stride(),
-            COSINE=self.cosine, GIVEN=given, **blocks,
+            COSINE=self.cosine, SHIFT=self.shifted, GIVEN=given, **blocks,
         )  # fmt: skip
 
     def step(
@@ -185,7 +187,8 @@ class Solver:
     ) -> Totals:  # fmt: skip
         """Labels and totals for the prepared centroids or, if given, ``first``.
 
-        ``distances`` [B, N] and ``done`` are given in a step of `lloyd`. With ``move`` the centroids are then updated
+        ``distances`` [B, N] and ``done`` are given in a step of `lloyd`, whose sums are relative to mu if ``shifted``.
+        With ``move`` the centroids are then updated
         and the next ones prepared.
         """
         out, lloyd = self.parts, distances is not None
@@ -240,8 +243,8 @@ class Solver:
             **{name: t[name] for name in ("BLOCK_N", "BLOCK_D", "BLOCK_K")},
         )  # fmt: skip
         tiles.sum_pixels[(rows * (self.DP // t["BLOCK_S"]) * (self.KP // t["BLOCK_K"]),)](
-            self.x, weight, done, self.labels, self.scale, out.sums, out.counts, *sizes, **self.common, LLOYD=lloyd,
-            UNIT=unit, **launch(sum_registers(self.x.dtype, unit)),
+            self.x, self.mu, weight, done, self.labels, self.scale, out.sums, out.counts, *sizes, **self.common,
+            LLOYD=lloyd, UNIT=unit, **launch(sum_registers(self.x.dtype, unit)),
             **{name: t[name] for name in ("BLOCK_N", "BLOCK_S", "BLOCK_K")},
         )  # fmt: skip
 
@@ -251,8 +254,9 @@ class Solver:
             self.x, distances if self.weight is None else self.weight, self.labels, distances, totals.sums,
             totals.counts, move.repaired, totals.changed, move.centroids, self.m, self.bias, self.mu, move.limit,
             move.done, move.steps, self.N, self.width, self.D, self.K, self.DP, self.KP, *self.strides,
-            COSINE=self.cosine, WEIGHTED=self.weight is not None, FARTHEST=move.empty == "farthest",
-            **UPDATE_BLOCKS, BLOCK_D=min(32, self.DP), **launch_options(4, 3, MOST_REGISTERS),
+            COSINE=self.cosine, SHIFT=self.shifted, WEIGHTED=self.weight is not None,
+            FARTHEST=move.empty == "farthest", **UPDATE_BLOCKS, BLOCK_D=min(32, self.DP),
+            **launch_options(4, 3, MOST_REGISTERS),
         )  # fmt: skip
 
 

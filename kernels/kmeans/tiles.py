@@ -1,8 +1,11 @@
 """Tiles of a k-means step that reads the pixels once: scores, labels and the sums of the new centroids stay on chip.
 
-Scores are relative to a point mu (the mean of the centroids or of the pixels; 0 for cosine), as derived in
-:mod:`fgfast.pixels.source`:
-    |x - c|^2 = |x - mu|^2 + bias_k - 2 <x, m_k>,   m = c - mu,  bias_k = |m_k|^2 + 2 <mu, m_k>.
+Scores are relative to a point mu (the mean of the centroids or of the pixels; 0 for cosine), the shift of
+:mod:`fgfast.pixels.source`. In float32 (SHIFT) it is subtracted from the pixels in registers:
+    |x - c|^2 = |y|^2 + |m_k|^2 - 2 <y, m_k>,   y = x - mu,  m = c - mu,
+and in Lloyd's loop centroids and sums are those of y. Half precision multiplies x as it is, since y would be rounded:
+    |x - c|^2 = |y|^2 + bias_k - 2 <x, m_k>,   bias_k = |m_k|^2 + 2 <mu, m_k>;
+such pixels have at most 2^8 or 2^11 times the digits of their mean, which leaves float32 sums of products enough.
 m is rounded to the dtype of x, and bias belongs to the rounded m: labels and inertia are exact, to float32, for
 centroids perturbed by at most 2^-9 (bfloat16) or 2^-12 (float16) of each coordinate of m.
 
@@ -104,12 +107,12 @@ def _scores(dots, bias, k, K, COSINE: tl.constexpr):
 
 
 @triton.jit
-def squared_norms(x, mu_ptr, COSINE: tl.constexpr):
-    """|x - mu|^2 over the channels of a tile [BLOCK_N]."""
-    centred = x.to(tl.float32)
+def relative(x, mu_ptr, COSINE: tl.constexpr):
+    """X - mu of the channels of a tile in float32; x for cosine."""
+    y = x.to(tl.float32)
     if not COSINE:
-        centred -= tl.load(mu_ptr)[None, :]
-    return tl.sum(centred * centred, 1)
+        y -= tl.load(mu_ptr)[None, :]
+    return y
 
 
 @triton.jit
@@ -127,11 +130,13 @@ def load_centroids(c_ptr, k, d, K, D, stride_k, stride_d):
 
 
 @triton.jit
-def store_centred(m_ptr, c, mu, k, d, K, D, KP):
+def store_centred(m_ptr, c, mu, k, d, K, D, KP, SHIFT: tl.constexpr):
     """Store m = c - mu of a tile of centroids [BLOCK_D, BLOCK_K]; returns the bias [BLOCK_K] of these channels."""
     m = tl.where((k < K)[None, :] & (d < D)[:, None], c - mu[:, None], 0.0).to(m_ptr.dtype.element_ty)
     tl.store(m_ptr + d[:, None] * KP + k[None, :], m)
     rounded = m.to(tl.float32)
+    if SHIFT:
+        return tl.sum(rounded * rounded, 0)
     return tl.sum(rounded * (rounded + 2 * mu[:, None]), 0)
 
 
@@ -196,8 +201,8 @@ def assign(
     labels_ptr, distances_ptr, scale_ptr, inertia_ptr, changed_ptr,
     N, WIDTH, D, K, DP, KP, SPLITS, TILES,
     stride_b, stride_d, stride_y, stride_x,
-    FLAT: tl.constexpr, EVEN: tl.constexpr, COSINE: tl.constexpr, WEIGHTED: tl.constexpr, LLOYD: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    FLAT: tl.constexpr, EVEN: tl.constexpr, COSINE: tl.constexpr, SHIFT: tl.constexpr, WEIGHTED: tl.constexpr,
+    LLOYD: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Labels, factors in the sums and partial inertia; with LLOYD also distances and changed labels, as in `step`."""
@@ -225,8 +230,9 @@ def assign(
             for first in range(0, DP, BLOCK_D):
                 x = load_pixels(base, offsets, inside, first, d, D, stride_d, EVEN, UPCAST)
                 m = tl.load(m_ptr + (b * DP + first + d[:, None]) * KP + k[None, :])
-                squares += squared_norms(x, mu_ptr + b * DP + first + d, COSINE)
-                dots = tl.dot(x, m, dots, input_precision=PRECISION)
+                y = relative(x, mu_ptr + b * DP + first + d, COSINE)
+                squares += tl.sum(y * y, 1)
+                dots = tl.dot(y if SHIFT else x, m, dots, input_precision=PRECISION)
             lower, at = nearest_centroid(dots, tl.load(bias_ptr + b * KP + k), k, K, COSINE)
             index = tl.where(lower < best, low + at, index)
             best = tl.minimum(best, lower)
@@ -248,11 +254,11 @@ def assign(
 
 @triton.jit
 def sum_pixels(
-    x_ptr, weight_ptr, done_ptr, labels_ptr, scale_ptr, sums_ptr, counts_ptr,
+    x_ptr, mu_ptr, weight_ptr, done_ptr, labels_ptr, scale_ptr, sums_ptr, counts_ptr,
     N, WIDTH, D, K, DP, KP, SPLITS, TILES,
     stride_b, stride_d, stride_y, stride_x,
-    FLAT: tl.constexpr, EVEN: tl.constexpr, UNIT: tl.constexpr, WEIGHTED: tl.constexpr, LLOYD: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    FLAT: tl.constexpr, EVEN: tl.constexpr, UNIT: tl.constexpr, SHIFT: tl.constexpr, WEIGHTED: tl.constexpr,
+    LLOYD: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Partial sums and counts of one tile of channels and clusters, from the labels."""
@@ -276,6 +282,8 @@ def sum_pixels(
         )
         x = load_pixels(base, offsets, inside, first, d, D, stride_d, EVEN, UPCAST)
         x = tl.where(is_finite(x.to(tl.float32)), x, 0.0)
+        if SHIFT and LLOYD:
+            x = relative(x, mu_ptr + b * DP + first + d, False)
         match = tl.load(labels_ptr + b * N + n, inside, other=-1)[:, None] == k[None, :]
         scale = tl.load(scale_ptr + b * N + n, inside, other=0.0)
         w = tl.load(weight_ptr + b * N + n, inside, other=0.0) if WEIGHTED else tl.where(inside, 1.0, 0.0)

@@ -9,6 +9,7 @@ from PIL import Image
 
 from fgfast.data.layouts import ImageSet, open_images
 from fgfast.errors import UserError
+from tests.data import trees
 
 
 def write_image(path: Path) -> None:
@@ -18,23 +19,7 @@ def write_image(path: Path) -> None:
 
 @pytest.fixture
 def cub(tmp_path: Path) -> Path:
-    """Four images of two classes in CUB-200-2011's layout."""
-    names = ["001.A/x 1.jpg", "001.A/x2.jpg", "002.B/y1.jpg", "002.B/y2.jpg"]
-    for name in names:
-        write_image(tmp_path / "images" / name)
-    lists = {
-        "images.txt": [f"{i} {name}" for i, name in enumerate(names, 1)],
-        "image_class_labels.txt": ["1 1", "2 1", "3 2", "4 2"],
-        "classes.txt": ["1 001.A", "2 002.B"],
-        "train_test_split.txt": ["1 1", "2 0", "3 1", "4 0"],
-        "bounding_boxes.txt": [f"{i} 1.5 2 3 4" for i in range(1, 5)],
-        "parts/parts.txt": ["1 beak", "2 left eye"],
-        "parts/part_locs.txt": [f"{i} {p} {i}.25 {p} 1" for i in range(1, 5) for p in (1, 2)],
-    }
-    for name, lines in lists.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("\n".join(lines) + "\n")
-    return tmp_path
+    return trees.cub(tmp_path)
 
 
 def test_cub_lists_are_read(cub: Path) -> None:
@@ -88,14 +73,14 @@ def drop(name: str) -> Callable[[Path], None]:
         (write("bounding_boxes.txt", "1 1 2 3 nan\n"), r"bounding_boxes\.txt:1: "),
         (write("images.txt", "1\n"), r"images\.txt:1: "),
         (write("images.txt", ""), "lists no image"),
-        (write("images.txt", "1 a.jpg\n1 b.jpg\n"), "one number to two images"),
+        (write("images.txt", "1 a.jpg\n1 b.jpg\n"), r"images\.txt:2: the image 1 is also in .*images\.txt:1"),
         (write("image_class_labels.txt", "1 1\n2 1\n3 2\n"), "no line for image 4"),
         (write("image_class_labels.txt", "1 1\n2 1\n3 2\n4 2\n5 2\n"), "names image 5"),
         (write("image_class_labels.txt", "1 1\n2 1\n3 2\n4 7\n"), "class 7, which .* does not name"),
         (write("image_class_labels.txt", "1 1\n2 1.5\n3 2\n4 2\n"), "class 1.5, which"),
         (write("classes.txt", "1 001.A\n2 002.B\n3 003.C\n"), r"Class 003\.C .* has no image"),
         (write("train_test_split.txt", "1 1\n2 2\n3 1\n4 0\n"), "must hold 0"),
-        (write("parts/part_locs.txt", "1 9 1 1 1\n"), "part 9"),
+        (write("parts/part_locs.txt", "1 9 1 1 1\n"), r"part_locs\.txt:1: .*part 9"),
     ],
 )
 def test_a_defect_of_cub_is_named(cub: Path, corrupt: Callable[[Path], None], message: str) -> None:

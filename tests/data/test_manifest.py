@@ -1,13 +1,16 @@
 """The manifest: unusual images are converted, broken ones are found by a full decode, and results are cached."""
 
+import errno
+import os
 import struct
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from fgfast.data import manifest
 from fgfast.data.layouts import ImageSet, open_images
@@ -101,7 +104,7 @@ def test_a_header_check_misses_what_a_full_decode_finds(smooth_set: ImageSet) ->
 def test_too_many_broken_images_stop(smooth_set: ImageSet) -> None:
     for rel in smooth_set.paths[:3]:
         (smooth_set.root / rel).write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"3 of 50 .* do not decode, such as .*not an image"):
+    with pytest.raises(UserError, match=r"3 of 50 .* cannot be read, such as .*not an image"):
         check_images(smooth_set)
 
 
@@ -116,11 +119,65 @@ def test_an_empty_set_is_refused(smooth_set: ImageSet) -> None:
         check_images(smooth_set.subset([]))
 
 
+ERRORS = [struct.error, KeyError, ZeroDivisionError, RuntimeError, AttributeError, zlib.error, EOFError, RecursionError]
+
+
+def fail_on(rel: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make Pillow raise an error when it decodes one image."""
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr(
+        ImageFile.ImageFile, "load", lambda self: raising(error) if self.filename.endswith(rel) else load(self)
+    )
+
+
+def raising(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_any_error_of_a_decoder_is_a_broken_image(
+    smooth_set: ImageSet, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_on(smooth_set.paths[7], kind("odd"), monkeypatch)
+    ((rel, reason),) = check_images(smooth_set).skipped
+    assert rel == smooth_set.paths[7]
+    assert kind.__name__ in reason or "odd" in reason
+
+
+def test_a_lack_of_memory_is_no_broken_image(smooth_set: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_on(smooth_set.paths[7], MemoryError(), monkeypatch)
+    with pytest.raises(MemoryError):
+        check_images(smooth_set)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
+def test_an_error_of_the_system_is_named_but_not_kept(
+    smooth_set: ImageSet, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        fail_on(smooth_set.paths[7], OSError(code, os.strerror(code)), patched)
+        assert check_images(smooth_set).skipped == ((smooth_set.paths[7], os.strerror(code)),)
+    assert check_images(smooth_set).skipped == ()
+
+
+@pytest.mark.parametrize("name", ["n" * 300 + ".jpg", "folder/" * 700 + "a.jpg", "null\0byte.jpg"])
+def test_a_path_that_no_file_can_have_is_a_broken_image(smooth_set: ImageSet, name: str) -> None:
+    listed = replace(smooth_set, paths=(name, *smooth_set.paths[1:]))
+    assert [rel for rel, _ in check_images(listed).skipped] == [name]
+
+
+def test_something_that_is_no_file_is_a_broken_image(smooth_set: ImageSet) -> None:
+    path = smooth_set.root / smooth_set.paths[7]
+    path.unlink()
+    os.mkfifo(path)  # opening it would wait forever
+    assert check_images(smooth_set).skipped == ((smooth_set.paths[7], "not a file"),)
+
+
 def test_only_new_and_changed_files_are_decoded(smooth_set: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     first = check_images(smooth_set)
     checked: list[str] = []
-    check_file = manifest._check_file
-    monkeypatch.setattr(manifest, "_check_file", lambda path, *rest: checked.append(path) or check_file(path, *rest))
+    check_file = manifest.check_file
+    monkeypatch.setattr(manifest, "check_file", lambda path, full: checked.append(path) or check_file(path, full=full))
     again = check_images(smooth_set)
     assert checked == []
     assert again.files == first.files
@@ -130,10 +187,13 @@ def test_only_new_and_changed_files_are_decoded(smooth_set: ImageSet, monkeypatc
     assert checked == [str(smooth_set.root.resolve() / smooth_set.paths[3])]
 
 
-def test_a_corrupt_cache_file_is_rewritten(smooth_set: ImageSet, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("content", ["{", "[]", '{"version": 2, "files": []}', '{"version": 2, "files": {"a": [1]}}'])
+def test_a_corrupt_cache_file_is_rewritten(
+    smooth_set: ImageSet, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
     check_images(smooth_set)
     (cache,) = (manifest.cache_folder() / "manifests").iterdir()
-    cache.write_text("{")
+    cache.write_text(content)
     assert len(check_images(smooth_set)) == 50
     assert "cannot be read" in caplog.text
 

@@ -1,5 +1,7 @@
 """Id maps on disk: they are read as saved, and an error names a missing or malformed file."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +22,21 @@ def test_maps_are_read_as_saved(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_a_map_on_which_the_decoder_fails_is_named(tmp_path: Path) -> None:
+    save_maps(tmp_path, ["1.jpg"], np.zeros((1, 4, 4), np.uint8))
+    path = map_path(tmp_path, "1.jpg")
+    chunk = struct.pack(">I", 4) + b"pHYs" + bytes(4) + struct.pack(">I", zlib.crc32(b"pHYs" + bytes(4)))
+    path.write_bytes(path.read_bytes()[:33] + chunk + path.read_bytes()[33:])  # Pillow raises ValueError
+    with pytest.raises(UserError, match=r"1\.jpg\.png does not decode \(ValueError: Truncated pHYs chunk\)"):
+        read_map(tmp_path, "1.jpg")
+
+
 def test_info_is_read_as_written(tmp_path: Path) -> None:
     write_maps_info(tmp_path, 15, (64, 48), "abc")
     assert read_maps_info(tmp_path) == {"n_parts": 15, "size": [64, 48], "run": "abc"}
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"n_parts": 3}', '{"size": [1, 2]}'])
+@pytest.mark.parametrize("content", ["", "[]", '{"n_parts": 3}', '{"size": [1, 2]}', '{"n_parts": 3, "size": 5}'])
 def test_invalid_info_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "maps.json").write_text(content)
     with pytest.raises(UserError, match=r"maps\.json .*fgfast discover"):

@@ -28,6 +28,28 @@ def lists(root: Path, **texts: str) -> None:
         path.write_text(text)
 
 
+def touch(root: Path, rels: Iterable[str]) -> Path:
+    """Empty files, for readers that only list them."""
+    for rel in rels:
+        (root / rel).parent.mkdir(parents=True, exist_ok=True)
+        (root / rel).touch()
+    return root
+
+
+def cub(root: Path) -> Path:
+    """Four images of two classes."""
+    names = ["001.A/x 1.jpg", "001.A/x2.jpg", "002.B/y1.jpg", "002.B/y2.jpg"]
+    write_images(root / "images", names, (8, 6))
+    lists(
+        root, images="".join(f"{i} {name}\n" for i, name in enumerate(names, 1)),
+        image_class_labels="1 1\n2 1\n3 2\n4 2\n", classes="1 001.A\n2 002.B\n",
+        train_test_split="1 1\n2 0\n3 1\n4 0\n", bounding_boxes="".join(f"{i} 1.5 2 3 4\n" for i in range(1, 5)),
+        parts__parts="1 beak\n2 left eye\n",
+        parts__part_locs="".join(f"{i} {p} {i}.25 {p} 1\n" for i in range(1, 5) for p in (1, 2)),
+    )  # fmt: skip
+    return root
+
+
 def cassava(root: Path) -> Path:
     write_images(root, [f"train/{c}/train-{c}-{i}.jpg" for c in ("cbb", "healthy") for i in range(5)])
     write_images(root, [f"extraimages/extra-image-{i}.jpg" for i in range(3)] + ["test/0/test-img-0.jpg"])

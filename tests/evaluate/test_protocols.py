@@ -55,7 +55,9 @@ def test_every_protocol_prints_and_stores_its_scores(
 ) -> None:
     words = ["eval", protocol, str(run), "--data", str(drawn), "--checkpoint", "init", "--device", "cpu", *flags]
     assert main([*words, "--json"]) == 0
-    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    printed = capsys.readouterr()
+    assert f"data: CUB-200-2011 in {drawn}: 3 classes (" in printed.err
+    row = json.loads(printed.out.splitlines()[-1])
     assert 0 <= row["low"] <= row["top1"] <= row["high"] <= 1
     assert 0 <= row["macro_f1"] <= 1
     assert 0 <= row["weighted_f1"] <= 1

@@ -186,6 +186,23 @@ def test_no_pixel_of_positive_weight_and_an_empty_batch():
     assert kmeans([m[:0] for m in maps], 2, size=4, seed=0, backend="triton").labels.shape == (0, 4, 4)
 
 
+@pytest.mark.parametrize("offset", [1e2, -1e4, 1e6])
+def test_an_offset_costs_no_digits(offset):
+    maps = [m + offset for m in pyramid(5)]
+    built = hypercolumns([m.double() for m in maps], (8, 8))
+    init = built[:, ::13].float()
+    init[:, -1] = 2 * offset  # nearest to no pixel
+    options = {"size": 8, "n_iter": 4, "init": init}
+    found = kmeans(maps, init.shape[1], backend="triton", **options)
+    wide = kmeans([m.double() for m in maps], init.shape[1], backend="reference", **(options | {"init": init.double()}))
+    assert torch.equal(found.labels, wide.labels)
+    spread = (built - built.mean(1, keepdim=True)).square().sum((1, 2))
+    assert ((found.inertia - wide.inertia).abs() <= 1e-6 * (wide.inertia + spread)).all()
+    u = torch.finfo(torch.float32).eps
+    slack = u * wide.centroids.abs() + 16 * u * spread.sqrt()[:, None, None]
+    assert ((found.centroids - wide.centroids).abs() <= slack).all()
+
+
 def test_two_runs_are_equal_bit_for_bit():
     maps = pyramid(9, shapes=((4, 6, 6), (9, 3, 3)))
     a, b = (kmeans(maps, 3, size=6, init=spread(maps, 6, 3), n_iter=2, backend="triton") for _ in range(2))
@@ -240,7 +257,10 @@ def test_norms_and_pixels_are_those_of_interpolate(seed, shape, size):
     torch.testing.assert_close(levels.squares(wide), (built - mu[:, None]).square().sum(2), **assert_near)
     index = torch.arange(size * size, device=DEVICE)[None]
     torch.testing.assert_close(levels.rows(index, wide, torch.float32), built - mu[:, None], **assert_near)
-    torch.testing.assert_close(levels.total(torch.ones(1, size * size, device=DEVICE)), built.sum(1), **assert_near)
+    ones = torch.ones(1, size * size, device=DEVICE)
+    torch.testing.assert_close(levels.total(ones, wide, False), built.sum(1), **assert_near)
+    torch.testing.assert_close(levels.total(ones, wide, True), built.sum(1) - size**2 * mu, **assert_near)
+    torch.testing.assert_close(levels.unpad(wide), mu, **assert_near)
 
 
 def test_large_levels_are_split_and_small_ones_are_not():

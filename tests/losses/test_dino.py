@@ -23,3 +23,13 @@ def test_dino_equals_lightly_with_warm_up_and_centre() -> None:
         assert_same(at(epoch, ours), at(epoch, theirs), *student)
         torch.testing.assert_close(ours.center, theirs.center)
     assert ours(teacher, student, teacher_temp=0.5) == pytest.approx(theirs(teacher, student, teacher_temp=0.5).item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dino_of_half_precision_is_that_of_the_same_numbers_in_float32(dtype: torch.dtype) -> None:
+    """Also where x / 0.1 is no number of float16."""
+    teacher, student = ([(randn(i + n, 4, 64) * 3000).to(dtype) for i in range(2)] for n in (0, 5))
+    half, full = losses.DINOLoss(64), losses.DINOLoss(64)
+    value = half(teacher, student)
+    torch.testing.assert_close(value, full([x.float() for x in teacher], [x.float() for x in student]))
+    torch.testing.assert_close(half.center, full.center)

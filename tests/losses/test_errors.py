@@ -22,10 +22,8 @@ def test_bad_input_is_one_clear_error() -> None:
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="memory_bank_size is 5"):
         losses.NTXentLoss(memory_bank_size=5)
-    with pytest.raises(ValueError, match="belong together"):
-        losses.SupConLoss()(x, torch.zeros(2), ref_emb=x)
-    with pytest.raises(ValueError, match="leave the miner out"):
-        losses.SupConLoss()(x, torch.zeros(2), (x, x, x, x))
+    with pytest.raises(TypeError, match="reducer is 'mean'"):
+        losses.SupConLoss(reducer="mean")
     with pytest.raises(ValueError, match="center_mode is 'median'"):
         losses.DINOLoss(center_mode="median")
     with pytest.raises(ValueError, match="different views"):
@@ -45,7 +43,30 @@ def test_bad_input_is_one_clear_error() -> None:
         (lambda x: losses.NTXentLoss()(x[0], x[0]), ValueError, "out0: expected shape [B, D], got [8]"),
         (lambda x: losses.NTXentLoss()([1.0], x), TypeError, "out0 is a list"),
         (lambda x: losses.InfoNCELoss()(x, x[:, :3]), ValueError, "key has shape (4, 3)"),
-        (lambda x: losses.SupConLoss()(x, torch.zeros(4)), TypeError, "labels has dtype torch.float32"),
+        (lambda x: losses.SupConLoss()(x, torch.zeros(4).cfloat()), TypeError, "labels has dtype torch.complex64"),
+        (lambda x: losses.SupConLoss()(x), ValueError, "labels is None: give labels"),
+        (lambda x: losses.SupConLoss()(x, None, (x, x)), ValueError, "indices_tuple: expected 3 or 4 tensors"),
+        (
+            lambda x: losses.SupConLoss()(x, None, tuple(torch.tensor([[0], [1], [0], [1]]))),
+            ValueError,
+            "indices_tuple: pair (0, 1) is both positive and negative.",
+        ),
+        (
+            lambda x: losses.SupConLoss()(x, torch.zeros(4), ref_labels=torch.zeros(4)),
+            ValueError,
+            "ref_labels is given without ref_emb",
+        ),
+        (
+            lambda x: losses.SupConLoss()(x, torch.zeros(4), ref_emb=x[:3]),
+            ValueError,
+            "ref_emb has 3 vectors and embeddings has 4: give ref_labels.",
+        ),
+        (
+            lambda x: losses.DINOLoss(8)([x, x], [x, x[:3]]),
+            ValueError,
+            "student_out[1]: expected shape [4, 8], got [3, 8]",
+        ),
+        (lambda x: losses.DINOLoss(1)([x, x], [x, x]), ValueError, "teacher_out[0]: expected shape [4, 1], got [4, 8]"),
         (
             lambda x: losses.SupConLoss()(x[0], torch.zeros(8).long()),
             ValueError,

@@ -1,25 +1,82 @@
-"""SupConLoss: values and gradients of pytorch-metric-learning."""
+"""SupConLoss: where it needs no matrix, and its place among pytorch-metric-learning's classes."""
+
+import copy
+import pickle
+import sys
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from fgfast import losses
-from tests.losses.peers import assert_same, pml, randn
+from fgfast.losses import pml as subclass
+from fgfast.losses import supcon
+from tests.losses.peers import assert_same, pml, randint, randn
+
+distributed = pytest.importorskip("pytorch_metric_learning.utils.distributed")
+distances = pytest.importorskip("pytorch_metric_learning.distances")
+X, Y = randn(0, 12, 4), randint(1, 3, 12)
 
 
-@pytest.mark.parametrize("labels", [[0, 1, 0, 1, 2, 0], [3, 3, 3, 3], [0, 1, 2], list(range(7)) * 60])
-def test_supcon_equals_pytorch_metric_learning(labels: list[int]) -> None:
-    y = torch.tensor(labels)
-    ours, theirs = losses.SupConLoss(0.1), pml.SupConLoss(0.1)
-    assert_same(lambda x: ours(x, y) + 0 * x.sum(), lambda x: theirs(x, y) + 0 * x.sum(), randn(0, len(y), 8))
+@pytest.mark.parametrize("efficient", [False, True])
+def test_distributed_loss_wrapper_takes_it_and_gives_the_value_of_the_peer(
+    efficient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks, of which the other is simulated."""
+    other = {torch.float64: randn(2, 12, 4), torch.int64: randint(3, 3, 12)}
+    monkeypatch.setattr(distributed, "is_distributed", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_gather", lambda x: other[x.dtype])
+
+    def wrapped(loss: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+        wrapper = distributed.DistributedLossWrapper(loss, efficient)
+        return lambda x: wrapper(x, Y)
+
+    assert_same(wrapped(losses.SupConLoss()), wrapped(pml.SupConLoss()), X)
 
 
-def test_supcon_against_references_equals_pytorch_metric_learning() -> None:
-    y, r = torch.tensor([0, 1, 5, 1]), torch.tensor([1, 0, 0, 2, 1])
-    ours, theirs = losses.SupConLoss(), pml.SupConLoss()
-    assert_same(
-        lambda x, z: ours(x, y, ref_emb=z, ref_labels=r),
-        lambda x, z: theirs(x, y, ref_emb=z, ref_labels=r),
-        randn(0, 4, 8),
-        randn(1, 5, 8),
-    )
+def test_its_class_depends_on_whether_pytorch_metric_learning_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert type(losses.SupConLoss()) is subclass.SupConLoss
+    monkeypatch.delitem(sys.modules, "pytorch_metric_learning.losses")
+    assert type(losses.SupConLoss()) is supcon.SupConLoss
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))])
+def test_a_copy_has_the_options(copied: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+    loss = losses.SupConLoss(0.3, distance=distances.LpDistance(p=1))
+    assert copied(loss)(X, Y) == loss(X, Y)
+
+
+@pytest.mark.parametrize(
+    ("distance", "matrix"),
+    [
+        (None, False),
+        (distances.CosineSimilarity(), False),
+        (distances.DotProductSimilarity(normalize_embeddings=False), False),
+        (distances.CosineSimilarity(power=2), True),
+        (distances.LpDistance(), True),
+    ],
+)
+def test_only_other_distances_than_cosines_and_dot_products_need_a_matrix(
+    distance: torch.nn.Module | None, matrix: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(supcon, "contrast_of_pairs", lambda *given: calls.append(given) or given[0].sum(1))
+    losses.SupConLoss(distance=distance)(X, Y)
+    assert bool(calls) == matrix
+
+
+def test_huge_finite_vectors_give_a_finite_loss_with_a_miner() -> None:
+    pairs = tuple(torch.tensor(i) for i in ([0], [1], [2, 3], [3, 0]))
+    assert losses.SupConLoss()(X.bfloat16() * 1e30, indices_tuple=pairs).isfinite()
+
+
+@pytest.mark.parametrize(("n", "temperature"), [(64, 0.055), (320, 0.05)])  # the plain path and tiles
+def test_rows_of_a_tiny_loss_count_in_float32(n: int, temperature: float) -> None:
+    """Losses of about 1e-6, below the rounding error of logits of 20, are above 0."""
+    y = torch.arange(n) % (n // 2)
+    x = torch.eye(n // 2)[y] + 0.0
+    x[: n // 8] = randn(0, n // 8, n // 2).float()
+    ours, theirs = losses.SupConLoss(temperature), pml.SupConLoss(temperature)
+    torch.testing.assert_close(ours(x, y), theirs(x, y), rtol=1e-4, atol=0)

@@ -1,9 +1,15 @@
 """Backbones: maps, pyramids, keys, and errors."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from fgfast.errors import UserError
+from fgfast.methods.color import Color, ColorConfig
+from fgfast.methods.lodisc import LoDisc, LoDiscConfig
+from fgfast.methods.particle import PARTICLE, PARTICLEConfig
+from fgfast.methods.synthpair import SynthPair, SynthPairConfig
 from fgfast.models.backbone import Backbone, parse_model_args
 from fgfast.models.heads import MLP, DINOHead, momentum_copy, update_momentum
 from tests.conftest import TINY
@@ -20,6 +26,34 @@ def test_pooled_features_match_the_map(name: str, side: int) -> None:
     assert grid.shape[:2] == (2, encoder.dim)
     if not encoder.is_vit:
         torch.testing.assert_close(encoder(x), grid.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("mobilenetv3_small_050", {}),
+        ("lcnet_035", {}),
+        ("swin_tiny_patch4_window7_224", {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}),
+    ],
+)
+def test_dim_is_the_width_of_the_pooled_features(name: str, args: dict[str, object]) -> None:
+    """Also of a network that widens its map before it is pooled, and of a transformer of a fixed image size."""
+    encoder = Backbone(name, size=64, args=args).eval()
+    with torch.no_grad():
+        assert encoder(torch.zeros(1, 3, 64, 64)).shape == (1, encoder.dim)
+
+
+def test_methods_on_maps_take_a_network_that_widens_them_later() -> None:
+    """Their layers have the width of the map, and a method that needs both widths to be equal says so."""
+    options: dict[str, Any] = {"model": "mobilenetv3_small_050", "size": 64}
+    color = Color(ColorConfig(**options, hidden=8))
+    assert color.logits(torch.zeros(2, 3, 64, 64)).shape[:3] == (2, 16, 16)
+    particle = PARTICLE(PARTICLEConfig(**options, n_parts=3, map_size=8, hidden=8, projection=8))
+    maps = particle.encoder.to_map(particle.encoder.features(torch.zeros(2, 3, 64, 64)), (64, 64))
+    labels = torch.zeros(2, 64, 64, dtype=torch.int64)
+    assert particle.part_loss(maps, maps, labels, labels).isfinite()
+    with pytest.raises(UserError, match="widens its feature map"):
+        SynthPair(SynthPairConfig(**options))
 
 
 @pytest.mark.parametrize("name", [TINY, "resnet18", "test_convnext"])
@@ -121,3 +155,8 @@ def test_dino_head_is_weight_normalised() -> None:
 def test_a_vit_refuses_a_size_that_its_patches_do_not_divide() -> None:
     with pytest.raises(UserError, match="--size is 34: test_vit takes multiples"):
         Backbone("test_vit", size=34)
+
+
+def test_lodisc_refuses_a_map_of_which_it_would_keep_nothing() -> None:
+    with pytest.raises(UserError, match=r"--keep is 0\.3 of 1 patches: give at least 1"):
+        LoDisc(LoDiscConfig(model=TINY, size=32))

@@ -1,14 +1,18 @@
 """Weights from checkpoints of every supported format."""
 
 import argparse
+from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone
-from fgfast.models.weights import load_encoder
+from fgfast.models.weights import load_encoder, load_tensors, read_checkpoint
 from tests.conftest import TINY
 
 LAYOUTS = {
@@ -40,14 +44,119 @@ def test_every_layout_loads(tmp_path: Path, layout: str) -> None:
     assert all(torch.equal(v, source[k]) for k, v in net.state_dict().items())
 
 
-def test_other_network_is_named(tmp_path: Path) -> None:
-    """The error names the tensor that does not match."""
-    torch.save(Backbone("test_resnet").net.state_dict(), tmp_path / "w.pth")
-    with pytest.raises(UserError, match="another network"):
-        load_encoder(Backbone("resnet18", args={"channels": (8, 8, 8, 8)}).net, tmp_path / "w.pth")
+def test_another_network_is_described_by_what_the_file_has_and_lacks() -> None:
+    """The error counts the tensors and names those that are missing, left over and of another shape."""
+    net = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(3, 3)})
+    tensors = {"a.weight": torch.zeros(3, 5), "a.bias": torch.zeros(3), "a.extra": torch.zeros(1)}
+    with pytest.raises(UserError) as caught:
+        load_tensors(net, tensors, "The weights FILE")
+    assert str(caught.value) == (
+        "The weights FILE are of another network (the file has 3 tensors, 2 of the 4 of ModuleDict: 'b.weight', "
+        "'b.bias' missing; 'a.extra' left over; 1 of another shape, such as 'a.weight' [3, 5] instead of [3, 2]): give "
+        "its --model and --model-args."
+    )
 
 
-def test_code_in_a_file_is_not_executed(tmp_path: Path) -> None:
+NARROW = {"channels": (8, 8, 8, 8)}
+NO_CLASS_POSITION = {"no_embed_class": True}
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "args", "more"),
+    [
+        ("resnet34", "resnet18", NARROW, {}),
+        ("test_vit", "test_vit", {"depth": 2}, {"depth": 4}),
+        ("test_vit", "test_vit", NO_CLASS_POSITION, {"reg_tokens": 1}),
+    ],
+    ids=["more blocks in a stage", "deeper", "more tokens"],
+)
+def test_a_larger_network_is_not_loaded_in_part(
+    source: str, target: str, args: dict[str, object], more: dict[str, object]
+) -> None:
+    net = Backbone(target, args=args).net
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(UserError, match="left over"):
+        load_tensors(net, Backbone(source, args=args | more).net.state_dict(), "The weights")
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_efficientnet", "test_vit", "test_byobnet"])
+def test_the_classifier_of_a_timm_network_is_ignored(name: str) -> None:
+    import timm
+
+    target = Backbone(name, size=160)
+    load_tensors(target.net, timm.create_model(name, num_classes=7).state_dict(), "The weights")
+
+
+def test_a_missing_count_of_batches_is_no_error_as_in_torch() -> None:
+    source, target = Backbone(TINY).net, Backbone(TINY).net
+    state = {k: v for k, v in source.state_dict().items() if not k.endswith("num_batches_tracked")}
+    assert len(state) < len(source.state_dict())
+    load_tensors(target, state, "The weights")
+    assert all(torch.equal(target.state_dict()[k], v) for k, v in state.items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(value: float) -> None:
+    net = nn.Sequential(nn.Linear(2, 2))
+    state = net.state_dict() | {"0.bias": torch.tensor([0.0, value])}
+    with pytest.raises(UserError, match=r"not finite in '0\.bias'"):
+        load_tensors(net, state, "The weights")
+
+
+def test_weights_of_another_image_size_name_that_size() -> None:
+    state = Backbone("test_vit", size=160).net.state_dict()
+    with pytest.raises(UserError, match=r"'pos_embed' \[1, 101, 64\] instead of \[1, 17, 64\]\): give --size 160"):
+        load_tensors(Backbone("test_vit", size=64).net, state, "The weights")
+
+
+@pytest.mark.parametrize("scalar", [np.float64(0.5), np.float32(0.5), np.int64(3), np.bool_(True), np.str_("x")])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_numpy_scalar_beside_the_weights_does_no_harm(tmp_path: Path, scalar: np.generic, zipped: bool) -> None:
+    file = tmp_path / "w.pth"
+    content = {"state_dict": {"a": torch.ones(2)}, "best": scalar}
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    assert read_checkpoint(file)["state_dict"]["a"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.zeros(2)], "hold a list of 1 tensor: give a state dict"),
+        ((1, 2), "hold a tuple of 2 values"),
+        (torch.zeros(2, 3), r"hold a tensor of shape \[2, 3\]"),
+        (3, "hold one value of type int"),
+        ({}, "hold no named tensors, but an empty dictionary: give a state dict"),
+        ({"epoch": 3, "lr": 0.1}, "a dictionary of 'epoch', 'lr'"),
+        ({0: torch.zeros(2)}, "a dictionary of 0"),
+        ({"state_dict": OrderedDict(), "epoch": 1}, "a dictionary of 'state_dict', 'epoch'"),
+        (nn.Linear(2, 2), r"reading torch\.nn\.modules\.linear\.Linear could run code: give a state dict"),
+        ({"best": np.zeros(2)}, r"reading numpy\._core\.multiarray\._reconstruct could run code"),
+    ],
+)
+def test_a_file_of_something_else_is_said_to_be_that(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=message):
+        load_encoder(nn.Linear(2, 2), tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.99])
+def test_a_file_that_was_cut_is_said_to_be_incomplete(tmp_path: Path, name: str, kept: float) -> None:
+    file, state = tmp_path / name, {"a": torch.randn(500)}
+    save_file(state, file) if name.endswith("safetensors") else torch.save(state, file)
+    file.write_bytes(file.read_bytes()[: int(kept * file.stat().st_size)])
+    with pytest.raises(UserError, match="cut or damaged" if kept else "are an empty file"):
+        read_checkpoint(file)
+
+
+def test_a_page_saved_as_weights_is_quoted(tmp_path: Path) -> None:
+    (tmp_path / "w.pth").write_text("<!DOCTYPE html>")
+    with pytest.raises(UserError, match="would not begin with b'<!DOCTYPE html>'"):
+        read_checkpoint(tmp_path / "w.pth")
+
+
+def test_code_in_a_file_is_not_executed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A pickle that would execute code is refused."""
 
     class Evil:
@@ -55,7 +164,8 @@ def test_code_in_a_file_is_not_executed(tmp_path: Path) -> None:
             return (print, ("ran",))
 
     torch.save({"teacher": Evil()}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="could not be read"):
+    with pytest.raises(UserError, match="reading print could run code"):
         load_encoder(Backbone(TINY).net, tmp_path / "w.pth")
+    assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match="do not exist"):
         load_encoder(Backbone(TINY).net, tmp_path / "missing.pth")

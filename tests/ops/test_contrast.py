@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fgfast.ids import Ids
 from fgfast.ops.contrast import positives, sides, tiled
+from fgfast.tensors import accumulation
 from tests.ops.contrast_fields import (
     BACKENDS,
     NEGATIVES,
@@ -252,3 +253,68 @@ def test_large_logits_do_not_overflow() -> None:
         assert all(v.isfinite().all() for v in values)
         big = field.loss(query=field.query * 100 * sign, key=field.key * 100, normalize=False)
         assert big.isfinite()
+
+
+# what is the same problem after multiplication by a power of two, whose squares overflow
+HUGE = [(torch.bfloat16, 66), (torch.float32, 66), (torch.float32, 125), (torch.bfloat16, 125), (torch.float64, 1020)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dtype", "power"), HUGE, ids=str)
+def test_vectors_whose_squares_overflow_have_the_direction_that_they_have(
+    dtype: torch.dtype, power: int, backend: str
+) -> None:
+    field, huge = Field(7, bank=4, dtype=dtype), Field(7, bank=4, dtype=dtype)
+    factor = 2.0**power
+    assert huge.bank is not None
+    huge.query, huge.key, huge.bank = huge.query * factor, huge.key * factor, huge.bank * factor
+    assert all(x.isfinite().all() for x in (huge.query, huge.key, huge.bank))
+    expected, got = field.values(backend="reference"), huge.values(backend=backend)
+    wide = accumulation(dtype)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    for index, (g, e) in enumerate(zip(got, expected, strict=True)):
+        # gradients of vectors are as much smaller as the vectors are longer, below 2^-126 with fewer bits
+        smaller = 1 if index in (0, 2) else factor
+        rounding = torch.finfo(dtype).eps + torch.finfo(dtype).tiny * torch.finfo(dtype).eps * smaller
+        error = (g.to(wide) * smaller - e.to(wide)).abs().max()
+        assert error <= (tolerance + 2 * rounding) * (1 + e.to(wide).abs().max()), index
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+@pytest.mark.parametrize("same", [False, True])
+def test_a_float16_vector_of_zeros_has_gradient_zero_and_changes_no_other(backend: str, same: bool) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    field, wide = Field(8, same=same, dtype=torch.float16), Field(8, same=same, dtype=torch.float16)
+    for x in {id(x): x for x in (field.query, field.key, field.bank)}.values():
+        assert x is not None
+        x[2] = 0
+    wide.query, wide.key, wide.weight = (x.double() for x in (field.query, field.key, field.weight))
+    wide.key = wide.query if same else wide.key
+    assert field.bank is not None
+    wide.bank = field.bank.double()
+    temperature = float(torch.tensor(0.1).half())
+    got, expected = field.values(backend=backend), wide.values(backend="reference", temperature=temperature)
+    tolerance = 2e-2 if backend == "triton" else 2e-3
+    torch.testing.assert_close(got[0].double(), expected[0], rtol=1e-5, atol=1e-5)
+    for g, e in zip(got[1:], expected[1:], strict=True):
+        if g.dim() == 2:
+            assert not g[2].any()
+            g, e = (torch.cat([x[:2], x[3:]]).double() for x in (g, e))
+            assert (g - e).abs().max() <= tolerance * e.abs().max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_half_precision_over_the_temperature_does_not_overflow(backend: str, normalize: bool) -> None:
+    """Products of float16 up to 60,000, divided by 0.1, are far beyond float16."""
+    field, wide = Field(9, dtype=torch.float16), Field(9, dtype=torch.float16)
+    field.query = field.query / field.query.abs().max() * 60_000
+    wide.query, wide.key, wide.weight = (x.double() for x in (field.query, field.key, field.weight))
+    assert field.bank is not None
+    wide.bank = field.bank.double()
+    options = {"normalize": normalize, "backend": backend}
+    got = field.values(**options)
+    expected = wide.values(**options, temperature=float(torch.tensor(0.1).half()))
+    torch.testing.assert_close(got[0].double(), expected[0], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(got[1].double(), expected[1], rtol=2e-3, atol=1e-6)

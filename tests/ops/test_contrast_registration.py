@@ -52,16 +52,18 @@ def test_opcheck(same: bool) -> None:
     detached = [x.detach() if isinstance(x, Tensor) else x for x in args]
     for needs in ([True, not same, True, True], [False, not same, True, False]):
         torch.library.opcheck(torch.ops.fgfast.contrast_backward, (*grads, needs, *detached))
+    torch.library.opcheck(torch.ops.fgfast.contrast_backward, (grads[0].requires_grad_(), *grads[1:], needs, *args))
 
 
-@pytest.mark.parametrize("same", [False, True])
-def test_compiled_fullgraph_gives_the_same_numbers(same: bool) -> None:
+@pytest.mark.parametrize(("same", "dynamic"), [(False, False), (True, False), (True, True)])
+def test_compiled_fullgraph_gives_the_same_numbers(same: bool, dynamic: bool) -> None:
     field = Field(9, same=same)
 
     def loss(query: Tensor, key: Tensor, bank: Tensor | None) -> Tensor:
         return field.loss(query=query, key=key, bank=bank)
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     results = []
     for f in (loss, compiled):
         query = field.query.clone().requires_grad_()

@@ -1,5 +1,6 @@
 """The ring over ranks: the loss and the gradients of one process on the concatenated batch."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,22 +86,32 @@ def test_ring_equals_one_process_on_the_concatenated_batch(world: int, tmp_path:
                 torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-8)
 
 
-def test_opcheck(tmp_path: Path) -> None:
-    """A ring of one rank."""
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """The name of a group of one rank, and the arguments of a ring over it."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
-    try:
-        (query, key, _, *ids), _ = field([2, 1])
-        temperature = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
-        name = dist.group.WORLD.group_name
-        vectors = (query.requires_grad_(), *ids, key.requires_grad_(), *ids)
-        args = (*vectors, None, temperature, 1.0, "all", True, "ieee", name)
-        torch.library.opcheck(torch.ops.fgfast.ring_contrast, args)
-        grads = [torch.ones(12).double(), *(x.detach() for x in torch.ops.fgfast.ring_contrast(*args)[1:])]
-        detached = [x.detach() if isinstance(x, Tensor) else x for x in args]
-        torch.library.opcheck(torch.ops.fgfast.ring_contrast_backward, (*grads, [True, True, False, True], *detached))
-        torch.library.opcheck(torch.ops.fgfast.group_sum, (torch.tensor(3), name))
-    finally:
-        dist.destroy_process_group()
+    (query, key, _, *ids), _ = field([2, 1])
+    temperature = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    name = dist.group.WORLD.group_name
+    vectors = (query.requires_grad_(), *ids, key.requires_grad_(), *ids)
+    yield name, (*vectors, None, temperature, 1.0, "all", True, "ieee", name)
+    dist.destroy_process_group()
+
+
+def test_opcheck(one_rank: tuple[str, tuple[Any, ...]]) -> None:
+    name, args = one_rank
+    torch.library.opcheck(torch.ops.fgfast.ring_contrast, args)
+    grads = [torch.ones(12).double(), *(x.detach() for x in torch.ops.fgfast.ring_contrast(*args)[1:])]
+    detached = [x.detach() if isinstance(x, Tensor) else x for x in args]
+    torch.library.opcheck(torch.ops.fgfast.ring_contrast_backward, (*grads, [True, True, False, True], *detached))
+    torch.library.opcheck(torch.ops.fgfast.group_sum, (torch.tensor(3), name))
+
+
+def test_a_second_derivative_is_refused_in_one_sentence(one_rank: tuple[str, tuple[Any, ...]]) -> None:
+    query, *rest = one_rank[1]
+    (first,) = torch.autograd.grad(torch.ops.fgfast.ring_contrast(query, *rest)[0].sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"^contrastive_loss over a group .*: give no group\.$"):
+        first.sum().backward()
 
 
 def test_global_ids_of_one_process_are_unchanged() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch.library import opcheck
 
 import fgfast.ops.kmeans.kmeans  # noqa: F401  (registers the operations)
@@ -116,6 +117,54 @@ def test_pixels_permute_clusters_rename_and_weights_scale(seed):
     assert torch.equal(d.labels, a.labels)
     torch.testing.assert_close(d.inertia, 3 * a.inertia)
     torch.testing.assert_close(d.counts, 3 * a.counts)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@examples(20)
+@given(
+    seed=seeds,
+    offset=st.sampled_from([0.0, 1e2, 1e4, -1e5, 1e6]),
+    scale=st.sampled_from([1e-17, 1e-8, 1.0, 1e8, 1e18]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    maps=st.booleans(),
+)
+def test_neither_an_offset_nor_a_scale_costs_digits(backend, seed, offset, scale, dtype, maps):
+    """Pixels that share an offset or a scale have the labels, and to its documented bound the inertia, of float64."""
+    if dtype == torch.float16:
+        scale = 1.0
+    if dtype != torch.float32:
+        offset /= 1e4  # of more, half precision would leave no differences
+    x = (scale * blobs(seed, 2, 64, 6, offset=offset)).to(dtype)
+    init = x[:, :4]
+    given = [x.mT.unflatten(2, (8, 8))] if maps else x
+    size = 8 if maps else None
+    wide = kmeans([g.double() for g in given] if maps else x.double(), 4, size=size, init=init.double(), n_iter=5)
+    found = kmeans(given, 4, size=size, init=init, n_iter=5, backend=backend)
+    assert torch.equal(found.labels, wide.labels)
+    spread = (x.double() - x.double().mean(1, keepdim=True)).square().sum((1, 2))
+    finite = wide.inertia < torch.finfo(torch.float32).max
+    assert torch.equal(found.inertia.isfinite(), finite)
+    assert not found.inertia.isnan().any()
+    error = (found.inertia.double() - wide.inertia).abs()[finite]
+    assert (error <= 1e-6 * (wide.inertia + spread)[finite] + torch.finfo(torch.float32).tiny).all()
+    u = torch.finfo(torch.float32).eps
+    near = (found.centroids - wide.centroids).abs() <= u * wide.centroids.abs() + 16 * u * spread.sqrt()[:, None, None]
+    assert near.all()
+
+
+@pytest.mark.parametrize("value", [1e19, 1e25, 3e38])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("metric", METRICS)
+def test_numbers_whose_squares_overflow_are_finite(metric, dtype, value):
+    x = blobs(0, 50, 4)
+    x = (x * (value / x.abs().max())).to(dtype)
+    for backend in ("torch", "reference"):
+        found, wide = (kmeans(y, 3, init=y[:3], metric=metric, backend=backend) for y in (x, x.double()))
+        assert torch.equal(found.labels, wide.labels)
+        assert not found.inertia.isnan()
+        found, wide = (kmeans_step(y, y[:3], metric=metric, backend=backend) for y in (x, x.double()))
+        assert torch.equal(found.labels, wide.labels)
+        assert not found.inertia.isnan()
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -291,7 +340,7 @@ MAPS = [torch.zeros(2, 3, 3, 3)]
     ("change", "error", "word"),
     [
         ({"x": torch.zeros(9)}, ValueError, "x: expected shape"),
-        ({"x": X.long()}, TypeError, "x has dtype"),
+        ({"x": X + 1j}, TypeError, "x has dtype"),
         ({"x": []}, ValueError, "empty list"),
         ({"x": MAPS}, ValueError, "size is missing"),
         ({"x": MAPS, "size": 0}, ValueError, "size is"),
@@ -324,3 +373,23 @@ def test_bad_input_is_named(change, error, word, backend):
     options = {"x": X, "n_clusters": 2, "seed": 0} | change
     with pytest.raises(error, match=word):
         kmeans(options.pop("x"), options.pop("n_clusters"), backend=backend, **options)
+
+
+def test_results_are_constants_of_every_transform():
+    """vmap runs problem by problem; derivatives of all orders and directions are those of what lies around k-means."""
+    x = blobs(3, 2, 30, 4)
+    init = x[:, :3]
+    alone = torch.stack([kmeans(x[i], 3, init=init[i]).centroids for i in range(2)])
+    assert torch.equal(torch.func.vmap(lambda x, c: kmeans(x, 3, init=c).centroids)(x, init), alone)
+    steps = torch.func.vmap(lambda x, c: kmeans_step(x, c).sums)(x, init)
+    assert torch.equal(steps, kmeans_step(x, init).sums)
+
+    def spread(x):
+        return (x - kmeans(x, 3, init=init).centroids.sum(1, keepdim=True)).square().sum()
+
+    residual = 2 * (x - alone.sum(1, keepdim=True))
+    torch.testing.assert_close(torch.func.grad(spread)(x), residual)
+    torch.testing.assert_close(torch.func.jvp(spread, (x,), (torch.ones_like(x),))[1], residual.sum())
+    torch.testing.assert_close(
+        torch.func.vmap(torch.func.grad(lambda x: kmeans(x, 3, seed=0).inertia + x.sum()))(x), torch.ones_like(x)
+    )

@@ -137,6 +137,7 @@ def test_opcheck():
     grad, area = torch.randn(2, 3, 3), torch.rand(2, 3)
     for pixel_major in (False, True):
         opcheck(part_pool_backward, (grad, labels, weight, area, True, pixel_major))
+        opcheck(part_pool_backward, (grad.clone().requires_grad_(), labels, None, area, False, pixel_major))
     opcheck(_labels_to_grid, (labels, 2, 2, 3))
 
 

@@ -1,5 +1,6 @@
 """Two gloo ranks train together: one run folder, and the same weights on both."""
 
+import os
 import socket
 from pathlib import Path
 
@@ -21,13 +22,16 @@ def _free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def _train(rank: int, port: int, data: str, out: str, name: str, interrupt: bool = False) -> None:
-    import os
-    import signal
-
+def _join(rank: int, port: int) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+
+
+def _train(rank: int, port: int, data: str, out: str, name: str, interrupt: bool = False) -> None:
+    import signal
+
+    _join(rank, port)
     from fgfast.methods.base import Progress
     from fgfast.train.loop import pretrain
     from tests.conftest import TINY
@@ -67,6 +71,39 @@ def test_two_ranks_end_with_the_same_weights(drawn: Path, tmp_path: Path, method
     assert all(torch.equal(first[k], second[k]) for k in first)
     rows, _ = read_metrics(out / "metrics.jsonl")
     assert [r["step"] for r in rows if "loss" in r] == [1, 2, 3]
+
+
+def _train_and_resume(rank: int, port: int, data: str, out: str) -> None:
+    from contextlib import nullcontext
+    from dataclasses import replace
+
+    _join(rank, port)
+    from fgfast.claim import claim_folder
+    from fgfast.methods.simclr import SimCLRConfig
+    from fgfast.train.loop import pretrain
+    from tests.conftest import TINY
+
+    config = SimCLRConfig(
+        data=data, out=out, model=TINY, size=32, batch_size=4, epochs=1, log_every=1, knn_every=0, device="cpu",
+        threads=1, amp="off", hidden=16, projection=8,
+    )  # fmt: skip
+    pretrain("simclr", config)
+    config = replace(config, epochs=2, resume=True)
+    pretrain("simclr", config)
+    with (
+        claim_folder(Path(out)) if rank == 0 else nullcontext(),
+        pytest.raises(UserError, match="in use by process"),
+    ):
+        pretrain("simclr", replace(config, epochs=3))
+    with pytest.raises(UserError, match="6 steps and --epochs 1 gives 3"):
+        pretrain("simclr", replace(config, epochs=1))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_resume_and_are_refused_together(drawn: Path, tmp_path: Path) -> None:
+    """What the first rank finds in the run folder ends the other one too, instead of leaving it to wait."""
+    ranks.start(_train_and_resume, _free_port(), str(drawn), str(tmp_path / "run"), ranks=2)
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 6
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "nosuch", "meta"])

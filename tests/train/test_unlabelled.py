@@ -50,7 +50,7 @@ def extra(tmp_path: Path) -> Path:
 
 
 def test_unlabelled_images_are_trained_on_and_not_scored(
-    tmp_path: Path, extra: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, extra: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A run on a set like Cassava uses 8 labelled and 3 unlabelled images and 3 of --unlabelled; scores use 8 and 2."""
     data = trees.cassava(tmp_path / "set")
@@ -74,6 +74,12 @@ def test_unlabelled_images_are_trained_on_and_not_scored(
     score = evaluate(run, "knn", data, device=CPU)
     assert (score.n_train, len(score.correct)) == (8, 2)
     assert "broken.jpg" in (run / "log.txt").read_text()
+    read = f"data: cassava in {data}: 2 classes (cbb, healthy), 8 training images, 2 test images, "
+    left_out = "; left out: test/ (1 image, its labels were never published)"
+    assert capfd.readouterr().err.count(f"{read}7 without labels{left_out}\n") == 1
+    assert (run / "log.txt").read_text().count(f"{read}7 without labels{left_out}\n") == 1
+    assert (run / "config.toml").read_text().startswith(f"# {read}7 without labels{left_out}\n")
+    assert score.images == f"{read}0 without labels{left_out}, images without labels (3 images, scores need labels)"
 
 
 def test_online_knn_uses_only_labelled_images(tmp_path: Path) -> None:

@@ -5,7 +5,15 @@ from pathlib import Path
 import numpy as np
 
 from fgfast.data.imageset import ImageSet
-from fgfast.data.layouts.text import align_rows, named, numbers, read_rows
+from fgfast.data.layouts.text import (
+    align_rows,
+    check_boxes,
+    check_paths,
+    corner_boxes,
+    named,
+    numbers,
+    read_rows,
+)
 from fgfast.errors import UserError
 
 LEVELS = {"variant": "variants.txt", "family": "families.txt", "manufacturer": "manufacturers.txt"}
@@ -39,39 +47,34 @@ def read_aircraft(root: Path, level: str = "variant") -> ImageSet:
     if level not in LEVELS:
         raise UserError(f"FGVC-Aircraft has no level {level!r}: choose one of {', '.join(LEVELS)}.")
     base = lists_folder(root)
-    classes = [name for (name,) in read_rows(base / LEVELS[level], lambda line: (line,), layout=_LAYOUT)]
-    place = {name: i for i, name in enumerate(classes)}
+    classes = [name for (name,) in read_rows(base / LEVELS[level], lambda line: (line,), layout=_LAYOUT, key="class")]
+    order = {name: i for i, name in enumerate(classes)}
     listed = {split for split in ("trainval", "train") if (base / f"images_{level}_{split}.txt").is_file()}
-    paths: list[str] = []
+    ids: list[str] = []
+    places: list[str] = []
     targets: list[int] = []
     train: list[bool] = []
     for split in ("train", "val", "test") if listed == {"train"} else ("trainval", "test"):
-        file = base / f"images_{level}_{split}.txt"
-        for number, name in read_rows(file, named(str), layout=_LAYOUT):
-            if name not in place:
-                raise UserError(f"{file} gives {number} the class {name!r}, which {LEVELS[level]} lacks: correct it.")
-            paths.append(f"{number}.jpg")
-            targets.append(place[name])
+        rows = read_rows(base / f"images_{level}_{split}.txt", named(str), layout=_LAYOUT, key="image")
+        for i, (number, name) in enumerate(rows):
+            if name not in order:
+                raise UserError(
+                    f"{rows.place(i)}: image {number} has class {name!r}, which {LEVELS[level]} lacks: correct it."
+                )
+            ids.append(number)
+            places.append(rows.place(i))
+            targets.append(order[name])
             train.append(split != "test")
-    if len(set(paths)) < len(paths):
-        duplicate = next(rel for i, rel in enumerate(paths) if rel in paths[:i])
-        raise UserError(f"The lists of {base} name {duplicate} twice: correct them.")
+    paths = check_paths([f"{number}.jpg" for number in ids], places.__getitem__)
     boxes = None
     if (base / "images_box.txt").is_file():
-        rows = read_rows(base / "images_box.txt", numbers(5, str), layout=_LAYOUT)
-        ids = {rel.removesuffix(".jpg"): i for i, rel in enumerate(paths)}
-        corners = align_rows(
-            [row for row in rows if row[0] in ids], base / "images_box.txt", 5, ids, f"images_{level}_*.txt"
-        )
-        boxes = corner_boxes(corners)
+        rows = read_rows(base / "images_box.txt", numbers(5, str), layout=_LAYOUT, key="image")
+        index = {number: i for i, number in enumerate(ids)}
+        corners, place = align_rows(rows, index, f"images_{level}_*.txt", others=True)
+        boxes = check_boxes(corner_boxes(corners), place)
     if not (base / "images").is_dir():
         raise UserError(f"{base / 'images'} is missing: unpack the images there.")
     return ImageSet(
-        base / "images", tuple(paths), np.array(targets, np.int64), tuple(classes), np.array(train, bool), boxes,
+        base / "images", paths, np.array(targets, np.int64), tuple(classes), np.array(train, bool), boxes,
         banner=BANNER,
     )  # fmt: skip
-
-
-def corner_boxes(corners: np.ndarray) -> np.ndarray:
-    """(x, y, w, h) float32 [N, 4] from 1-based, inclusive (xmin, ymin, xmax, ymax)."""
-    return np.concatenate([corners[:, :2] - 1, corners[:, 2:] - corners[:, :2] + 1], 1).astype(np.float32)

@@ -7,10 +7,14 @@ from typing import Any
 import numpy as np
 
 from fgfast.data.imageset import ImageSet
+from fgfast.data.layouts.text import check_paths, check_unique
 from fgfast.errors import UserError
 
 YEARS = ("", "2017", "2018", "2019", "2021")
 """Suffixes of "train" and "val" in the file names; those of 2021 may have none."""
+
+FOLDERS = ("train_mini", "train_val_images", "train_val2018", "train_val2019")
+"""Folders of images whose names no other set has."""
 
 
 def is_inaturalist(root: Path) -> bool:
@@ -25,7 +29,7 @@ def read_inaturalist(root: Path) -> ImageSet:
     The test split is val (the labels of the official test split were never published). Classes are the categories with
     images, in the order of their ids; ``groups`` are their super-categories, and names come from categories.json if it
     exists (2018 and 2019 were first released without names). Boxes are those of the annotations or of 2017's
-    {train,val}_2017_bboxes.json, the largest of each image.
+    {train,val}_2017_bboxes.json, the largest of each image; a bbox that is null, empty or of no area is no box.
 
     Source: Van Horn et al., "The iNaturalist Species Classification and Detection Dataset", CVPR 2018.
     """
@@ -39,23 +43,33 @@ def read_inaturalist(root: Path) -> ImageSet:
     parts = [_Split(path, year) for path in (file, root / f"val{year}.json")]
     names: dict[int, dict[str, Any]] = {}
     for part in parts:
-        names |= part.categories
+        for number, category in part.categories.items():
+            if names.setdefault(number, category)["name"] != category["name"]:
+                raise UserError(
+                    f"{part.path} gives category {number} the name {category['name']!r}, {file} gives it "
+                    f"{names[number]['name']!r}: restore the files."
+                )
     if (root / "categories.json").is_file():
-        path = root / "categories.json"
-        names |= {c["id"]: c for c in _require(_load(path), path, ("id", "name"))}
+        names |= _categories(root / "categories.json", _load(root / "categories.json"), "")
     numbers = [number for part in parts for number in part.classes]
     used = sorted(set(numbers))
     order = {number: i for i, number in enumerate(used)}
     for number in used:
         if number not in names:
             raise UserError(f"{file} has images of category {number}, which it does not define: add the category.")
-    boxes = np.concatenate([part.boxes for part in parts])
+    classes = tuple(str(names[number]["name"]) for number in used)
     groups = tuple(str(names[number].get("supercategory", "")) for number in used)
+    check_unique(zip(groups, classes, strict=True), "category", lambda i: f"{file}, category {used[i]}")
+    n_train = len(parts[0].paths)
+    boxes = np.concatenate([part.boxes for part in parts])
     return ImageSet(
         root=root,
-        paths=tuple(rel for part in parts for rel in part.paths),
+        paths=check_paths(
+            [rel for part in parts for rel in part.paths],
+            lambda i: parts[0].place(i) if i < n_train else parts[1].place(i - n_train),
+        ),
         targets=np.array([order[number] for number in numbers], np.int64),
-        classes=tuple(str(names[number]["name"]) for number in used),
+        classes=classes,
         train=np.repeat([True, False], [len(part.paths) for part in parts]),
         boxes=None if np.isnan(boxes).all() else boxes,
         groups=groups if any(groups) else (),
@@ -66,19 +80,26 @@ class _Split:
     """The images of one file with their categories and boxes."""
 
     def __init__(self, path: Path, year: str) -> None:
+        self.path = path
         table = _load(path)
-        images = _require(table, path, ("id", "file_name"), "images")
-        self.categories = {c["id"]: c for c in _require(table, path, ("id", "name"), "categories")}
-        annotations = _require(table, path, ("image_id", "category_id"), "annotations")
+        images = _entries(table, path, {"id": (int, str), "file_name": (str,)}, "images")
+        check_unique([image["id"] for image in images], "id", self.place)
+        self.categories = _categories(path, table, "categories")
+        annotations = _entries(table, path, {"image_id": (int, str), "category_id": (int,)}, "annotations")
         index = {image["id"]: i for i, image in enumerate(images)}
-        self.paths = [str(image["file_name"]) for image in images]
+        self.paths = [image["file_name"] for image in images]
         classes: list[int | None] = [None] * len(images)
-        for annotation in annotations:
+        for entry, annotation in enumerate(annotations):
             i = index.get(annotation["image_id"])
             if i is None:
-                raise UserError(f"{path} annotates image {annotation['image_id']}, which it does not list: correct it.")
+                raise UserError(
+                    f"{path}, entry {entry} of annotations: the image {annotation['image_id']} is not listed: "
+                    "correct it."
+                )
             if classes[i] not in (None, annotation["category_id"]):
-                raise UserError(f"{path} gives {self.paths[i]} two categories: correct it.")
+                raise UserError(
+                    f"{path}, entry {entry} of annotations: {self.paths[i]} has another category too: keep one."
+                )
             classes[i] = annotation["category_id"]
         if None in classes:
             raise UserError(f"{path} has no annotation for {self.paths[classes.index(None)]}: add it.")
@@ -86,15 +107,39 @@ class _Split:
         self.boxes = np.full((len(images), 4), np.nan, np.float32)
         box_file = path.with_name(f"{path.stem.removesuffix(year)}_{year}_bboxes.json")
         if year and box_file.is_file():
-            annotations = _require(_load(box_file), box_file, ("image_id",), "annotations")
-        for annotation in annotations:
+            path, annotations = box_file, _entries(_load(box_file), box_file, {"image_id": (int, str)}, "annotations")
+        for entry, annotation in enumerate(annotations):
             i = index.get(annotation["image_id"])
-            if i is not None and "bbox" in annotation and not _area(self.boxes[i]) >= _area(annotation["bbox"]):
-                self.boxes[i] = annotation["bbox"]
+            box = None if i is None else _box(annotation, path, entry)
+            if box is not None and not _area(self.boxes[i]) >= _area(box):
+                self.boxes[i] = box
+
+    def place(self, i: int) -> str:
+        """File and entry of image ``i``."""
+        return f"{self.path}, entry {i} of images"
+
+
+def _box(annotation: dict[str, Any], path: Path, entry: int) -> np.ndarray | None:
+    """The box of an annotation, float32 [4]; None if it is absent, null, empty or has no area."""
+    box = annotation.get("bbox")
+    if box in (None, [], [None] * 4):
+        return None
+    numbers = isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) and abs(v) < 1e9 for v in box)
+    if not numbers or min(box[2:]) < 0:
+        raise UserError(
+            f"{path}, entry {entry} of annotations: bbox is {str(box)[:60]}: give x, y, width and height, or null."
+        )
+    return np.array(box, np.float32) if _area(box) > 0 else None
 
 
 def _area(box: Any) -> float:
     return float(box[2]) * float(box[3])
+
+
+def _categories(path: Path, table: Any, name: str) -> dict[int, dict[str, Any]]:
+    rows = _entries(table, path, {"id": (int,), "name": (str, int)}, name)
+    check_unique([row["id"] for row in rows], "category", lambda i: f"{path}, entry {i}")
+    return {row["id"]: row for row in rows}
 
 
 def _load(path: Path) -> Any:
@@ -102,19 +147,30 @@ def _load(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: iNaturalist has this file, restore it.") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore the file.") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: the JSON does not parse ({error.msg}): restore the file.") from error
 
 
-def _require(table: Any, path: Path, keys: tuple[str, ...], name: str = "") -> list[dict[str, Any]]:
-    """The list ``name`` of a table (without a name the table itself), after a check that every entry has the keys."""
+def _entries(table: Any, path: Path, kinds: dict[str, tuple[type, ...]], name: str) -> list[dict[str, Any]]:
+    """The list ``name`` of a table (without a name the table itself), after a check that its entries have the fields.
+
+    Args:
+        table: what the file holds.
+        path: the file.
+        kinds: the types of each field that every entry must have.
+        name: name of the list.
+    """
     rows = table.get(name) if name and isinstance(table, dict) else table
     if not isinstance(rows, list):
         raise UserError(f"{path} has no list {name or 'of categories'!r}: give the file of a split that has labels.")
     for i, row in enumerate(rows):
-        missing = next((key for key in keys if not isinstance(row, dict) or key not in row), None)
-        if missing is not None:
-            raise UserError(f"{path}: entry {i} of {name or 'the list'} has no {missing!r}: restore the file.")
+        for key, kind in kinds.items():
+            if not isinstance(row, dict) or key not in row:
+                raise UserError(f"{path}: entry {i} of {name or 'the list'} has no {key!r}: restore the file.")
+            if not isinstance(row[key], kind) or isinstance(row[key], bool):
+                raise UserError(
+                    f"{path}: entry {i} of {name or 'the list'} has {key} {str(row[key])[:40]!r}: restore the file."
+                )
     return rows

@@ -2,14 +2,16 @@
 
 import hashlib
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
+from fgfast.data.decode import decoding
 from fgfast.data.imageset import ImageSet
-from fgfast.data.layouts.text import read_rows
+from fgfast.data.layouts.text import check_paths, check_unique, integer, read_rows
 from fgfast.errors import UserError
 
 log = logging.getLogger("fgfast")
@@ -31,22 +33,28 @@ def read_pets(root: Path) -> ImageSet:
     notes = root / "annotations"
     names: dict[int, str] = {}
     records: list[tuple[str, int, bool]] = []
+    places: list[str] = []
     for split in ("trainval", "test"):
         path = notes / f"{split}.txt"
-        for name, number in read_rows(path, _parse, layout="Oxford-IIIT Pet", comment="#"):
+        rows = read_rows(path, _parse, layout="Oxford-IIIT Pet", key="image", comment="#")
+        for i, (name, number) in enumerate(rows):
             breed = name.rsplit("_", 1)[0]
             if names.setdefault(number, breed) != breed:
-                raise UserError(f"{path} gives class {number} to {names[number]} and to {breed}: correct the lines.")
+                raise UserError(
+                    f"{rows.place(i)}: the lists give class {number} to {names[number]} and to {breed}: correct them."
+                )
             records.append((f"{name}.jpg", number, split == "trainval"))
+            places.append(rows.place(i))
+    order = {number: i for i, number in enumerate(sorted(names))}
+    check_unique([names[number] for number in order], "breed", lambda i: f"class {list(order)[i]} of {notes}")
+    paths = check_paths([rel for rel, _, _ in records], places.__getitem__)
     if not (root / "images").is_dir():
         raise UserError(f"{root / 'images'} is missing: unpack the images there.")
-    order = sorted(names)
-    paths = tuple(rel for rel, _, _ in records)
     trimaps = notes / "trimaps"
     return ImageSet(
         root=root / "images",
         paths=paths,
-        targets=np.array([order.index(number) for _, number, _ in records], np.int64),
+        targets=np.array([order[number] for _, number, _ in records], np.int64),
         classes=tuple(names[number] for number in order),
         train=np.array([train for _, _, train in records], bool),
         masks=_convert_trimaps(trimaps, paths) if trimaps.is_dir() else None,
@@ -54,8 +62,11 @@ def read_pets(root: Path) -> ImageSet:
 
 
 def _parse(line: str) -> tuple[str, int]:
-    name, number, _species, _breed = line.split()
-    return name, int(number)
+    name, *ids = line.split()
+    number, species, breed = map(integer, ids)
+    if number < 1 or species not in (1, 2) or breed < 1:
+        raise ValueError("an id out of range")
+    return name, number
 
 
 def _convert_trimaps(trimaps: Path, paths: tuple[str, ...]) -> Path:
@@ -74,13 +85,13 @@ def _convert_trimaps(trimaps: Path, paths: tuple[str, ...]) -> Path:
 
         source = trimaps / f"{rel.removesuffix('.jpg')}.png"
         try:
-            with Image.open(source) as image:
+            with decoding(), Image.open(source) as image:
                 if image.mode not in ("L", "P"):
                     raise OSError(f"mode {image.mode}")
                 ids = IDS[np.asarray(image)]
         except FileNotFoundError as error:
             raise UserError(f"{source} is missing: restore the trimap, or remove the folder.") from error
-        except (OSError, SyntaxError) as error:
+        except OSError as error:
             raise UserError(f"{source} is not a readable trimap ({error}): restore it.") from error
         stream = BytesIO()
         Image.fromarray(ids).save(stream, "PNG", compress_level=1)
@@ -95,4 +106,4 @@ def _convert_trimaps(trimaps: Path, paths: tuple[str, ...]) -> Path:
 
 def hash_of(words: tuple[str, ...] | list[str]) -> str:
     """Sixteen hexadecimal digits of a hash of a list of strings."""
-    return hashlib.sha1("\n".join(words).encode()).hexdigest()[:16]
+    return hashlib.sha1(os.fsencode("\n".join(words))).hexdigest()[:16]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fgfast.ids import Ids
-from fgfast.tensors import check_integers, check_tensor, shape_error, values_checked
+from fgfast.tensors import check_integers, check_tensor, shape_error, untransformed, values_checked
 
 NEGATIVES = ("all", "other_images", "same_image")
 REDUCTIONS = ("mean", "mean_valid", "sum", "none")
@@ -48,7 +48,8 @@ def check_operands(
             raise TypeError(f"{name} has dtype {x.dtype}: give float32, float16, bfloat16 or float64.")
         if x.shape[1] != query.shape[1]:
             raise ValueError(f"{name} has {x.shape[1]} channels and query has {query.shape[1]}: they must agree.")
-        if x.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
+        mixed = x.dtype != query.dtype
+        if mixed and (query.device.type == "meta" or not torch.is_autocast_enabled(query.device.type)):
             raise TypeError(f"{name} has dtype {x.dtype} and query has {query.dtype}: convert one of them.")
     per_row: dict[str, tuple[Tensor, int]] = {}
     for side, ids, n in (("query", query_ids, len(query)), ("key", key_ids, len(key))):
@@ -71,19 +72,21 @@ def check_operands(
             )
         if temperature.device not in (query.device, torch.device("cpu")):
             raise ValueError(f"temperature is on {temperature.device} and query on {query.device}: move it there.")
-    elif not isinstance(temperature, Real) or not (temperature > 0 and math.isfinite(temperature)):
+    elif not isinstance(temperature, Real) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature!r}: give a finite number above 0.")
-    if torch.compiler.is_compiling():
-        return
-    if values_checked(query):
+    if values_checked(untransformed(query)):
         _check_values(query_ids, key_ids, temperature, weight)
 
 
 def _check_values(query_ids: Ids, key_ids: Ids, temperature: float | Tensor, weight: Tensor | None) -> None:
-    if isinstance(temperature, Tensor) and not (temperature > 0 and temperature.isfinite()):
-        raise ValueError(f"temperature is {temperature.item()}: give a finite number above 0.")
-    for name, part in (("query_ids.part", query_ids.part), ("key_ids.part", key_ids.part)):
+    if isinstance(temperature, Tensor):
+        given = untransformed(temperature).detach()
+        for value in given[~((given > 0) & given.isfinite())].tolist():
+            raise ValueError(f"temperature is {value}: give a finite number above 0.")
+    for name, given in (("query_ids.part", query_ids.part), ("key_ids.part", key_ids.part)):
+        part = untransformed(given)
         if len(part) and int(part.min()) < -1:
             raise ValueError(f"{name} holds {int(part.min())}: give parts from 0 up, or -1 for absent.")
+    weight = None if weight is None else untransformed(weight)
     if weight is not None and not ((weight >= 0) & weight.isfinite()).all():
         raise ValueError("weight holds a negative or non-finite value: give finite weights of 0 or more.")

@@ -8,11 +8,12 @@ from torch import Tensor
 from fgfast.backend import check_triton, preference, resolve
 from fgfast.ids import Ids
 from fgfast.ops.contrast import positives, sides, tiled
-from fgfast.ops.contrast.autograd import cast_gradients, register_autograd
+from fgfast.ops.contrast.autograd import cast_gradients, forget_zero_vectors, register_autograd
 from fgfast.ops.contrast.checks import as_ids, check_operands, check_options
 from fgfast.ops.contrast.operands import Operands
 from fgfast.ops.contrast.ring import ring_contrast
 from fgfast.ops.contrast.statistics import RowStatistics
+from fgfast.ops.derivatives import needs_definition
 from fgfast.reference import contrast as reference
 from fgfast.tensors import accumulation, exact
 
@@ -57,6 +58,9 @@ def contrastive_loss(
     upstream gradient, and that of the temperature 2^-7 / T^2 times their sum (for unit vectors). It supports D up to
     8,192.
 
+    Forward mode, the transforms of torch.func (grad, vmap, jvp, ...) and second derivatives take the definition in
+    plain PyTorch, at every size alike and with the memory of a few matrices of M x (T + Q) logits.
+
     Args:
         query: [M, D] float32, float16, bfloat16 or float64, any strides. float64 is accumulated in float64, the others
             in float32.
@@ -66,7 +70,9 @@ def contrastive_loss(
         temperature: T > 0, a number or a 0-d tensor; a tensor receives a gradient.
         negatives: "all", "other_images" (positives and keys of other images) or "same_image" (keys of the same image).
         weight: [M], finite and not negative, multiplies the losses of the queries; it gets no gradient.
-        normalize: divide every vector by max(norm, 1e-12) first.
+        normalize: divide every vector by max(norm, 1e-12) first, in float32 or float64 and right for every finite
+            vector; the "triton" backend takes vectors of a norm over 1.8e19 for zeros. The gradient of a vector of
+            zeros is 1e12 times that of its unit vector; in float16, which cannot hold it, it is 0.
         bank: [Q, D] additional negatives of every query, independent of ``negatives``.
         reduction: "mean" divides by M, "mean_valid" by the number of queries with a positive and weight > 0; "sum";
             "none" returns the losses [M]. M = 0 gives 0.
@@ -87,6 +93,7 @@ def contrastive_loss(
         TypeError: an unsupported dtype or type.
         ValueError: shapes or devices that do not fit, an unknown option, a temperature that is not positive; on the
             CPU, or with FGFAST_CHECKS=1 in the environment, a part below -1 or a negative or non-finite weight.
+        RuntimeError: forward mode or torch.func with backend "triton" or over a group, or a second derivative over one.
 
     Example:
         >>> import torch
@@ -106,22 +113,28 @@ def contrastive_loss(
     weight = None if weight is None else weight.detach()
     number, tensor = (1.0, temperature) if isinstance(temperature, Tensor) else (float(temperature), None)
     operands = Operands(query, query_ids, key, key_ids, bank, tensor, number, negatives, normalize, precision)
+    by_definition = needs_definition(
+        "contrastive_loss", backend, query, key, bank, tensor, weight, *query_ids, *key_ids
+    )
     if group is not None and torch.distributed.get_world_size(group) > 1:
+        if by_definition:
+            raise RuntimeError(
+                "contrastive_loss over a group has no forward-mode derivative and runs in no torch.func: give no group."
+            )
         resolve("contrastive_loss over a group", backend, ("torch",))
         return ring_contrast(operands, weight, reduction, group)
     small = len(query) * (len(key) + (0 if bank is None else len(bank))) <= BREAK_EVEN
     on_cpu = ("reference", "torch") if small else ("torch", "reference")
     name = resolve("contrastive_loss", backend, preference("contrast", query, on_cpu))
-    if name == "triton":
-        check_triton("query", query)
-    if name == "reference":
+    if by_definition or name == "reference":
         return reference.contrastive_loss(
             query, key, query_ids=query_ids, key_ids=key_ids, temperature=temperature, negatives=negatives,
             weight=weight, normalize=normalize, bank=bank, reduction=reduction,
         )  # fmt: skip
+    if name == "triton":
+        check_triton("query", query)
     if key is query and all(a is b for a, b in zip(query_ids, key_ids, strict=True)):
         operands = operands._replace(key=None, key_ids=None)
-    # Reaches _contrast below: "torch" runs tiled.forward_tiles, "triton" fgfast.kernels.contrast.launch.forward.
     # Reaches kernels.contrast.launch.forward (triton) or ops.contrast.tiled.forward_tiles (torch), by _contrast below.
     loss, _, count = torch.ops.fgfast.contrast(*operands.flat(), name)
     return reference.reduce(loss, count > 0, weight, reduction)
@@ -195,6 +208,9 @@ def _contrast_backward(
         from fgfast.kernels.contrast import launch as kernels
 
         grads = kernels.backward(grad, lse, count, needs, *operands)
+        if normalize:
+            given = (query, key, bank)
+            grads[:3] = [forget_zero_vectors(g, x) for g, x in zip(grads[:3], given, strict=True)]
         return cast_gradients(grads, query, key, bank, temperature_tensor)
     need_query, need_key, need_bank, need_temperature = needs
     with exact(query.device, precision):
@@ -230,4 +246,13 @@ def _contrast_backward(
         return cast_gradients(grads, query, key, bank, temperature_tensor)
 
 
-register_autograd(_contrast, _contrast_backward)
+def _define_losses(operands: Operands) -> Tensor:
+    query, query_ids, key, key_ids, bank, tensor, number, negatives, normalize, _ = operands
+    return reference.contrastive_loss(
+        query, query if key is None else key, query_ids=query_ids, key_ids=query_ids if key_ids is None else key_ids,
+        temperature=number if tensor is None else tensor, negatives=negatives, normalize=normalize, bank=bank,
+        reduction="none",
+    )  # fmt: skip
+
+
+register_autograd(_contrast, _contrast_backward, _define_losses)

@@ -170,7 +170,11 @@ def _ring_contrast_backward(
         return cast_gradients(grads, query, key, bank, temperature_tensor)
 
 
-register_autograd(_ring_contrast, _ring_contrast_backward)
+def _refuse(operands: Operands) -> Tensor:
+    raise RuntimeError("contrastive_loss over a group has a gradient of one order, and not in a batch: give no group.")
+
+
+register_autograd(_ring_contrast, _ring_contrast_backward, _refuse)
 
 
 @torch.library.custom_op("fgfast::group_sum", mutates_args=())

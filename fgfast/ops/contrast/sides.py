@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from fgfast.ids import Ids
+from fgfast.tensors import EPS, largest, shrinking
 
 LOGIT_TILE = {"cpu": 512}  # rows and columns of a tile, by device type
 LOGIT_TILE_ON_DEVICE = 2048
-EPS = 1e-12
 
 
 @dataclass
@@ -46,7 +46,10 @@ class Side:
             loaded = self.load(tile)
             inverse = self.inverse_norms[tile, None]
             dot = (loaded * grad).sum(1, keepdim=True)
-            dot = torch.where(inverse < 1 / EPS, dot, 0)  # below EPS the norm is a constant
+            below_eps = inverse >= 1 / EPS  # where the norm is a constant
+            dot = torch.where(below_eps, 0, dot)
+            if self.vectors.dtype == torch.float16:  # which cannot hold 1 / EPS
+                inverse = torch.where(below_eps, 0, inverse)
             grad.addcmul_(loaded, dot, value=-1).mul_(inverse)
         if self.present is not None:
             grad.copy_(torch.where(self.present[tile, None], grad, 0))
@@ -65,8 +68,7 @@ def make_side(
     if normalize:
         inverse_norms = vectors.new_empty(len(vectors), dtype=dtype)
         for tile in tiles(len(vectors), tile_size(vectors)):
-            norm = torch.linalg.vector_norm(vectors[tile].to(dtype), dim=1)
-            inverse_norms[tile] = norm.clamp_(min=EPS).reciprocal_()
+            inverse_norms[tile] = _invert_norms(vectors[tile].to(dtype))
     if ids is None:
         return Side(vectors, None, inverse_norms, None, None, None, dtype)
     present: Tensor | None = ids.part >= 0
@@ -81,6 +83,15 @@ def make_side(
     if present is not None:
         absent_bias = torch.where(present, 0, vectors.new_full((), -torch.inf, dtype=dtype))
     return Side(vectors, ids, inverse_norms, present, absent_bias, ranges, dtype)
+
+
+def _invert_norms(x: Tensor) -> Tensor:
+    """1 / max(norm, EPS) [N] of every finite x [N, D]."""
+    norm = torch.linalg.vector_norm(x, dim=1)
+    if (x.device.type == "cpu" and norm.isfinite().all()) or not x.shape[1]:
+        return norm.clamp_(min=EPS).reciprocal_()
+    factor = shrinking(largest(x))
+    return torch.linalg.vector_norm(x * factor, dim=1).clamp_(min=EPS).reciprocal_() * factor[:, 0]
 
 
 def _image_ranges(image: Tensor, present: Tensor, size: int) -> list[tuple[int, int]]:

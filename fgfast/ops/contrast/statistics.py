@@ -28,7 +28,12 @@ class RowStatistics:
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Loss [M] in nats, log2-sum-exp2 [M], positives [M]: all of them 0 for a row without a positive."""
         valid = self.count > 0
-        lse = self.total.log2() if self.maximum is None else self.total.log2() + self.maximum
-        lse = torch.where(valid, lse, 0)
-        loss = torch.where(valid, lse - self.positive / self.count.clamp(min=1), 0) * LN2
-        return loss, lse, self.count
+        mean_positive = self.positive / self.count.clamp(min=1)
+        # The sum relative to the positives: a loss far below the rounding error of the logits is not lost.
+        if self.maximum is None:
+            lse, of_positive = self.total.log2(), torch.exp2(mean_positive)
+            loss = ((self.total - of_positive) / of_positive).log1p()
+        else:
+            lse = self.total.log2() + self.maximum
+            loss = (self.total.log2() + (self.maximum - mean_positive)) * LN2
+        return torch.where(valid, loss, 0), torch.where(valid, lse, 0), self.count

@@ -7,15 +7,20 @@ and the host looks at nothing. `_kmeans_pyramid` has the derivation for lists of
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fgfast.backend import check_triton, preference, resolve
+from fgfast.ops.derivatives import register_vmap
 from fgfast.ops.kmeans.checks import (
     BACKENDS,
     METRICS,
+    Array,
+    as_floats,
+    check_counts,
     check_finite,
     check_maps,
     choose,
@@ -30,9 +35,9 @@ from fgfast.pixels.init import start
 from fgfast.pixels.options import KMeansOptions
 from fgfast.pixels.pyramid import Pyramid
 from fgfast.pixels.result import LloydResult, best_of
-from fgfast.pixels.source import EPS, Dense, PixelSource
+from fgfast.pixels.source import Dense, PixelSource, unit
 from fgfast.reference import kmeans as reference
-from fgfast.tensors import accumulation, check_tensor, check_weight, check_whole, exact
+from fgfast.tensors import accumulation, check_weight, exact
 
 MOST_OF_MAPS = 256  # clusters of a list of maps that the Triton kernels take
 
@@ -50,21 +55,20 @@ class KMeansResult(NamedTuple):
 def _solve(source: PixelSource, weight: Tensor | None, seed: Tensor, options: KMeansOptions) -> LloydResult:
     """The best of n_init runs of each problem."""
     n_clusters, first = options.n_clusters, options.first
-    source.prepare(options.metric, weight, None)
+    source.prepare(options.metric, weight)
 
     def run(number: int) -> LloydResult:
         if first is None:
             c = start(source, n_clusters, options.init, options.init_samples, seed, number)
         else:
-            c = first.to(source.dtype)
+            c = source.relative(first.to(source.dtype))
         if options.metric == "cosine":
-            c = torch.nn.functional.normalize(c, dim=2, eps=EPS)
+            c = unit(c)
         return lloyd(source, c, options.n_iter, options.tol, options.empty)
 
     best = best_of(options.n_init, run, lambda result: result.inertia)
-    return best._replace(
-        centroids=source.as_given(best.centroids), inertia=torch.where(source.has_nonfinite, torch.nan, best.inertia)
-    )
+    inertia = torch.where(source.has_nonfinite, torch.nan, source.true_inertia(best.inertia))
+    return best._replace(centroids=source.as_given(best.centroids), inertia=inertia)
 
 
 def _outputs(
@@ -121,9 +125,7 @@ def _kmeans(
         for b in starts:
             part = slice(b, b + starts.step)
             maps = [m[part] for m in xs]
-            source = (
-                Dense(maps[0].flatten(2)) if size is None else Pyramid(maps, (size[0], size[1]), first is None, metric)
-            )
+            source = Dense(maps[0].flatten(2)) if size is None else Pyramid(maps, (size[0], size[1]), first is None)
             w, c = (None if t is None else t[part] for t in (weight, first))
             result = _solve(source, w, seed, options._replace(first=c))
             for out, value in zip(outs, result, strict=True):
@@ -141,17 +143,20 @@ def _(  # type: ignore[no-untyped-def]
 # fmt: on
 
 
+register_vmap(_kmeans)
+
+
 def kmeans(
-    x: Tensor | list[Tensor] | tuple[Tensor, ...],
+    x: Tensor | Array | Sequence[Tensor | Array],
     n_clusters: int,
     *,
     size: int | tuple[int, int] | None = None,
     n_iter: int = 20,
-    init: str | Tensor = "k-means++",
+    init: str | Tensor | Array = "k-means++",
     init_samples: int | None = None,
     n_init: int = 1,
     tol: float = 1e-4,
-    weight: Tensor | None = None,
+    weight: Tensor | Array | None = None,
     metric: str = "euclidean",
     empty: str = "farthest",
     seed: int | Tensor | None = None,
@@ -170,24 +175,33 @@ def kmeans(
     centroids are renormalised. Every problem of a batch draws the same random numbers, so its result does not depend on
     its neighbours. Not differentiable: every output is a constant.
 
-    Products and sums are float32 (float64 for float64), taken around the mean of the pixels; the relative error of the
-    inertia is about 1e-6 x (mean squared distance from the mean) / (mean squared distance from the centroids).
+    Products and sums are float32 (float64 for float64) of pixels less a point near them. Whatever offset the pixels
+    share, the inertia is exact to 1e-6 x (inertia + sum of weight x squared distance from the mean). It belongs to the
+    centroids before they are rounded to float32 for the result, by at most 6e-8 |c|. In half precision the Triton
+    kernels round c - m, m the mean of the pixels, to the dtype of x (bfloat16: by 2^-9 of it, float16: 2^-12) and
+    assign to these rounded centroids, with an error of 1e-7 |m| |c - m| per squared distance. On the CPU squares may
+    exceed the range of float32; on a device a pixel for which they do counts as not finite.
 
     Args:
         x: float [N, D] (one problem), [B, N, D] or [B, D, H, W], any strides; or a list of maps [B, D_l, h_l, w_l],
             whose pixels are the maps resized to size (bilinear, align_corners=False, no antialias), channels in order.
+            x, init and weight may be NumPy arrays (or convert to them, as DataFrames do): x is taken to the CPU, init
+            and weight to the device of x, and the result is tensors. Integers and booleans of up to 16 bits become
+            float32, wider ones float64 (scikit-learn: all float64).
         n_clusters: K, 1 to the number of pixels.
         size: (H, W) or one number for a square; for a list of maps, and only there.
         n_iter: largest number of iterations, 0 or more.
         init: "k-means++" (greedy, as scikit-learn's), "random" (distinct pixels, in proportion to their weight) or
             centroids [B, K, D] or [K, D].
-        init_samples: how many pixels k-means++ draws from; None means max(16 K, 1024).
+        init_samples: how many pixels k-means++ chooses from, drawn half evenly and half in proportion to the distance
+            from the centre (so that a few far ones are not missed), and weighted for it; None means max(16 K, 1024).
         n_init: runs, the one of least inertia is returned; of no use with a tensor init.
         tol: see above, 0 or more.
         weight: float, the spatial shape of x (size for maps), not negative; 0 leaves a pixel out.
         metric: "euclidean" or "cosine".
         empty: "farthest", or "keep" to leave an empty cluster where it was.
-        seed: int or 0-d int64 tensor on the device of x; the same seed gives the same result. None draws one.
+        seed: int from 0 to 2^63 - 1 or 0-d int64 tensor on the device of x; the same seed gives the same result. None
+            draws one.
         precision: "ieee" or "tf32": how float32 products are made on a GPU.
         deterministic: False lets the Triton kernel add sums with atomics; everything else has a fixed order anyway.
         backend: "torch", "reference" or "triton" (of a list of maps up to 256 clusters); strict. None follows
@@ -201,7 +215,7 @@ def kmeans(
 
     Raises:
         ValueError: shapes, devices, numbers or names do not fit, K > N, or (seen on the CPU) negative weights.
-        TypeError: something is not float.
+        TypeError: something is not a tensor or array of real numbers, a number not whole or of another type.
 
     Example:
         >>> import torch
@@ -220,39 +234,29 @@ def kmeans(
     choose("metric", metric, METRICS)
     choose("empty", empty, ("farthest", "keep"))
     choose("precision", precision, ("ieee", "tf32"))
-    if isinstance(x, Tensor):
+    if isinstance(x, list | tuple):
+        xs, full = check_maps(x, size)
+        shape: tuple[int, ...] = (xs[0].shape[0], *full)
+        alone = False
+    else:
+        x = as_floats("x", x)
         if size is not None:
             raise ValueError("size is given but x is one tensor: size belongs to a list of maps.")
         pixel_columns, shape = columns(x.detach())
-        xs, full = [pixel_columns], None
-    else:
-        if not isinstance(x, list | tuple):
-            check_tensor("x", x)
-        xs, full = check_maps(x, size)
-        shape = (xs[0].shape[0], *full)
+        xs, full, alone = [pixel_columns], None, x.dim() == 2
     batch, channels, device = xs[0].shape[0], sum(m.shape[1] for m in xs), xs[0].device
     pixels = math.prod(xs[0].shape[2:]) if full is None else math.prod(full)
-    if pixels == 0:
-        raise ValueError(f"x has {pixels} pixels: give at least one.")
-    check_whole("n_clusters", n_clusters)
-    if not 1 <= n_clusters <= pixels:
-        raise ValueError(f"n_clusters is {n_clusters} for {pixels} pixels: give 1 to {pixels}.")
-    for name, number in (("n_iter", n_iter), ("n_init", n_init)):
-        check_whole(name, number)
-    for name, value, least in (("n_iter", n_iter, 0), ("n_init", n_init, 1), ("tol", tol, 0)):
-        if not value >= least:
-            raise ValueError(f"{name} is {value}: give at least {least}.")
+    check_counts(n_clusters, pixels, n_iter, n_init, init_samples, tol)
     samples = max(16 * n_clusters, 1024) if init_samples is None else init_samples
-    if samples < n_clusters:
-        raise ValueError(f"init_samples is {samples}: give at least n_clusters, {n_clusters}.")
     first = None
-    if isinstance(init, Tensor):
+    if isinstance(init, str):
+        choose("init", init, ("k-means++", "random"))
+    else:
         first = match_centroids("init", init, batch, channels, device)
         if first.shape[1] != n_clusters:
             raise ValueError(f"init holds {first.shape[1]} centroids but n_clusters is {n_clusters}: make them agree.")
         n_init = 1
-    else:
-        choose("init", init, ("k-means++", "random"))
+        seed = 0 if seed is None else seed  # nothing is drawn
     w = flat_weight(weight, shape, batch, device)
     chosen = seed_tensor(seed, device)
     name = init if isinstance(init, str) else "given"
@@ -275,7 +279,7 @@ def kmeans(
             xs, n_clusters, None if full is None else list(full), n_iter, name, first, samples, n_init, float(tol), w,
             metric, empty, chosen, precision, deterministic, which,
         )  # fmt: skip
-    if isinstance(x, Tensor) and x.dim() == 2:
+    if alone:
         centroids, _, counts, inertia, steps = (out[0] for out in outs)
     else:
         centroids, _, counts, inertia, steps = outs

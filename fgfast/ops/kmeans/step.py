@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from fgfast.backend import check_triton, preference, resolve
+from fgfast.ops.derivatives import register_vmap
 from fgfast.ops.kmeans.checks import (
     METRICS,
+    Array,
+    as_floats,
     check_finite,
     choose,
     columns,
@@ -16,9 +19,9 @@ from fgfast.ops.kmeans.checks import (
     groups,
     match_centroids,
 )
-from fgfast.pixels.source import EPS, Dense, tiles
+from fgfast.pixels.source import Dense, tiles, unit
 from fgfast.reference import kmeans as reference
-from fgfast.tensors import accumulation, check_tensor, check_weight, exact
+from fgfast.tensors import accumulation, check_weight, exact
 
 
 class KMeansStep(NamedTuple):
@@ -33,21 +36,21 @@ class KMeansStep(NamedTuple):
 def assign_tiles(
     x: Tensor, centroids: Tensor, weight: Tensor | None, metric: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One step of x [b, D, N], a tile of pixels at a time, centred on the mean of the centroids (no extra pass)."""
+    """One step of x [b, D, N], a tile of pixels at a time, relative to the mean of the centroids (no extra pass)."""
     wide = accumulation(x.dtype)
     c = centroids.to(wide)
     if metric == "cosine":
-        c = torch.nn.functional.normalize(c, dim=2, eps=EPS)
-    mean = c.mean(1)
+        c = unit(c)
+    shift = (c / c.shape[1]).sum(1)
     labels = torch.empty(len(x), x.shape[2], dtype=torch.int64, device=x.device)
     sums, counts, inertia = torch.zeros_like(c), c.new_zeros(c.shape[:2]), c.new_zeros(len(x))
     for n in tiles(x):
         source = Dense(x[:, :, n].to(wide))
-        source.prepare(metric, None if weight is None else weight[:, n], mean)
-        labels[:, n], near, more, heavier = source.step(c)
-        sums += more
+        source.prepare(metric, None if weight is None else weight[:, n], shift)
+        labels[:, n], near, more, heavier = source.step(source.relative(c))
+        sums += source.sums_as_given(more, heavier)
         counts += heavier
-        inertia += torch.where(source.has_nonfinite, torch.nan, (source.w * near).sum(1))
+        inertia += torch.where(source.has_nonfinite, torch.nan, source.true_inertia((source.w * near).sum(1)))
     return labels, sums, counts.float(), inertia.float()
 
 
@@ -102,11 +105,14 @@ def _(
     return _step_outputs(x, centroids)
 
 
+register_vmap(_kmeans_step)
+
+
 def kmeans_step(
-    x: Tensor,
-    centroids: Tensor,
+    x: Tensor | Array,
+    centroids: Tensor | Array,
     *,
-    weight: Tensor | None = None,
+    weight: Tensor | Array | None = None,
     metric: str = "euclidean",
     precision: str = "ieee",
     deterministic: bool = True,
@@ -119,11 +125,13 @@ def kmeans_step(
 
     With metric "cosine" x_n and c_k stand for their unit vectors and the distance is 1 - <x_n, c_k>. Every output is a
     constant: nothing here is differentiable. Products and sums are float32 (float64 for float64): a label may differ
-    from the exact one where two distances agree to about 1e-6 |x| |c - m|, m the mean of the centroids. The Triton
-    kernel rounds c - m to the dtype of x (bfloat16: 2^-9 of it) and assigns to these rounded centroids.
+    from the exact one where two distances agree to about 1e-6 |x - m| |c - m|, m the mean of the centroids. In half
+    precision the Triton kernel rounds c - m to the dtype of x (bfloat16: 2^-9 of it), assigns to these rounded
+    centroids, and adds an error of 1e-7 |m| |c - m|.
 
     Args:
-        x: float [N, D] (one problem), [B, N, D] or [B, D, H, W], any strides, read without a copy.
+        x: float [N, D] (one problem), [B, N, D] or [B, D, H, W], any strides, read without a copy. Arrays and integers
+            are taken here and below as `kmeans` takes them.
         centroids: float [B, K, D], or [K, D] for all problems; finite.
         weight: float, the spatial shape of x, not negative; 0 leaves a pixel out.
         metric: "euclidean" or "cosine".
@@ -138,7 +146,7 @@ def kmeans_step(
 
     Raises:
         ValueError: shapes, devices or names do not fit, or (seen on the CPU) negative weights, non-finite centroids.
-        TypeError: something is not float.
+        TypeError: something is not a tensor or array of real numbers.
 
     Example:
         >>> import torch
@@ -152,7 +160,7 @@ def kmeans_step(
     """
     choose("metric", metric, METRICS)
     choose("precision", precision, ("ieee", "tf32"))
-    check_tensor("x", x)
+    x = as_floats("x", x)
     pixels, shape = columns(x.detach())
     batch = len(pixels)
     c = match_centroids("centroids", centroids, batch, pixels.shape[1], x.device)

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from fgfast.backend import check_triton, preference, resolve
+from fgfast.ops.derivatives import register_vmap
 from fgfast.ops.part_pool.tiled import majority_grid
 from fgfast.reference import part_pool as reference
-from fgfast.tensors import as_size, check_ids, check_integers, check_whole, shape_error
+from fgfast.tensors import as_size, check_ids, check_integers, check_whole, shape_error, transformed
 
 
 def check_n_parts(n_parts: int) -> None:
@@ -27,6 +28,9 @@ def _labels_to_grid(labels: Tensor, height: int, width: int, n_parts: int, backe
 @_labels_to_grid.register_fake
 def _(labels: Tensor, height: int, width: int, n_parts: int, backend: str = "torch") -> Tensor:
     return labels.new_empty(labels.shape[0], height, width, dtype=torch.int64)
+
+
+register_vmap(_labels_to_grid)
 
 
 def labels_to_grid(labels: Tensor, size: int | tuple[int, int], n_parts: int, *, backend: str | None = None) -> Tensor:
@@ -64,10 +68,10 @@ def labels_to_grid(labels: Tensor, size: int | tuple[int, int], n_parts: int, *,
         raise shape_error("labels", "[B, H, W]", labels)
     check_ids(labels, n_parts)
     chosen = resolve("labels_to_grid", backend, preference("labels_to_grid", labels))
-    if chosen == "reference":
+    if chosen == "reference" and not transformed(labels):  # its loops know no vmap
         return reference.labels_to_grid(labels, (height, width), n_parts)
     if chosen == "triton":
         check_triton(
             "labels", labels.new_empty(0, dtype=torch.float32)
         )  # checks only the device: ids have no float dtype
-    return _labels_to_grid(labels, height, width, n_parts, chosen)
+    return _labels_to_grid(labels, height, width, n_parts, "triton" if chosen == "triton" else "torch")

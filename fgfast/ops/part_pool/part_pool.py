@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fgfast.backend import check_triton, preference, resolve
-from fgfast.ops.part_pool.grid import check_n_parts
+from fgfast.ops.derivatives import gradients, needs_definition
+from fgfast.ops.part_pool.grid import check_n_parts, labels_to_grid
 from fgfast.ops.part_pool.tiled import empty_gradient, majority_grid, one_hot, pool, tiles
 from fgfast.reference import part_pool as reference
 from fgfast.tensors import (
@@ -18,6 +19,7 @@ from fgfast.tensors import (
     check_weight,
     exact,
     shape_error,
+    transformed,
 )
 
 
@@ -100,8 +102,42 @@ def _(
     return empty_gradient(grad, labels, pixel_major)
 
 
+def _setup_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    grad, labels, weight, _, ctx.mean, _, ctx.backend = inputs
+    ctx.n_parts = grad.shape[1]
+    ctx.save_for_backward(labels, weight)
+
+
+def _backward_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    """Pooling is linear, so what is adjoint to its gradient is pooling."""
+    labels, weight = ctx.saved_tensors
+    pooled, _ = _part_pool(grad, labels, ctx.n_parts, weight, ctx.mean, ctx.backend)
+    return pooled, None, None, None, None, None, None
+
+
+part_pool_backward.register_autograd(_backward_backward, setup_context=_setup_backward)
+
+
 def is_pixel_major(features: Tensor) -> bool:
     return features.stride(1) == 1 and features.shape[2] * features.shape[3] > 1
+
+
+def differentiate_pool(
+    grad: Tensor, labels: Tensor, weight: Tensor | None, area: Tensor, mean: bool, pixel_major: bool, backend: str
+) -> Tensor:
+    """The gradient [B, D, h, w] of features: by ``part_pool_backward``, or by the definition in a transform."""
+    if not transformed(grad):
+        return part_pool_backward(grad, labels, weight, area, mean, pixel_major, backend)
+    batch, n_parts, channels = grad.shape
+    flat = None if weight is None else weight.flatten(1)
+
+    def pooled(pixels: Tensor) -> Tensor:
+        return reference.part_pool(pixels, labels.flatten(1), n_parts, flat, "mean" if mean else "sum")[0]
+
+    zeros = torch.zeros(batch, labels[:1].numel(), channels, dtype=grad.dtype, device=grad.device)
+    (found,) = gradients(pooled, [zeros], grad)
+    assert found is not None
+    return found.transpose(1, 2).unflatten(2, labels.shape[1:])
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -113,7 +149,7 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad: Tensor, *_: Tensor | None):  # type: ignore[no-untyped-def]
     labels, weight, area = ctx.saved_tensors
-    out = part_pool_backward(grad, labels, weight, area, ctx.mean, ctx.pixel_major, ctx.backend)
+    out = differentiate_pool(grad, labels, weight, area, ctx.mean, ctx.pixel_major, ctx.backend)
     return out, None, None, None, None, None
 
 
@@ -200,7 +236,10 @@ def part_pool(
     Features under label -1 (or any other id outside 0..n_parts-1) or weight 0, NaN included, are masked out and affect
     neither result nor gradients; a non-finite feature only affects its own part.
     Sums are float32 (float64 for float64): the error of a mean is about area x 6e-8 times the mean absolute value at
-    worst, then one rounding to the dtype of the features.
+    worst, then one rounding to the dtype of the features. float32, float16, bfloat16 and float64 are taken.
+
+    There are derivatives of every order. Forward mode and the transforms of torch.func take the definition in plain
+    PyTorch, one part after the other: memory for a few copies of the features, and for the gradient a mask per part.
 
     Args:
         features: float [B, D, h, w] or [B, N, D], any strides, read without a copy. Gets a gradient.
@@ -220,6 +259,7 @@ def part_pool(
         ValueError: shapes or devices do not fit, n_parts < 1, unknown reduce, or (seen on the CPU, or with
             FGFAST_CHECKS=1) a negative weight or a label that is no part id.
         TypeError: features or weight are not float, or labels not integer.
+        RuntimeError: forward mode or torch.func with backend "triton".
 
     Example:
         >>> import torch
@@ -242,10 +282,13 @@ def part_pool(
     is_map = tuple(ids.shape[1:]) != size
     check_ids(labels, n_parts)
     chosen = resolve("part_pool", backend, preference("part_pool", x))
-    if chosen == "reference":
-        if w is not None and not torch.compiler.is_compiling():
+    by_definition = needs_definition("part_pool", backend, x, ids, w)
+    if by_definition or chosen == "reference":
+        if w is not None:
             check_weight(w)
-        ids = reference.labels_to_grid(ids, size, n_parts) if is_map else ids
+        if is_map:
+            to_grid = labels_to_grid if by_definition else reference.labels_to_grid
+            ids = to_grid(ids, size, n_parts)
         flat = None if w is None else w.flatten(1)
         return PartPool(*reference.part_pool(x.flatten(2).transpose(1, 2), ids.flatten(1), n_parts, flat, reduce))
     if chosen == "triton":

@@ -1,0 +1,189 @@
+"""Claims on folders: one process at a time writes to a run folder, on one machine or on several that share it.
+
+The process that creates the file .claim holds the folder. Its claim is over when the process has ended or, if it is one
+of another machine, when it has not touched the file for :data:`SILENT` seconds. Whoever takes over the claim with the
+token T creates .claim.T, which only one process can: the last file of this chain is the claim that counts. Exclusive
+creation also works on network file systems, where locks may be missing.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fgfast.errors import UserError, one_line
+
+log = logging.getLogger("fgfast")
+
+NAME = ".claim"
+HEARTBEAT = 30.0  # seconds
+SILENT = 300.0  # seconds; network file systems may show a touch a minute late
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A process that holds a folder, or held it: the content of a claim file."""
+
+    token: str
+    pid: int
+    host: str
+    machine: str
+    started: int | None  # see _state_and_start
+    since: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} since {self.since}"
+
+    def confirm(self, folder: Path) -> None:
+        """Raise a UserError if ``folder`` is no longer held, because this process was suspended for minutes."""
+        last = _chain(folder)[1]
+        if last != self:
+            by = "removed by hand" if last is None else f"taken over by {last}"
+            raise UserError(f"The claim of this process on {folder} was {by}: it stops and leaves the folder as it is.")
+
+
+@contextlib.contextmanager
+def claim_folder(folder: Path) -> Iterator[Claim]:
+    """Hold ``folder``, which is created if it is missing, as long as the block runs.
+
+    Raises:
+        UserError: another process holds it.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as run, claim_folder(Path(run)):
+        ...     with claim_folder(Path(run)):
+        ...         pass
+        Traceback (most recent call last):
+        ...
+        fgfast.errors.UserError: ... is in use by process ...
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file, claim = _take(folder)
+    ended = threading.Event()
+    threading.Thread(target=_touch, args=(file, ended), daemon=True).start()
+    try:
+        yield claim
+    finally:
+        ended.set()
+        with contextlib.suppress(OSError):  # what is left behind is recognised as the claim of a process that has ended
+            _release(folder, claim)
+
+
+def is_claim(file: Path) -> bool:
+    """Whether a file in a folder is part of a claim."""
+    return file.name == NAME or file.name.startswith(NAME + ".")
+
+
+def _of_this_process() -> Claim:
+    pid, since = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
+    process = _state_and_start(pid)
+    return Claim(secrets.token_hex(8), pid, socket.gethostname(), _machine(), process and process[1], since)
+
+
+def _take(folder: Path) -> tuple[Path, Claim]:
+    claim = _of_this_process()
+    while True:
+        files, held, free = _chain(folder)
+        if held is not None and (reason := _why_over(held, files[-1])) is None:
+            raise UserError(
+                f"{folder} is in use by {held}: wait for its end, or give another --out "
+                f"(if there is no such process, remove {files[-1]})."
+            )
+        try:
+            file = free.open("x", encoding="utf-8")
+        except FileExistsError:
+            continue
+        try:
+            with file:
+                json.dump(asdict(claim), file)
+        except BaseException:
+            free.unlink(missing_ok=True)
+            raise
+        if _chain(folder)[1] == claim:
+            break
+        free.unlink(missing_ok=True)  # the chain ended meanwhile: its last holder released the folder
+    if held is not None:
+        log.warning(one_line(f"{folder} was in use by {held}, which {reason}: this process takes it over."))
+    return free, claim
+
+
+def _release(folder: Path, claim: Claim) -> None:
+    files, held, _ = _chain(folder)
+    if held == claim:
+        for file in files:  # the first one first: without it the others count no longer
+            file.unlink(missing_ok=True)
+
+
+def _touch(file: Path, ended: threading.Event) -> None:
+    while not ended.wait(HEARTBEAT):
+        with contextlib.suppress(OSError):  # a file system that does not answer now may do so at the next heartbeat
+            os.utime(file)
+
+
+def _chain(folder: Path) -> tuple[list[Path], Claim | None, Path]:
+    """The claim files of a folder, the claim that counts, and the file that the next claim creates."""
+    files: list[Path] = []
+    last, free = None, folder / NAME
+    while (found := _read(free)) is not None:
+        files.append(free)
+        last, free = found, folder / f"{NAME}.{found.token}"
+    return files, last, free
+
+
+def _read(file: Path) -> Claim | None:
+    """The claim in a file, None if there is no such file."""
+    for _ in range(10):
+        try:
+            return Claim(**json.loads(file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError):
+            time.sleep(0.02)  # it is being written
+    return Claim(file.name, 0, "a host that is not known", "", None, "a time that is not known")
+
+
+def _why_over(claim: Claim, file: Path) -> str | None:
+    """Why a claim does not hold any longer, as a clause; None if it does."""
+    if claim.machine == _machine():
+        return None if _is_running(claim) else "has ended"
+    with tempfile.TemporaryFile(dir=file.parent) as now, contextlib.suppress(FileNotFoundError):
+        # both times are of the clock of the file system, as those of two machines differ
+        if os.fstat(now.fileno()).st_mtime - file.stat().st_mtime <= SILENT:
+            return None
+    return f"has not been heard of for {SILENT / 60:.0f} minutes"
+
+
+def _machine() -> str:
+    """Identifies this machine since its start and its process numbers: those of another container are not ours."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return socket.gethostname()
+
+
+def _is_running(claim: Claim) -> bool:
+    try:
+        os.kill(claim.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it runs, as another user
+    process = _state_and_start(claim.pid)
+    return process is None or (process[0] != "Z" and process[1] == claim.started)
+
+
+def _state_and_start(pid: int) -> tuple[str, int] | None:
+    """The state letter of a process and its start in clock ticks since that of the machine; None if not to be read."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return fields[0], int(fields[19])

@@ -1,0 +1,97 @@
+"""Decode an image file to upright RGB pixels: the one definition of what the pixels of a file are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+TURNS = np.array(
+    [[0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 1, 1], [0, 1, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 1]], bool
+)
+"""By EXIF orientation: (transpose, flip rows, flip columns); stored pixels flipped, then transposed, are upright."""
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Raise OSError for whatever Pillow raises while it reads a file; an error of the system keeps its ``errno``.
+
+    Pillow's plugins raise any class of exception for a broken file (struct.error, KeyError, RuntimeError, ...).
+    """
+    from PIL import UnidentifiedImageError
+
+    try:
+        yield
+    except UnidentifiedImageError as error:
+        raise OSError("not an image") from error
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def orientation_of(image: Image.Image) -> int:
+    """EXIF orientation of an opened image, 1 to 8; 1 if the tag is absent, unreadable or none of these."""
+    try:
+        value = image.getexif().get(0x0112)
+    except Exception:  # metadata that does not parse says nothing about the pixels
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def decode(image: Image.Image) -> tuple[Image.Image, int]:
+    """An opened PIL image in mode RGB as it is stored, and its orientation; 16-bit and float values are scaled."""
+    from PIL import Image
+
+    image.load()  # before the orientation is read: tags may follow the pixels, and Pillow itself turns a TIFF here
+    orientation = orientation_of(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        if image.mode == "F":
+            low, high = float(np.nanmin(values)), float(np.nanmax(values))
+            low, high = (0.0, 1.0) if low >= 0 and high <= 1 else (low, max(high, low + 1e-12))
+            values = np.nan_to_num((values - low) / (high - low))
+        else:
+            values = values / max(65535.0, values.max())
+        image = Image.fromarray(np.rint(values * 255).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB"), orientation
+
+
+def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Height and width of the upright image whose stored pixels have PIL's ``size`` (width, height)."""
+    return size if TURNS[orientation, 0] else size[::-1]
+
+
+def turn(stored: np.ndarray, orientation: int) -> np.ndarray:
+    """Stored pixels [H, W, 3] made upright."""
+    transpose, flip_rows, flip_columns = TURNS[orientation]
+    pixels = stored[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
+    return np.ascontiguousarray(pixels.transpose(1, 0, 2) if transpose else pixels)
+
+
+def upright_rgb(image: Image.Image) -> np.ndarray:
+    """An opened PIL image as uint8 [H, W, 3], upright; 16-bit and float values are scaled, not clipped.
+
+    The orientation is the one that Pillow finds in EXIF, the tags of a TIFF or XMP; metadata that does not parse and
+    orientations that do not exist are ignored.
+    """
+    stored, orientation = decode(image)
+    return turn(np.asarray(stored), orientation)
+
+
+def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+    """Decode a file with PIL to uint8 [H, W, 3], upright.
+
+    Raises:
+        OSError: the file cannot be read or does not decode; ``errno`` is None in the second case.
+    """
+    from PIL import Image
+
+    with decoding(), Image.open(path) as image:
+        return upright_rgb(image)

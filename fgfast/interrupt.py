@@ -1,0 +1,96 @@
+"""Ctrl-C in the command ``fgfast``: one line and exit status 130 at any moment, the imports included.
+
+An import may swallow KeyboardInterrupt or turn it into an ImportError. So none is raised within one: before the command
+has begun its work the process ends at once, and later the interrupt waits until the import is done.
+"""
+
+import contextlib
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+RETRY = 0.05  # seconds
+_PACKAGE = os.path.join(os.path.dirname(__file__), "")
+_COMMAND_LINE = os.path.join(_PACKAGE, "cli", "")
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, name)]
+
+
+def handle(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt; within an import end the process instead, or try again shortly if it is at work."""
+    importing = working = False
+    while frame is not None:
+        code = frame.f_code
+        importing |= code.co_filename.startswith("<frozen importlib")
+        in_package = code.co_filename.startswith(_PACKAGE) and not code.co_filename.startswith(_COMMAND_LINE)
+        working |= in_package and code.co_name != "<module>"
+        frame = frame.f_back
+    if not importing:
+        raise KeyboardInterrupt
+    if working and hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, RETRY)
+        return
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os.write(2, b"fgfast: interrupted.\n")
+    os._exit(130)
+
+
+@contextlib.contextmanager
+def interruptible(*, last: bool) -> Iterator[None]:
+    """Handle SIGINT and SIGTERM by :func:`handle`; possible only in the main thread, elsewhere nothing changes.
+
+    Args:
+        last: the process ends afterwards, and ignores further interrupts while it does.
+    """
+    try:
+        before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    except ValueError:
+        yield
+        return
+    if last:
+        sys.unraisablehook = _retry_lost_interrupt
+        before[signal.SIGINT] = signal.SIG_IGN
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def shielding_children() -> Iterator[None]:
+    """Start processes that do not get the SIGINT of Ctrl-C, from their first moment on: this process reports it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a child inherits the mask
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _retry_lost_interrupt(lost: Any) -> None:
+    """Repeat an interrupt that Python could not raise, as in a destructor, instead of printing its traceback."""
+    if issubclass(lost.exc_type, KeyboardInterrupt) and hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, RETRY)
+    else:
+        sys.__unraisablehook__(lost)
+
+
+def _is_the_command() -> bool:
+    """Whether this process was started as ``fgfast`` or ``python -m fgfast``."""
+    if sys.argv[:1] == ["-m"]:  # until Python has found the module
+        return ("-m", "fgfast") in itertools.pairwise(sys.orig_argv)
+    return os.path.basename((sys.argv or [""])[0]) in ("fgfast", "fgfast.exe")
+
+
+# The package imports this module first and torch next.
+if _is_the_command() and "--multiprocessing-fork" not in sys.orig_argv:
+    with contextlib.suppress(ValueError):  # not the main thread
+        for _number in _SIGNALS:
+            signal.signal(_number, handle)
