@@ -376,7 +376,7 @@ def test_bad_input_is_named(change, error, word, backend):
 
 
 def test_results_are_constants_of_every_transform():
-    """vmap runs problem by problem; derivatives of all orders and directions are those of what lies around k-means."""
+    """Vmap runs problem by problem; derivatives of all orders and directions are those of what lies around k-means."""
     x = blobs(3, 2, 30, 4)
     init = x[:, :3]
     alone = torch.stack([kmeans(x[i], 3, init=init[i]).centroids for i in range(2)])
