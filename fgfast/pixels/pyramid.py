@@ -218,5 +218,9 @@ class Pyramid(PixelSource):
         return self._weighted_sums(scale[:, None])[:, 0]
 
     def rows(self, index: Tensor) -> Tensor:
-        """Pixels [B, m, D]."""
-        return torch.cat([level.cells(index, self.size[1]) for level in self.levels], 1).transpose(1, 2)
+        """Pixels [B, m, D], infinite where they interpolate a cell that is not finite."""
+        rows = torch.cat([level.cells(index, self.size[1]) for level in self.levels], 1).transpose(1, 2)
+        for level in self.levels:
+            if level.bad is not None:
+                rows = rows.masked_fill(level.bad.flatten(1).gather(1, index)[..., None], torch.inf)
+        return rows

@@ -3,13 +3,15 @@
 Everything is expressed by inner products <y_n, m_k>, which a feature pyramid computes without building its pixels, and
 by squared distances
     |y - c|^2 = |y|^2 + |c|^2 - 2 <y, c>,   y = factor (x - shift).
-The shift is a point near the pixels, the mean of a few of them: without it the right side would subtract numbers of the
-size of the mean, and lose the digits in which the pixels differ. It is subtracted from each tile as it is read, or once
-from a few pixels. The factor is a power of two, and is 1 unless squares would leave the range of the dtype.
+The shift is a point near the pixels, the median of a few of them (a mean would follow one far pixel): without it the
+right side would subtract numbers of the size of the mean, and lose the digits in which the pixels differ. It is
+subtracted from each tile as it is read, or once where the pixels are few. The factor is a power of two, and is 1 unless
+squares would leave the range of the dtype.
 Cosine: u = y / |y|, shift 0, distance 1 - <u, c>; the factor 1 / |y| scales inner products and one-hot entries, not
 pixels.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -17,9 +19,9 @@ import torch
 from torch import Tensor
 
 from fgfast.reference.draws import spaced_pixels
-from fgfast.tensors import TILE_ELEMENTS, accumulation
+from fgfast.tensors import EPS, accumulation
 
-EPS = 1e-12
+COPIED = 1 << 22  # elements: up to so many pixels are shifted once, into a copy of 16 MiB of float32
 PIXEL_TILE = 1 << 19  # elements of a tile of pixels: 2 MiB of float32, small enough for a core's cache
 
 
@@ -49,10 +51,13 @@ def unit(c: Tensor) -> Tensor:
     return torch.nn.functional.normalize(c / largest, dim=-1, eps=EPS)
 
 
-def mean_of_good(rows: Tensor, weight: Tensor) -> Tensor:
-    """Mean [B, D] of those vectors rows [B, m, D] that are finite and have a weight [B, m]; 0 if none has."""
+def middle(rows: Tensor, weight: Tensor) -> Tensor:
+    """Medians [B, D] of those vectors rows [B, m, D] that are finite and have a weight [B, m]; 0 if none has."""
     good = (weight > 0)[..., None] & rows.isfinite().all(2, keepdim=True)  # [B, m, 1]
-    return torch.where(good, rows, 0).div(good.sum(1, keepdim=True).clamp_min(1)).sum(1)
+    n = good.sum(1, keepdim=True)  # [B, 1, 1]
+    half = ((n - 1) // 2).clamp_min(0).expand(-1, -1, rows.shape[2])
+    median = torch.where(good, rows, torch.inf).sort(1).values.gather(1, half)
+    return torch.where(n > 0, median, 0)[:, 0]
 
 
 class PixelSource(ABC):
@@ -105,13 +110,13 @@ class PixelSource(ABC):
         return to_relative(c, self.shift, None if self.cosine else self.factor)
 
     def prepare(self, metric: str, weight: Tensor | None, shift: Tensor | None = None) -> None:
-        """Find the pixels that count, a shift (None: the mean of a few of these) and their |y|^2."""
+        """Find the pixels that count, a shift (None: the median of a few of these) and their |y|^2."""
         self.cosine = metric == "cosine"
         wanted = torch.ones(self.batch, self.pixels, dtype=self.dtype, device=self.device)
         wanted = wanted if weight is None else weight.to(self.dtype)
         self.few = spaced_pixels(wanted)
         if shift is None and not self.cosine:
-            shift = mean_of_good(self.rows(self.few), wanted.gather(1, self.few))
+            shift = middle(self.rows(self.few), wanted.gather(1, self.few))
         self.move(None if self.cosine else shift, None)
         squares = self.squares()
         if self.device.type == "cpu":  # only the CPU may be asked for values
@@ -127,17 +132,22 @@ class PixelSource(ABC):
 
     def _squares_in_range(self, squares: Tensor) -> Tensor:
         """|y|^2 after a change of the factor of problems whose squares overflow or vanish."""
-        info = torch.finfo(self.dtype)
-        high, low = info.max**0.75, 0.0 if self.cosine else info.tiny**0.75
-        top = squares.amax(1) if squares.numel() else squares.new_zeros(len(squares))
-        if bool(((top < high) & ((top > low) | (top == 0))).all()):
+        if not squares.numel() or not self.channels:
             return squares
+        info = torch.finfo(self.dtype)
+        high, low, exponents = info.max**0.75, info.tiny**0.75, round(math.log2(info.max))
+        top = squares.amax(1)
+        if bool(((top < high) & ((top >= low) | self.cosine)).all()):
+            return squares
+        top = torch.where(squares.isfinite(), squares, 0).amax(1)
         largest = self.largest()
         if self.shift is not None:
             largest = largest + self.shift.abs().amax(1, keepdim=True)
         size = torch.where(largest.isfinite(), largest, 0).amax(1)
-        size = torch.where(top < low, top.sqrt(), torch.where((size**2 < high) | (top == 0), 1, size))
-        exponent = torch.frexp(size).exponent.clamp(-120, 120)
+        exponent = torch.where(size < high**0.5, 0, torch.frexp(size).exponent.clamp_max(exponents - 8))
+        if not self.cosine:
+            vanishing = (top < low) & (exponent == 0)
+            exponent = torch.where(vanishing, -5 * exponents // 8, exponent)  # then |y| < high^(1/2)
         self.move(self.shift, torch.ldexp(torch.ones_like(size), -exponent))
         return self.squares()
 
@@ -160,10 +170,10 @@ class PixelSource(ABC):
         return spread.clamp_min(0) / max(1, self.features)
 
     def spread(self) -> Tensor:
-        """Distance of each pixel [B, N] from the mean of a few; 0 where none counts."""
+        """Distance of each pixel [B, N] from the median of a few; 0 where none counts."""
         if not self.cosine:
             return self.squared_norms * (self.w > 0)
-        centre = mean_of_good(self.points(self.few), self.w.gather(1, self.few))
+        centre = middle(self.points(self.few), self.w.gather(1, self.few))
         return self.distances(unit(centre)[:, None])[:, 0]
 
     def _score_terms(self, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,7 +226,7 @@ class Dense(PixelSource):
     def move(self, shift: Tensor | None, factor: Tensor | None) -> None:
         """Use y = factor (x - shift) from now on, copied once if that is small, else tile by tile."""
         self.shift, self.factor = shift, factor
-        self.y = self._relative(slice(None)) if self.x.numel() <= TILE_ELEMENTS else None
+        self.y = self._relative(slice(None)) if self.x.numel() <= COPIED else None
 
     def _relative(self, pixels: slice) -> Tensor:
         """Y of these pixels [B, D, n]."""

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fgfast.reference.draws import spaced_pixels, uniform
-
-EPS = 1e-12
+from fgfast.tensors import EPS
 
 
 def hypercolumns(maps: list[Tensor], size: tuple[int, int]) -> Tensor:
@@ -81,10 +80,12 @@ def random_pixels(w: Tensor, seed: Tensor, stream: int, n: int) -> Tensor:
     return torch.where(w > 0, keys, -math.inf).topk(n).indices.sort().values
 
 
-def sample(x: Tensor, w: Tensor, seed: Tensor, stream: int, n: int, metric: str) -> tuple[Tensor, Tensor]:
-    """Indices and weights of n pixels that stand for all, as `fgfast.pixels.init.sample_pixels` draws them."""
-    few = spaced_pixels(w[None])[0]
-    centre = (x[few] * (w[few] > 0)[:, None]).sum(0) / (w[few] > 0).sum().clamp_min(1)
+def sample(x: Tensor, w: Tensor, few: Tensor, seed: Tensor, stream: int, n: int, metric: str) -> tuple[Tensor, Tensor]:
+    """Indices and weights of n pixels that stand for all, as `fgfast.pixels.init.sample_pixels` draws them.
+
+    The centre is the median of those of the pixels ``few`` that count.
+    """
+    centre = torch.where((w[few] > 0)[:, None], x[few], math.nan).nanmedian(0).values.nan_to_num(0.0)
     mass = w * _distances(x, centre[None], metric)[:, 0]
     chance = (w > 0) / (w > 0).sum().clamp_min(1) + mass / mass.sum().clamp_min(1e-300)
     top = (chance / (uniform(seed, stream, len(w)) + 2**-33)).topk(n + 1)
@@ -100,13 +101,21 @@ def _draw(p: Tensor, u: Tensor) -> Tensor:
 
 
 def starts(
-    x: Tensor, w: Tensor, n_clusters: int, init: str, init_samples: int, metric: str, seed: Tensor, run: int
+    x: Tensor,
+    w: Tensor,
+    few: Tensor,
+    n_clusters: int,
+    init: str,
+    init_samples: int,
+    metric: str,
+    seed: Tensor,
+    run: int,
 ) -> Tensor:
     """K rows of x: greedy k-means++ with 2 + floor(log K) trials, as scikit-learn does it, or "random" pixels."""
     if init == "random":
         return x[random_pixels(w, seed, 3 * run + 1, n_clusters)]
     if init_samples < len(x):
-        chosen, w = sample(x, w, seed, 3 * run + 1, init_samples, metric)
+        chosen, w = sample(x, w, few, seed, 3 * run + 1, init_samples, metric)
         x = x[chosen]
     trials = 2 + int(math.log(n_clusters))
     u = uniform(seed, 3 * run + 2, n_clusters * trials).view(n_clusters, trials)
@@ -200,13 +209,14 @@ def kmeans(
             if isinstance(init, Tensor):
                 c = init[b].double()
             else:
-                c = starts(xb, w, n_clusters, init, init_samples, metric, seed, run)
+                given = torch.ones_like(w) if weight is None else weight[b]
+                c = starts(xb, w, spaced_pixels(given[None])[0], n_clusters, init, init_samples, metric, seed, run)
             if metric == "cosine":
                 c = F.normalize(c, dim=1, eps=EPS)
             c, i = _lloyd(xb, w, c, n_iter, tol, metric, empty)
             ids, nearest = _assign(xb, w, c, metric)
             total = (w * nearest).sum()
-            if float(total) < best:
+            if run == 0 or float(total) < best:
                 best = float(total)
                 centroids[b], labels[b], counts[b] = c, ids, _totals(xb, w, ids, n_clusters)[1]
                 inertia[b], steps[b] = total if bool(finite.all()) else math.nan, i

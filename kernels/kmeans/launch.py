@@ -19,7 +19,7 @@ from fgfast.kernels.kmeans.step import Move, Solver, power
 from fgfast.pixels.init import random_pixels, sample_pixels, start, trial_numbers
 from fgfast.pixels.options import KMeansOptions
 from fgfast.pixels.result import LloydResult, best_of
-from fgfast.pixels.source import Dense, from_relative, mean_of_good, to_relative
+from fgfast.pixels.source import Dense, from_relative, middle, to_relative
 from fgfast.reference.draws import spaced_pixels
 
 GRAM = 1 << 28  # inner products in memory at a time: 1 GiB
@@ -96,12 +96,13 @@ def choose_samples(gram: Tensor, weight: Tensor, numbers: Tensor, n_clusters: in
 class Moments(NamedTuple):
     """The pixels that count, bool [B, N], their mean [B, D] and their variance averaged over channels [B].
 
-    ``spread`` [B, N] is the distance of each from the mean of a few, 0 where none counts.
+    ``centre`` [B, D] is the median of a few, and ``spread`` [B, N] the distance of each from it, 0 where none counts.
     """
 
     counted: Tensor
     mean: Tensor
     variance: Tensor
+    centre: Tensor
     spread: Tensor
 
 
@@ -119,14 +120,14 @@ def finite_pixels(x: Tensor, index: Tensor) -> Tensor:
 
 
 def moments(x: Tensor, weight: Tensor | None, metric: str, precision: str) -> Moments:
-    """Moments from one read of x: a step whose only centroid is the mean of a few pixels, to keep all digits."""
+    """Moments from one read of x: a step whose only centroid is the median of a few pixels, to keep all digits."""
     ones = None if weight is None else (weight > 0).to(torch.float32)
     solver = Solver(x, 1, ones, metric, precision, True)
     counted = torch.ones(1, solver.N, device=x.device) if ones is None else ones
     few = spaced_pixels(counted).expand(len(x), -1)
     rows = pixels(x, few).to(torch.float32)
     rows = F.normalize(rows, dim=2, eps=1e-12) if metric == "cosine" else rows
-    first = mean_of_good(rows, counted.expand(len(x), -1).gather(1, few))[:, None]
+    first = middle(rows, counted.expand(len(x), -1).gather(1, few))[:, None]
     solver.prepare(first)
     distances = torch.empty(solver.labels.shape, dtype=torch.float32, device=x.device)
     totals = solver.step(distances, torch.zeros(len(x), dtype=torch.int32, device=x.device))
@@ -137,7 +138,7 @@ def moments(x: Tensor, weight: Tensor | None, metric: str, precision: str) -> Mo
         variance = totals.counts[:, 0] / n[:, 0] - mean.square().sum(1)
     else:
         variance = distances.clamp_min(0).sum(1) / n[:, 0] - (mean - first[:, 0]).square().sum(1)
-    return Moments(solver.labels >= 0, mean, variance.clamp_min(0) / x.shape[1], distances.clamp_min(0))
+    return Moments(solver.labels >= 0, mean, variance.clamp_min(0) / x.shape[1], first[:, 0], distances.clamp_min(0))
 
 
 def initial_centroids(x: Tensor, w: Tensor, stats: Moments, seed: Tensor, run: int, options: KMeansOptions) -> Tensor:
@@ -189,7 +190,7 @@ def kmeans(x: Tensor, weight: Tensor | None, seed: Tensor, options: KMeansOption
     w = stats.counted.to(torch.float32) if weight is None else torch.where(stats.counted, weight, 0)
     solver = Solver(x, n_clusters, weight, metric, options.precision, options.deterministic)
     if metric == "euclidean":
-        solver.mu[:, : solver.D] = stats.mean
+        solver.mu[:, : solver.D] = stats.centre if solver.shifted else stats.mean
     limit = options.tol * stats.variance
     distances = torch.empty(solver.batch, solver.N, dtype=torch.float32, device=x.device)
 

@@ -29,7 +29,7 @@ from fgfast.pixels.init import random_pixels, sample_pixels, start, trial_number
 from fgfast.pixels.options import KMeansOptions
 from fgfast.pixels.pyramid import Pyramid
 from fgfast.pixels.result import LloydResult, best_of
-from fgfast.pixels.source import from_relative, mean_of_good, to_relative
+from fgfast.pixels.source import from_relative, middle, to_relative
 from fgfast.reference.draws import spaced_pixels
 
 PARTIAL_FRACTION = 0.04  # of the bytes of a level: the most that writing and reading its partial sums may cost
@@ -350,10 +350,10 @@ def kmeans(
         w = finite.to(torch.float32) if weight is None else torch.where(finite, weight, 0)
         counted = (w > 0).to(torch.float32)
         n = counted.sum(1).clamp_min(1)
-        few = spaced_pixels(w)
+        few = spaced_pixels(torch.ones_like(w) if weight is None else weight)
         rows = levels.rows(few, zero, torch.float32).float()
         rows = F.normalize(rows, dim=2, eps=1e-12) if metric == "cosine" else rows
-        centre = mean_of_good(rows, w.gather(1, few))
+        centre = middle(rows, w.gather(1, few))
         mu, scale, factors = zero, w, counted
         if metric == "cosine":
             inverse_norms = torch.where(finite, squared_norms, 1).sqrt().clamp_min(1e-12).reciprocal()

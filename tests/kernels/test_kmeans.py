@@ -392,12 +392,12 @@ def test_an_offset_costs_no_digits(offset, pixels, clusters):
 
 
 def test_a_rare_far_cluster_is_found():
-    """Of 1,200 pixels 4 lie far away; k-means++ draws from 64."""
-    far = torch.full((1, 4, 2), 300.0, device=DEVICE) + blobs(1, 1, 4, 2)
-    x = torch.cat([blobs(0, 1, 1200, 2), far], 1)
+    """Of 300 pixels 3 lie far away; k-means++ draws from 16."""
+    far = torch.full((1, 3, 2), 300.0, device=DEVICE) + blobs(1, 1, 3, 2)
+    x = torch.cat([blobs(0, 1, 300, 2), far], 1)
     for seed in range(4):
-        found = kmeans(x, 3, seed=seed, init_samples=64, n_iter=2, backend="triton")
-        assert (found.counts == 4).any()
+        found = kmeans(x, 3, seed=seed, init_samples=16, n_iter=1, backend="triton")
+        assert (found.counts == 3).any()
 
 
 def test_more_samples_than_a_program_draws_from(monkeypatch):

@@ -86,6 +86,18 @@ def test_pyramid_norms_and_pixels_are_those_of_interpolate(seed, height, width, 
     torch.testing.assert_close(source.as_given(wanted), built)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_a_non_finite_cell_costs_the_other_pixels_no_digits(offset):
+    maps = [(m + offset).float() for m in pyramid(6)[:2]]
+    maps[1] = torch.cat([maps[1], maps[1]], 1)
+    maps[1][0, 0, 0, 0] = math.nan
+    init = hypercolumns([m[:, :, 4:, 4:] if m.shape[2] == 8 else m[:, :, 2:, 2:] for m in maps], (4, 4))[:, ::5]
+    found = kmeans(maps, init.shape[1], size=8, init=init)
+    wide = kmeans([m.double() for m in maps], init.shape[1], size=8, init=init.double(), backend="reference")
+    assert torch.equal(found.labels, wide.labels)
+    assert torch.equal(found.n_iter, wide.n_iter)
+
+
 @pytest.mark.parametrize("level", [0, 1])
 def test_a_non_finite_cell_affects_only_the_pixels_that_mix_it(level):
     maps = pyramid(6)

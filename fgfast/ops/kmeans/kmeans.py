@@ -3,7 +3,7 @@
 Lloyd's iteration by scikit-learn's rules. Assignment and the sums of the new centres come from one read of the pixels,
 as two products with K rows: scores [K, D] x [D, n] and one-hot sums [K, n] x [n, D], tile by tile. On the CPU problems
 run a few at a time: each stays in the cache and stops when it has converged. On a device all run together
-and the host looks at nothing. `_kmeans_pyramid` has the derivation for lists of maps.
+and the host looks at nothing. `fgfast.pixels.pyramid` has the derivation for lists of maps.
 """
 
 import math
@@ -37,7 +37,7 @@ from fgfast.pixels.pyramid import Pyramid
 from fgfast.pixels.result import LloydResult, best_of
 from fgfast.pixels.source import Dense, PixelSource, unit
 from fgfast.reference import kmeans as reference
-from fgfast.tensors import accumulation, check_weight, exact
+from fgfast.tensors import accumulation, check_weight, exact, transformed
 
 MOST_OF_MAPS = 256  # clusters of a list of maps that the Triton kernels take
 
@@ -264,7 +264,7 @@ def kmeans(
     if full is not None and n_clusters > MOST_OF_MAPS:
         op, backends = f"kmeans of a list of maps in {n_clusters} clusters", BACKENDS
     which = resolve(op, backend, backends)
-    if which == "reference":
+    if which == "reference" and not transformed(*xs, first, w):
         if w is not None:
             check_weight(w)
         if first is not None:

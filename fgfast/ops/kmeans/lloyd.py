@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fgfast.pixels.result import LloydResult
-from fgfast.pixels.source import EPS, PixelSource
+from fgfast.pixels.source import PixelSource
+from fgfast.tensors import EPS
 
 
 def _relocate_empty(

@@ -19,9 +19,9 @@ from fgfast.ops.kmeans.checks import (
     groups,
     match_centroids,
 )
-from fgfast.pixels.source import Dense, tiles, unit
+from fgfast.pixels.source import Dense, middle, tiles, unit
 from fgfast.reference import kmeans as reference
-from fgfast.tensors import accumulation, check_weight, exact
+from fgfast.tensors import accumulation, check_weight, exact, transformed
 
 
 class KMeansStep(NamedTuple):
@@ -36,12 +36,13 @@ class KMeansStep(NamedTuple):
 def assign_tiles(
     x: Tensor, centroids: Tensor, weight: Tensor | None, metric: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One step of x [b, D, N], a tile of pixels at a time, relative to the mean of the centroids (no extra pass)."""
+    """One step of x [b, D, N], a tile of pixels at a time, relative to the median of a few centroids."""
     wide = accumulation(x.dtype)
     c = centroids.to(wide)
     if metric == "cosine":
         c = unit(c)
-    shift = (c / c.shape[1]).sum(1)
+    few = c[:, :: -(-c.shape[1] // 8)]
+    shift = middle(few, few.new_ones(few.shape[:2]))
     labels = torch.empty(len(x), x.shape[2], dtype=torch.int64, device=x.device)
     sums, counts, inertia = torch.zeros_like(c), c.new_zeros(c.shape[:2]), c.new_zeros(len(x))
     for n in tiles(x):
@@ -125,9 +126,9 @@ def kmeans_step(
 
     With metric "cosine" x_n and c_k stand for their unit vectors and the distance is 1 - <x_n, c_k>. Every output is a
     constant: nothing here is differentiable. Products and sums are float32 (float64 for float64): a label may differ
-    from the exact one where two distances agree to about 1e-6 |x - m| |c - m|, m the mean of the centroids. In half
-    precision the Triton kernel rounds c - m to the dtype of x (bfloat16: 2^-9 of it), assigns to these rounded
-    centroids, and adds an error of 1e-7 |m| |c - m|.
+    from the exact one where two distances agree to about 1e-6 |x - m| |c - m|, m the median of a few centroids (in the
+    Triton kernel the mean of all). In half precision the Triton kernel rounds c - m to the dtype of x (bfloat16: 2^-9
+    of it), assigns to these rounded centroids, and adds an error of 1e-7 |m| |c - m|.
 
     Args:
         x: float [N, D] (one problem), [B, N, D] or [B, D, H, W], any strides, read without a copy. Arrays and integers
@@ -166,7 +167,7 @@ def kmeans_step(
     c = match_centroids("centroids", centroids, batch, pixels.shape[1], x.device)
     w = flat_weight(weight, shape, batch, x.device)
     chosen = resolve("kmeans_step", backend, preference("kmeans_step", pixels))
-    if chosen == "reference":
+    if chosen == "reference" and not transformed(pixels, c, w):
         if w is not None:
             check_weight(w)
         check_finite("centroids", c)
