@@ -2,6 +2,7 @@
 
 import codecs
 import dataclasses
+import datetime
 import json
 import math
 import re
@@ -126,6 +127,7 @@ class TrainConfig:
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
+_SWITCHES = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
 C = TypeVar("C", bound="DataclassInstance")
 
 
@@ -197,10 +199,8 @@ def parse_values(config: "DataclassInstance", pairs: dict[str, str], source: str
     for name, text in pairs.items():
         hint = hints.get(name.replace("-", "_"), str)
         try:
-            values[name] = (
-                text.lower() in ("1", "true", "yes") if hint is bool else hint(text) if hint in (int, float) else text
-            )
-        except ValueError:
+            values[name] = _SWITCHES[text.lower()] if hint is bool else hint(text) if hint in (int, float) else text
+        except (KeyError, ValueError):
             raise UserError(f"{source} sets {name} = {text!r}: give a value of type {hint.__name__}.") from None
     return values
 
@@ -272,6 +272,10 @@ def _toml_value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, str):  # a JSON string, except that TOML forbids one more control character
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in value.items()) + " }"
     return repr(value)

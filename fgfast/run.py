@@ -36,13 +36,25 @@ def load_checkpoint(path: Path, method: str) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"There is no checkpoint {path}: train first, or leave out --resume.")
-    state = read_checkpoint(path)
-    if damaged := _damaged_part(path):
-        raise UserError(f"The checkpoint {path} is damaged ({damaged}): restore it from a copy, or train again.")
+    state = read_state(path)
     name = state.get("name")
     if name != method:
         raise UserError(f"The checkpoint {path} is of the method {name!r}, not {method!r}: give a run of {method}.")
     return state
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What :func:`save_checkpoint` wrote to a file, loaded with weights_only=True.
+
+    Raises:
+        UserError: the file is cut or damaged, or not one of those.
+    """
+    if damaged := _damaged_part(path):
+        raise UserError(
+            f"The checkpoint {path} is cut or damaged ({damaged}): restore it from a copy, or train again in another "
+            "folder."
+        )
+    return read_checkpoint(path)
 
 
 def _damaged_part(path: Path) -> str | None:

@@ -12,10 +12,9 @@ from fgfast.data.manifest import read_image
 from fgfast.data.panels import to_pixels
 from fgfast.errors import UserError
 from fgfast.files import write_atomic
-from fgfast.methods.run_folder import Checkpoint, read_run
+from fgfast.methods.run_folder import Checkpoint, load_run_method, read_run
 from fgfast.methods.srgan import FACTOR, SRGAN, SRGANConfig
 from fgfast.models.srgan import Generator
-from fgfast.run import load_checkpoint
 
 log = logging.getLogger("fgfast")
 
@@ -53,8 +52,8 @@ def upscale(
     overwritten = [p for p in images if (out / f"{p.stem}.png").resolve() == p.resolve()]
     if overwritten:
         raise UserError(f"{overwritten[0]} would be overwritten by its enlargement: give another --out.")
-    method = SRGAN(replace(config, init="none"))
-    method.load_state_dict(load_checkpoint(run / f"{checkpoint}.pt", name)["method"])
+    method = load_run_method(run, checkpoint, name, replace(config, init="none"))
+    assert isinstance(method, SRGAN)
     generator = method.generator.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     written = []
     for path in images:

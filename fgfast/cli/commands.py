@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,6 @@ from fgfast.cli.parse import parse, parse_method, parse_settings
 from fgfast.config import read_toml
 from fgfast.errors import UserError
 from fgfast.files import check_folder
-
-MAPS_FILES = ("maps.json", "begun.json")  # a folder of id maps holds one of them
 
 
 def _generate(argv: list[str]) -> None:
@@ -74,10 +73,15 @@ def _pretrain(argv: list[str]) -> None:
 
 @contextlib.contextmanager
 def _finished(run: Path, rest: str) -> Iterator[None]:
-    """What follows the work of a command: if it fails, that is said, and the work stays finished."""
+    """What follows the work of a command: if it fails, that is said, and the work stays finished.
+
+    The traceback is printed too if it is none of the failures that are expected, but a bug.
+    """
     try:
         yield
     except Exception as error:
+        if not isinstance(error, UserError | OSError | ModuleNotFoundError):
+            traceback.print_exc()
         reason = str(error).rstrip(".") or type(error).__name__
         print(f"fgfast: {run} is complete without {rest} ({reason}).", file=sys.stderr)
 
@@ -119,16 +123,16 @@ def _discover(argv: list[str]) -> None:
     from fgfast.methods.particle import PARTICLEConfig
     from fgfast.methods.run_folder import load_run_encoder
     from fgfast.parts.clustering import ClusteringConfig
-    from fgfast.parts.discover import DiscoveryConfig, discover
+    from fgfast.parts.discover import STARTED, DiscoveryConfig, discover
     from fgfast.train.distributed import choose_device
 
     given = {name: value for name, value in vars(args).items() if hasattr(PARTICLEConfig, name) and value is not None}
     check_ranges(PARTICLEConfig(**given))
     if args.image_size < 0:
         raise UserError(f"--image-size is {args.image_size}: give at least 0.")
-    files = [file for file in args.out.iterdir() if not is_claim(file)] if args.out.is_dir() else []
-    if files and not any((args.out / f).is_file() for f in MAPS_FILES):
-        raise UserError(f"{args.out} holds other files: give another --out.")
+    files = sorted(file for file in args.out.iterdir() if not is_claim(file)) if args.out.is_dir() else []
+    if files and not any((args.out / name).is_file() for name in ("maps.json", STARTED)):
+        raise UserError(f"{args.out} holds other files, such as {files[0].name}: give another --out.")
     check_folder(args.out)
     device = choose_device(args.device)
     encoder, config = load_run_encoder(args.run, args.checkpoint, device)

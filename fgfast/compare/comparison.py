@@ -113,6 +113,8 @@ class Comparison:
         from fgfast.train.resume import ANY_TIME, check_options
 
         stored = read_rows(self.out)
+        if self.lrs:
+            read_tuning(self.out)  # a damaged file is found here
         for entry, data, seed in product(self.entries, self.data, self.seeds):
             config = self.run_config(entry, data, seed)
             run = Path(config.out)
@@ -120,6 +122,9 @@ class Comparison:
                 continue
             if not (run / "correct.npz").is_file():
                 raise UserError(f"{self.out / 'compare.csv'} has a row of {run}, which is gone: remove the row.")
+            for label in self.scored:
+                if stored[_key(entry, data, seed)].get(label):
+                    read_correct(run, label)
             before = Path(str(read_toml(run / "config.toml").get("data", "")))
             if before.is_dir() and before.resolve() != data.resolve():
                 raise UserError(f"{run} was trained on {before}, not on {data}: give another --out.")
@@ -230,7 +235,7 @@ class Comparison:
 
             lines += format_table(data.name, self.entries, self.baseline, [*self.scored], rows, correct)
         text = "\n".join(lines)
-        write_atomic(self.out / "compare.md", lambda p: p.write_text(text))
+        write_atomic(self.out / "compare.md", lambda p: p.write_text(text, encoding="utf-8"))
         if rows:
             from fgfast.report import plots
 

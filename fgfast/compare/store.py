@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fgfast.errors import UserError
 from fgfast.files import write_atomic, write_json
 from fgfast.train.log import read_metrics
 
@@ -37,11 +40,35 @@ def lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
         yield True
 
 
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turn the errors of a damaged file into a UserError that names it."""
+    damage = (ValueError, KeyError, TypeError, AttributeError, EOFError, csv.Error, zipfile.BadZipFile, zlib.error)
+    try:
+        yield
+    except damage as error:
+        reason = str(error).rstrip(".") or type(error).__name__
+        raise UserError(f"{file} cannot be read ({reason}): restore or remove it.") from error
+
+
 def read_rows(folder: Path) -> dict[Key, dict[str, str]]:
-    """The rows of compare.csv by data set, method and seed."""
+    """The rows of compare.csv by data set, method and seed.
+
+    Raises:
+        UserError: the file is damaged, or has other columns.
+    """
     file = folder / "compare.csv"
-    rows = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig"))) if file.is_file() else ()
-    return {(row["data"], row["method"], row["seed"]): row for row in rows}
+    if not file.exists():
+        return {}
+    with _reading(file):
+        reader = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig")))
+        if missing := [name for name in ("data", "method", "seed") if name not in (reader.fieldnames or ())]:
+            raise ValueError(f"it has no column {missing[0]}")
+        rows = {(row["data"], row["method"], row["seed"]): row for row in reader}
+        for key, row in rows.items():  # csv has None for what a line lacks, and under None what it has too much
+            if None in row or None in row.values():
+                raise ValueError(f"the row of {', '.join(map(str, key))} has not one value for each column")
+        return rows
 
 
 def store_row(folder: Path, row: dict[str, Any], protocols: list[str]) -> None:
@@ -54,13 +81,21 @@ def store_row(folder: Path, row: dict[str, Any], protocols: list[str]) -> None:
         writer = csv.DictWriter(text, list(columns), extrasaction="ignore", restval="")
         writer.writeheader()
         writer.writerows(rows.values())
-        write_atomic(folder / "compare.csv", lambda p: p.write_text(text.getvalue()))
+        write_atomic(folder / "compare.csv", lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
 
 
 def read_tuning(folder: Path) -> dict[str, dict[str, float]]:
-    """tuned.json: the score of each learning rate tried, for each data set and method."""
+    """tuned.json: the score of each learning rate tried, for each data set and method.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     file = folder / "tuned.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    if not file.exists():
+        return {}
+    with _reading(file):
+        tables = json.loads(file.read_text(encoding="utf-8"))
+        return {name: {rate: float(score) for rate, score in table.items()} for name, table in tables.items()}
 
 
 def store_tuning(folder: Path, name: str, scores: dict[str, float]) -> None:
@@ -70,15 +105,29 @@ def store_tuning(folder: Path, name: str, scores: dict[str, float]) -> None:
 
 
 def read_correct(run: Path, protocol: str) -> np.ndarray:
-    """Which test images of a run are classified correctly, bool [N]."""
-    return np.load(run / "correct.npz")[protocol]
+    """Which test images of a run are classified correctly, bool [N].
+
+    Raises:
+        UserError: correct.npz is damaged, or lacks the protocol.
+    """
+    with _reading(run / "correct.npz"), _open_arrays(run / "correct.npz") as arrays:
+        return arrays[protocol]
 
 
 def store_correct(run: Path, protocol: str, correct: np.ndarray) -> None:
     """Add what is correct under one protocol to correct.npz of a run."""
     file = run / "correct.npz"
-    arrays = dict(np.load(file)) if file.is_file() else {}
+    arrays: dict[str, np.ndarray] = {}
+    if file.exists():
+        with _reading(file), _open_arrays(file) as stored:
+            arrays = dict(stored)
     write_atomic(file, partial(_save_arrays, arrays=arrays | {protocol: correct}))
+
+
+def _open_arrays(file: Path) -> Any:
+    if not zipfile.is_zipfile(file):  # numpy would propose to unpickle it
+        raise ValueError("it is no npz file")
+    return np.load(file)
 
 
 def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:

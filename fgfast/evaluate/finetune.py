@@ -1,5 +1,6 @@
 """Fine-tuning of the last stages of an encoder, or all of it, with labels."""
 
+import logging
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ from fgfast.errors import UserError
 from fgfast.evaluate.features import extract
 from fgfast.evaluate.mlp import ClassWeights, class_weights
 from fgfast.models.backbone import Backbone
-from fgfast.models.weights import read_checkpoint
-from fgfast.run import save_checkpoint
+from fgfast.run import read_state, save_checkpoint
+
+log = logging.getLogger("fgfast")
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def finetune(
         options: see ``FinetuneOptions``.
         device: device of the encoder.
         state_file: file for the state after every epoch, from which an interrupted call with the same options resumes;
-            removed at the end.
+            the caller removes it once it has stored what this call returns.
         start: identifies the weights of ``encoder``; the state of other weights is ignored.
 
     Returns:
@@ -169,8 +171,6 @@ def finetune(
     predicted, truth = extract(
         nn.Sequential(encoder, head), test, config.size, device=device, threads=config.threads, loader=config.loader
     )
-    if state_file is not None:
-        state_file.unlink(missing_ok=True)
     return predicted.argmax(1), truth
 
 
@@ -194,10 +194,17 @@ def _train_epoch(
 def _resume(
     state_file: Path | None, call: dict[str, Any], modules: nn.Module, optimizer: torch.optim.Optimizer, loader: Any
 ) -> int:
-    """Load the state of an interrupted call with the same options; returns the number of epochs done."""
+    """Load the state of an interrupted call with the same options; returns the number of epochs done.
+
+    A damaged state is left out with a warning.
+    """
     if state_file is None or not state_file.is_file():
         return 0
-    state = read_checkpoint(state_file)
+    try:
+        state = read_state(state_file)
+    except UserError:
+        log.warning("%s is cut or damaged: fine-tuning starts from the beginning.", state_file)
+        return 0
     if state.get("what") != call:
         return 0
     modules.load_state_dict(state["modules"])

@@ -1,10 +1,9 @@
 """The options of evaluation protocols, from the command line and from --protocols of a comparison."""
 
-import math
 from dataclasses import fields
 from typing import Any, Literal, get_args
 
-from fgfast.config import Range, parse_values, with_values
+from fgfast.config import Range, check_range, parse_values, with_values
 from fgfast.errors import UserError
 from fgfast.evaluate.finetune import FinetuneOptions
 from fgfast.evaluate.mlp import MLPOptions
@@ -39,9 +38,8 @@ def parse_options(protocol: str, values: dict[str, Any], source: str) -> Options
     options = with_values(default, values | parse_values(default, texts, source), source)
     for name, wanted in _RANGES.items():
         value = getattr(options, name, None)
-        if value is not None and value not in wanted:
-            finite = "" if math.isfinite(value) else "a finite number of "
-            raise UserError(f"{source} sets {name} = {value}: give {finite}{wanted}.")
+        if value is not None:
+            check_range(f"{name} of {source}", value, wanted)
     if isinstance(options, FinetuneOptions) and not (options.stages == "all" or options.stages.isdecimal()):
         raise UserError(f"{source} sets stages = {options.stages!r}: give a number of stages, or all.")
     return options

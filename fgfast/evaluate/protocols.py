@@ -15,7 +15,7 @@ from torch import Tensor
 from fgfast.config import TrainConfig
 from fgfast.data.imageset import ImageSet
 from fgfast.data.maps import read_maps_info
-from fgfast.data.splits import labelled_splits
+from fgfast.data.splits import Splits, labelled_splits
 from fgfast.errors import UserError
 from fgfast.evaluate.bootstrap import accuracy_interval
 from fgfast.evaluate.features import PartFeatures, extract
@@ -25,7 +25,8 @@ from fgfast.evaluate.linear import linear_probe
 from fgfast.evaluate.mlp import MLPOptions, class_weights, mlp_probe
 from fgfast.evaluate.options import OPTIONS, Options, Protocol, options_text
 from fgfast.evaluate.retrieval import retrieve
-from fgfast.files import check_folder, write_json
+from fgfast.evaluate.scores import read_scores, store_score
+from fgfast.files import check_folder
 from fgfast.info import require
 from fgfast.methods.run_folder import Checkpoint, load_run_encoder
 from fgfast.models.backbone import Backbone
@@ -98,24 +99,23 @@ def _classify(
     return predicted, truth, len(train_x)
 
 
-def _splits(config: TrainConfig, data: Path) -> tuple[ImageSet, ImageSet]:
-    """The images on which classifiers are fitted, and those that are scored."""
+def _splits(config: TrainConfig, data: Path) -> Splits:
+    """The labelled images, after a check that there are some to score and two classes to tell apart."""
     splits = labelled_splits(replace(config, data=str(data)))
-    fit, test = splits.training(), splits.scored()
-    if len(test) == 0:
+    if len(splits.scored()) == 0:
         raise UserError(
             f"{data} has no test images to score on: give a set with a test split, or train with --holdout."
         )
-    if len(np.unique(fit.targets)) < 2:
-        n = len(np.unique(fit.targets))
+    n = len(np.unique(splits.training().targets))
+    if n < 2:
         raise UserError(f"{data} has training images of {n} class{'es' * (n != 1)}: scores need two classes or more.")
-    return fit, test
+    return splits
 
 
 def check_protocol(
     protocol: Protocol, encoder: Backbone, config: TrainConfig, data: Path, options: Options | None = None
-) -> tuple[ImageSet, ImageSet]:
-    """The images on which classifiers are fitted and those that are scored, after all checks that need no features.
+) -> Splits:
+    """The images to fit classifiers on and those to score, after all checks that need no features.
 
     Args:
         protocol: the protocol.
@@ -128,7 +128,8 @@ def check_protocol(
         UserError: this protocol cannot score this network on these images.
     """
     require("sklearn")
-    fit, test = _splits(config, data)
+    splits = _splits(config, data)
+    fit, test = splits.training(), splits.scored()
     if protocol == "retrieval":
         if len(test) < 2:
             raise UserError(f"{data} has one test image: retrieval needs two or more.")
@@ -143,7 +144,7 @@ def check_protocol(
         class_weights(fit.targets, fit.classes, options.class_weights)
     if isinstance(options, FinetuneOptions):
         last_stages(encoder, options.stages)
-    return fit, test
+    return splits
 
 
 def evaluate(
@@ -168,13 +169,15 @@ def evaluate(
         The score with its 95% interval.
 
     Raises:
-        UserError: the run, the checkpoint or the data cannot be used.
+        UserError: the run, the checkpoint or the data cannot be used, or RUN/eval.json is damaged.
     """
+    read_scores(run)  # a damaged file would stop the score from being stored at the end
     encoder, config = load_run_encoder(run, checkpoint, device, settings)
     options = OPTIONS[protocol]() if options is None and protocol in OPTIONS else options
-    fit, test = check_protocol(protocol, encoder, config, data, options)
+    splits = check_protocol(protocol, encoder, config, data, options)
+    fit, test = splits.training(), splits.scored()
     check_folder(run)
-    images = labelled_splits(replace(config, data=str(data))).describe()
+    state_file = None
     more: dict[str, Any] = {} if options is None else {"settings": asdict(options)}
     if protocol == "retrieval":
         x, y = _features(encoder, test, config, device)
@@ -190,17 +193,20 @@ def evaluate(
     elif isinstance(options, FinetuneOptions):
         file = (run / f"{checkpoint}.pt").stat()
         key = hashlib.sha1(os.fsencode(f"{options}{settings or ''}{data.resolve()}")).hexdigest()[:8]
+        state_file = run / f"finetune-{checkpoint}-{key}.pt"
         predicted, truth = finetune(
-            encoder, fit, test, config, options, device=device, state_file=run / f"finetune-{checkpoint}-{key}.pt",
+            encoder, fit, test, config, options, device=device, state_file=state_file,
             start=f"{checkpoint} {file.st_size} {file.st_mtime_ns}",
         )  # fmt: skip
         n_train = len(fit)
     else:
         predicted, truth, n_train = _classify(protocol, encoder, config, fit, test, device, options)
     score = score_predictions(protocol, checkpoint, predicted, truth, n_train, options_text(options), more)
-    score = replace(score, images=images)
+    score = replace(score, images=splits.describe())
     changed = {"set": ",".join(f"{k}={v}" for k, v in sorted(settings.items()))} if settings else {}
     store_score(run, {**score.row(), "data": data.name, "path": str(data.resolve()), **changed})
+    if state_file is not None:
+        state_file.unlink(missing_ok=True)  # only now: until the score is stored, it saves the training
     return score
 
 
@@ -220,26 +226,16 @@ def score_predictions(
     return Score(protocol, checkpoint, correct, low, high, n_train, macro, weighted, options, more)
 
 
-def store_score(run: Path, row: dict[str, Any]) -> None:
-    """Add a row to RUN/eval.json; it replaces that of the same protocol, options, checkpoint, data and settings."""
-    import json
-
-    file = run / "eval.json"
-    rows = json.loads(file.read_text()) if file.is_file() else []
-    key = ("protocol", "checkpoint", "path", "set")
-    rows = [r for r in rows if any(r.get(k) != row.get(k) for k in key) or r.get("options", "") != row["options"]]
-    write_json(file, [*rows, row])
-
-
 def online_knn(encoder: Backbone, config: TrainConfig, device: torch.device) -> float | None:
     """Top-1 of kNN during training, on at most 4,000 images per split; None if the set cannot be scored."""
     try:
-        fit, test = _splits(config, Path(config.data))
+        splits = _splits(config, Path(config.data))
     except UserError as error:
         _leave_out_knn(str(error))
         return None
     fit, test = (
-        images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:MAX_ONLINE])) for images in (fit, test)
+        images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:MAX_ONLINE]))
+        for images in (splits.training(), splits.scored())
     )
     was_training = encoder.training
     encoder.eval()

@@ -6,8 +6,10 @@ from typing import Literal
 import torch
 
 from fgfast.config import TrainConfig, check_ranges, parse_values, with_values
-from fgfast.methods.base import method_class
+from fgfast.errors import UserError
+from fgfast.methods.base import METHODS, Method, method_class
 from fgfast.models.backbone import Backbone
+from fgfast.models.weights import load_tensors
 from fgfast.run import load_checkpoint, read_options
 
 Checkpoint = Literal["init", "last"]
@@ -17,9 +19,12 @@ def read_run(run: Path) -> tuple[str, TrainConfig]:
     """The method's name and the configuration of a run folder.
 
     Raises:
-        UserError: the folder is not a run folder.
+        UserError: the folder is not a run folder, or its config.toml names no method.
     """
     name, values = read_options(run)
+    if name not in METHODS:
+        wrong = f"has method = {name!r}" if name else "names no method"
+        raise UserError(f"{run / 'config.toml'} {wrong}: correct it to one of {', '.join(METHODS)}.")
     return name, with_values(method_class(name).Config(), values, str(run / "config.toml"))
 
 
@@ -39,3 +44,20 @@ def load_run_encoder(
     state = load_checkpoint(run / f"{checkpoint}.pt", name)
     encoder = method_class(name).stored_encoder(config, state)
     return encoder.to(device, memory_format=torch.channels_last).eval(), config  # type: ignore[call-overload]
+
+
+def load_run_method(run: Path, checkpoint: Checkpoint, name: str, config: TrainConfig) -> Method:
+    """The complete method of a run, with all its networks, at step 0 ("init") or at its newest checkpoint ("last").
+
+    Args:
+        run: run folder.
+        checkpoint: "init" or "last".
+        name: name of the method.
+        config: options of the run.
+
+    Raises:
+        UserError: the checkpoint is missing, belongs to another method or does not fit the options.
+    """
+    method = method_class(name)(config)
+    load_tensors(method, load_checkpoint(run / f"{checkpoint}.pt", name)["method"], "The weights of the checkpoint")
+    return method

@@ -18,7 +18,7 @@ from fgfast.errors import UserError
 from fgfast.methods.base import Method, Progress
 from fgfast.models.backbone import Backbone
 from fgfast.models.srgan import Discriminator, Generator, SRGANEncoder, check_fixed
-from fgfast.models.weights import load_encoder
+from fgfast.models.weights import load_encoder, load_tensors
 
 if TYPE_CHECKING:
     from fgfast.data.imageset import ImageSet
@@ -162,7 +162,7 @@ class SRGAN(Method):
         """The encoder stored in a checkpoint: the network and blocks that ``config`` chooses."""
         assert isinstance(config, SRGANConfig)
         method = cls(replace(config, init="none"))
-        method.load_state_dict(checkpoint["method"])
+        load_tensors(method, checkpoint["method"], "The weights of the checkpoint")
         return method.encoder
 
     def views(self) -> "ViewSpec":

@@ -77,18 +77,22 @@ class Backbone(nn.Module):
             options = {"img_size": size, **options}
         try:
             self.net = timm.create_model(name, **options)
-        except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+            self.map_dim: int = self.net.num_features
+            self.dim: int = self.net.head_hidden_size  # of the pooled features: some networks widen them after the map
+            embedding = getattr(self.net, "patch_embed", None)
+            self.is_vit = hasattr(self.net, "num_prefix_tokens") and hasattr(embedding, "dynamic_feat_size")
+            self.patch = int(self.net.patch_embed.patch_size[0]) if self.is_vit else 1  # side in pixels
+        except MemoryError:
+            raise
+        except Exception as error:  # of various types, as the arguments reach any code of timm
             if pretrained:
                 raise UserError(
                     f"timm could not load weights of {name!r}: check the network, or give --init a file."
                 ) from error
-            raise UserError(f"timm could not build {name!r} with {options}: {error}.") from error
+            reason = str(error).rstrip(".") or type(error).__name__
+            remedy = "correct --model-args" if args else "choose another --model or --size"
+            raise UserError(f"timm could not build {name!r} with {options} ({reason}): {remedy}.") from error
         self.name, self.grey = name, grey
-        self.map_dim: int = self.net.num_features
-        self.dim: int = self.net.head_hidden_size  # of the pooled features: some networks widen them after the map
-        embedding = getattr(self.net, "patch_embed", None)
-        self.is_vit = hasattr(self.net, "num_prefix_tokens") and hasattr(embedding, "dynamic_feat_size")
-        self.patch = int(self.net.patch_embed.patch_size[0]) if self.is_vit else 1  # side in pixels
         if size % self.patch:
             raise UserError(f"--size is {size}: {name} takes multiples of its patches of {self.patch} pixels.")
 

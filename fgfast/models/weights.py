@@ -17,6 +17,11 @@ _PREFIXES = (
     "encoder_q.", "base_encoder.", "module.backbone.", "backbone.", "module.encoder.", "encoder.net.", "encoder.",
     "module.", "net.",
 )  # fmt: skip
+# Parameters beside the modules without which the tokens of a network would be others
+_TOKENS = re.compile(
+    r"(abs(olute)?_)?pos(ition(al)?)?_emb\w*|(cls|class|dist|reg(ister)?|storage|global)_(tokens?|embeddings?)"
+)
+_COUNTS = ("total_ops", "total_params")  # written by profilers into every module
 _STATE_DICT = "give a state dict, as torch.save(network.state_dict(), FILE) writes it"
 
 
@@ -141,9 +146,14 @@ def load_tensors(net: nn.Module, state: dict[str, Tensor], source: str) -> None:
         source: the subject of the error, such as "The weights FILE".
 
     Raises:
-        UserError: a tensor is missing, left over, of another shape, or not finite.
+        UserError: a tensor is missing, left over, of another shape, not finite, sparse, or without values.
     """
     needed = net.state_dict()
+    unusable = [k for k in needed if k in state and _is_unusable(state[k])]
+    if unusable:
+        raise UserError(
+            f"{source} are sparse, quantised or without values in {_names(unusable)}: give them as dense tensors."
+        )
     missing = [k for k in needed if k not in state and not k.endswith("num_batches_tracked")]
     shapes = [
         f"{k!r} {list(state[k].shape)} instead of {list(v.shape)}"
@@ -160,7 +170,7 @@ def load_tensors(net: nn.Module, state: dict[str, Tensor], source: str) -> None:
             f"{source} are of another network (the file has {len(state)} tensors, {found} of the {len(needed)} of "
             f"{_network(net)}: {'; '.join(parts)}): {_remedy(net, state, missing + left)}."
         )
-    infinite = [k for k in needed if k in state and not state[k].isfinite().all()]
+    infinite = [k for k in needed if k in state and not state[k].float().isfinite().all()]
     if infinite:
         raise UserError(
             f"{source} are not finite in {_names(infinite)}: "
@@ -169,8 +179,12 @@ def load_tensors(net: nn.Module, state: dict[str, Tensor], source: str) -> None:
     net.load_state_dict(needed | {k: v for k, v in state.items() if k in needed})
 
 
+def _is_unusable(tensor: Tensor) -> bool:
+    return tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta
+
+
 def _left_over(net: nn.Module, state: dict[str, Tensor]) -> list[str]:
-    """Names of tensors that belong to no head: inside a module that the network has, or beside its modules."""
+    """Names of tensors that the network would need to be the same: in one of its modules, or for its tokens."""
     config = getattr(net, "pretrained_cfg", {})
     heads = config.get("classifier") or ()
     heads = tuple(f"{name}." for name in ((heads,) if isinstance(heads, str) else heads))
@@ -178,8 +192,8 @@ def _left_over(net: nn.Module, state: dict[str, Tensor]) -> list[str]:
     modules = {name.partition(".")[0] for name in net.state_dict()}
     return [
         k for k in state
-        if k not in known and k != "mask_token" and not k.startswith(heads)
-        and ("." not in k or k.partition(".")[0] in modules)
+        if k not in known and not k.startswith(heads) and k.rpartition(".")[2] not in _COUNTS
+        and (k.partition(".")[0] in modules if "." in k else _TOKENS.fullmatch(k))
     ]  # fmt: skip
 
 

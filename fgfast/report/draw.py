@@ -15,10 +15,9 @@ from fgfast.data.views import ViewSpec
 from fgfast.errors import UserError
 from fgfast.evaluate.features import extract
 from fgfast.files import write_json
-from fgfast.methods.base import Method, method_class
-from fgfast.methods.run_folder import Checkpoint, read_run
+from fgfast.methods.base import Method
+from fgfast.methods.run_folder import Checkpoint, load_run_method, read_run
 from fgfast.report.pictures import neighbour_panels, write_grid
-from fgfast.run import load_checkpoint
 
 log = logging.getLogger("fgfast")
 
@@ -46,9 +45,8 @@ def draw_run(run: Path, data: Path, *, checkpoint: Checkpoint = "last", device: 
     name, config = read_run(run)
     config = replace(config, data=str(data), init="none")
     images = open_images(data)
-    method = method_class(name)(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    method.load_state_dict(load_checkpoint(run / f"{checkpoint}.pt", name)["method"])
-    method.eval()
+    method = load_run_method(run, checkpoint, name, config)
+    method.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
     shown = images.test_set() if len(images.test_set()) else images.train_set()
     suffix = "" if checkpoint == "last" else f"-{checkpoint}"

@@ -14,6 +14,7 @@ from PIL import Image
 
 from fgfast.config import load_toml
 from fgfast.errors import UserError
+from fgfast.evaluate.scores import read_scores
 from fgfast.files import write_atomic
 from fgfast.info import versions
 from fgfast.report import plots
@@ -174,7 +175,7 @@ def _read_left_out(page: Page, folder: Path) -> None:
 
 
 def _parse_error(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} cannot be read ({error}): repair it, or delete it to leave it out of the report.")
+    return UserError(f"{path} cannot be read ({error}): repair or remove it.")
 
 
 def _read_config(page: Page, path: Path) -> None:
@@ -199,14 +200,6 @@ def _read_config(page: Page, path: Path) -> None:
     ]
     texts = [f"{word} {value}" for word, value in phrases if value not in (None, "")]
     page.subtitle = " ".join(texts).replace("from none", "from random weights")
-
-
-def _read_results(page: Page, path: Path) -> None:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        _add_results(page, rows)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _parse_error(path, error) from error
 
 
 def write_report(run: Path) -> Path:
@@ -237,8 +230,7 @@ def write_report(run: Path) -> Path:
     page = Page(title=run.resolve().name)
     if (run / "config.toml").is_file():
         _read_config(page, run / "config.toml")
-    if (run / "eval.json").is_file():
-        _read_results(page, run / "eval.json")
+    _add_results(page, read_scores(run))
     if (run / "metrics.jsonl").is_file():
         rows, broken = read_metrics(run / "metrics.jsonl")
         if broken:

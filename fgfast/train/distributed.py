@@ -103,13 +103,15 @@ def barrier(ranks: Ranks) -> None:
 
 
 def on_first(ranks: Ranks, action: Callable[[], T]) -> T | None:
-    """Run ``action`` on the first rank while the others wait; what it raises ends the others too.
+    """Run ``action`` on the first rank while the others wait; an exception ends the others too.
+
+    An interrupt does not: a KeyboardInterrupt leaves the others waiting, until torchrun stops them.
 
     Returns:
         Its value on the first rank, None on the others.
 
     Raises:
-        UserError: on the other ranks, if it raised anything on the first.
+        UserError: on the other ranks, if it raised an exception on the first.
     """
     if ranks.world == 1:
         return action()

@@ -1,5 +1,6 @@
 """The run folder of a training run: start a new one, or resume the one that is there."""
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -62,8 +63,8 @@ def claim_run(run: Path, ranks: Ranks) -> Iterator[Claim | None]:
     def enter() -> Claim:
         if run.exists() and not run.is_dir():
             raise UserError(f"{run} is a file: give another --out.")
-        if _has_other_files(run):
-            raise UserError(f"{run} holds other files: give another --out.")
+        if other := _other_file(run):
+            raise UserError(f"{run} holds other files, such as {other}: give another --out.")
         return stack.enter_context(claim_folder(run))
 
     with ExitStack() as stack:
@@ -89,6 +90,8 @@ def open_run(method: Method, ranks: Ranks, length: Length | None, images: str = 
     config, run = method.config, Path(method.config.out)
 
     def read() -> Resumed:
+        if not (run / "config.toml").is_file():
+            raise UserError(f"{run} holds last.pt without its config.toml: restore that file, or give another --out.")
         checkpoint = load_checkpoint(run / "last.pt", method.name)
         if missing := NEEDED - checkpoint.keys():
             raise UserError(f"{run / 'last.pt'} has no {min(missing)!r}: give the last.pt of a run, or another --out.")
@@ -127,8 +130,10 @@ def record_resumption(method: Method, resumed: Resumed, images: str = "") -> Non
         images: one line on its images.
     """
     config, before, run = method.config, resumed.before, Path(method.config.out)
-    environment = read_toml(run / "config.toml").get("environment", {})
-    earlier = environment.pop("resumed", [])
+    environment = read_toml(run / "config.toml").get("environment")
+    environment = environment if isinstance(environment, dict) else {}  # it may be edited by hand
+    earlier = environment.pop("resumed", None)
+    earlier = [table for table in earlier if isinstance(table, dict)] if isinstance(earlier, list) else []
     changed: dict[str, Any] = {
         name: getattr(before, name)
         for name in (*ANY_TIME, *LENGTH)
@@ -176,12 +181,12 @@ def _write_config(
     write_atomic(run / "config.toml", lambda p: p.write_text(text, encoding="utf-8"), durable=True)
 
 
-def _has_other_files(run: Path) -> bool:
-    """Whether a folder holds files and none of a run: no checkpoint, no claim and no config.toml of a method."""
-    files = list(run.iterdir()) if run.is_dir() else []
+def _other_file(run: Path) -> str | None:
+    """A name in a folder that holds files but none of a run: no checkpoint, no claim and no config.toml of a method."""
+    files = sorted(run.iterdir()) if run.is_dir() else []
     if not files or any(is_claim(file) or file.name == "last.pt" for file in files):
-        return False
-    try:
-        return read_toml(run / "config.toml").get("method") not in METHODS
-    except UserError:
-        return True
+        return None
+    with contextlib.suppress(UserError):
+        if read_toml(run / "config.toml").get("method") in METHODS:
+            return None
+    return files[0].name
