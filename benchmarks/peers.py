@@ -27,20 +27,22 @@ class Case:
     rtol: float = 1e-6
     atol: float = 1e-8
     difference: str = ""  # why the results differ on purpose
-    refused: bool = False  # whether both raise an error
+    refused: bool = False  # whether ours raises an error, and the peer too if there is no difference
 
     def agrees(self) -> bool:
-        """Whether both give the same results, or both raise an error where that is expected."""
-        ours, theirs = _results(self.ours), _results(self.theirs)
+        """Whether both give the same results, or both refuse.
+
+        An error of ours that is not expected is raised, and so is one of the peer where ours should agree.
+        """
+        ours = _results(self.ours, (ValueError, TypeError) if self.refused else ())
+        if self.refused and ours is not None:
+            raise AssertionError(f"{self.name}: expected a ValueError or TypeError of ours.")
+        theirs = _results(self.theirs, (Exception,) if self.refused or self.difference else ())
         if ours is None or theirs is None:
-            return self.refused and ours is theirs
-        return (
-            not self.refused
-            and len(ours) == len(theirs)
-            and all(
-                a.shape == b.shape and torch.allclose(a, b, self.rtol, self.atol, equal_nan=True)
-                for a, b in zip(ours, theirs, strict=True)
-            )
+            return ours is theirs
+        return len(ours) == len(theirs) and all(
+            a.shape == b.shape and torch.allclose(a, b, self.rtol, self.atol, equal_nan=True)
+            for a, b in zip(ours, theirs, strict=True)
         )
 
 
@@ -61,12 +63,13 @@ class Comparison:
         )
 
 
-def _results(call: Callable[[], Results]) -> list[torch.Tensor] | None:
-    """The results as float64 tensors; None if the call raises an error."""
+def _results(call: Callable[[], Results], refusals: tuple[type[Exception], ...]) -> list[torch.Tensor] | None:
+    """The results as float64 tensors; None if the call raises one of these errors."""
     try:
-        return [torch.as_tensor(x).detach().double() for x in call()]
-    except Exception:
+        found = call()
+    except refusals:
         return None
+    return [torch.as_tensor(x).detach().double() for x in found]
 
 
 def all_comparisons() -> list[Comparison]:

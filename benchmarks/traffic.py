@@ -123,7 +123,7 @@ def kmeans(name: str, dtype: torch.dtype, quick: bool) -> Iterator[Count]:
         maps = [torch.randn(1, *shape).to(dtype) for shape in levels]
         with store_float16(dtype):
             x = Levels(maps, (size, size))
-            mu, ones = x.wide(None), torch.ones(1, x.pixels)
+            mu, ones = x.pad_channels(None), torch.ones(1, x.pixels)
             solver = Solver(x, k, None, ones, x.squares(mu), mu, "euclidean", "ieee")
             limit, going = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
             solver.move(torch.randn(1, k, x.channels), limit, going, going.clone(), "keep", begin=True)

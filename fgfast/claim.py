@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import tempfile
@@ -19,13 +20,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fgfast.errors import UserError, one_line
+from fgfast.errors import UserError
 
 log = logging.getLogger("fgfast")
 
 NAME = ".claim"
 HEARTBEAT = 30.0  # seconds
 SILENT = 300.0  # seconds; network file systems may show a touch a minute late
+ATTEMPTS = 100
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def _of_this_process() -> Claim:
 
 def _take(folder: Path) -> tuple[Path, Claim]:
     claim = _of_this_process()
-    while True:
+    for _ in range(ATTEMPTS):
         files, held, free = _chain(folder)
         if held is not None and (reason := _why_over(held, files[-1])) is None:
             raise UserError(
@@ -108,11 +110,11 @@ def _take(folder: Path) -> tuple[Path, Claim]:
             free.unlink(missing_ok=True)
             raise
         if _chain(folder)[1] == claim:
-            break
+            if held is not None:
+                log.warning("%s was in use by %s, which %s: this process takes it over.", folder, held, reason)
+            return free, claim
         free.unlink(missing_ok=True)  # the chain ended meanwhile: its last holder released the folder
-    if held is not None:
-        log.warning(one_line(f"{folder} was in use by {held}, which {reason}: this process takes it over."))
-    return free, claim
+    raise UserError(f"{folder} changes hands all the time: start one process there at a time.")
 
 
 def _release(folder: Path, claim: Claim) -> None:
@@ -133,21 +135,37 @@ def _chain(folder: Path) -> tuple[list[Path], Claim | None, Path]:
     files: list[Path] = []
     last, free = None, folder / NAME
     while (found := _read(free)) is not None:
+        if free in files:
+            raise UserError(f"The claim {free} names itself as the next: remove it if no process uses {folder}.")
         files.append(free)
         last, free = found, folder / f"{NAME}.{found.token}"
     return files, last, free
 
 
 def _read(file: Path) -> Claim | None:
-    """The claim in a file, None if there is no such file."""
+    """The claim in a file, None if there is no such file, and one of an unknown process if it holds no claim."""
     for _ in range(10):
         try:
-            return Claim(**json.loads(file.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError):
-            time.sleep(0.02)  # it is being written
+            claim = Claim(**json.loads(file.read_text(encoding="utf-8")))
+            if _is_sound(claim):
+                return claim
+        except (OSError, ValueError, TypeError, RecursionError):
+            if not os.path.lexists(file):
+                return None
+        time.sleep(0.02)  # it is being written
     return Claim(file.name, 0, "a host that is not known", "", None, "a time that is not known")
+
+
+def _is_sound(claim: Claim) -> bool:
+    """Whether the values are some that :func:`_of_this_process` gives: anyone may have written the file."""
+    texts = (claim.token, claim.host, claim.machine, claim.since)
+    return (
+        all(isinstance(text, str) for text in texts)
+        and re.fullmatch("[0-9a-f]{16}", claim.token) is not None
+        and type(claim.pid) is int
+        and 0 < claim.pid < 2**31
+        and (claim.started is None or type(claim.started) is int)
+    )
 
 
 def _why_over(claim: Claim, file: Path) -> str | None:
@@ -156,7 +174,7 @@ def _why_over(claim: Claim, file: Path) -> str | None:
         return None if _is_running(claim) else "has ended"
     with tempfile.TemporaryFile(dir=file.parent) as now, contextlib.suppress(FileNotFoundError):
         # both times are of the clock of the file system, as those of two machines differ
-        if os.fstat(now.fileno()).st_mtime - file.stat().st_mtime <= SILENT:
+        if os.fstat(now.fileno()).st_mtime - file.lstat().st_mtime <= SILENT:
             return None
     return f"has not been heard of for {SILENT / 60:.0f} minutes"
 

@@ -1,4 +1,6 @@
-"""The exception for mistakes that the user can correct."""
+"""The exception for mistakes that the user can correct, and messages on one line."""
+
+import logging
 
 
 class UserError(Exception):
@@ -20,3 +22,11 @@ def one_line(text: str) -> str:
         two\nlines\udcff
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def _log_on_one_line(record: logging.LogRecord) -> bool:
+    record.msg, record.args = one_line(record.getMessage()), ()
+    return True
+
+
+logging.getLogger("fgfast").addFilter(_log_on_one_line)

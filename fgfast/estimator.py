@@ -5,6 +5,7 @@ class takes tensors and NumPy arrays all the same. `fgfast.kmeans` clusters.
 """
 
 import inspect
+import math
 import warnings
 from numbers import Integral, Real
 from typing import Any
@@ -53,6 +54,18 @@ class _ParameterError(ValueError, TypeError):
 
 def _is_whole(value: object, least: int) -> bool:
     return isinstance(value, Integral) and int(value) >= least
+
+
+def _is_word(value: object, *words: str) -> bool:
+    return isinstance(value, str) and value in words
+
+
+def _is_flag(value: object) -> bool:
+    if isinstance(value, bool):
+        return True
+    import numpy as np
+
+    return isinstance(value, np.bool_)
 
 
 def _is_random_state(value: object) -> bool:
@@ -178,7 +191,7 @@ class KMeans(_Base):
         return labels if isinstance(X, Tensor) else labels.int().numpy()
 
     def transform(self, X: Any) -> Any:
-        """Distances [N, K] of the samples from the centres, in the dtype of X."""
+        """Distances [N, K] of the samples from the centres, in the dtype that ``cluster_centers_`` has for this X."""
         return self._distances(X)
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
@@ -196,21 +209,21 @@ class KMeans(_Base):
         init, state = self.init, self.random_state
         is_array = not isinstance(init, str) and (hasattr(init, "__len__") or hasattr(init, "__array__"))
         rules = {
-            "n_clusters": (_is_whole(self.n_clusters, 1), "a whole number from 1"),
+            "n_clusters": (_is_whole(self.n_clusters, 1) and self.n_clusters is not True, "a whole number from 1"),
             "init": (
-                is_array or callable(init) or init in ("k-means++", "random"),
+                is_array or callable(init) or _is_word(init, "k-means++", "random"),
                 "'k-means++', 'random', a function or an array",
             ),
-            "n_init": (_is_whole(self.n_init, 1) or self.n_init == "auto", "a whole number from 1 or 'auto'"),
+            "n_init": (_is_whole(self.n_init, 1) or _is_word(self.n_init, "auto"), "a whole number from 1 or 'auto'"),
             "max_iter": (_is_whole(self.max_iter, 1), "a whole number from 1"),
-            "tol": (isinstance(self.tol, Real) and self.tol >= 0, "a number from 0"),
-            "verbose": (_is_whole(self.verbose, 0), "a whole number from 0"),
+            "tol": (isinstance(self.tol, Real) and 0 <= self.tol < math.inf, "a finite number from 0"),
+            "verbose": (_is_whole(self.verbose, 0) or _is_flag(self.verbose), "a whole number from 0"),
             "random_state": (
                 state is None or (_is_whole(state, 0) and state < 1 << 32) or _is_random_state(state),
                 "a whole number from 0 to 2^32 - 1, a numpy.random.RandomState or None",
             ),
-            "copy_x": (self.copy_x in (True, False), "True or False"),
-            "algorithm": (self.algorithm in ("lloyd", "elkan"), "'lloyd' or 'elkan'"),
+            "copy_x": (_is_flag(self.copy_x), "True or False"),
+            "algorithm": (_is_word(self.algorithm, "lloyd", "elkan"), "'lloyd' or 'elkan'"),
         }
         for name, (good, wanted) in rules.items():
             if not good:
@@ -310,7 +323,7 @@ def _weights(sample_weight: Any, x: Tensor) -> Tensor | None:
     if sample_weight is None:
         return None
     if isinstance(sample_weight, Real):
-        sample_weight = torch.full((len(x),), float(sample_weight))
+        sample_weight = torch.full((len(x),), float(sample_weight), dtype=accumulation(x.dtype))
     elif not isinstance(sample_weight, Tensor):
         import numpy as np
 

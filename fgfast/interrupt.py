@@ -43,11 +43,13 @@ def handle(number: int, frame: FrameType | None) -> None:
 def interruptible(*, last: bool) -> Iterator[None]:
     """Handle SIGINT and SIGTERM by :func:`handle`; possible only in the main thread, elsewhere nothing changes.
 
+    A signal that is ignored stays so: a job that a script starts in the background survives a Ctrl-C.
+
     Args:
         last: the process ends afterwards, and ignores further interrupts while it does.
     """
     try:
-        before = {number: signal.signal(number, handle) for number in _SIGNALS}
+        before = _take_signals()
     except ValueError:
         yield
         return
@@ -82,6 +84,12 @@ def _retry_lost_interrupt(lost: Any) -> None:
         sys.__unraisablehook__(lost)
 
 
+def _take_signals() -> dict[int, Any]:
+    """Set :func:`handle` for the signals that are not ignored, and return their handlers before."""
+    numbers = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handle) for number in numbers}
+
+
 def _is_the_command() -> bool:
     """Whether this process was started as ``fgfast`` or ``python -m fgfast``."""
     if sys.argv[:1] == ["-m"]:  # until Python has found the module
@@ -92,5 +100,4 @@ def _is_the_command() -> bool:
 # The package imports this module first and torch next.
 if _is_the_command() and "--multiprocessing-fork" not in sys.orig_argv:
     with contextlib.suppress(ValueError):  # not the main thread
-        for _number in _SIGNALS:
-            signal.signal(_number, handle)
+        _take_signals()

@@ -83,6 +83,8 @@ def read_options(run: Path) -> tuple[str, dict[str, Any]]:
     """
     file = run / "config.toml"
     if not file.is_file():
+        if (run / "last.pt").exists():
+            raise UserError(f"{run} holds last.pt without its config.toml: restore that file, or train again.")
         raise UserError(f"{run} is not a run folder (it has no config.toml): give the --out of fgfast pretrain.")
     try:
         values = load_toml(file)

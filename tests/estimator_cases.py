@@ -165,7 +165,7 @@ def methods() -> Iterator[tuple[str, Call, str]]:
         ("uniform", WEIGHT, ""),
         ("list", WEIGHT.tolist(), ""),
         ("integers", np.arange(len(X)) % 3 + 1, ""),
-        ("one number", 2.0, ""),
+        ("one number", 0.1, ""),
         ("some 0", SOME_ZERO, ""),
         ("negative", WEIGHT - 0.1, NEGATIVE),
     ):
@@ -190,7 +190,7 @@ def methods() -> Iterator[tuple[str, Call, str]]:
 def refusals() -> Iterator[tuple[str, Call]]:
     """(argument and case, call of a class) that both refuse."""
     for name, *values in (
-        ("n_clusters", 2.5, 0, len(X) + 1),
+        ("n_clusters", 2.5, 0, len(X) + 1, True),
         (
             "init",
             START[:7],
@@ -200,13 +200,13 @@ def refusals() -> Iterator[tuple[str, Call]]:
             3,
             lambda x, k, random_state: x[1:k],
         ),
-        ("n_init", 0, 2.5, "many"),
+        ("n_init", 0, 2.5, "many", np.array([1, 2])),
         ("max_iter", 0, 1.5),
-        ("tol", -1.0, "small"),
+        ("tol", -1.0, "small", np.inf, np.nan),
         ("verbose", -1),
         ("random_state", -1, 1.5, 2**32, np.random, np.random.default_rng(5)),
-        ("copy_x", "no"),
-        ("algorithm", "full"),
+        ("copy_x", "no", 1, np.array([True, False])),
+        ("algorithm", "full", np.array(["lloyd", "elkan"])),
     ):
         for number, value in enumerate(values):
             options = {"n_clusters": 8, "init": "random", name: value}
@@ -286,7 +286,7 @@ def comparisons() -> list[Comparison]:
             refused=refused,
         )
         for name, call, why, refused in (
-            *((*case, False) for case in (*constructor(), *methods())),
+            *((*case, case[2] in (SPARSE, NEGATIVE)) for case in (*constructor(), *methods())),
             *((*case, "", True) for case in refusals()),
         )
     ]

@@ -247,6 +247,13 @@ def test_traffic_of_a_kernel_is_counted():
     assert row["fewest"] <= row["bytes"] <= 1.1 * row["fewest"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted without a GPU")
+def test_traffic_of_a_step_on_a_pyramid_is_counted():
+    (step,) = traffic.count_all("kmeans", quick=True)
+    assert step.row()["launches"] == 2
+    assert 2 <= step.row()["ratio"] <= 2.6
+
+
 def test_without_a_gpu_the_command_reports_what_it_cannot_measure(monkeypatch, tmp_path, capsys):
     rows = [{"op": "part_pool", "shape": "B=1", "dtype": "bf16", "launches": 1, "ratio": 1.2, "goal": 1.1}]
     monkeypatch.setattr(traffic, "rows", lambda only, quick: rows)

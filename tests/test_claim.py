@@ -173,6 +173,46 @@ def test_a_holder_touches_its_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert (tmp_path / NAME).stat().st_mtime > before + 900
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"token": "a\0b"}, {"token": "a" * 300}, {"token": "../../abcdef"}, {"token": 5}, {"token": "A" * 16},
+        {"pid": "1"}, {"pid": 10**30}, {"pid": 0}, {"pid": True}, {"host": None}, {"started": "1"}, {"more": 1}, None,
+    ],
+)  # fmt: skip
+def test_what_is_no_claim_holds_until_it_is_silent(
+    tmp_path: Path, changes: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the file holds, or if it is a link to nothing."""
+    monkeypatch.setattr(claims.time, "sleep", lambda _: None)
+    file = tmp_path / NAME
+    if changes is None:
+        file.symlink_to("/nowhere/x")
+    else:
+        file.write_text(json.dumps(asdict(claims._of_this_process()) | {"started": 1} | changes))
+    with pytest.raises(UserError, match=rf"in use by .* not known: .*remove {file}"):
+        claim_folder(tmp_path).__enter__()
+    past = file.lstat().st_mtime - SILENT - 5
+    os.utime(file, (past, past), follow_symlinks=False)
+    with claim_folder(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_circle_of_claims_is_refused(tmp_path: Path) -> None:
+    token = written(tmp_path, started=1).token
+    written(tmp_path, f"{NAME}.{token}", started=1, token=token)
+    with pytest.raises(UserError, match=rf"{NAME}\.{token} names itself .*: remove it"):
+        claim_folder(tmp_path).__enter__()
+
+
+def test_a_folder_that_is_never_free_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / NAME).touch()
+    monkeypatch.setattr(claims, "_chain", lambda folder: ([], None, folder / NAME))
+    with pytest.raises(UserError, match="changes hands all the time"):
+        claim_folder(tmp_path).__enter__()
+
+
 def test_an_unreadable_claim_holds_until_it_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as one that another process is just writing, or that other users may not read."""
     monkeypatch.setattr(claims.time, "sleep", lambda _: None)

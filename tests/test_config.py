@@ -1,5 +1,6 @@
 """Options: files, flags, presets, and errors."""
 
+import datetime
 import tomllib
 from pathlib import Path
 
@@ -148,6 +149,21 @@ def test_text_values_take_the_type_of_their_field() -> None:
     assert values == {"lr": 1e-3, "epochs": 5, "resume": True, "model": "x"}
     with pytest.raises(UserError, match="type int"):
         parse_values(TrainConfig(), {"epochs": "many"}, "test")
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_switch_takes_its_usual_words_and_no_other(value: bool) -> None:
+    words = ("true", "Yes", "1", "ON") if value else ("false", "No", "0", "OFF")
+    assert all(parse_values(TrainConfig(), {"resume": word}, "test") == {"resume": value} for word in words)
+    for word in ("ture", "", "2"):
+        with pytest.raises(UserError, match=rf"test sets resume = '{word}': give a value of type bool"):
+            parse_values(TrainConfig(), {"resume": word}, "test")
+
+
+def test_dates_and_lists_of_an_edited_record_round_trip(tmp_path: Path) -> None:
+    table = {"date": datetime.datetime(2026, 1, 2, 3, 4), "day": datetime.date(2026, 1, 2), "list": [True, "a'\"", []]}
+    (tmp_path / "c.toml").write_text(to_toml(TrainConfig(), "simclr", [table]))
+    assert read_toml(tmp_path / "c.toml")["environment"]["resumed"] == [table]
 
 
 def test_ranges_belong_to_the_method() -> None:

@@ -83,7 +83,7 @@ def test_another_weight_in_a_checkpoint_is_found(saved: tuple[Path, bytes]) -> N
     file, whole = saved
     place = whole.index(torch.arange(200.0).numpy().tobytes()) + 402
     file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    with pytest.raises(UserError, match=r"last\.pt is damaged \(.*\): restore it from a copy"):
+    with pytest.raises(UserError, match=r"last\.pt is cut or damaged \(.*\): restore it from a copy"):
         load_checkpoint(file, "simclr")
 
 

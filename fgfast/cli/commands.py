@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -54,10 +53,10 @@ def _pretrain(argv: list[str]) -> None:
     name, config = parse_method(argv)
     from fgfast.report.draw import draw_run
     from fgfast.report.html import write_report
-    from fgfast.train.distributed import choose_device, is_first
+    from fgfast.train.distributed import choose_device, is_first, will_be_first
     from fgfast.train.loop import pretrain
 
-    first = os.environ.get("RANK", "0") == "0"  # set by torchrun; the process group does not exist yet
+    first = will_be_first()
     if first and config.resume and config.out and not (Path(config.out) / "last.pt").is_file():
         print(f"{config.out} has no checkpoint to resume from: training starts from the beginning.", file=sys.stderr)
 

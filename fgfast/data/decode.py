@@ -46,7 +46,10 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def decode(image: Image.Image) -> tuple[Image.Image, int]:
-    """An opened PIL image in mode RGB as it is stored, and its orientation; 16-bit and float values are scaled."""
+    """An opened PIL image in mode RGB as it is stored, and its orientation; 16-bit and float values are scaled.
+
+    A float image with values outside 0 to 1 is scaled by its finite range; NaN and negative integers become black.
+    """
     from PIL import Image
 
     image.load()  # before the orientation is read: tags may follow the pixels, and Pillow itself turns a TIFF here
@@ -54,12 +57,13 @@ def decode(image: Image.Image) -> tuple[Image.Image, int]:
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float64)
         if image.mode == "F":
-            low, high = float(np.nanmin(values)), float(np.nanmax(values))
-            low, high = (0.0, 1.0) if low >= 0 and high <= 1 else (low, max(high, low + 1e-12))
-            values = np.nan_to_num((values - low) / (high - low))
+            finite = values[np.isfinite(values)]
+            low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+            low, high = (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
+            values = np.nan_to_num((values - low) / max(high - low, 1e-12), posinf=1, neginf=0)
         else:
             values = values / max(65535.0, values.max())
-        image = Image.fromarray(np.rint(values * 255).astype(np.uint8))
+        image = Image.fromarray(np.rint(values.clip(0) * 255).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB"), orientation
 
 

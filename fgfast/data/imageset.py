@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -71,6 +71,20 @@ def images_below(folder: Path, *, skip: str = "") -> list[str]:
         found += [f"{inside}{name}" for name in images]
         waiting += [f"{inside}{name}/" for name in reversed(folders) if name != skip]
     return found
+
+
+def linked_images(files: Iterable[str], others: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """The pairs of a path in ``files`` and one in ``others`` that are the same image, directly or by links."""
+    real_folder = cache(os.path.realpath)
+
+    def real(file: str) -> str:
+        folder, name = os.path.split(file)
+        return os.path.realpath(file) if os.path.islink(file) else os.path.join(real_folder(folder), name)
+
+    known = {real(file): file for file in files}
+    for file in others if known else ():
+        if (same := known.get(real(file))) is not None:
+            yield same, file
 
 
 class LeftOut(NamedTuple):
@@ -190,18 +204,19 @@ class ImageSet:
         """The set with every image below another folder appended, without labels.
 
         Raises:
-            UserError: the folder is missing, holds no image, or holds one of this set (test images would be used for
-                training).
+            UserError: the folder is missing, holds no image, or holds one of this set, be it by a link (test images
+                would be used for training).
         """
         if not folder.is_dir():
-            raise UserError(f"The folder {folder} of --unlabelled does not exist: check the path.")
+            what = "is a file: give a folder" if folder.exists() else "does not exist: check the path"
+            raise UserError(f"The folder {folder} of --unlabelled {what}.")
         folder = folder.resolve()
         found = images_below(folder, skip="part_masks")
         if not found:
             raise UserError(f"The folder {folder} of --unlabelled holds no image: check the path.")
-        shared = set(self.files()) & {f"{folder}/{rel}" for rel in found}
-        if shared:
-            raise UserError(f"{min(shared)} is in --data and in --unlabelled: give a folder without images of the set.")
+        for file, same in linked_images(self.files(), [f"{folder}/{rel}" for rel in found]):
+            where = same if same == file else f"{same}, the same image as {file},"
+            raise UserError(f"{where} is in --data and in --unlabelled: give a folder without images of the set.")
         left_out = tuple(part for part in self.left_out if (self.root / part.name).resolve() != folder)
         with_root = replace(self, other_roots=(*self.other_roots, (EXTRA, folder)), left_out=left_out)
         return with_root.with_unlabelled([f"{EXTRA}/{rel}" for rel in found])

@@ -4,6 +4,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fgfast.ids import Ids
 from fgfast.ops.contrast import global_ids
+from fgfast.ops.contrast.checks import check_alike
 from fgfast.tensors import check_tensor, shape_error
 
 if TYPE_CHECKING:
@@ -19,13 +21,15 @@ if TYPE_CHECKING:
 
 
 def check_temperature(temperature: float) -> None:
-    """Raise unless the temperature is finite and at least 1e-8."""
+    """Raise unless the temperature is a finite number, or a tensor of one, of at least 1e-8."""
+    if not isinstance(temperature, Real) and not (isinstance(temperature, Tensor) and temperature.numel() == 1):
+        raise TypeError(f"temperature is {temperature!r}: give a number.")
     if not (temperature >= 1e-8 and math.isfinite(temperature)):
         raise ValueError(f"temperature is {temperature}: give a finite number of 1e-8 or more.")
 
 
 def check_vectors(**named: Tensor) -> None:
-    """Raise unless all are vectors [B, D] of the same shape; the keywords are the names that users know."""
+    """Raise unless all are vectors [B, D] alike in shape and dtype; the keywords are the names that users know."""
     for name, x in named.items():
         check_tensor(name, x)
         if x.dim() != 2:
@@ -34,6 +38,7 @@ def check_vectors(**named: Tensor) -> None:
     if len(set(shapes.values())) > 1:
         found = " and ".join(f"{name} has shape {shape}" for name, shape in shapes.items())
         raise ValueError(f"{found}: give all of them the same shape [B, D].")
+    check_alike(**named)
 
 
 def check_gather(gather_distributed: bool) -> None:

@@ -13,6 +13,7 @@ from fgfast.losses.common import (
     renamed,
 )
 from fgfast.ops.contrast import contrastive_loss
+from fgfast.ops.contrast.checks import check_alike
 from fgfast.tensors import check_integers
 
 
@@ -33,7 +34,7 @@ class DetConBLoss(nn.Module):
         A scalar, float32 (float64 for float64 vectors) where lightly's has the dtype of the vectors.
 
     Raises:
-        TypeError: masks are no integers.
+        TypeError: masks are no integers, or vectors are no floats of one dtype.
         ValueError: the temperature is too small, shapes do not fit, or gathering without torch.distributed.
 
     Example:
@@ -65,6 +66,7 @@ class DetConBLoss(nn.Module):
         mask_view1: Tensor,
     ) -> Tensor:
         """Loss of predictions and targets [B, M, D] with the ids of their regions [B, M]."""
+        check_alike(pred_view0=pred_view0, pred_view1=pred_view1, target_view0=target_view0, target_view1=target_view1)
         check_integers("mask_view0", mask_view0)
         check_integers("mask_view1", mask_view1)
         vectors, maps = (pred_view0, pred_view1, target_view0, target_view1), (mask_view0, mask_view1)
@@ -123,5 +125,6 @@ class DetConSLoss(nn.Module):
 
     def forward(self, view0: Tensor, view1: Tensor, mask_view0: Tensor, mask_view1: Tensor) -> Tensor:
         """Loss of the regions [B, M, D] of two views with their ids [B, M]."""
+        check_alike(view0=view0, view1=view1)
         loss: Tensor = self.detconbloss(view0, view1, view0, view1, mask_view0, mask_view1)
         return loss

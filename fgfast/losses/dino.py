@@ -32,8 +32,8 @@ class DINOLoss(nn.Module):
         A scalar; float16 and bfloat16 outputs are computed and returned in float32.
 
     Raises:
-        TypeError: an output is no tensor of floats.
-        ValueError: another mode of the centre, fewer than two views, or shapes that do not fit.
+        TypeError: an output is no tensor of floats, or outputs are not in a list.
+        ValueError: another mode of the centre, fewer than two views, an empty batch, or shapes that do not fit.
 
     Example:
         >>> import torch
@@ -86,10 +86,11 @@ class DINOLoss(nn.Module):
         epoch: int | None = None,
     ) -> Tensor:
         """Loss of the outputs, [B, K] per view; teacher_temp takes precedence over the warm-up of epoch."""
+        self._check_types(teacher_out=teacher_out, student_out=student_out)
         pairs = len(teacher_out) * len(student_out) - min(len(teacher_out), len(student_out))
         if pairs <= 0:
             raise ValueError("Outputs of at least two views are needed, for pairs of different views.")
-        self._check(teacher_out=teacher_out, student_out=student_out)
+        self._check_shapes(teacher_out=teacher_out, student_out=student_out)
         temperature = self.temperature_at(epoch) if teacher_temp is None else teacher_temp
         teacher = torch.stack([x.detach().to(accumulation(x.dtype)) for x in teacher_out])  # [V, B, K]
         target = ((teacher - self.center) / temperature).softmax(-1)
@@ -102,12 +103,23 @@ class DINOLoss(nn.Module):
         self.update_center(teacher)
         return total / (pairs * teacher.shape[1])
 
-    def _check(self, **outputs: Sequence[Tensor]) -> None:
-        """Raise unless every output of a view is [B, K] with one B."""
-        shape = [len(next(iter(outputs.values()))[0]), self.center.shape[-1]]
+    @staticmethod
+    def _check_types(**outputs: Sequence[Tensor]) -> None:
+        """Raise unless both are lists of tensors of floats, or one such tensor whose first dimension is the views."""
         for name, views in outputs.items():
+            if not isinstance(views, Sequence) and not (isinstance(views, Tensor) and views.dim()):
+                raise TypeError(f"{name} is a {type(views).__name__}: give a list of tensors [B, K], one a view.")
             for i, x in enumerate(views):
                 check_float(f"{name}[{i}]", x)
+
+    def _check_shapes(self, **outputs: Sequence[Tensor]) -> None:
+        """Raise unless every output of a view is [B, K] with one B of at least 1."""
+        first, k = outputs["teacher_out"][0], self.center.shape[-1]
+        if not first.dim() or not len(first):
+            raise shape_error("teacher_out[0]", f"[B, {k}] with B at least 1", first)
+        shape = [len(first), k]
+        for name, views in outputs.items():
+            for i, x in enumerate(views):
                 if list(x.shape) != shape:
                     raise shape_error(f"{name}[{i}]", str(shape), x)
 

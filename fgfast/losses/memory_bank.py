@@ -1,6 +1,7 @@
 """A queue of vectors that serve as negatives."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 import torch
 import torch.distributed as dist
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fgfast.losses.common import arange_like, check_gather, group_of_all, update_buffers
+from fgfast.tensors import check_whole
 
 
 class MemoryBank(nn.Module):
@@ -19,6 +21,7 @@ class MemoryBank(nn.Module):
         feature_dim_first: return the bank as [channels, number of vectors].
 
     Raises:
+        TypeError: the size holds something else than whole numbers.
         ValueError: the size is neither 0 nor a pair of numbers from 0 up.
 
     Example:
@@ -39,7 +42,10 @@ class MemoryBank(nn.Module):
     def __init__(self, size: int | Sequence[int] = 0, gather_distributed: bool = False, feature_dim_first: bool = True):
         super().__init__()
         check_gather(gather_distributed)
-        pair: tuple[int, ...] = (size,) if isinstance(size, int) else tuple(size)
+        given = (size,) if isinstance(size, Integral) or not isinstance(size, Iterable) else tuple(size)
+        for number in given:
+            check_whole("memory_bank_size", number)
+        pair = tuple(int(number) for number in given)
         if pair != (0,) and (len(pair) != 2 or min(pair) < 0):
             raise ValueError(f"memory_bank_size is {size}: give 0 or (number of vectors, channels).")
         self.size, self.gather_distributed, self.feature_dim_first = pair, gather_distributed, feature_dim_first

@@ -1,9 +1,11 @@
-"""Contrast of given pairs, with every similarity in memory: what ``contrastive_loss`` cannot express."""
+"""Positive and negative pairs, from a miner or from labels."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from fgfast.tensors import check_integers, shape_error, values_checked
 
 Masks = tuple[Tensor, Tensor]  # positive and negative pairs, bool [M, R] each
 
@@ -11,21 +13,34 @@ Masks = tuple[Tensor, Tensor]  # positive and negative pairs, bool [M, R] each
 def pairs_of_indices(indices_tuple: Sequence[Tensor], rows: int, columns: int, device: torch.device) -> Masks:
     """The pairs of a miner: (anchor, positive, negative), or (anchor, positive, anchor, negative).
 
+    Where reading values costs a device sync, they are not checked; a pair that is positive and negative is positive.
+
     Raises:
-        ValueError: not 3 or 4 tensors, or a pair that is both positive and negative.
+        TypeError: an element is no tensor of integers.
+        ValueError: not 3 or 4 tensors [P], another length, an index out of range, or a pair that is both positive and
+            negative.
     """
     if not isinstance(indices_tuple, tuple | list) or len(indices_tuple) not in (3, 4):
         raise ValueError("indices_tuple: expected 3 or 4 tensors of indices, as miners return them.")
-    anchor, positive, *others = indices_tuple
-    lists = ((anchor, positive), (anchor, others[0]) if len(others) == 1 else others)
     masks = []
-    for row, column in lists:
+    for first, second in ((0, 1), (0, 2) if len(indices_tuple) == 3 else (2, 3)):
+        index: list[Tensor] = []
+        for i, n in ((first, rows), (second, columns)):
+            name, x = f"indices_tuple[{i}]", indices_tuple[i]
+            check_integers(name, x)
+            if x.dim() != 1 or x.shape != indices_tuple[first].shape:
+                raise shape_error(name, f"[{len(index[0])}]" if index else "[P]", x)
+            x = x.long()  # torch takes uint8 for a mask
+            if values_checked(x) and x.numel() and not bool(((x >= 0) & (x < n)).all()):
+                raise ValueError(f"{name} holds an index out of range: give indices from 0 to {n - 1}.")
+            index.append(x.to(device))
         mask = torch.zeros(rows, columns, dtype=torch.bool, device=device)
-        mask[row.to(device), column.to(device)] = True
+        mask[tuple(index)] = True
         masks.append(mask)
-    both = (masks[0] & masks[1]).nonzero()
-    if len(both):
-        raise ValueError(f"indices_tuple: pair {tuple(both[0].tolist())} is both positive and negative.")
+    both = masks[0] & masks[1]
+    if values_checked(both) and bool(both.any()):
+        pair = tuple(both.nonzero()[0].tolist())
+        raise ValueError(f"indices_tuple: pair {pair} is both positive and negative.")
     return masks[0], masks[1]
 
 
@@ -34,19 +49,3 @@ def pairs_of_labels(labels: Tensor, ref_labels: Tensor) -> Masks:
     equal = labels[:, None] == ref_labels
     positive = equal.clone().fill_diagonal_(False) if ref_labels is labels else equal
     return positive, ~equal
-
-
-def contrast_of_pairs(logits: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    """The losses [M] of logits [M, R]; 0 for a row without a positive pair.
-
-    Example:
-        >>> pair = torch.tensor([[True, False]])
-        >>> round(contrast_of_pairs(torch.tensor([[1.0, 0.0]]), pair, ~pair).item(), 4)  # log(e + 1) - 1
-        0.3133
-    """
-    n_positives = positive.sum(1)
-    valid = n_positives > 0
-    counted = positive | negative | ~valid[:, None]  # no row without a column: its log-sum-exp has no gradient
-    lse = logits.masked_fill(~counted, -torch.inf).logsumexp(1)
-    mean_positive = logits.masked_fill(~positive, 0).sum(1) / n_positives.clamp(min=1)
-    return torch.where(valid, lse - mean_positive, 0)

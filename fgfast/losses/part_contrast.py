@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fgfast.ids import Ids
 from fgfast.losses.common import arange_like, check_temperature, ids_over_ranks
 from fgfast.ops.contrast import contrastive_loss
+from fgfast.ops.contrast.checks import check_alike
 from fgfast.ops.part_pool import part_pool
 
 if TYPE_CHECKING:
@@ -78,6 +79,9 @@ class PartContrastiveLoss(nn.Module):
         """Loss of maps [B, D, h, w] with id maps [B, H, W]; targets are a momentum encoder's maps, or the features."""
         if (target1 is None) != (target2 is None):
             raise ValueError("target1 and target2 belong together: give both or neither.")
+        check_alike(features1=features1, features2=features2)
+        if target1 is not None and target2 is not None:
+            check_alike(target1=target1, target2=target2)
         labels = (labels1, labels2)
         if features1.shape[:2] != features2.shape[:2]:
             raise ValueError(

@@ -9,4 +9,7 @@ from fgfast.losses import supcon
 
 
 class SupConLoss(supcon.SupConLoss, BaseMetricLossFunction):
-    """``fgfast.losses.SupConLoss``; of the other base class only the type is used."""
+    """``fgfast.losses.SupConLoss``; of the other base class only the type is used.
+
+    The other class's constructor runs as well; ours sets distance, reducer and the regularizer again afterwards.
+    """

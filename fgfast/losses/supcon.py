@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from fgfast.ids import Ids
 from fgfast.losses.common import arange_like, check_temperature, check_vectors
-from fgfast.losses.pairs import contrast_of_pairs, pairs_of_indices, pairs_of_labels
+from fgfast.losses.pairs import pairs_of_indices, pairs_of_labels
 from fgfast.ops.contrast import contrastive_loss
+from fgfast.ops.contrast.checks import check_alike
+from fgfast.reference.contrast import row_losses
 from fgfast.tensors import FLOATS, INTEGERS, accumulation, check_tensor, exact, shape_error, unit_vectors
 
-ZERO = {"losses": 0, "indices": None, "reduction_type": "already_reduced"}
+NO_LOSS = {"losses": 0, "indices": None, "reduction_type": "already_reduced"}
 
 
 class SupConLoss(nn.Module):
@@ -36,6 +38,8 @@ class SupConLoss(nn.Module):
     | a temperature of 0 or less | accepted | ValueError |
     | ref_labels without ref_emb | ref_labels are ignored | ValueError |
     | ref_emb of another length, without ref_labels | the first vectors count, or an IndexError | ValueError |
+    | no distance, no reducer | `loss.distance` and `loss.reducer` are the objects that act by default | they are None |
+    | your own subclass | is a BaseMetricLossFunction | is not one: derive it from ``fgfast.losses.pml.SupConLoss`` |
     | a row whose loss is 0 but for rounding | counted if rounded up | counted if rounded up, not always the same rows |
 
     Args:
@@ -117,6 +121,7 @@ class SupConLoss(nn.Module):
             raise ValueError("ref_labels is given without ref_emb: give both.")
         if ref_emb is not None:
             check_vectors(ref_emb=ref_emb)
+            check_alike(embeddings=embeddings, ref_emb=ref_emb)
             if ref_emb.shape[1] != embeddings.shape[1]:
                 raise ValueError(
                     f"ref_emb has {ref_emb.shape[1]} channels and embeddings has {embeddings.shape[1]}: use one."
@@ -184,7 +189,7 @@ class SupConLoss(nn.Module):
                 similarity = self.distance(embeddings.to(dtype), reference.to(dtype))
                 if not self.distance.is_inverted:
                     similarity = -similarity
-            loss = contrast_of_pairs(similarity / self.temperature, positive, negative)
+            loss, _ = row_losses(similarity / self.temperature, positive, positive | negative)
         return loss, positive.any() & negative.any() & enough
 
     def _reduce(self, loss: Tensor, found: Tensor, embeddings: Tensor, labels: Tensor | None) -> Any:
@@ -198,11 +203,11 @@ class SupConLoss(nn.Module):
             loss = loss.sum() / (loss > 0).sum().clamp(min=1)
             return loss if extra is None else loss + extra
         losses = {"losses": loss, "indices": arange_like(len(loss), loss), "reduction_type": "element"}
-        named = {"loss": losses if found else ZERO}
+        named = {"loss": losses if found else NO_LOSS}
         if extra is None:
             return self.reducer(named, embeddings, labels)
         if type(self.reducer).__name__ in ("DoNothingReducer", "MultipleReducers"):
-            return self.reducer({**named, "embedding_reg_loss": {**ZERO, "losses": extra}}, embeddings, labels)
+            return self.reducer({**named, "embedding_reg_loss": {**NO_LOSS, "losses": extra}}, embeddings, labels)
         return self.reducer(named, embeddings, labels) + extra
 
 

@@ -75,6 +75,7 @@ class Backbone(nn.Module):
             options = {"img_size": size, "dynamic_img_size": True, **options}
         elif getattr(timm.get_pretrained_cfg(name, allow_unregistered=True), "fixed_input_size", False):
             options = {"img_size": size, **options}
+        self.name, self.grey = name, grey
         try:
             self.net = timm.create_model(name, **options)
             self.map_dim: int = self.net.num_features
@@ -82,19 +83,32 @@ class Backbone(nn.Module):
             embedding = getattr(self.net, "patch_embed", None)
             self.is_vit = hasattr(self.net, "num_prefix_tokens") and hasattr(embedding, "dynamic_feat_size")
             self.patch = int(self.net.patch_embed.patch_size[0]) if self.is_vit else 1  # side in pixels
-        except MemoryError:
+            if size % self.patch:
+                raise UserError(f"--size is {size}: {name} takes multiples of its patches of {self.patch} pixels.")
+            if args:  # such as in_chans, with which a network is built but cannot run here
+                self._check_features(size)
+        except (MemoryError, UserError):
             raise
         except Exception as error:  # of various types, as the arguments reach any code of timm
-            if pretrained:
-                raise UserError(
-                    f"timm could not load weights of {name!r}: check the network, or give --init a file."
-                ) from error
             reason = str(error).rstrip(".") or type(error).__name__
+            if pretrained and not hasattr(self, "net"):
+                also = " and --model-args" if args else ""
+                raise UserError(
+                    f"timm could not load weights of {name!r} ({reason}): check the network{also}, or give --init a "
+                    "file."
+                ) from error
             remedy = "correct --model-args" if args else "choose another --model or --size"
             raise UserError(f"timm could not build {name!r} with {options} ({reason}): {remedy}.") from error
-        self.name, self.grey = name, grey
-        if size % self.patch:
-            raise UserError(f"--size is {size}: {name} takes multiples of its patches of {self.patch} pixels.")
+
+    def _check_features(self, size: int) -> None:
+        """Raise if the network does not take images of ``size`` or does not give features [B, D]."""
+        was_training = self.training
+        self.eval()
+        with torch.no_grad():
+            shape = self(torch.zeros(1, 3, size, size)).shape
+        self.train(was_training)
+        if shape != (1, self.dim):
+            raise ValueError(f"it gives features of shape {list(shape)} instead of [1, {self.dim}]")
 
     def forward(self, x: Tensor) -> Tensor:
         """Pooled features [B, D] of images [B, 3, S, S]."""

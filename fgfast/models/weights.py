@@ -135,20 +135,21 @@ def load_encoder(net: nn.Module, path: Path) -> None:
     load_tensors(net, state, f"The weights {file}")
 
 
-def load_tensors(net: nn.Module, state: dict[str, Tensor], source: str) -> None:
+def load_tensors(net: nn.Module, entries: dict[str, Any], source: str) -> None:
     """Load tensors into ``net`` if they are exactly its own, but for a classifier or another head beside it.
 
     As in torch, a count of batches that a BatchNorm has seen (``num_batches_tracked``) may be missing.
 
     Args:
-        net: the bare network.
-        state: tensors by name.
+        net: the bare network, or a method with all of its networks.
+        entries: tensors by name; and the extra state of a method, if it has any.
         source: the subject of the error, such as "The weights FILE".
 
     Raises:
         UserError: a tensor is missing, left over, of another shape, not finite, sparse, or without values.
     """
-    needed = net.state_dict()
+    own = net.state_dict()
+    needed, state = ({k: v for k, v in d.items() if isinstance(v, Tensor)} for d in (own, entries))
     unusable = [k for k in needed if k in state and _is_unusable(state[k])]
     if unusable:
         raise UserError(
@@ -176,7 +177,7 @@ def load_tensors(net: nn.Module, state: dict[str, Tensor], source: str) -> None:
             f"{source} are not finite in {_names(infinite)}: "
             "the training that wrote them has diverged, give an earlier checkpoint."
         )
-    net.load_state_dict(needed | {k: v for k, v in state.items() if k in needed})
+    net.load_state_dict(own | {k: v for k, v in entries.items() if k in own})
 
 
 def _is_unusable(tensor: Tensor) -> bool:

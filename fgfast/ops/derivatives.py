@@ -23,7 +23,8 @@ def needs_definition(op: str, backend: str | None, *tensors: Tensor | None) -> b
         return False
     if backend in ("triton", "native"):
         raise RuntimeError(
-            f"{op} with backend {backend!r} has no forward-mode derivative and runs in no torch.func: choose 'auto'."
+            f"{op} with backend {backend!r} has no forward-mode derivative and does not work inside torch.func: "
+            "choose 'auto'."
         )
     return True
 
@@ -71,6 +72,8 @@ def register_vmap(op: Any) -> None:
     """Let torch.func.vmap run a custom operation that has several outputs, or one, example by example."""
 
     def run(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        if not info.batch_size:  # only a call tells the shapes of the outputs
+            raise ValueError("torch.func.vmap got an empty batch: give at least one example.")
         each = [op(*(_select(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
         if isinstance(each[0], Tensor):
             return torch.stack(each), 0

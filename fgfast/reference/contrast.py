@@ -61,16 +61,30 @@ def contrastive_loss(
             of_bank = counted.new_ones(len(q), len(bank))
             counted, positive = torch.cat([counted, of_bank], 1), torch.cat([positive, ~of_bank], 1)
 
-        if logits.shape[1] == 0:  # add a masked column: logsumexp of nothing is undefined
-            logits, counted, positive = (F.pad(t, (0, 1)) for t in (logits, counted, positive))
-        n_positives = positive.sum(1)
-        valid = n_positives > 0
-        counted = counted | ~valid[:, None]  # a row without a positive keeps a finite log-sum-exp; it is not used
-        mean_positive = torch.where(positive, logits, 0).sum(1, keepdim=True) / n_positives.clamp(min=1)[:, None]
-        # Subtracted before the logarithm, so that a loss far below the rounding error of the logits is not lost.
-        above = torch.where(counted, logits - mean_positive, -torch.inf)
-        loss = torch.where(valid, above.logsumexp(1), 0)
+        loss, valid = row_losses(logits, positive, counted)
     return reduce(loss, valid, weight, reduction)
+
+
+def row_losses(logits: Tensor, positive: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses [M] of logits [M, T], 0 for a row without a positive, and which rows have one [M].
+
+    ``positive`` and ``counted``, bool [M, T], mark P_i and C_i.
+
+    Example:
+        >>> every = torch.tensor([[True, True]])
+        >>> loss, _ = row_losses(torch.tensor([[1.0, 0.0]]), torch.tensor([[True, False]]), every)
+        >>> round(loss.item(), 4)  # log(e + 1) - 1
+        0.3133
+    """
+    if logits.shape[1] == 0:  # add a masked column: logsumexp of nothing is undefined
+        logits, counted, positive = (F.pad(t, (0, 1)) for t in (logits, counted, positive))
+    n_positives = positive.sum(1)
+    valid = n_positives > 0
+    counted = counted | ~valid[:, None]  # a row without a positive keeps a finite log-sum-exp; it is not used
+    mean_positive = torch.where(positive, logits, 0).sum(1, keepdim=True) / n_positives.clamp(min=1)[:, None]
+    # Subtracted before the logarithm, so that a loss far below the rounding error of the logits is not lost.
+    above = torch.where(counted, logits - mean_positive, -torch.inf)
+    return torch.where(valid, above.logsumexp(1), 0), valid
 
 
 def reduce(loss: Tensor, valid: Tensor, weight: Tensor | None, reduction: str) -> Tensor:

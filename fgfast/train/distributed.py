@@ -63,6 +63,8 @@ def start(device: str) -> Ranks:
     """
     chosen = choose_device(device)
     world = _variable("WORLD_SIZE", least=1, default=1)
+    if not _text("WORLD_SIZE") and not will_be_first():
+        raise UserError(f"RANK is {_text('RANK')} but WORLD_SIZE is not set: {_REMEDY}.")
     rank = _variable("RANK", below=world, default=0 if world == 1 else None)
     if world == 1:
         return Ranks(0, 1, chosen)
@@ -83,16 +85,22 @@ def start(device: str) -> Ranks:
 _REMEDY = "start all ranks with torchrun, or unset WORLD_SIZE and RANK to train with one process"
 
 
+def _text(name: str) -> str:
+    """A variable of the environment; "" if it is not set."""
+    return os.environ.get(name, "").strip()
+
+
 def _variable(name: str, *, least: int = 0, below: int | None = None, default: int | None = None) -> int:
     """The number in a variable of the environment; an empty one counts as not set."""
-    text = os.environ.get(name, "").strip()
+    text = _text(name)
     if not text:
         if default is None:
             raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} and {name} is not set: {_REMEDY}.")
         return default
     if not text.isdecimal() or int(text) < least or (below is not None and int(text) >= below):
-        wanted = f"at least {least}" if below is None else f"{least} to {below - 1}"
-        raise UserError(f"The environment variable {name} is {text!r} and must be a number, {wanted}: {_REMEDY}.")
+        wanted = f"a number, at least {least}" if below is None else f"a number, {least} to {below - 1}"
+        wanted = f"{least}" if below == least + 1 else wanted
+        raise UserError(f"The environment variable {name} is {text!r} and must be {wanted}: {_REMEDY}.")
     return int(text)
 
 
@@ -128,6 +136,11 @@ def on_first(ranks: Ranks, action: Callable[[], T]) -> T | None:
     if message[0] is not None:
         raise UserError(message[0])
     return value
+
+
+def will_be_first() -> bool:
+    """Whether this process is the first rank, or the only one, by its environment: for use before :func:`start`."""
+    return not _text("RANK").strip("0")
 
 
 def is_first() -> bool:

@@ -90,8 +90,6 @@ def open_run(method: Method, ranks: Ranks, length: Length | None, images: str = 
     config, run = method.config, Path(method.config.out)
 
     def read() -> Resumed:
-        if not (run / "config.toml").is_file():
-            raise UserError(f"{run} holds last.pt without its config.toml: restore that file, or give another --out.")
         checkpoint = load_checkpoint(run / "last.pt", method.name)
         if missing := NEEDED - checkpoint.keys():
             raise UserError(f"{run / 'last.pt'} has no {min(missing)!r}: give the last.pt of a run, or another --out.")

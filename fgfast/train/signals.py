@@ -9,7 +9,7 @@ from contextlib import contextmanager
 def collect_stop_signals() -> Iterator[list[int]]:
     """Append SIGINT and SIGTERM to the list that is returned; a second signal raises KeyboardInterrupt at once.
 
-    Outside the main thread, where no handler can be set, the list stays empty.
+    A signal that is ignored stays so. Outside the main thread, where no handler can be set, the list stays empty.
     """
     caught: list[int] = []
 
@@ -19,7 +19,8 @@ def collect_stop_signals() -> Iterator[list[int]]:
         caught.append(number)
 
     try:
-        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
+        before = {s: signal.signal(s, handle) for s in numbers}
     except ValueError:
         before = {}
     try:

@@ -114,7 +114,7 @@ def aot_cases() -> Iterator[AotCase]:
         name, rare = f"{dtype}{' cosine' * cosine}", dtype == "fp16"
         blocks: dict[str, Any] = {"BLOCK_K": 32, "BLOCK_D": 32}
         prepare, update = centroids.prepare_centroids_kernel, centroids.update_centroids_kernel
-        flags = {"COSINE": cosine, "SHIFT": dtype == "fp32" and not cosine}
+        flags: dict[str, Any] = {"COSINE": cosine, "SHIFT": dtype == "fp32" and not cosine}
         yield case(f"kmeans prepare {name}", prepare, dtype, small, rare=rare, GIVEN=False, **flags, **blocks)
         blocks = UPDATE_BLOCKS | {"BLOCK_D": 32, "WEIGHTED": True, "FARTHEST": True}
         update_case = case(f"kmeans update {name}", update, dtype, small, rare=rare, **flags, **blocks)

@@ -6,6 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +16,7 @@ import pytest
 
 from fgfast import interrupt
 from fgfast.files import write_atomic
+from fgfast.train.signals import collect_stop_signals
 
 pytestmark = pytest.mark.slow
 
@@ -126,6 +130,36 @@ def test_the_handlers_are_put_back() -> None:
     with interrupt.interruptible(last=False):
         assert {signal.getsignal(number) for number in interrupt._SIGNALS} == {interrupt.handle}
     assert [signal.getsignal(number) for number in interrupt._SIGNALS] == before
+
+
+@pytest.mark.parametrize("take", [partial(interrupt.interruptible, last=False), collect_stop_signals])
+def test_an_ignored_signal_stays_ignored(
+    take: Callable[[], AbstractContextManager[object]],
+) -> None:
+    """A job that a script starts in the background survives a Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with take():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_command_takes_no_ignored_signal_when_it_starts(ignored: bool) -> None:
+    code = f"""
+import importlib.util, signal, sys
+
+if {ignored}:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+sys.argv = ["fgfast"]
+spec = importlib.util.spec_from_file_location("interrupt", {interrupt.__file__!r})
+spec.loader.exec_module(importlib.util.module_from_spec(spec))  # without torch, whose import takes seconds
+sys.exit(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == ignored
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from fgfast.cli import main
+from fgfast.cli.commands import _finished
 from fgfast.errors import UserError
 from fgfast.evaluate.finetune import FinetuneOptions
 from fgfast.evaluate.mlp import MLPOptions
@@ -93,6 +94,17 @@ def test_a_score_is_printed_and_kept_if_the_report_fails(
     assert json.loads(output.out)["n"] == 4
     assert "is complete without a new report" in output.err
     assert [row["protocol"] for row in json.loads((run / "eval.json").read_text())] == ["knn"]
+
+
+@pytest.mark.parametrize(("error", "shown"), [(KeyError("slug"), 1), (UserError("none."), 0), (OSError("full"), 0)])
+def test_a_bug_after_the_work_shows_its_traceback(
+    error: Exception, shown: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with _finished(tmp_path, "its report"):
+        raise error
+    printed = capsys.readouterr().err
+    assert printed.count("Traceback") == shown
+    assert printed.splitlines()[-1].startswith(f"fgfast: {tmp_path} is complete without its report (")
 
 
 TRAIN = ("train/a/1.png", "train/b/1.png", "train/b/2.png")

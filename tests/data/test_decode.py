@@ -174,3 +174,26 @@ def test_a_file_that_is_turned_after_the_check_is_read_upright(tmp_path: Path, v
     assert whole is not None
     upright = STORED.transpose(Image.Transpose.ROTATE_270).resize((20, 20), Image.Resampling.BILINEAR)
     assert np.abs(whole[0].permute(1, 2, 0).numpy() - np.asarray(upright)).mean() < 2
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([np.nan, np.nan, np.nan], [0, 0, 0]),
+        ([-np.inf, np.inf, np.nan], [0, 255, 0]),
+        ([-np.inf, 10, 20, np.inf, np.nan], [0, 0, 255, 255, 0]),
+        ([1e6, 1e6], [0, 0]),
+        ([-3e38, 3e38], [0, 255]),
+        ([0, 0.2, 1, np.nan], [0, 51, 255, 0]),
+    ],
+)
+def test_every_float_has_a_defined_pixel(tmp_path: Path, values: list[float], expected: list[int]) -> None:
+    Image.fromarray(np.array([values], np.float32)).save(tmp_path / "x.tif")
+    assert read_image(tmp_path / "x.tif")[0, :, 0].tolist() == expected
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_negative_integer_is_black(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[-70000, -5, 0, 65535]], np.int32)).save(tmp_path / "x.tif")
+    assert read_image(tmp_path / "x.tif")[0, :, 0].tolist() == [0, 0, 0, 255]

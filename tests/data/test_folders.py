@@ -74,6 +74,11 @@ def test_splits_have_their_usual_names_in_any_case(data: st.DataObject) -> None:
         ([*TRAIN, *TEST, "train/no_labels/1.jpg"], [("train/no_labels/", 1, "no labels; --unlabelled")]),
         (["a/1.jpg", "b/1.jpg", "unlabeled/1.jpg"], [("unlabeled/", 1, "no labels; --unlabelled")]),
         (["a/1.jpg", "b/1.jpg", "names.csv"], [("names.csv", 0, "no list of a known layout")]),
+        (["images/1.jpg", "masks/1.png", "labels/1.txt"], [("masks/", 1, "masks or labels of other images")]),
+        (
+            [f"{split}/{name}.jpg" for split in ("train", "test") for name in ("images/1", "trimaps/1")],
+            [(f"{split}/trimaps/", 1, "masks or labels of other images") for split in ("train", "test")],
+        ),
         (["1.jpg", "labels.txt", "x.json"], [("labels.txt and 1 more", 0, "no list of a known layout")]),
         ([*TRAIN, *TEST, "part_masks/a/1.png"], []),
         (["a/1.jpg", "b/deep/1.jpg", "readme.txt"], []),
@@ -96,6 +101,7 @@ def test_what_is_left_out_is_recorded_and_said(
         ([*TRAIN, *TEST, *classes("testing", "a")], r"two splits to score, test/ and testing/"),
         ([*TRAIN, *classes("val", "a"), *classes("valid", "a")], r"two splits to score, val/ and valid/"),
         ([*TRAIN, *TEST, *classes("Train", "a")], r"two training splits, Train/ and train/"),
+        (["test/1.jpg", "val/1.jpg"], r"test/ but no train/: move"),
         (["test/a/1.jpg", "cat/1.jpg"], r"test/ but no train/: .* rename it if it is a class like cat"),
         (["bus/1.jpg", "train/1.jpg"], r"neither val/ nor test/: .* rename it if it is a class like bus"),
         ([*classes("train/train", "a"), *TEST], r"train holds the split train/: move its class folders up"),
@@ -111,6 +117,8 @@ def test_what_is_left_out_is_recorded_and_said(
         ([*(f"x/{rel}" for rel in TRAIN + TEST), "y/1.jpg"], r"x is a data set beside y/: give "),
         (["x/images.txt", "y/imagelabels.mat"], r"x is a data set beside y/: give "),
         (["x/images.txt", "y/1.jpg"], r"x is a data set beside y/: give "),
+        ([*classes("train/images", "a", "b"), *TEST], r"train has one folder, images/, with folders inside: move them"),
+        (classes("images", "a", "b") + classes("masks", "a", "b"), r"one folder, images/, with folders inside: give "),
         (classes("birds", "a", "b"), r"one folder, birds/, with folders inside: give .*birds"),
         (["images/1.jpg", "train.csv"], r"one folder, images/, and train\.csv, in no known layout"),
         (["car_ims/1.jpg", "cars_annos.mat"], r"one folder, car_ims/, and cars_annos\.mat, in no known layout"),
@@ -122,11 +130,40 @@ def test_a_folder_that_can_be_read_in_two_ways_is_refused(tmp_path: Path, files:
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_test_split_that_links_to_the_training_split_is_refused(tmp_path: Path) -> None:
-    trees.touch(tmp_path, TRAIN)
-    (tmp_path / "val").symlink_to(tmp_path / "train")
-    with pytest.raises(UserError, match="are the same folder"):
-        open_images(tmp_path)
+@pytest.mark.parametrize("linked", ["", "a", "a/deep", "a/1.jpg"])
+@pytest.mark.parametrize("store", ["train", "elsewhere"])
+def test_an_image_that_is_in_both_splits_by_a_link_is_refused(tmp_path: Path, store: str, linked: str) -> None:
+    """Both may link to a third place."""
+    trees.touch(tmp_path / "above", [f"{store}/a/deep/0.jpg", f"{store}/a/1.jpg", f"{store}/b/1.jpg"])
+    for split in {"train", "val"} - {store}:
+        (tmp_path / "above" / split / linked).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "above" / split / linked).symlink_to(tmp_path / "above" / store / linked)
+    for file in ("train/b/2.jpg", "val/b/2.jpg"):
+        if not (tmp_path / "above" / file).exists():
+            trees.touch(tmp_path / "above", [file])
+    with pytest.raises(UserError, match=r"train/a/.*jpg and .*val/a/.*jpg are the same image"):
+        open_images(tmp_path / "above")
+
+
+@pytest.mark.parametrize("linked", ["test/a/1.jpg", "test/a", "test", "train/a/1.jpg"])
+@pytest.mark.parametrize("inwards", [True, False])
+def test_an_image_of_the_set_is_no_unlabelled_one_by_a_link(tmp_path: Path, linked: str, inwards: bool) -> None:
+    """The links may lead from the unlabelled images to the set, or from the set to them."""
+    data, extra = trees.touch(tmp_path / "set", [*TRAIN, *TEST]), tmp_path / "extra"
+    link, target = extra / linked, data / linked
+    link.parent.mkdir(parents=True)
+    if inwards:
+        link.symlink_to(target)
+    else:
+        target.rename(link)
+        target.symlink_to(link)
+    with pytest.raises(UserError, match=rf"{extra}/{linked}.* is in --data and in --unlabelled"):
+        open_images(data).with_folder(extra)
+
+
+@pytest.mark.parametrize("name", ["test", "val", "dev", "eval", "Dev", "test_1"])
+def test_without_splits_a_class_may_have_the_name_of_a_test_split(tmp_path: Path, name: str) -> None:
+    assert set(open_images(trees.touch(tmp_path, ["a/1.jpg", "b/1.jpg", f"{name}/1.jpg"])).classes) == {"a", "b", name}
 
 
 def test_class_names_may_be_words_for_splits_inside_the_splits(tmp_path: Path) -> None:

@@ -138,9 +138,12 @@ def test_a_defect_of_an_image_folder_is_named(tmp_path: Path, files: tuple[str, 
         open_images(tmp_path)
 
 
-def test_a_missing_folder_is_named() -> None:
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="/nowhere does not exist"):
         open_images("/nowhere")
+    (tmp_path / "list.txt").touch()
+    with pytest.raises(UserError, match=r"list.txt is a file: give the folder"):
+        open_images(tmp_path / "list.txt")
 
 
 def test_photographs_of_birds(photographs: ImageSet) -> None:

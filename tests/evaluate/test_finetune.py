@@ -10,8 +10,9 @@ import torch
 from fgfast.config import TrainConfig
 from fgfast.data.layouts import open_images
 from fgfast.errors import UserError
-from fgfast.evaluate.finetune import FinetuneOptions, finetune, stages_of, unfreeze
+from fgfast.evaluate.finetune import FinetuneOptions, _resume, finetune, stages_of, unfreeze
 from fgfast.models.backbone import Backbone
+from fgfast.run import save_checkpoint
 from tests.conftest import TINY
 
 CPU = torch.device("cpu")
@@ -130,7 +131,6 @@ def test_an_interrupted_call_resumes(drawn: Path, tmp_path: Path) -> None:
     steps = count_steps(resumed)
     assert np.array_equal(tune(drawn, resumed, state_file, epochs=3, stages="2"), expected)
     assert len(steps) == STEPS
-    assert not state_file.exists()
     for key, value in resumed.net.state_dict().items():
         assert torch.equal(value, uninterrupted.net.state_dict()[key]), key
 
@@ -142,6 +142,15 @@ def test_the_state_of_other_options_is_ignored(drawn: Path, tmp_path: Path) -> N
     steps = count_steps(net)
     tune(drawn, net, state_file, epochs=2, lr=1e-3)
     assert len(steps) == 2 * STEPS
+
+
+def test_a_damaged_state_is_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state_file = tmp_path / "state.pt"
+    save_checkpoint(state_file, {"what": {}, "epoch": 3})
+    state_file.write_bytes(state_file.read_bytes()[:-100])
+    net = torch.nn.Linear(1, 1)
+    assert _resume(state_file, {}, net, torch.optim.Adam(net.parameters()), None) == 0
+    assert caplog.messages == [f"{state_file} is cut or damaged: fine-tuning starts from the beginning."]
 
 
 def test_a_loss_that_is_not_finite_is_refused(drawn: Path) -> None:

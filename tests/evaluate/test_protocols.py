@@ -10,7 +10,10 @@ import torch
 
 from fgfast.cli import main
 from fgfast.compare import Comparison
+from fgfast.data import splits
+from fgfast.data.layouts import open_images
 from fgfast.errors import UserError
+from fgfast.evaluate import protocols
 from fgfast.evaluate.mlp import MLPOptions
 from fgfast.evaluate.options import parse_protocols
 from fgfast.evaluate.protocols import evaluate, score_predictions
@@ -89,6 +92,33 @@ def test_parts_need_masks(run: Path, tmp_path: Path) -> None:
         evaluate(run, "parts", tmp_path, checkpoint="init", device=CPU)
 
 
+def test_the_state_of_fine_tuning_stays_until_its_score_is_stored(
+    run: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(*_: object, state_file: Path, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
+        state_file.write_bytes(b"state")
+        return torch.tensor([0, 1]), torch.tensor([0, 1])
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(protocols, "finetune", fake)
+    with monkeypatch.context() as patch:
+        patch.setattr(protocols, "store_score", full)
+        with pytest.raises(OSError, match="No space"):
+            evaluate(run, "finetune", drawn, checkpoint="init", device=CPU)
+    assert len(list(run.glob("finetune-*.pt"))) == 1
+    evaluate(run, "finetune", drawn, checkpoint="init", device=CPU)
+    assert not list(run.glob("finetune-*.pt"))
+
+
+def test_the_data_set_is_read_once(run: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(splits, "open_images", lambda path: read.append(path) or open_images(path))  # type: ignore[func-returns-value]
+    evaluate(run, "knn", drawn, checkpoint="init", device=CPU)
+    assert read == [drawn]
+
+
 def test_scores_with_other_options_are_stored_too(run: Path, drawn: Path) -> None:
     for epochs in (1, 2, 1):
         evaluate(run, "mlp", drawn, checkpoint="init", device=CPU, options=MLPOptions(epochs=epochs))
@@ -102,8 +132,8 @@ def test_scores_with_other_options_are_stored_too(run: Path, drawn: Path) -> Non
     [
         (["finetune", "--stages", "9"], "test_resnet has 4 stages"),
         (["finetune", "--stages", "many"], "stages = 'many'"),
-        (["finetune", "--epochs", "0"], "epochs = 0"),
-        (["finetune", "--lr", "0"], "lr = 0"),
+        (["finetune", "--epochs", "0"], "epochs of fgfast eval finetune is 0: give at least 1"),
+        (["finetune", "--lr", "0"], "lr of fgfast eval finetune is 0.0: give more than 0"),
         (["mlp", "--stages", "1"], "'stages', which MLPOptions does not have"),
         (["knn", "--epochs", "1"], "knn has no option 'epochs'"),
         (["mlp", "--class-weights", "odd"], "odd"),

@@ -53,8 +53,8 @@ def references(cases: Cases) -> None:
         randn(3, 600, 4),
         randn(4, 700, 4),
     )
-    cases.add("ref_emb without ref_labels, too long", with_labels(Y), X, REF, difference=LABELS)
-    cases.add("ref_labels without ref_emb", with_labels(Y, Y_REF[:24]), X, difference=LABELS)
+    cases.add("ref_emb without ref_labels, too long", with_labels(Y), X, REF, difference=LABELS, refused=True)
+    cases.add("ref_labels without ref_emb", with_labels(Y, Y_REF[:24]), X, difference=LABELS, refused=True)
     cases.add("ref_labels of another length", with_labels(Y, Y_REF), X, Z, refused=True)
     for rows in ((0,), (0, 0), (0, 1), (0, 0, 1)):
         for columns in ((0,), (0, 1), (1, 1), (0, 1, 1)):
@@ -191,7 +191,7 @@ def comparisons() -> list[Comparison]:
     cases.add("embeddings with NaN", plain, X.index_fill(0, torch.tensor([3]), torch.nan), difference=NAN)
     for t in (0.05, 1.0, 20.0):
         cases.add(f"temperature {t}", plain, X, temperature=t)
-    cases.add("temperature below 0", plain, X, temperature=-0.5, difference=TEMPERATURE)
+    cases.add("temperature below 0", plain, X, temperature=-0.5, difference=TEMPERATURE, refused=True)
     for add in (references, labels, miner, distance, reducer, wrappers):
         add(cases)
     return [Comparison("SupConLoss", "pytorch-metric-learning", cases.all)]

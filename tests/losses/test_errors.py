@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,56 @@ from tests.losses.peers import randn
 def test_a_temperature_that_is_not_positive_is_an_error(name: str, temperature: float) -> None:
     with pytest.raises(ValueError, match="temperature is"):
         getattr(losses, name)(temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", ["a", None, torch.ones(2)])
+def test_a_temperature_that_is_no_number_is_an_error(temperature: object) -> None:
+    with pytest.raises(TypeError, match=r"temperature is .*: give a number\."):
+        losses.NTXentLoss(temperature=temperature)
+
+
+@pytest.mark.parametrize("size", [(10.5, 8), "ab", None, 2.0, (3, None)])
+def test_a_size_of_the_bank_that_is_no_whole_number_is_an_error(size: object) -> None:
+    with pytest.raises(TypeError, match=r"memory_bank_size is .*: give a whole number\."):
+        losses.NTXentLoss(memory_bank_size=size)
+
+
+def test_the_size_of_the_bank_may_be_numpy_numbers() -> None:
+    assert losses.NTXentLoss(memory_bank_size=np.int64(0)).memory_bank.size == (0,)
+    assert losses.NTXentLoss(memory_bank_size=np.array([4, 3])).memory_bank.bank.shape == (4, 3)
+
+
+def test_an_empty_batch_leaves_the_centre_as_it_is() -> None:
+    loss, x = losses.DINOLoss(8), torch.zeros(0, 8)
+    with pytest.raises(ValueError, match=r"teacher_out\[0\]: expected shape \[B, 8\] with B at least 1, got \[0, 8\]"):
+        loss([x, x], [x, x])
+    assert torch.equal(loss.center, torch.zeros(1, 1, 8))
+
+
+ONE = torch.tensor([0])
+
+
+@pytest.mark.parametrize(
+    ("indices", "error", "message"),
+    [
+        (([0], [1], [2]), TypeError, "indices_tuple[0] is a list"),
+        ((ONE, ONE + 1.0, ONE), TypeError, "indices_tuple[1] has dtype torch.float32: give integers."),
+        ((ONE, ONE + 1, ONE, ONE + 4), ValueError, "indices_tuple[3] holds an index out of range: give indices from 0"),
+        ((ONE, ONE - 1, ONE + 1), ValueError, "indices_tuple[1] holds an index out of range: give indices from 0 to 3"),
+        ((ONE.repeat(2), ONE + 1, ONE + 2), ValueError, "indices_tuple[1]: expected shape [2], got [1]"),
+        ((ONE[0], ONE[0] + 1, ONE[0] + 2), ValueError, "indices_tuple[0]: expected shape [P], got []"),
+    ],
+)
+def test_pairs_that_do_not_fit_are_named(indices: tuple, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        losses.SupConLoss()(randn(0, 4, 8), indices_tuple=indices)
+
+
+def test_pairs_of_uint8_are_indices() -> None:
+    """To torch alone they would be a mask."""
+    pairs = tuple(torch.tensor(i) for i in ([0, 1], [1, 0], [2, 3]))
+    x, loss = randn(0, 4, 8), losses.SupConLoss()
+    assert loss(x, indices_tuple=tuple(i.byte() for i in pairs)) == loss(x, indices_tuple=pairs)
 
 
 def test_bad_input_is_one_clear_error() -> None:
@@ -42,6 +93,37 @@ def test_bad_input_is_one_clear_error() -> None:
         (lambda x: losses.NTXentLoss()(x, x[:3]), ValueError, "out0 has shape (4, 8) and out1 has shape (3, 8)"),
         (lambda x: losses.NTXentLoss()(x[0], x[0]), ValueError, "out0: expected shape [B, D], got [8]"),
         (lambda x: losses.NTXentLoss()([1.0], x), TypeError, "out0 is a list"),
+        (lambda x: losses.NTXentLoss()(x.long(), x.long()), TypeError, "out0 has dtype torch.int64"),
+        (
+            lambda x: losses.NTXentLoss()(x, x.float()),
+            TypeError,
+            "out1 has dtype torch.float32 and out0 has torch.float64: convert one of them.",
+        ),
+        (lambda x: losses.NTXentLoss()(x, x.to("meta")), ValueError, "out1 is on meta and out0 on cpu"),
+        (lambda x: losses.SupConLoss()(x.long(), x[:, 0]), TypeError, "embeddings has dtype torch.int64"),
+        (lambda x: losses.SupConLoss()(x.long(), None, (ONE, ONE + 1, ONE + 2)), TypeError, "embeddings has dtype"),
+        (
+            lambda x: losses.SupConLoss()(x, x[:, 0], ref_emb=x.float()),
+            TypeError,
+            "ref_emb has dtype torch.float32 and embeddings has torch.float64",
+        ),
+        (
+            lambda x: losses.DetConSLoss()(x[None], x[None].float(), *[torch.zeros(1, 4).long()] * 2),
+            TypeError,
+            "view1 has dtype torch.float32 and view0 has torch.float64",
+        ),
+        (
+            lambda x: losses.DetConBLoss()(x[None], 3, x[None], x[None], *[torch.zeros(1, 4).long()] * 2),
+            TypeError,
+            "pred_view1 is a int",
+        ),
+        (
+            lambda x: losses.PartContrastiveLoss(2, nn.Identity())(x.long(), x.long(), x, x),
+            TypeError,
+            "features1 has dtype torch.int64",
+        ),
+        (lambda x: losses.DINOLoss(8)([1, 2], [x, x]), TypeError, "teacher_out[0] is a int: give a torch.Tensor."),
+        (lambda x: losses.DINOLoss(8)([x, x], 5), TypeError, "student_out is a int: give a list of tensors [B, K]"),
         (lambda x: losses.InfoNCELoss()(x, x[:, :3]), ValueError, "key has shape (4, 3)"),
         (lambda x: losses.SupConLoss()(x, torch.zeros(4).cfloat()), TypeError, "labels has dtype torch.complex64"),
         (lambda x: losses.SupConLoss()(x), ValueError, "labels is None: give labels"),

@@ -1,6 +1,7 @@
 """The losses beside lightly's and pytorch-metric-learning's: values, gradients, arguments and attributes."""
 
 import inspect
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -26,6 +27,31 @@ LIGHTLY = {
 def test_a_case_agrees_with_the_peer_or_has_a_reason(case: Case) -> None:
     """Value and gradients are equal unless the case gives the reason of a difference, and then they differ."""
     assert case.agrees() == (case.difference == "")
+
+
+def fails(error: type[Exception]) -> Callable[[], list[float]]:
+    def call() -> list[float]:
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize("difference", ["", "They differ."])
+@pytest.mark.parametrize(
+    ("ours", "refused", "error"),
+    [
+        (fails(ZeroDivisionError), False, ZeroDivisionError),
+        (fails(ZeroDivisionError), True, ZeroDivisionError),
+        (fails(ValueError), False, ValueError),
+        (lambda: [1.0], True, AssertionError),
+    ],
+)
+def test_a_crash_of_ours_or_a_refusal_that_does_not_come_fails_every_case(
+    ours: Callable[[], list[float]], refused: bool, error: type[Exception], difference: str
+) -> None:
+    case = Case("x", ours, fails(RuntimeError), difference=difference, refused=refused)
+    with pytest.raises(error):
+        case.agrees()
 
 
 @pytest.mark.parametrize("comparison", COMPARISONS, ids=lambda c: c.ours)

@@ -62,7 +62,7 @@ def test_only_other_distances_than_cosines_and_dot_products_need_a_matrix(
     distance: torch.nn.Module | None, matrix: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    monkeypatch.setattr(supcon, "contrast_of_pairs", lambda *given: calls.append(given) or given[0].sum(1))
+    monkeypatch.setattr(supcon, "row_losses", lambda *given: calls.append(given) or (given[0].sum(1), None))
     losses.SupConLoss(distance=distance)(X, Y)
     assert bool(calls) == matrix
 
@@ -72,11 +72,39 @@ def test_huge_finite_vectors_give_a_finite_loss_with_a_miner() -> None:
     assert losses.SupConLoss()(X.bfloat16() * 1e30, indices_tuple=pairs).isfinite()
 
 
-@pytest.mark.parametrize(("n", "temperature"), [(64, 0.055), (320, 0.05)])  # the plain path and tiles
-def test_rows_of_a_tiny_loss_count_in_float32(n: int, temperature: float) -> None:
-    """Losses of about 1e-6, below the rounding error of logits of 20, are above 0."""
+def all_pairs(y: Tensor) -> tuple[Tensor, ...]:
+    """What a miner returns that leaves out no pair."""
+    same, itself = y[:, None] == y, torch.eye(len(y), dtype=torch.bool)
+    return (*(same & ~itself).nonzero().T, *(~same).nonzero().T)
+
+
+@pytest.mark.parametrize(
+    ("distance", "mined"), [(None, False), (None, True), (distances.CosineSimilarity(power=3), False)]
+)
+@pytest.mark.parametrize(
+    ("n", "temperature", "times"),
+    [(64, 0.055, 1), (320, 0.05, 1), (320, 0.04, 4)],  # the plain path, tiles, rows below the limit
+)
+def test_rows_of_a_tiny_loss_count_in_float32_down_to_6e_8(
+    n: int, temperature: float, times: int, distance: torch.nn.Module | None, mined: bool
+) -> None:
+    """Losses of about 1e-6, below the rounding error of logits of 20, are above 0 as in float64.
+
+    Below 2^-24, half of float32's epsilon, the sum 1 + loss rounds to 1. Here three quarters of the rows then have a
+    loss of 0, are not counted, and the mean is four times that of float64; the peer's is the same.
+    """
     y = torch.arange(n) % (n // 2)
     x = torch.eye(n // 2)[y] + 0.0
     x[: n // 8] = randn(0, n // 8, n // 2).float()
-    ours, theirs = losses.SupConLoss(temperature), pml.SupConLoss(temperature)
-    torch.testing.assert_close(ours(x, y), theirs(x, y), rtol=1e-4, atol=0)
+    pairs = all_pairs(y) if mined else None
+    ours, theirs = (c(temperature, distance=distance) for c in (losses.SupConLoss, pml.SupConLoss))
+    value = ours(x, y, pairs)
+    torch.testing.assert_close(value, theirs(x, y, pairs), rtol=1e-4, atol=0)
+    torch.testing.assert_close(value.double(), times * ours(x.double(), y, pairs), rtol=1e-4, atol=0)
+
+
+def test_a_step_with_a_miner_is_one_graph() -> None:
+    """Nothing is read that would wait for a GPU."""
+    loss, x, pairs = losses.SupConLoss(), X.float(), all_pairs(Y)
+    compiled = torch.compile(lambda x: loss(x, indices_tuple=pairs), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), loss(x, Y))

@@ -108,6 +108,21 @@ def test_errors_name_unknown_models_and_invalid_arguments() -> None:
         Backbone(TINY).keys(torch.zeros(1, 3, 32, 32))
 
 
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        ({"output_stride": 5}, "AssertionError"), ({"channels": ()}, "index out of range"),
+        ({"features_only": True}, "no attribute 'num_features'"), ({"in_chans": 1}, "to have 1 channels"),
+        ({"global_pool": ""}, r"features of shape \[1, 96, 2, 2\] instead of \[1, 96\]"),
+    ],
+)  # fmt: skip
+def test_arguments_that_timm_or_the_features_refuse_give_the_reason_and_remedy(
+    args: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(UserError, match=rf"could not build 'test_resnet' .*{reason}.*\): correct --model-args\."):
+        Backbone(TINY, args=args)
+
+
 def test_weights_that_cannot_be_downloaded_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an internet connection --init timm fails with one sentence that names the alternative."""
     import timm

@@ -2,6 +2,7 @@
 
 import argparse
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,45 @@ def test_a_larger_network_is_not_loaded_in_part(
     with pytest.raises(UserError, match="left over"):
         load_tensors(net, Backbone(source, args=args | more).net.state_dict(), "The weights")
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def pair() -> nn.Module:
+    return nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(3, 3)})
+
+
+@pytest.mark.parametrize(
+    "name", ["decoder_pos_embed", "mask_token", "masked_embed", "logit_scale", "total_ops", "b.total_params", "queue"]
+)
+def test_a_tensor_beside_the_network_that_no_token_needs_is_ignored(name: str) -> None:
+    net, source = pair(), pair()
+    load_tensors(net, source.state_dict() | {name: torch.zeros(1)}, "The weights")
+    assert all(torch.equal(v, source.state_dict()[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cls_token", "dist_token", "reg_token", "register_tokens", "storage_tokens", "class_embedding", "pos_embed",
+        "pos_embed_win", "absolute_pos_embed", "positional_embedding", "b.gamma",
+    ],
+)  # fmt: skip
+def test_a_tensor_that_changes_the_tokens_or_a_module_is_not_left_out(name: str) -> None:
+    with pytest.raises(UserError, match=f"'{name}' left over"):
+        load_tensors(pair(), pair().state_dict() | {name: torch.zeros(1)}, "The weights")
+
+
+def test_weights_of_eight_bits_load_with_their_values() -> None:
+    net, source = pair(), pair()
+    state = {k: v.to(torch.float8_e4m3fn) for k, v in source.state_dict().items()}
+    load_tensors(net, state, "The weights")
+    assert all(torch.equal(v, state[k].float()) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.to_sparse, lambda v: v.to("meta")], ids=["sparse", "meta"])
+def test_tensors_that_cannot_be_copied_are_named(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    state = pair().state_dict()
+    with pytest.raises(UserError, match=r"without values in 'b\.weight': give them as dense tensors"):
+        load_tensors(pair(), state | {"b.weight": change(state["b.weight"])}, "The weights")
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_efficientnet", "test_vit", "test_byobnet"])

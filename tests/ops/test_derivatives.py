@@ -329,3 +329,8 @@ def test_a_group_of_several_ranks_is_refused_in_one_sentence(monkeypatch: pytest
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda _: 2)
     with pytest.raises(RuntimeError, match=r"^contrastive_loss over a group .*: give no group\.$"):
         jvp(lambda x: FIELD.loss(query=x, group=object(), backend=None), (FIELD.query,), (FIELD.query,))
+
+
+def test_vmap_over_an_empty_batch_is_one_clear_error() -> None:
+    with pytest.raises(ValueError, match="empty batch: give at least one example"):
+        vmap(lambda i: labels_to_grid(i, 2, 3))(torch.zeros(0, 1, 4, 4, dtype=torch.int64))

@@ -1,5 +1,6 @@
 """Variables of the environment and packages that are missing: one sentence before any work, or a run without them."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from fgfast import backend
 from fgfast.errors import UserError
 from fgfast.methods.simclr import SimCLRConfig
 from fgfast.train.compiling import check_compiler
-from fgfast.train.distributed import choose_device, start
+from fgfast.train.distributed import choose_device, start, will_be_first
 from fgfast.train.log import RunLog
 from fgfast.train.loop import pretrain
 
@@ -33,7 +34,9 @@ def set_environment(patch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
         ({"WORLD_SIZE": "2", "RANK": ""}, "RANK is not set"),
         ({"WORLD_SIZE": "2", "RANK": "2", **RENDEZVOUS}, "RANK is '2'"),
         ({"WORLD_SIZE": "2", "RANK": "-1", **RENDEZVOUS}, "RANK is '-1'"),
-        ({"RANK": "1"}, "RANK is '1'"),
+        ({"RANK": "1"}, "RANK is 1 but WORLD_SIZE is not set"),
+        ({"RANK": "x", "WORLD_SIZE": ""}, "RANK is x but WORLD_SIZE is not set"),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK is '1' and must be 0"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_PORT is not set"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, "MASTER_ADDR is not set"),
         ({"WORLD_SIZE": "2", "RANK": "0", **RENDEZVOUS, "MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
@@ -62,6 +65,14 @@ def test_a_gpu_is_not_guessed(monkeypatch: pytest.MonkeyPatch, value: str | None
 def test_one_process_needs_no_variable(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
     set_environment(monkeypatch, values)
     assert start("cpu").world == 1
+
+
+@pytest.mark.parametrize(("rank", "first"), [(None, True), ("", True), (" 0", True), ("1", False), ("10", False)])
+def test_the_first_rank_is_known_before_the_group_exists(
+    monkeypatch: pytest.MonkeyPatch, rank: str | None, first: bool
+) -> None:
+    set_environment(monkeypatch, {} if rank is None else {"RANK": rank})
+    assert will_be_first() == first
 
 
 @pytest.mark.parametrize("name", ["nosuch", "triton"])
@@ -109,6 +120,11 @@ def test_messages_are_one_line_in_the_log(tmp_path: Path) -> None:
     with RunLog(tmp_path, 1) as log:
         log.print("skipped a\nb\udcff")
     assert (tmp_path / "log.txt").read_text() == "skipped a\\nb\\udcff\n"
+
+
+def test_messages_are_one_line_for_every_handler(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("fgfast").warning("skipped %s", "a\nb\udcff")
+    assert caplog.messages == ["skipped a\\nb\\udcff"]
 
 
 def test_the_name_of_a_run_is_no_markup(

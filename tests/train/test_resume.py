@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from fgfast.errors import UserError
 from fgfast.methods.base import Progress
 from fgfast.methods.run_folder import read_run
 from fgfast.methods.simclr import SimCLR, SimCLRConfig
+from fgfast.train.distributed import Ranks
 from fgfast.train.log import read_metrics
 from fgfast.train.loop import pretrain
+from fgfast.train.resume import Resumed, claim_run, record_resumption
 from tests.conftest import TINY
 
 
@@ -148,6 +151,23 @@ def test_every_option_that_changes_is_recorded(drawn: Path, copy: Path, monkeypa
     _, config = read_run(copy)
     assert (config.threads, config.log_every, config.epochs, config.resume) == (2, 3, 4, False)
     assert parse_method(["simclr", "--config", str(copy / "config.toml")])[1] == config
+
+
+@pytest.mark.parametrize("text", ["environment = 3", "[environment]\nresumed = 3", "[environment]\nresumed = [3]"])
+def test_an_edited_environment_does_not_stop_the_record(tmp_path: Path, text: str) -> None:
+    config = config_for(tmp_path, tmp_path)
+    (tmp_path / "config.toml").write_text(text)
+    record_resumption(SimpleNamespace(config=config, name="simclr"), Resumed({"step": 4}, config, 6))  # type: ignore[arg-type]
+    assert [table["step"] for table in history(tmp_path)] == [4]
+
+
+def test_a_folder_with_other_files_names_one(tmp_path: Path) -> None:
+    (tmp_path / "train.log").write_text("")
+    with (
+        pytest.raises(UserError, match=r"holds other files, such as train\.log: give another --out"),
+        claim_run(tmp_path, Ranks(0, 1, torch.device("cpu"))),
+    ):
+        pass
 
 
 def test_other_images_on_resume_leave_the_record(drawn: Path, copy: Path, tmp_path: Path) -> None:

@@ -86,7 +86,8 @@ def open_images(root: Path | str, *, level: str | None = None) -> ImageSet:
     """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"The data folder {root} does not exist: check the path given with --data.")
+        what = "is a file: give the folder of a data set" if root.exists() else "does not exist: check the path given"
+        raise UserError(f"The data folder {root} {what} with --data.")
     if level is not None:
         return _read_level(root, level)
     read = _reader_of(root)

@@ -2,14 +2,14 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from fgfast.data.imageset import ImageSet, LeftOut, entries, images_below
+from fgfast.data.imageset import ImageSet, LeftOut, entries, images_below, linked_images
 from fgfast.errors import UserError
 
 MASKS = "part_masks"
@@ -25,6 +25,10 @@ _SPLITS = {
 _UNLABELLED = re.compile(
     r"(un[-_ ]?labell?ed|no[-_ ]?labels?|without[-_ ]?labels?)([-_ ](data|images))?", re.IGNORECASE
 )
+_IMAGES = re.compile(r"(jpe?g)?(images?|imgs?)|jpe?g", re.IGNORECASE)
+_LABELS = re.compile(
+    r"(\w+[-_ ])?masks?|annotations?|(tri|label)maps?|segmentations?|labels?|ground[-_ ]?truth", re.IGNORECASE
+)
 _LIST = re.compile(
     r".*\.(csv|tsv|json|mat|xml|parquet|xlsx)|.*(train|test|val|label|split|annot).*\.txt", re.IGNORECASE
 )
@@ -39,8 +43,9 @@ def read_folder(
 
     The splits have their usual names (train, training, ..., val, valid, ..., test, eval, ...) in any case, also with a
     common prefix (birds_train, birds_test). The test split is scored; the validation split only if there is no test
-    split with class folders. Without splits all images are for training. A folder that only holds one known set, or one
-    image folder with splits, stands for that.
+    split with class folders. Without splits all images are for training; there a class may be called test or dev if its
+    folder holds images. Masks (masks, annotations, labels, ...) beside a folder images are no class. A folder that only
+    holds one known set, or one image folder with splits, stands for that.
 
     Args:
         root: the folder.
@@ -52,9 +57,13 @@ def read_folder(
     """
     folders, images = entries(root)
     folders = [name for name in folders if name != MASKS]
-    if any(_by_split(folders).values()):
+    splits = _by_split(folders)
+    held_out = [*splits["test"], *splits["val"]]
+    if splits["train"] or (held_out and len(held_out) == len(folders)):
         return _read_splits(root, folders, images)
     found = {name: images_below(root / name) for name in folders}
+    if any("/" in rel for name in held_out for rel in found[name][:1]):
+        return _read_splits(root, folders, images)
     nested = _read_nested(root, found, images, reader_of)
     if nested is not None:
         return nested
@@ -126,17 +135,24 @@ def _read_splits(root: Path, folders: list[str], images: list[str]) -> ImageSet:
     if not classes:
         raise UserError(f"{root / train} has no class folder: move the images to {train}/CLASS/.")
     scored, test = _scored_split(root, splits)
-    unlabelled = [
-        LeftOut(f"{split}/{name}/", len(found.pop(name)), _reason(root / split / name))
+    no_classes = [
+        LeftOut(f"{split}/{name}/", n, _reason(root / split / name))
         for split, found in ((train, classes), (scored, test))
-        for name in list(found)
-        if _UNLABELLED.fullmatch(name) and len(found) > 1
+        for name in _no_classes(found)
+        if (n := len(found.pop(name)))
     ]
+    first = min(classes)
+    if len(classes) == 1 and classes[first][0].count("/") > 2:
+        raise UserError(
+            f"{root / train} has one folder, {first}/, with folders inside: move them up to {train}/ if they are "
+            f"the classes, or their images to {first}/ if not."
+        )
     unknown = sorted(set(test) - set(classes))
     if unknown:
         raise UserError(f"Class {unknown[0]} of {root / scored} is not in {train}/: add it there or remove it.")
-    if scored and os.path.samefile(root / train, root / scored):
-        raise UserError(f"{root / train} and {root / scored} are the same folder: give other images for testing.")
+    tested, trained = ([f"{root}/{rel}" for rels in found.values() for rel in rels] for found in (test, classes))
+    for one, two in linked_images(tested, trained):
+        raise UserError(f"{two} and {one} are the same image: give other images for testing.")
     reasons = {name: "its images are in no class folder" for name in held_out if name != scored}
     if scored in splits["test"]:
         reasons |= dict.fromkeys(splits["val"], f"{scored}/ is scored")
@@ -148,7 +164,7 @@ def _read_splits(root: Path, folders: list[str], images: list[str]) -> ImageSet:
         rest += (LeftOut(f"images beside {train}/", len(images), "in no split"),)
     source = f"image folder {root} with {train}/" + (f" and {scored}/" if scored else "")
     found = image_set(root, [(classes, True), (test, False)])
-    return replace(found, left_out=(*unlabelled, *rest), source=source)
+    return replace(found, left_out=(*no_classes, *rest), source=source)
 
 
 def _scored_split(root: Path, splits: dict[str, list[str]]) -> tuple[str, dict[str, list[str]]]:
@@ -169,7 +185,18 @@ def _classes_of_split(root: Path, split: str) -> dict[str, list[str]]:
         raise _mixed(root / split, images)
     if folders and (folders == [split] or all(any(_by_split([name]).values()) for name in folders)):
         raise UserError(f"{root / split} holds the split {folders[0]}/: move its class folders up to {split}/.")
-    return class_images(root, f"{split}/", folders)
+    rest = {
+        name: [f"{split}/{name}/{rel}" for rel in images_below(root / split / name)] for name in _no_classes(folders)
+    }
+    return class_images(root, f"{split}/", [name for name in folders if name not in rest]) | rest
+
+
+def _no_classes(folders: Iterable[str]) -> list[str]:
+    """The folders of unlabelled images, and of masks beside those of images; none if there are no other folders."""
+    folders = list(folders)
+    masks = any(_IMAGES.fullmatch(name) for name in folders)
+    found = [name for name in folders if _UNLABELLED.fullmatch(name) or (masks and _LABELS.fullmatch(name))]
+    return found if len(found) < len(folders) else []
 
 
 def _read_nested(
@@ -211,7 +238,8 @@ def _read_images(root: Path, images: list[str]) -> ImageSet:
 
 
 def _read_classes(root: Path, found: dict[str, list[str]]) -> ImageSet:
-    classes = {name: images for name, images in found.items() if not _UNLABELLED.fullmatch(name)} or found
+    no_classes = _no_classes(found)
+    classes = {name: images for name, images in found.items() if name not in no_classes}
     classes = _filled(root, {name: [f"{name}/{rel}" for rel in images] for name, images in classes.items()})
     lists = _unread_lists(root)
     first = min(classes)
@@ -222,7 +250,7 @@ def _read_classes(root: Path, found: dict[str, list[str]]) -> ImageSet:
             f"{root} has one folder, {first}/, and {lists[0].name}, in no known layout: move the images to one folder "
             f"per class, or give {root / first} to train without labels."
         )
-    rest = (LeftOut(f"{name}/", len(found[name]), _reason(root / name)) for name in found if name not in classes)
+    rest = (LeftOut(f"{name}/", n, _reason(root / name)) for name in no_classes if (n := len(found[name])))
     return replace(image_set(root, [(classes, True)]), left_out=(*rest, *lists), source=f"image folder {root}")
 
 
@@ -242,7 +270,9 @@ def _filled(folder: Path, classes: dict[str, list[str]]) -> dict[str, list[str]]
 
 def _reason(folder: Path) -> str:
     """Why a folder beside the splits or the classes is left out."""
-    return f"no labels; --unlabelled {folder} trains on them" if _UNLABELLED.fullmatch(folder.name) else "no split"
+    if _UNLABELLED.fullmatch(folder.name):
+        return f"no labels; --unlabelled {folder} trains on them"
+    return "masks or labels of other images" if _LABELS.fullmatch(folder.name) else "no split"
 
 
 def _unread_lists(root: Path) -> tuple[LeftOut, ...]:

@@ -34,6 +34,22 @@ def check_options(negatives: str, reduction: str, precision: str, deterministic:
         raise TypeError(f"deterministic is {deterministic!r}: give True or False.")
 
 
+def check_alike(**vectors: Tensor) -> None:
+    """Raise unless all are tensors of floats of one dtype, of any under autocast, on one device."""
+    for name, x in vectors.items():
+        check_tensor(name, x)
+    (first, reference), *_ = vectors.items()
+    device = reference.device
+    for name, x in vectors.items():
+        if not x.is_floating_point() or x.element_size() < 2:
+            raise TypeError(f"{name} has dtype {x.dtype}: give float32, float16, bfloat16 or float64.")
+        mixed = x.dtype != reference.dtype
+        if mixed and (device.type == "meta" or not torch.is_autocast_enabled(device.type)):
+            raise TypeError(f"{name} has dtype {x.dtype} and {first} has {reference.dtype}: convert one of them.")
+        if x.device != device:
+            raise ValueError(f"{name} is on {x.device} and {first} on {device}: move it there.")
+
+
 def check_operands(
     query: Tensor, key: Tensor, query_ids: Ids, key_ids: Ids, temperature: float | Tensor, weight: Tensor | None,
     bank: Tensor | None,
@@ -44,13 +60,9 @@ def check_operands(
         check_tensor(name, x)
         if x.dim() != 2:
             raise shape_error(name, "[N, D]", x)
-        if not x.is_floating_point() or x.element_size() < 2:
-            raise TypeError(f"{name} has dtype {x.dtype}: give float32, float16, bfloat16 or float64.")
         if x.shape[1] != query.shape[1]:
             raise ValueError(f"{name} has {x.shape[1]} channels and query has {query.shape[1]}: they must agree.")
-        mixed = x.dtype != query.dtype
-        if mixed and (query.device.type == "meta" or not torch.is_autocast_enabled(query.device.type)):
-            raise TypeError(f"{name} has dtype {x.dtype} and query has {query.dtype}: convert one of them.")
+    check_alike(**vectors)
     per_row: dict[str, tuple[Tensor, int]] = {}
     for side, ids, n in (("query", query_ids, len(query)), ("key", key_ids, len(key))):
         for field, x in zip(Ids._fields, ids, strict=True):
@@ -61,7 +73,7 @@ def check_operands(
     for name, (x, n) in per_row.items():
         if x.shape != (n,):
             raise shape_error(name, f"[{n}]", x)
-    for name, x in [*vectors.items(), *((name, x) for name, (x, _) in per_row.items())]:
+    for name, (x, _) in per_row.items():
         if x.device != query.device:
             raise ValueError(f"{name} is on {x.device} and query on {query.device}: move it there.")
     if isinstance(temperature, Tensor):

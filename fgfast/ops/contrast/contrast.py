@@ -119,7 +119,8 @@ def contrastive_loss(
     if group is not None and torch.distributed.get_world_size(group) > 1:
         if by_definition:
             raise RuntimeError(
-                "contrastive_loss over a group has no forward-mode derivative and runs in no torch.func: give no group."
+                "contrastive_loss over a group has no forward-mode derivative and does not work inside torch.func: "
+                "give no group."
             )
         resolve("contrastive_loss over a group", backend, ("torch",))
         return ring_contrast(operands, weight, reduction, group)

@@ -171,7 +171,9 @@ def _ring_contrast_backward(
 
 
 def _refuse(operands: Operands) -> Tensor:
-    raise RuntimeError("contrastive_loss over a group has a gradient of one order, and not in a batch: give no group.")
+    raise RuntimeError(
+        "contrastive_loss over a group has no second derivative and does not work inside torch.func: give no group."
+    )
 
 
 register_autograd(_ring_contrast, _ring_contrast_backward, _refuse)
