@@ -1,8 +1,8 @@
 """Supervised contrast."""
 
-import importlib
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -72,7 +72,7 @@ class SupConLoss(nn.Module):
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """An instance of the class in ``fgfast.losses.pml`` where pytorch-metric-learning has been imported."""
         if cls is SupConLoss and "pytorch_metric_learning.losses" in sys.modules:
-            cls = importlib.import_module("fgfast.losses.pml").SupConLoss
+            cls = class_for_pml()
         return super().__new__(cls)
 
     def __init__(
@@ -251,3 +251,12 @@ def _sorted_by_label(x: Tensor, labels: Tensor, order: Tensor, first: int) -> tu
     """Vectors and ids in this order; each vector is its own view."""
     image = labels[order]
     return x[order], Ids(image, torch.zeros_like(image), first + arange_like(len(labels), labels))
+
+
+@cache
+def class_for_pml() -> type[Any]:
+    """SupConLoss with pytorch-metric-learning's base class, whose constructor runs before ours sets the same names."""
+    from pytorch_metric_learning.losses import BaseMetricLossFunction
+
+    names = {"__module__": "fgfast.losses.pml", "__qualname__": "SupConLoss", "__doc__": SupConLoss.__doc__}
+    return type("SupConLoss", (SupConLoss, BaseMetricLossFunction), names)

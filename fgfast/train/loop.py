@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fgfast.claim import Claim
 from fgfast.config import TrainConfig, validate
 from fgfast.data.splits import pretext_splits
-from fgfast.errors import UserError, one_line
+from fgfast.errors import UserError
 from fgfast.info import require
 from fgfast.methods.base import Method, Progress, method_class
 from fgfast.run import save_checkpoint, save_encoder
@@ -71,7 +71,7 @@ def pretrain(method: str | type[Method], config: TrainConfig, *, train: bool = T
             return Path(config.out)
         if resumed is not None and resumed.step == length.total:
             if ranks.first:
-                log.warning(one_line(f"{config.out} is finished: all {resumed.step} steps are done."))
+                log.warning("%s is finished: all %d steps are done.", config.out, resumed.step)
             return Path(config.out)
         if ranks.first:
             print(description, file=sys.stderr, flush=True)  # before the parts are discovered, which takes time
