@@ -46,8 +46,8 @@ def sample_pixels(weight: Tensor, spread: Tensor | None, n: int, seed: Tensor, r
     priority = chance / (uniform(seed, 3 * run + 1, pixels) + 2**-33)
     top = priority.topk(n + 1, dim=1)
     index = top.indices[:, :n].sort(1).values
-    share = chance.gather(1, index)
-    stands_for = torch.where(share > 0, (top.values[:, n:] / share).clamp_min(1), 0)
+    drawn = chance.gather(1, index)
+    stands_for = torch.where(drawn > 0, (top.values[:, n:] / drawn).clamp_min(1), 0)
     return Sample(index, (w.gather(1, index) * stands_for).to(weight.dtype))
 
 
