@@ -1,6 +1,6 @@
 """Part pooling: one vector per part and image; checks, choice of backend, registration."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,13 +102,13 @@ def _(
     return empty_gradient(grad, labels, pixel_major)
 
 
-def _setup_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     grad, labels, weight, _, ctx.mean, _, ctx.backend = inputs
     ctx.n_parts = grad.shape[1]
     ctx.save_for_backward(labels, weight)
 
 
-def _backward_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+def _backward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Pooling is linear, so what is adjoint to its gradient is pooling."""
     labels, weight = ctx.saved_tensors
     pooled, _ = _part_pool(grad, labels, ctx.n_parts, weight, ctx.mean, ctx.backend)
@@ -140,14 +140,14 @@ def differentiate_pool(
     return found.transpose(1, 2).unflatten(2, labels.shape[1:])
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     features, labels, _, weight, ctx.mean, ctx.backend = inputs
     _, area, *grid = output
     ctx.pixel_major = is_pixel_major(features)
     ctx.save_for_backward(*(grid or (labels,)), weight, area)
 
 
-def _backward(ctx, grad: Tensor, *_: Tensor | None):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     labels, weight, area = ctx.saved_tensors
     out = differentiate_pool(grad, labels, weight, area, ctx.mean, ctx.pixel_major, ctx.backend)
     return out, None, None, None, None, None
