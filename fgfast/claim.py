@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fgfast.errors import UserError
+from fgfast.files import machine
 
 log = logging.getLogger("fgfast")
 
@@ -87,7 +88,7 @@ def is_claim(file: Path) -> bool:
 def _of_this_process() -> Claim:
     pid, since = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
     process = _state_and_start(pid)
-    return Claim(secrets.token_hex(8), pid, socket.gethostname(), _machine(), process and process[1], since)
+    return Claim(secrets.token_hex(8), pid, socket.gethostname(), machine(), process and process[1], since)
 
 
 def _take(folder: Path) -> tuple[Path, Claim]:
@@ -170,21 +171,13 @@ def _is_sound(claim: Claim) -> bool:
 
 def _why_over(claim: Claim, file: Path) -> str | None:
     """Why a claim does not hold any longer, as a clause; None if it does."""
-    if claim.machine == _machine():
+    if claim.machine == machine():
         return None if _is_running(claim) else "has ended"
     with tempfile.TemporaryFile(dir=file.parent) as now, contextlib.suppress(FileNotFoundError):
         # both times are of the clock of the file system, as those of two machines differ
         if os.fstat(now.fileno()).st_mtime - file.lstat().st_mtime <= SILENT:
             return None
     return f"has not been heard of for {SILENT / 60:.0f} minutes"
-
-
-def _machine() -> str:
-    """Identifies this machine since its start and its process numbers: those of another container are not ours."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return socket.gethostname()
 
 
 def _is_running(claim: Claim) -> bool:

@@ -1,18 +1,18 @@
 """The options of a training run: a flat dataclass for the command line, config.toml and the methods."""
 
-import codecs
 import dataclasses
 import datetime
 import json
 import math
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
+from fgfast import formats
 from fgfast.errors import UserError
+from fgfast.formats import shorten
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -38,11 +38,42 @@ class Range:
 
     def __contains__(self, value: float) -> bool:
         above = value > self.least if self.open else value >= self.least
-        return above and value <= self.most and math.isfinite(value)
+        return above and value <= self.most and (value < 2**63 if isinstance(value, int) else math.isfinite(value))
 
     def __str__(self) -> str:
         start = f"{'more than' if self.open else 'at least'} {self.least:g}"
         return start if math.isinf(self.most) else f"{start} and at most {self.most:g}"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The time between checkpoints, from the text of ``--save-every``.
+
+    Args:
+        amount: a positive number.
+        unit: "epochs", "steps" or "minutes".
+
+    Example:
+        >>> Interval.parse("3"), Interval.parse("500s"), Interval.parse("0.5m").amount
+        (Interval(amount=3, unit='epochs'), Interval(amount=500, unit='steps'), 0.5)
+    """
+
+    amount: float
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Interval":
+        """Read "3" (epochs), "500s" (steps) or "10m" (minutes).
+
+        Raises:
+            UserError: the text is none of these.
+        """
+        if match := re.fullmatch(r"([1-9][0-9]{0,8})(s?)", text.strip()):
+            return cls(int(match[1]), "steps" if match[2] else "epochs")
+        match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)m", text.strip())
+        if match is None or float(match[1]) == 0:
+            raise UserError(f"--save-every is {text!r}: give 3 (epochs), 500s (steps) or 10m (minutes).")
+        return cls(float(match[1]), "minutes")
 
 
 Count = Annotated[int, Range(1)]
@@ -109,8 +140,13 @@ class TrainConfig:
     """Steps between rows of metrics.jsonl."""
     knn_every: Natural = 10
     """Epochs between evaluations during training (kNN, and scores of the method); 0 disables them."""
-    save_every: Count = 10
-    """Epochs between checkpoints."""
+    save_every: str = "10m"
+    """Time between checkpoints: 3 (epochs), 500s (steps) or 10m (minutes)."""
+    sync_bn: bool = False
+    """Compute the statistics of BatchNorm over the images of all ranks; otherwise each rank keeps its own, and those of
+    the first rank are evaluated and exported."""
+    rank_timeout: Positive = 300.0
+    """Seconds after which a rank that does not answer ends the run on all ranks."""
     resume: bool = False
     """Resume from RUN/last.pt if it exists."""
     compile: bool = False
@@ -131,38 +167,17 @@ _SWITCHES = {"true": True, "yes": True, "1": True, "on": True, "false": False, "
 C = TypeVar("C", bound="DataclassInstance")
 
 
-def load_toml(path: Path) -> dict[str, Any]:
-    """The table of a TOML file, which may start with a byte order mark of UTF-8.
-
-    Raises:
-        ValueError: the file does not parse.
-        OSError: it cannot be read.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        utf16 = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        raise ValueError("it is UTF-16 and must be UTF-8" if utf16 else str(error)) from None
-
-
 def read_toml(path: Path) -> dict[str, Any]:
-    """The table of a TOML file.
+    """The table of a file with options.
 
     Raises:
-        UserError: the file is missing or does not parse.
+        UserError: the file is missing, cannot be read, or does not parse.
     """
-    try:
-        return load_toml(path)
-    except FileNotFoundError:
-        raise UserError(f"The config file {path} does not exist: check the path.") from None
-    except ValueError as error:
-        raise UserError(f"The config file {path} is not valid TOML: {error}.") from None
-    except OSError as error:
-        raise UserError(f"The config file {path} cannot be read ({error.strerror}): give a TOML file.") from None
+    return formats.read_toml(path, remedy="give a TOML file in UTF-8")
 
 
 def with_values(config: C, values: dict[str, Any], source: str) -> C:
-    """``config`` with some fields replaced, after a check of names and types.
+    """``config`` with some fields replaced, after a check of names, types and ranges.
 
     Args:
         config: the defaults.
@@ -170,24 +185,30 @@ def with_values(config: C, values: dict[str, Any], source: str) -> C:
         source: where the values come from, for the message.
 
     Raises:
-        UserError: a field does not exist or a value has the wrong type.
+        UserError: a field does not exist or a value has the wrong type, is out of range or no file can hold it.
     """
     fields = {f.name for f in dataclasses.fields(config)}
     values = {k: v for k, v in values.items() if k != "environment"}  # written to config.toml for information
-    hints = get_type_hints(type(config))
+    hints, ranges = get_type_hints(type(config)), get_type_hints(type(config), include_extras=True)
     checked: dict[str, Any] = {}
     for name, value in values.items():
         key = name.replace("-", "_")
         if key not in fields:
             raise UserError(f"{source} sets {name!r}, which {type(config).__name__} does not have: remove it.")
-        hint = hints[key]
+        hint, shown = hints[key], shorten(repr(value))
         choices = get_args(hint)
         if choices and value not in choices:
-            raise UserError(f"{source} sets {name} = {value!r}: choose one of {', '.join(map(str, choices))}.")
-        if hint is float and isinstance(value, int) and not isinstance(value, bool):
+            raise UserError(f"{source} sets {name} = {shown}: choose one of {', '.join(map(str, choices))}.")
+        if hint is float and type(value) is int:
             value = float(value)
+        if key == "save_every" and type(value) is int:  # as earlier versions wrote it
+            value = str(value)
         if (not choices and not isinstance(value, hint)) or (hint is int and isinstance(value, bool)):
-            raise UserError(f"{source} sets {name} = {value!r}: give a value of type {hint.__name__}.")
+            raise UserError(f"{source} sets {name} = {shown}: give a value of type {hint.__name__}.")
+        for wanted in getattr(ranges[key], "__metadata__", ()):
+            check_range(f"{source} sets {name}, which", value, wanted)
+        if isinstance(value, str):
+            check_text(f"{source}: {name}", value)
         checked[key] = value
     return dataclasses.replace(config, **checked)
 
@@ -201,7 +222,8 @@ def parse_values(config: "DataclassInstance", pairs: dict[str, str], source: str
         try:
             values[name] = _SWITCHES[text.lower()] if hint is bool else hint(text) if hint in (int, float) else text
         except (KeyError, ValueError):
-            raise UserError(f"{source} sets {name} = {text!r}: give a value of type {hint.__name__}.") from None
+            wrong = f"{source} sets {name} = {shorten(repr(text))}"
+            raise UserError(f"{wrong}: give a value of type {hint.__name__}.") from None
     return values
 
 
@@ -212,12 +234,29 @@ def validate(config: TrainConfig) -> None:
     if not config.out:
         raise UserError("No run folder is given: give --out RUN.")
     for name, value in vars(config).items():
-        if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):  # Python's stand-ins for other bytes
-            raise UserError(f"--{name.replace('_', '-')} is {value!r}, which is not valid UTF-8: give another name.")
+        if isinstance(value, str):
+            check_text(flag(name), value)
     if config.unlabelled and not config.takes_unlabelled:
         raise UserError("--unlabelled adds images that supervised training cannot use: leave it out.")
     check_ranges(config)
+    Interval.parse(str(config.save_every))
     config.check()
+
+
+def check_text(name: str, value: str) -> None:
+    """Raise a UserError for a text that no file name and no config.toml can hold."""
+    if re.search("[\0\ud800-\udfff]", value):  # Python's stand-ins for bytes that are no UTF-8
+        raise UserError(f"{name} is {shorten(repr(value))}, which is not valid UTF-8: give another name.")
+
+
+def flag(name: str) -> str:
+    """The flag of an option on the command line.
+
+    Example:
+        >>> flag("batch_size")
+        '--batch-size'
+    """
+    return "--" + name.replace("_", "-")
 
 
 def check_range(name: str, value: float, wanted: Range) -> None:
@@ -230,7 +269,8 @@ def check_range(name: str, value: float, wanted: Range) -> None:
         fgfast.errors.UserError: --lr is inf: give a finite number of at least 0.
     """
     if value not in wanted:
-        raise UserError(f"{name} is {value}: give {'' if math.isfinite(value) else 'a finite number of '}{wanted}.")
+        kind = "" if abs(value) < 2**63 else "a finite number of "
+        raise UserError(f"{name} is {shorten(repr(value))}: give {kind}{wanted}.")
 
 
 def check_ranges(config: TrainConfig) -> None:
@@ -238,7 +278,7 @@ def check_ranges(config: TrainConfig) -> None:
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
         for wanted in getattr(hint, "__metadata__", ()):
-            check_range(f"--{name.replace('_', '-')}", value, wanted)
+            check_range(flag(name), value, wanted)
 
 
 def to_toml(config: TrainConfig, method: str, resumed: Sequence[dict[str, Any]] = (), images: str = "") -> str:

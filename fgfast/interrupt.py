@@ -16,7 +16,9 @@ from typing import Any
 RETRY = 0.05  # seconds
 _PACKAGE = os.path.join(os.path.dirname(__file__), "")
 _COMMAND_LINE = os.path.join(_PACKAGE, "cli", "")
-_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, name)]
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+"""Signals that end a command: of a person, of the system and of a scheduler whose time is nearly up."""
+_SIGNALS = [*STOPS, *(getattr(signal, name) for name in ("SIGALRM",) if hasattr(signal, name))]
 
 
 def handle(number: int, frame: FrameType | None) -> None:
@@ -41,7 +43,7 @@ def handle(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def interruptible(*, last: bool) -> Iterator[None]:
-    """Handle SIGINT and SIGTERM by :func:`handle`; possible only in the main thread, elsewhere nothing changes.
+    """Handle the stop signals by :func:`handle`; possible only in the main thread, elsewhere nothing changes.
 
     A signal that is ignored stays so: a job that a script starts in the background survives a Ctrl-C.
 
@@ -65,11 +67,14 @@ def interruptible(*, last: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def shielding_children() -> Iterator[None]:
-    """Start processes that do not get the SIGINT of Ctrl-C, from their first moment on: this process reports it."""
+    """Start processes that do not get the SIGINT of Ctrl-C, from their first moment on: this process reports it.
+
+    Nor do they get the SIGUSR1 that a scheduler sends to every process of a job.
+    """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a child inherits the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1})  # a child inherits the mask
     try:
         yield
     finally:
@@ -99,5 +104,7 @@ def _is_the_command() -> bool:
 
 # The package imports this module first and torch next.
 if _is_the_command() and "--multiprocessing-fork" not in sys.orig_argv:
+    # torch prints its C++ stack for every rank that has gone, which the command says in one sentence
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with contextlib.suppress(ValueError):  # not the main thread
         _take_signals()

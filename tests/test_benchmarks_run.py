@@ -1,7 +1,9 @@
 """The benchmark harness on a CPU, with tiny shapes and PyTorch's backend: judged, timed, tabulated, recorded, drawn."""
 
 import argparse
+import multiprocessing
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +16,8 @@ pytest.importorskip("matplotlib")
 
 from benchmarks import ceilings, compiled, peak, plots, record, run, table, traffic
 from benchmarks.cases import OPERATIONS, contrast, find, planned, views
+from benchmarks.endurance import blocks, images, kills, report
+from benchmarks.endurance.__main__ import PARTS
 from benchmarks.timing import Case, Clock, Unavailable, Variant, Verdict, faults, input_sets, measure
 
 CPU = torch.device("cpu")
@@ -302,3 +306,50 @@ def test_the_command_refuses_an_operation_that_it_does_not_have():
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "contrast" in done.stderr
+
+
+def test_the_results_of_a_part_of_the_endurance_replace_those_before(tmp_path):
+    path = tmp_path / "RESULTS.md"
+    path.write_text(report.RESULTS.read_text())
+    for part in PARTS:
+        report.write(part, f"first {part}", path)
+        report.write(part, f"second {part}", path)
+    assert all(path.read_text().count(f"\nsecond {part}\n") == 1 for part in PARTS)
+    assert "first" not in path.read_text().partition("## Endurance")[2].partition("## Runs")[0]
+    path.write_text("# Results\n")
+    with pytest.raises(ValueError, match="add them"):
+        report.write("kills", "", path)
+
+
+def test_lost_and_repeated_images_are_counted():
+    assert images.count(3, iter([[0, 1, 2], [2, 0, 2, 2]])) == (6, 1, 2)
+
+
+def test_one_bit_makes_two_checkpoints_differ():
+    zero, negative = torch.zeros(1), -torch.zeros(1)
+    nan = torch.full((1,), torch.nan)
+    assert kills.equal({"a": [nan, 1]}, {"a": [nan.clone(), 1]})
+    assert not kills.equal({"a": [zero, 1]}, {"a": [negative, 1]})
+    assert not kills.equal({"a": 1}, {"a": 1, "b": 2})
+
+
+def _trial(number: int, folder: Path) -> str:
+    from fgfast.errors import UserError
+
+    def fail() -> None:
+        if number == 1:
+            raise UserError("One sentence.")
+        if number == 2:
+            raise KeyError("undocumented")
+        if number == 3:
+            signal.raise_signal(signal.SIGKILL)
+
+    return blocks.outcome_of(fail)
+
+
+def test_a_trial_that_crashes_is_an_outcome_and_the_others_go_on(monkeypatch, tmp_path):
+    monkeypatch.setattr(blocks, "context", lambda: multiprocessing.get_context("fork"))
+    outcomes = blocks.run_trials(_trial, 6, tmp_path, workers=2)
+    assert [outcomes[i] for i in (0, 1, 4, 5)] == ["success", "documented", "success", "success"]
+    assert "KeyError" in outcomes[2]
+    assert "exit status -9" in outcomes[3]

@@ -99,7 +99,7 @@ def test_a_claim_of_a_process_that_ended_is_taken_over(tmp_path: Path, changes: 
 @pytest.mark.parametrize(("machine", "seconds"), [(None, 10 * SILENT), ("another", SILENT - 60)])
 def test_a_claim_holds_while_its_process_runs(tmp_path: Path, machine: str | None, seconds: float) -> None:
     """On this machine a process counts as running however old its heartbeat, on another one if it was minutes ago."""
-    written(tmp_path, machine=machine or claims._machine())
+    written(tmp_path, machine=machine or claims.machine())
     age(tmp_path / NAME, seconds)
     before = (tmp_path / NAME).read_bytes()
     with pytest.raises(UserError, match="in use"):

@@ -13,6 +13,7 @@ from fgfast.config import TrainConfig, parse_values, read_toml, to_toml, validat
 from fgfast.errors import UserError
 from fgfast.methods.lodisc import LoDiscConfig
 from fgfast.methods.particle import PARTICLEConfig
+from fgfast.methods.run_folder import read_run
 from fgfast.methods.simclr import SimCLRConfig
 from fgfast.methods.srgan import SRGANConfig
 from fgfast.run import read_options
@@ -51,8 +52,11 @@ def test_resumed_run_takes_its_own_options(tmp_path: Path) -> None:
     assert parse_method(words)[1].lr == TrainConfig.lr
 
 
-@given(st.text(), st.floats(allow_nan=False), st.dictionaries(st.text(), st.text() | st.booleans() | st.integers()))
-@example('a "quoted" \\ path\n\r\t\x00\x7f\x85\u2028', 1e-5, {"torch \n": "2"})
+@given(
+    st.text().filter(lambda text: "\0" not in text), st.floats(0, allow_infinity=False),
+    st.dictionaries(st.text(), st.text() | st.booleans() | st.integers()),
+)  # fmt: skip
+@example('a "quoted" \\ path\n\r\t\x01\x7f\x85\u2028', 1e-5, {"torch \n": "2"})
 @examples(15)
 def test_configuration_round_trips_through_its_file(text: str, number: float, before: dict[str, object]) -> None:
     """config.toml is read as the same configuration and the same record of resumptions, whatever the texts are."""
@@ -78,9 +82,9 @@ def test_files_of_windows_are_read(tmp_path: Path, start: str, newline: str) -> 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
 def test_a_file_in_utf_16_is_refused_by_name(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "config.toml").write_bytes('\ufeffmethod = "simclr"'.encode(encoding))
-    with pytest.raises(UserError, match="is not valid TOML: it is UTF-16 and must be UTF-8"):
+    with pytest.raises(UserError, match=r"\(it is UTF-16 and must be UTF-8\): give a TOML file in UTF-8"):
         read_toml(tmp_path / "config.toml")
-    with pytest.raises(UserError, match=r"does not parse \(it is UTF-16 and must be UTF-8\): restore it"):
+    with pytest.raises(UserError, match=r"cannot be read \(it is UTF-16 and must be UTF-8\): restore it"):
         read_options(tmp_path)
 
 
@@ -101,7 +105,7 @@ def test_errors_are_one_line() -> None:
         (["nomethod"], "no method 'nomethod'"),
         ([], "expects a method"),
         (["simclr", "--parts", "grid"], "does not know '--parts'"),
-        (["simclr", "--config", "missing.toml"], "does not exist"),
+        (["simclr", "--config", "missing.toml"], "missing.toml is missing"),
         (["simclr", "--config"], "has no value"),
         (["color", "--preset", "paper"], "no --preset paper"),
     ],
@@ -119,7 +123,13 @@ def test_wrong_arguments_are_refused(words: list[str], message: str) -> None:
         ('lr = "fast"', "type float"),
         ("epochs = true", "type int"),
         ('amp = "fp8"', "choose one of bf16, off"),
-        ("lr = ", "not valid TOML"),
+        ("lr = ", "Invalid value"),
+        ("lr = -1", r"The config file .* sets lr, which is -1\.0: give at least 0"),
+        ("lr = inf", "give a finite number"),
+        ("epochs = 9223372036854775808", "give a finite number of at least 1"),
+        ("epochs = 0x" + "f" * 400, "beyond 64 bits"),
+        ('out = "a\\u0000b"', "not valid UTF-8"),
+        ("method = [1]", "another method"),
         ('method = "particle"', "another method"),
     ],
 )
@@ -173,3 +183,23 @@ def test_ranges_belong_to_the_method() -> None:
     validate(SimCLRConfig(data="d", out="o", blocks=0))
     with pytest.raises(UserError, match=r"--keep is 0\.0: give more than 0 and at most 1"):
         validate(LoDiscConfig(data="d", out="o", keep=0.0))
+
+
+def test_an_interval_of_checkpoints_may_be_an_integer(tmp_path: Path) -> None:
+    """Earlier versions wrote ``save_every = 10``: a run of one reads as 10 epochs."""
+    (tmp_path / "config.toml").write_text('method = "simclr"\nsave_every = 10\n')
+    assert read_run(tmp_path)[1].save_every == "10"
+
+
+@pytest.mark.parametrize("digits", [25, 400])
+def test_integers_that_no_float_can_hold_are_out_of_range(digits: int) -> None:
+    with pytest.raises(UserError, match=r"--epochs is 99999.*: give a finite number of at least 1"):
+        validate(TrainConfig(data="d", out="o", epochs=int("9" * digits)))
+
+
+@pytest.mark.parametrize(("line", "reason"), [("lr = -1.0", "give at least 0"), ("seed = true", "type int")])
+def test_options_are_checked_when_a_run_is_read(tmp_path: Path, line: str, reason: str) -> None:
+    """Whatever reads a run, not only training."""
+    (tmp_path / "config.toml").write_text(f'method = "simclr"\n{line}\n')
+    with pytest.raises(UserError, match=reason):
+        read_run(tmp_path)

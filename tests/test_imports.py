@@ -16,6 +16,7 @@ ORDER = (
     ("methods",),
     ("parts",),
     ("claim", "run"),
+    ("ranks",),
     ("models",),
     ("data",),
     ("losses", "estimator"),
@@ -24,9 +25,10 @@ ORDER = (
     ("pixels",),
     ("reference",),
     ("config",),
+    ("formats",),
     ("info",),
     ("backend",),
-    ("ids", "tensors", "files"),
+    ("ids", "tensors", "files", "checksum"),
     ("errors", "interrupt"),
 )
 GROUND = {"ids", "tensors", "errors"}  # all that a definition may import

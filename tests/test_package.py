@@ -150,7 +150,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
-    assert {"fgfast/kernels/__init__.py", "fgfast/py.typed", "fgfast/report/report.html.j2"} <= held
+    needed = {"kernels/__init__.py", "py.typed", "report/report.html.j2", "examples/pretrain.sbatch"}
+    assert {f"fgfast/{name}" for name in needed} <= held
     wanted = {path.relative_to(ROOT).as_posix() for path in SOURCES if path.is_relative_to(ROOT / "fgfast")}
     wanted |= {
         f"fgfast/{path.relative_to(ROOT).as_posix()}" for path in SOURCES if path.is_relative_to(ROOT / "kernels")

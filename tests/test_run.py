@@ -1,19 +1,32 @@
 """Files of a run: complete or absent, and of the right method."""
 
+import contextlib
 import errno
+import itertools
+import os
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
+from torch import nn
 
 from fgfast.errors import UserError
 from fgfast.files import write_atomic
 from fgfast.models.backbone import Backbone
-from fgfast.run import load_checkpoint, save_checkpoint, save_encoder
+from fgfast.run import (
+    has_checkpoint,
+    load_checkpoint,
+    load_newest,
+    read_options,
+    save_checkpoint,
+    save_encoder,
+    save_newest,
+)  # fmt: skip
 from tests.conftest import TINY
-from tests.examples import examples
 
 
 def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -52,39 +65,159 @@ def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "none.pt", "simclr")
 
 
-@given(st.floats(0, 1, exclude_max=True))
-@example(0.0)
-@example(0.05)  # torch raises an OSError
-@examples(30)
-def test_a_cut_checkpoint_is_refused(saved: tuple[Path, bytes], share: float) -> None:
+def test_a_checkpoint_cut_at_any_length_is_refused(saved: tuple[Path, bytes]) -> None:
     file, whole = saved
-    file.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(UserError, match=r"copy or download it again|restore it from a copy"):
+    file.write_bytes(whole)
+    for length in reversed(range(len(whole))):
+        os.truncate(file, length)
+        with pytest.raises(UserError, match=r"last\.pt is cut or damaged \(.*\): restore it from a copy"):
+            load_checkpoint(file, "simclr")
+
+
+def test_a_checkpoint_with_any_other_bit_is_refused(saved: tuple[Path, bytes]) -> None:
+    file, whole = saved
+    file.write_bytes(whole)
+    with file.open("rb+", buffering=0) as stored:
+        for place, bit in itertools.product(range(len(whole)), range(8)):
+            os.pwrite(stored.fileno(), bytes([whole[place] ^ 1 << bit]), place)
+            with pytest.raises(UserError, match=r"last\.pt is cut or damaged \(.*\): restore it from a copy"):
+                load_checkpoint(file, "simclr")
+            os.pwrite(stored.fileno(), whole[place : place + 1], place)
+    assert load_checkpoint(file, "simclr")["step"] == 3
+
+
+@pytest.mark.parametrize("more", [b"", b"PK", b"x" * 78])
+def test_a_checkpoint_with_more_at_its_end_is_refused(saved: tuple[Path, bytes], more: bytes) -> None:
+    file, whole = saved
+    file.write_bytes(whole + more)
+    with pytest.raises(UserError, match="cut or damaged") if more else contextlib.nullcontext():
         load_checkpoint(file, "simclr")
 
 
-@given(st.data())
-@examples(60)
-def test_a_checkpoint_with_another_bit_is_refused_or_the_same(saved: tuple[Path, bytes], data: st.DataObject) -> None:
-    """Bits of weights included, which torch.load reads without a word; some bits of the file mean nothing."""
-    file, whole = saved
-    content = bytearray(whole)
-    content[data.draw(st.integers(0, len(whole) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    file.write_bytes(content)
-    try:
-        state = load_checkpoint(file, "simclr")
-    except UserError:
-        return
-    assert (state["name"], state["step"]) == ("simclr", 3)
-    assert torch.equal(state["method"]["weight"], torch.arange(200.0))
+def test_a_checkpoint_of_an_earlier_version_loads_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save({"name": "simclr", "step": 3}, tmp_path / "last.pt")
+    assert load_checkpoint(tmp_path / "last.pt", "simclr")["step"] == 3
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{tmp_path / 'last.pt'} has no checksum, as earlier versions wrote none: not all damage to it would be found"
+    ]
 
 
-def test_another_weight_in_a_checkpoint_is_found(saved: tuple[Path, bytes]) -> None:
-    file, whole = saved
+def test_another_weight_in_a_checkpoint_of_an_earlier_version_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "last.pt"
+    torch.save({"name": "simclr", "weight": torch.arange(200.0)}, file)
+    whole = file.read_bytes()
     place = whole.index(torch.arange(200.0).numpy().tobytes()) + 402
     file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    with pytest.raises(UserError, match=r"last\.pt is cut or damaged \(.*\): restore it from a copy"):
+    with pytest.raises(UserError, match=r"last\.pt is cut or damaged \(last/data/0\): restore it from a copy"):
         load_checkpoint(file, "simclr")
+
+
+def test_other_programs_read_a_checkpoint(saved: tuple[Path, bytes]) -> None:
+    file, whole = saved
+    file.write_bytes(whole)
+    assert torch.load(file, weights_only=True)["step"] == 3
+    with zipfile.ZipFile(file) as archive:
+        assert archive.testzip() is None
+
+
+def save_step(run: Path, step: int, confirm: Callable[[], object] = lambda: None) -> None:
+    save_newest(run, {"name": "simclr", "step": step}, nn.Linear(1, 1), TINY, confirm)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
+    assert not has_checkpoint(tmp_path)
+    for step in (1, 2, 3):
+        save_step(tmp_path, step)
+    assert [load_checkpoint(tmp_path / name, "simclr")["step"] for name in ("previous.pt", "last.pt")] == [2, 3]
+    assert sorted(contents(tmp_path)) == ["encoder.safetensors", "last.pt", "previous.pt"]
+    assert load_newest(tmp_path, "simclr")[1] == []
+
+
+def test_a_whole_last_checkpoint_is_there_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_step(tmp_path, 1)
+    seen = []
+
+    def observed(change: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            value = change(*args)
+            seen.append(load_checkpoint(tmp_path / "last.pt", "simclr")["step"])
+            return value
+
+        return call
+
+    monkeypatch.setattr(os, "link", observed(os.link))
+    monkeypatch.setattr(Path, "replace", observed(Path.replace))
+    save_step(tmp_path, 2)
+    assert seen == [1, 1, 1, 2]  # after the encoder, the link, previous.pt and last.pt
+
+
+def test_a_process_killed_between_its_two_renames_does_no_harm(tmp_path: Path) -> None:
+    save_step(tmp_path, 1)
+    os.link(tmp_path / "last.pt", tmp_path / "previous.pt")
+    save_step(tmp_path, 2)
+    assert [load_checkpoint(tmp_path / name, "simclr")["step"] for name in ("previous.pt", "last.pt")] == [1, 2]
+    assert len(contents(tmp_path)) == 3
+
+
+def test_two_checkpoints_are_kept_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", Mock(side_effect=OSError(errno.EPERM, "Operation not permitted")))
+    for step in (1, 2):
+        save_step(tmp_path, step)
+    assert [load_checkpoint(tmp_path / name, "simclr")["step"] for name in ("previous.pt", "last.pt")] == [1, 2]
+    assert len(contents(tmp_path)) == 3
+
+
+def damage(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-200] + bytes(200))
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what"), [(damage, "cut or damaged"), (cut, "cut or damaged"), (Path.unlink, "missing")]
+)
+def test_the_previous_checkpoint_stands_in_with_a_sentence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, spoil: Callable[[Path], object], what: str
+) -> None:
+    save_step(tmp_path, 1)
+    save_step(tmp_path, 2)
+    spoil(tmp_path / "last.pt")
+    assert has_checkpoint(tmp_path)
+    state, notes = load_newest(tmp_path, "simclr")
+    assert state["step"] == 1
+    assert notes == [f"{tmp_path / 'last.pt'} is {what}: {tmp_path / 'previous.pt'} of step 1 is used."]
+    assert [record.getMessage() for record in caplog.records] == notes
+
+
+def test_two_damaged_checkpoints_are_both_named(tmp_path: Path) -> None:
+    save_step(tmp_path, 1)
+    save_step(tmp_path, 2)
+    damage(tmp_path / "last.pt")
+    damage(tmp_path / "previous.pt")
+    with pytest.raises(UserError, match=r"last\.pt is cut or damaged and .*previous\.pt is cut or damaged: rest"):
+        load_newest(tmp_path, "simclr")
+
+
+def test_a_damaged_checkpoint_never_replaces_the_whole_one_before_it(tmp_path: Path) -> None:
+    save_step(tmp_path, 1)
+    save_step(tmp_path, 2)
+    damage(tmp_path / "last.pt")
+    save_step(tmp_path, 3)
+    assert [load_checkpoint(tmp_path / name, "simclr")["step"] for name in ("previous.pt", "last.pt")] == [1, 3]
+
+
+def test_a_claim_that_is_lost_leaves_all_files(tmp_path: Path) -> None:
+    save_step(tmp_path, 1)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="lost"):
+        save_step(tmp_path, 2, Mock(side_effect=UserError("lost")))
+    assert contents(tmp_path) == before
 
 
 def test_timm_loads_the_encoder_file(tmp_path: Path) -> None:
@@ -115,3 +248,10 @@ def test_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert error.value.errno == errno.ENOSPC
         assert error.value.filename == str(tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["last.pt", "previous.pt"])
+def test_a_checkpoint_without_its_configuration_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"holds {name} without its config.toml"):
+        read_options(tmp_path)

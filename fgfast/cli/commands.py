@@ -14,7 +14,7 @@ from fgfast.claim import is_claim
 from fgfast.cli.parse import parse, parse_method, parse_settings
 from fgfast.config import read_toml
 from fgfast.errors import UserError
-from fgfast.files import check_folder
+from fgfast.files import check_folder, is_leftover
 
 
 def _generate(argv: list[str]) -> None:
@@ -53,11 +53,12 @@ def _pretrain(argv: list[str]) -> None:
     name, config = parse_method(argv)
     from fgfast.report.draw import draw_run
     from fgfast.report.html import write_report
+    from fgfast.run import has_checkpoint
     from fgfast.train.distributed import choose_device, is_first, will_be_first
     from fgfast.train.loop import pretrain
 
     first = will_be_first()
-    if first and config.resume and config.out and not (Path(config.out) / "last.pt").is_file():
+    if first and config.resume and config.out and not has_checkpoint(Path(config.out)):
         print(f"{config.out} has no checkpoint to resume from: training starts from the beginning.", file=sys.stderr)
 
     if first and config.out:
@@ -129,7 +130,8 @@ def _discover(argv: list[str]) -> None:
     check_ranges(PARTICLEConfig(**given))
     if args.image_size < 0:
         raise UserError(f"--image-size is {args.image_size}: give at least 0.")
-    files = sorted(file for file in args.out.iterdir() if not is_claim(file)) if args.out.is_dir() else []
+    files = sorted(args.out.iterdir()) if args.out.is_dir() else []
+    files = [file for file in files if not is_claim(file) and not is_leftover(file)]
     if files and not any((args.out / name).is_file() for name in ("maps.json", STARTED)):
         raise UserError(f"{args.out} holds other files, such as {files[0].name}: give another --out.")
     check_folder(args.out)
@@ -143,6 +145,7 @@ def _discover(argv: list[str]) -> None:
     discovery = DiscoveryConfig(
         image_size=args.image_size or 2 * config.size, map_size=args.map_size,
         run=f"{args.run.name}, {args.checkpoint}", threads=config.threads,
+        network=f"{config.model} {config.model_args}",
     )  # fmt: skip
     print(discover(encoder, images, args.out, clustering, discovery))
 

@@ -9,6 +9,7 @@ import traceback
 from fgfast.cli.commands import COMMANDS
 from fgfast.errors import UserError
 from fgfast.interrupt import interruptible
+from fgfast.ranks import OtherRankError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,6 +25,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with interruptible(last=argv is None):
             _dispatch([word for word in words if word != "--debug"])
+    except OtherRankError:
+        if debug:
+            traceback.print_exc()
+        return 2
     except UserError as error:
         return _fail(str(error), 2, debug)
     except KeyboardInterrupt:
@@ -46,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
                 2,
                 debug,
             )
-        if error.filename and error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG):
+        if error.filename and error.strerror:  # of the files that were given, or of their disk
             return _fail(f"{error.filename} cannot be used: {error.strerror}.", 2, debug)
         return _fail_internal()
     except ModuleNotFoundError as error:

@@ -79,7 +79,7 @@ def parse_method(argv: list[str]) -> tuple[str, TrainConfig]:
     out, _ = _pop_flag(argv, "--out")
     run_config = Path(out or "") / "config.toml"
     if file is None and out and "--resume" in argv and run_config.is_file():
-        run_method = read_toml(run_config).get("method")
+        run_method = str(read_toml(run_config).get("method"))
         if run_method in METHODS and run_method != name:
             raise UserError(
                 f"{out} is a run of {run_method}, not of {name}: resume it as {run_method}, or give another --out."

@@ -34,7 +34,7 @@ def check_run(entry: Entry, config: TrainConfig, protocols: Sequence[tuple[str, 
         method = method_class(entry.method)(config)
         if entry.trained:
             method.check_training_set(images)
-            Length(method, len(images), -(-len(images) // config.batch_size), 1).of(config)
+            Length(method, len(images), 1).of(config)
         for name, options in protocols:
             check_protocol(cast(Protocol, name), method.encoder, config, Path(config.data), options)
     except UserError as error:

@@ -13,6 +13,7 @@ from fgfast.compare.entries import Entry, run_config
 from fgfast.compare.store import (
     Key,
     lock,
+    read_arrays,
     read_correct,
     read_rows,
     read_tuning,
@@ -22,13 +23,13 @@ from fgfast.compare.store import (
     training_summary,
 )
 from fgfast.compare.table import format_table
-from fgfast.config import Range, TrainConfig, check_range, read_toml, validate
+from fgfast.config import Range, TrainConfig, check_range, validate
 from fgfast.data.layouts import open_images
 from fgfast.errors import UserError
 from fgfast.evaluate.finetune import FinetuneOptions
 from fgfast.evaluate.mlp import MLPOptions
 from fgfast.evaluate.options import Protocol, parse_protocols
-from fgfast.files import check_folder, write_atomic
+from fgfast.files import check_folder, clear_leftovers, write_atomic
 from fgfast.info import require
 
 log = logging.getLogger("fgfast")
@@ -94,6 +95,7 @@ class Comparison:
         """
         require("matplotlib", "sklearn")
         check_folder(self.out)
+        clear_leftovers(self.out)
         self._check_stored_rows()
         jobs = [(entry, data, seed) for seed in self.seeds for data in self.data for entry in self.entries]
         self._check_runs([job for job in jobs if _key(*job) not in self._complete()])
@@ -110,9 +112,10 @@ class Comparison:
 
     def _check_stored_rows(self) -> None:
         """Refuse to mix stored rows and tuning of other settings with new ones in a table."""
+        from fgfast.methods.run_folder import read_run
         from fgfast.train.resume import ANY_TIME, check_options
 
-        stored = read_rows(self.out)
+        stored = self._rows()
         if self.lrs:
             read_tuning(self.out)  # a damaged file is found here
         for entry, data, seed in product(self.entries, self.data, self.seeds):
@@ -125,7 +128,7 @@ class Comparison:
             for label in self.scored:
                 if stored[_key(entry, data, seed)].get(label):
                     read_correct(run, label)
-            before = Path(str(read_toml(run / "config.toml").get("data", "")))
+            before = Path(read_run(run)[1].data)
             if before.is_dir() and before.resolve() != data.resolve():
                 raise UserError(f"{run} was trained on {before}, not on {data}: give another --out.")
             tuned = ("lr",) if self.lrs and entry.trained else ()
@@ -146,9 +149,12 @@ class Comparison:
             if self.lrs and entry.trained:
                 check_run(entry, self._tuning_config(config, self.lrs[0]), [("linear", None)])
 
+    def _rows(self) -> dict[Key, dict[str, str]]:
+        return read_rows(self.out, self.scored)
+
     def _complete(self) -> set[Key]:
         """The keys of the rows that have a score of every protocol."""
-        return {key for key, row in read_rows(self.out).items() if all(row.get(label) for label in self.scored)}
+        return {key for key, row in self._rows().items() if all(row.get(label) for label in self.scored)}
 
     def _lock_file(self, entry: Entry, data: Path, seed: int) -> Path:
         return Path(self.run_config(entry, data, seed).out + ".lock")
@@ -160,7 +166,7 @@ class Comparison:
         from fgfast.train.loop import pretrain
 
         config = self.run_config(entry, data, seed)
-        stored = read_rows(self.out).get(_key(entry, data, seed))
+        stored = self._rows().get(_key(entry, data, seed))
         if stored is not None:
             store_row(self.out, stored | self._score(Path(config.out), entry, data, config, stored), [*self.scored])
             return
@@ -183,6 +189,7 @@ class Comparison:
         from fgfast.evaluate.protocols import evaluate
         from fgfast.train.distributed import choose_device
 
+        read_arrays(run)  # a damaged file would stop the score from being stored at the end
         device, scores = choose_device(config.device), {}
         for label in (label for label in self.scored if not row.get(label)):
             name, options = self.scored[label]
@@ -221,17 +228,17 @@ class Comparison:
 
     def table(self) -> str:
         """Write compare.md and compare.png from the finished runs and return the Markdown table."""
-        stored = read_rows(self.out)
-        asked = {_key(*job) for job in product(self.entries, self.data, self.seeds)}
-        rows = [row for key, row in stored.items() if key in asked]
         complete = self._complete()
+        asked = {_key(*job) for job in product(self.entries, self.data, self.seeds)} & complete
+        rows = [row for key, row in self._rows().items() if key in asked]
         lines: list[str] = []
         for data in self.data:
+            sizes: dict[str, tuple[Path, int]] = {}
 
-            def correct(entry: Entry, protocol: str, data: Path = data) -> np.ndarray:
+            def correct(entry: Entry, protocol: str, data: Path = data, sizes: Any = sizes) -> np.ndarray:
                 seeds = [seed for seed in self.seeds if _key(entry, data, seed) in complete]
                 runs = [Path(self.run_config(entry, data, seed).out) for seed in seeds]
-                return np.stack([read_correct(run, protocol) for run in runs])
+                return _stack(runs, protocol, sizes)
 
             lines += format_table(data.name, self.entries, self.baseline, [*self.scored], rows, correct)
         text = "\n".join(lines)
@@ -240,9 +247,21 @@ class Comparison:
             from fgfast.report import plots
 
             first = next(iter(self.scored))
-            rows = [row for row in rows if row.get(first)]
             plots.save_figure(plots.bars(rows, value=first, unit=f"{first} top-1, %"), self.out / "compare.png")
         return text
+
+
+def _stack(runs: list[Path], protocol: str, sizes: dict[str, tuple[Path, int]]) -> np.ndarray:
+    """What is correct in several runs, bool [runs, N]; ``sizes`` is N of the first run of each protocol."""
+    rows = [read_correct(run, protocol) for run in runs]
+    for run, row in zip(runs, rows, strict=True):
+        first, size = sizes.setdefault(protocol, (run, len(row)))
+        if len(row) != size:
+            raise UserError(
+                f"{run} has {len(row)} images scored under {protocol}, {first} has {size}: remove the row of the run "
+                "whose test images have changed from compare.csv."
+            )
+    return np.stack(rows)
 
 
 def _key(entry: Entry, data: Path, seed: int) -> Key:

@@ -42,7 +42,7 @@ def _line(entry: Entry, base: Entry | None, protocols: list[str], rows: list[dic
         scores.append(_percent(correct(entry, label)))
         if label != "knn":
             scores.append("-" if base in (None, entry) else _gain(correct(entry, label), correct(base, label)))
-    means = {k: np.mean([float(r[k]) for r in rows if r[k]] or float("nan")) for k in MEANS}
+    means = {k: np.mean([float(r[k]) for r in rows if r.get(k)] or float("nan")) for k in MEANS}
     parts = "-" if np.isnan(means["nmi"]) else f"{means['nmi']:.3f} / {means['ari']:.3f}"
     cells = [
         f"`{entry.label}`", str(len(rows)), *scores, parts,

@@ -2,166 +2,52 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 
-import numpy as np
-
-from fgfast.data.imageset import ImageSet
-from fgfast.data.manifest import Records, check_images
-from fgfast.data.maps import map_sizes
-from fgfast.data.sampling import Draw, draw_crop, epoch_order, generator, whole_window
-from fgfast.data.views import Batch, Patch, ViewSpec
+from fgfast.data.manifest import Verdict, check_file, shown_size
+from fgfast.data.plan import BatchPlan as BatchPlan
+from fgfast.data.plan import check_patch as check_patch
+from fgfast.data.plan import make_plan as make_plan
+from fgfast.data.plan import replace_failed as replace_failed
+from fgfast.data.views import Batch
 from fgfast.errors import UserError
 
 log = logging.getLogger("fgfast")
 
 
 @dataclass(frozen=True)
-class BatchPlan:
-    """The images, views and order of a loader; plain data that can be sent to a worker process.
+class _Failure:
+    """Why an image is left out, and whether it is tried again in the next epoch."""
 
-    A ``row`` is the position of an image in ``records``.
-
-    Args:
-        records: the usable images.
-        spec: the views.
-        batch_size: B.
-        shuffle: a new order each epoch.
-        drop_last: leave out an incomplete last batch instead of padding it.
-        seed: seed of order and augmentation.
-        maps: folder of id maps, or None.
-        map_sizes: (H, W) of each map, int32 [N, 2], or None.
-        rank: rank of this process.
-        world: number of processes.
-    """
-
-    records: Records
-    spec: ViewSpec
-    batch_size: int
-    shuffle: bool
-    drop_last: bool
-    seed: int
-    maps: Path | None
-    map_sizes: np.ndarray | None
-    rank: int
-    world: int
-
-    def __len__(self) -> int:
-        """Batches per epoch, the same on every rank."""
-        global_batch = self.batch_size * self.world
-        return len(self.records) // global_batch if self.drop_last else -(-len(self.records) // global_batch)
-
-    def batch_rows(self, epoch: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of a batch and their validity, int64 [B] and bool [B].
-
-        Rank r takes every world-th image of the common order; the last batch is padded with images from its start.
-        """
-        order = epoch_order(len(self.records), self.seed, epoch, self.shuffle)
-        places = (np.arange(self.batch_size) + batch * self.batch_size) * self.world + self.rank
-        return order[places % len(order)], places < len(order)
-
-    def draw_crops(self, epoch: int, batch: int, rows: np.ndarray) -> list[Draw]:
-        """The random numbers of a batch, one ``Draw`` per crop of the specification."""
-        rng = generator(self.seed, epoch, self.rank, batch)
-        return [draw_crop(crop, self.records.sizes[rows], rng) for crop in self.spec.crops]
-
-    def draw_corners(self, epoch: int, batch: int, rows: np.ndarray) -> np.ndarray:
-        """Upper left corner (y, x) of the patch of each image of a batch, int64 [B, 2].
-
-        Raises:
-            UserError: an image is smaller than the patch.
-        """
-        assert self.spec.patch is not None
-        check_patch(self.records, self.spec.patch, rows)
-        rng = np.random.default_rng([self.seed, epoch, self.rank, batch, 1])  # independent of the crops
-        return rng.integers(0, self.records.sizes[rows] - self.spec.patch.size, endpoint=True)
-
-    def whole_windows(self, rows: np.ndarray) -> np.ndarray:
-        """Windows of the unaugmented view in pixels, float32 [B, 4]."""
-        return whole_window(self.records.sizes[rows], self.spec.center)
-
-    def relative_path(self, row: int) -> str:
-        """The path of an image within its set."""
-        return self.records.images.paths[self.records.index[row]]
-
-
-def check_patch(records: Records, patch: Patch, rows: np.ndarray | None = None) -> None:
-    """Refuse images that are smaller than a patch.
-
-    Raises:
-        UserError: there are such images; the message names the first one and a size that fits.
-    """
-    rows = np.arange(len(records)) if rows is None else rows
-    small = rows[records.sizes[rows].min(1) < patch.size]
-    if len(small):
-        height, width = records.sizes[small[0]]
-        largest = int(records.sizes[small].min()) // patch.reduce * patch.reduce
-        raise UserError(
-            f"{records.images.paths[records.index[small[0]]]} is {width} x {height} pixels, smaller than a patch of "
-            f"{patch.size} x {patch.size} (as are {len(small)} of {len(rows)} images): give --size {largest} or "
-            "less, or remove small images."
-        )
-
-
-def make_plan(
-    images: ImageSet,
-    spec: ViewSpec,
-    batch_size: int,
-    *,
-    shuffle: bool,
-    drop_last: bool,
-    seed: int,
-    maps: Path | None,
-    rank: int,
-    world: int,
-    check: bool,
-    threads: int | None,
-) -> BatchPlan:
-    """Check the files and the arguments of a loader.
-
-    Raises:
-        ValueError: an invalid batch size or rank, or id maps are asked for and no folder is given.
-        UserError: images or maps are missing or broken, or no batch is full under ``drop_last``.
-    """
-    if batch_size < 1 or not 0 <= rank < world:
-        raise ValueError(
-            f"batch_size {batch_size}, rank {rank}, world {world}: need batch_size >= 1, 0 <= rank < world."
-        )
-    if spec.needs_maps and maps is None:
-        raise ValueError("The views need id maps: pass their folder to make_loader as maps.")
-    records = check_images(images, full=check, threads=threads)
-    if spec.patch is not None:
-        check_patch(records, spec.patch)
-    sizes = None
-    if spec.needs_maps and maps is not None:
-        sizes = map_sizes(maps, [images.paths[i] for i in records.index])
-    plan = BatchPlan(
-        records, spec, batch_size, shuffle, drop_last, seed, maps if spec.needs_maps else None, sizes, rank, world
-    )
-    if not len(plan):
-        raise UserError(
-            f"{len(records)} images do not fill one batch of {batch_size} on each of {world} processes: "
-            "choose a smaller batch."
-        )
-    return plan
+    reason: str
+    passing: bool
 
 
 class Loader(ABC):
     """Yields one epoch of ``Batch`` each time it is iterated.
 
-    Epoch n is shuffled with seed + n, and every window and colour is drawn from (seed, n, rank, batch): a run that is
-    resumed with ``load_state_dict`` gets exactly the same values. A new iteration before the end of an epoch restarts
-    that epoch; after its end the next one begins.
+    Epoch n is shuffled with seed + n, and every window and colour is drawn from (seed, n, batch) and the place in it: a
+    run that is resumed with ``load_state_dict`` gets exactly the same values, on any number of ranks with the same
+    number of images a step. A new iteration before the end of an epoch restarts that epoch; after its end the next one
+    begins.
+
+    An image that vanishes or breaks is left out: padding takes its place (another image, valid False). After a passing
+    error, such as a failed read, it is tried again in the next epoch.
 
     Attributes:
         backend: "dali" or "torchvision".
         epoch: index of the current or next epoch.
         skipped: (path, reason) of every image that is left out.
+        lost: those of ``skipped`` that were usable when the run began; it grows, with each image at most once.
+        recovered: paths of lost images that can be read again and are used; it grows.
+        too_many: a sentence once more than 5% of the images are lost on this rank (and those of ``exclude``), else
+            None. Batches go on.
     """
 
     backend: str
@@ -171,9 +57,18 @@ class Loader(ABC):
         self.plan = plan
         self.epoch = 0
         self.skipped: list[tuple[str, str]] = list(plan.records.skipped)
+        self.lost: list[tuple[str, str]] = []
+        self.recovered: list[str] = []
+        self.too_many: str | None = None
         self._position = 0
         self._resume = 0
-        self._failed: set[int] = set()
+        self._failed: dict[int, _Failure] = {}
+        self._changes = 0  # of the failed rows
+        self._sorted: tuple[int, list[int]] = 0, []  # the number of changes, and the failed rows then
+        self._named: set[int] = set()
+        self._reading: int | None = None  # the epoch whose batches are being read
+        for row, verdict in plan.records.lost.items():  # the caller has named them: Kept.describe
+            self._exclude(row, verdict.reason, verdict.passing, quiet=True)
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -188,23 +83,39 @@ class Loader(ABC):
         self.epoch, self._position = self.epoch + 1, 0
 
     def state_dict(self) -> dict:
-        """The position of the loader, for an exact resume in a loader with the same arguments."""
+        """The position of the loader, for an exact resume in a loader of the same images with the same seed.
+
+        It is the same on every rank but for "failed", the positions of the lost images, and serves any number of ranks
+        with the same number of images a step.
+        """
         epoch, batch = (self.epoch, self._position) if self._position < len(self) else (self.epoch + 1, 0)
-        return {"epoch": epoch, "batch": batch, "failed": sorted(self._failed), "fingerprint": self._fingerprint()}
+        return {"epoch": epoch, "batch": batch, "failed": self._failed_rows(), "fingerprint": self._fingerprint}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore the position that ``state_dict`` returned; the next iteration continues there.
+        """Restore the position that ``state_dict`` returned on any rank; the next iteration continues there.
+
+        Images that were lost are tried again. "failed" may be the union over the ranks.
 
         Raises:
-            UserError: the state is of other images, another batch size or other ranks.
+            UserError: the state is of other images, another number of images a step or another seed.
         """
-        if state["fingerprint"] != self._fingerprint():
-            raise UserError(
-                f"The checkpoint was taken with (images, batch, seed, rank, world) = {state['fingerprint']}, this "
-                f"run has {self._fingerprint()}: resume with the same data and settings."
-            )
-        self.epoch, self._resume, self._failed = int(state["epoch"]), int(state["batch"]), set(state["failed"])
+        self._check_fingerprint(state["fingerprint"])
+        self.epoch, self._resume = int(state["epoch"]), int(state["batch"])
         self._position = self._resume
+        for row in map(int, state["failed"]):
+            if row not in self._failed:  # else the restored set has just been checked
+                self._check_again(row)
+
+    def exclude(self, failed: Mapping[int, str]) -> None:
+        """Leave out images that another rank has lost, its ``failed``; they are tried again in the next epoch."""
+        for row, reason in failed.items():
+            if row not in self._failed:
+                self._exclude(row, reason, passing=True)
+
+    @property
+    def failed(self) -> dict[int, str]:
+        """The reason of every lost image by its position among the usable ones."""
+        return {row: failure.reason for row, failure in list(self._failed.items())}
 
     @abstractmethod
     def close(self) -> None:
@@ -214,31 +125,98 @@ class Loader(ABC):
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
         """The batches of an epoch from index ``start`` on."""
 
-    def _fingerprint(self) -> list:
+    @cached_property
+    def _fingerprint(self) -> dict[str, int | str]:
         plan = self.plan
-        return [len(plan.records), plan.batch_size, plan.seed, 0, plan.world]  # rank 0 saves the state of all ranks
+        paths = (plan.records.images.paths[i] for i in plan.records.index)
+        digest = hashlib.sha256("\0".join(paths).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        return {
+            "images": len(plan.records), "digest": digest, "step": plan.batch_size * plan.world, "seed": plan.seed
+        }  # fmt: skip
 
-    def _exclude(self, row: int, reason: str) -> None:
-        """Leave out an image from now on: padding takes its place (another image, valid False)."""
-        if row not in self._failed:
-            self._failed.add(row)
+    def _check_fingerprint(self, then: dict[str, int | str] | list[int]) -> None:
+        now, plan = self._fingerprint, self.plan
+        if isinstance(then, list):  # of version 0.1
+            images, batch_size, seed, _, world = then
+            then = {"images": images, "step": batch_size * world, "seed": seed}
+        if then["step"] != now["step"]:
+            raise UserError(
+                f"The checkpoint was taken with {then['step']} images a step, this run has {now['step']} "
+                f"({plan.batch_size} on each of {plan.world} ranks): resume with a batch size that gives as many."
+            )
+        if then["seed"] != now["seed"]:
+            raise UserError(
+                f"The checkpoint was taken with seed {then['seed']}, this run has {now['seed']}: resume with the same."
+            )
+        if (then["images"], then.get("digest", now["digest"])) != (now["images"], now["digest"]):
+            raise UserError(
+                f"The checkpoint was taken with {then['images']} images, this run has {now['images']}, which are not "
+                "the same: resume with the same data."
+            )
+
+    def _failed_rows(self) -> list[int]:
+        changes = self._changes
+        if self._sorted[0] != changes:
+            self._sorted = changes, sorted(self._failed)
+        return self._sorted[1]
+
+    def _exclude(self, row: int, reason: str, passing: bool, *, quiet: bool = False) -> None:
+        """Leave out an image, until the next epoch if the error is a passing one."""
+        self._failed[row] = _Failure(reason, passing)
+        self._changes += 1
+        if row not in self._named:
+            self._named.add(row)
             path = self.plan.relative_path(row)
             self.skipped.append((path, reason))
-            log.warning("skipped %s, which can no longer be read: %s", path, reason)
-        if len(self._failed) == len(self.plan.records):
-            raise UserError(f"No image of {self.plan.records.images.root} can be read any longer: restore the files.")
+            self.lost.append((path, reason))
+            if not quiet:
+                log.warning("skipped %s, which can no longer be read: %s", path, reason)
+        n, root = len(self.plan.records), self.plan.records.images.root
+        if self.too_many is None and self.plan.too_many(len(self._failed)):
+            path, reason = self.lost[0]
+            self.too_many = (
+                f"{len(self._failed)} of {n} images of {root} can no longer be read, such as {path} ({reason}): "
+                "restore them, then --resume continues the run."
+            )
 
+    def _retry(self, epoch: int) -> None:
+        """Before a batch of a new epoch is read: try the images again that failed by a passing error."""
+        before, self._reading = self._reading, epoch
+        if before is None or epoch <= before:
+            return
+        for row, failure in list(self._failed.items()):
+            if failure.passing and self.plan.has_map(row):
+                self._check_again(row)
 
-def replace_failed(rows: np.ndarray, valid: np.ndarray, failed: set[int], n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Replace each failed row by the next usable one and mark it as padding."""
-    if not failed:
-        return rows, valid
-    rows, valid = rows.copy(), valid.copy()
-    for i, row in enumerate(rows):
-        while int(row) in failed:
-            row, valid[i] = (row + 1) % n, False
-        rows[i] = row
-    return rows, valid
+    def _check_again(self, row: int) -> None:
+        self._check(row)
+        if row in self._failed:
+            return
+        path = self.plan.relative_path(row)
+        self.recovered.append(path)
+        log.warning("%s can be read again and is used", path)
+
+    def _check(self, row: int) -> None:
+        """Use an image as it is now, or leave it out."""
+        verdict = self._verdict(row)
+        if verdict.reason:
+            self._exclude(row, verdict.reason, verdict.passing)
+        else:
+            self._changes += self._failed.pop(row, None) is not None
+            self._accept(row, verdict)
+
+    def _verdict(self, row: int) -> Verdict:
+        try:
+            verdict = check_file(self.plan.original(row))
+        except UserError as error:  # a converted copy cannot be written
+            return Verdict(0, 0, full=True, reason=str(error), passing=True)
+        return replace(verdict, reason=verdict.reason or self.plan.fault(verdict.height, verdict.width))
+
+    def _accept(self, row: int, verdict: Verdict) -> None:
+        """Use an image as it is now."""
+        records = self.plan.records
+        records.heights[row] = verdict.height
+        records.sizes[row] = shown_size(records.images, verdict.height, verdict.width)
 
 
 def default_threads(threads: int | None) -> int:

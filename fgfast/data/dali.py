@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fgfast.data.background import Producer
-from fgfast.data.base import BatchPlan, Loader, replace_failed
+from fgfast.data.base import BatchPlan, Loader
 from fgfast.data.dali_pipeline import (
     FAILED,
     Pipeline,
@@ -31,12 +31,13 @@ from fgfast.data.dali_pipeline import (
     decodes,
     encode_path,
     first_error,
+    halved,
     has_map,
     stored_corners,
     window_corners,
 )
 from fgfast.data.decode import TURNS, read_image
-from fgfast.data.manifest import check_file, convert, file_stamp, shown_size
+from fgfast.data.manifest import Verdict, black_image, convert, file_stamp, reason_of, shown_size
 from fgfast.data.maps import ABSENT, map_path, read_map
 from fgfast.data.photometric import photometric, with_reduced
 from fgfast.data.rearrange import rearrange
@@ -76,6 +77,8 @@ class DaliLoader(Loader):
         self._files = list(plan.records.files)
         self._sides = [crop.size for crop in plan.spec.crops]
         self._whole = plan.spec.whole
+        whole = [] if self._whole is None else [self._whole]
+        self._smallest = min([*self._sides, *whole], default=2**31)  # without crops only the full resolution is needed
         pixels = int(np.prod(plan.records.sizes, axis=1, dtype=np.int64).sum()) * 4  # RGB and a third for the levels
         # A pass in file order reads each image once: there is nothing to store.
         self._in_memory = plan.shuffle and pixels <= memory_mb * 2**20
@@ -85,7 +88,7 @@ class DaliLoader(Loader):
             self._orientations[:] = 1
         self._levels: list[list[np.ndarray]] = []
         self._maps: list[np.ndarray] = []
-        self._checked_maps: set[int] = set()
+        self._checked_maps: dict[int, tuple[int, int] | None] = {}
         self._pipe: Pipeline | None = None
         self._jobs: deque[_Job] = deque()
         self._producer: Producer[tuple[_Job, list[Tensor]]] | None = None
@@ -190,14 +193,10 @@ class DaliLoader(Loader):
 
     def _make_job(self, epoch: int, batch: int) -> _Job:
         plan = self.plan
-        rows, valid = plan.batch_rows(epoch, batch)
-        if not self._in_memory:
-            self._check_files(rows)
-            while set(rows.tolist()) & self._failed:
-                rows, valid = replace_failed(rows, valid, self._failed, len(plan.records))
-                self._check_files(rows)
-        else:
-            rows, valid = replace_failed(rows, valid, self._failed, len(plan.records))
+        self._retry(epoch)
+        rows, valid = plan.fill(epoch, batch, self._failed, self._read)
+        for row in {int(row) for row in rows[~valid]} & self._failed.keys():
+            self._show_black(row)
         draws = plan.draw_crops(epoch, batch, rows)
         boxes = [np.zeros((len(rows), 0, 5), "f4"), *(draw.boxes(plan.records.sizes[rows])[:, None] for draw in draws)]
         orientations = self._orientations[rows]
@@ -304,54 +303,72 @@ class DaliLoader(Loader):
 
     def _decode_all(self) -> None:
         """Decode every image once with PIL: JPEG pixels equal DALI's, and a broken file raises an ordinary error."""
-        from PIL import Image
-
-        sides = [*self._sides, *([self._whole] if self._whole is not None else [])]
-        smallest = min(sides, default=2**31)  # without crops only the full resolution is needed
 
         def load(row: int) -> list[np.ndarray] | OSError:
             try:
-                levels = [np.ascontiguousarray(read_image(self._files[row]))]
+                return halved(self.plan.pixels(row), self._smallest)
             except OSError as error:
                 return error
-            image = Image.fromarray(levels[0])
-            while min(image.size) >= 2 * smallest:
-                image = image.reduce(2)
-                levels.append(np.array(image))
-            return levels
 
+        rows = [row for row in range(len(self._files)) if row not in self._failed]
+        self._levels = [[] for _ in self._files]
         with ThreadPoolExecutor(self._threads) as pool:
-            loaded = list(pool.map(load, range(len(self._files))))
-        for row, levels in enumerate(loaded):
-            if isinstance(levels, OSError):
-                self._exclude(row, str(levels))
-            else:
-                height, width = levels[0].shape[:2]
-                self.plan.records.sizes[row] = shown_size(self.plan.records.images, height, width)
+            for row, levels in zip(rows, pool.map(load, rows), strict=True):
+                if isinstance(levels, OSError):
+                    self._exclude(row, *reason_of(levels))
+                else:
+                    self._keep(row, levels)
         if self.plan.maps is not None:
-            paths = (self.plan.relative_path(row) for row in range(len(self._files)))
-            self._maps = [read_map(self.plan.maps, path)[:, :, None] for path in paths]
-        self._levels = [[] if isinstance(levels, OSError) else levels for levels in loaded]
+            self._maps = [self._read_map(row)[:, :, None] for row in range(len(self._files))]
 
-    def _check_files(self, rows: np.ndarray) -> None:
-        """Decode new and changed images, and each map once, on the host before DALI reads them.
+    def _keep(self, row: int, levels: list[np.ndarray]) -> None:
+        height, width = levels[0].shape[:2]
+        self.plan.records.sizes[row] = shown_size(self.plan.records.images, height, width)
+        self._levels[row] = levels
+
+    def _read_map(self, row: int) -> np.ndarray:
+        if self.plan.maps is None or not self.plan.has_map(row):
+            return np.full((1, 1), ABSENT, np.uint8)  # never shown
+        assert self.plan.map_sizes is not None
+        return read_map(self.plan.maps, self.plan.relative_path(row), self.plan.map_sizes[row])
+
+    def _read(self, rows: np.ndarray) -> None:
+        """Decode new and changed images and maps on the host before DALI reads them.
 
         A broken file does not always raise an error in DALI 2.4: it may end the process (seen in one of three runs).
         """
-        records = self.plan.records
-        for row in {int(row) for row in rows} - self._failed:
-            if self._stamps[row] is None or self._stamps[row] != file_stamp(self._files[row]):
-                verdict = check_file(self._files[row])
-                if verdict.reason:
-                    self._exclude(row, verdict.reason)
-                else:
-                    self._files[row], self._stamps[row] = verdict.source or self._files[row], verdict.stamp()
-                    self._orientations[row] = verdict.orientation
-                    records.heights[row] = verdict.height
-                    records.sizes[row] = shown_size(records.images, verdict.height, verdict.width)
-            if self.plan.maps is not None and row not in self._checked_maps:
-                read_map(self.plan.maps, self.plan.relative_path(row))
-                self._checked_maps.add(row)
+        if self._in_memory:
+            return
+        for row in {int(row) for row in rows}:
+            stamp = self._stamps[row]
+            if row not in self._failed and (stamp is None or stamp != file_stamp(self._files[row])):
+                self._check(row)
+            if self.plan.maps is not None:
+                found = file_stamp(str(map_path(self.plan.maps, self.plan.relative_path(row))))
+                if row not in self._checked_maps or self._checked_maps[row] != found:
+                    self._read_map(row)
+                    self._checked_maps[row] = found
+
+    def _accept(self, row: int, verdict: Verdict) -> None:
+        super()._accept(row, verdict)
+        self._files[row], self._stamps[row] = verdict.source or self.plan.original(row), verdict.stamp()
+        if not self._in_memory:
+            self._orientations[row] = verdict.orientation
+        elif self._levels:
+            try:
+                self._keep(row, halved(read_image(self._files[row]), self._smallest))
+            except OSError as error:  # it broke since the check
+                self._exclude(row, *reason_of(error))
+
+    def _show_black(self, row: int) -> None:
+        """Let a lost image, which is padding, be black: too many are lost to show others in their place."""
+        height, width = self.plan.black_size()
+        self.plan.records.heights[row] = height
+        self.plan.records.sizes[row] = shown_size(self.plan.records.images, height, width)
+        if self._in_memory:
+            self._levels[row] = [np.zeros((height, width, 3), np.uint8)]
+        else:
+            self._files[row], self._orientations[row] = black_image(height, width), 1
 
     def _recover(self, error: RuntimeError) -> None:
         """Find and exclude the file on which the pipeline failed; a new pipeline gets the same batches."""
@@ -371,7 +388,7 @@ class DaliLoader(Loader):
                 if self.plan.maps is not None:
                     read_map(self.plan.maps, self.plan.relative_path(row))
             except OSError as reason:
-                self._exclude(row, str(reason))
+                self._exclude(row, *reason_of(reason))
                 found = True
         if not found:  # PIL is more lenient than DALI: convert the files that only DALI refuses
             for row in rows:

@@ -123,6 +123,18 @@ def stored_corners(corners: np.ndarray, sizes: np.ndarray, orientations: np.ndar
     return np.where(turns[:, 1:], sides - corners, corners).astype(np.float32)
 
 
+def halved(pixels: np.ndarray, smallest: int) -> list[np.ndarray]:
+    """An image and its halved copies, as long as no side is below ``smallest``."""
+    from PIL import Image
+
+    levels = [np.ascontiguousarray(pixels)]
+    image = Image.fromarray(levels[0])
+    while min(image.size) >= 2 * smallest:
+        image = image.reduce(2)
+        levels.append(np.array(image))
+    return levels
+
+
 def encode_path(path: str) -> np.ndarray:
     """A path as DALI's file reader takes it: its bytes, which need not be UTF-8."""
     return np.frombuffer(os.fsencode(path), np.uint8)

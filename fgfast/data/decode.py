@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
+
+from fgfast.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -16,6 +19,96 @@ TURNS = np.array(
     [[0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 1, 1], [0, 1, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 1]], bool
 )
 """By EXIF orientation: (transpose, flip rows, flip columns); stored pixels flipped, then transposed, are upright."""
+
+
+MAX_PIXELS = "FGFAST_MAX_PIXELS"
+"""The environment variable that limits the pixels of an image; without it the limit is 100 million."""
+
+
+class TooManyPixelsError(OSError):
+    """An image has more pixels than the limit; nothing of it was decoded."""
+
+
+def max_pixels() -> int:
+    """The largest number of pixels that an image may have.
+
+    Raises:
+        UserError: the environment variable is not a positive whole number.
+    """
+    text = os.environ.get(MAX_PIXELS, "").strip()
+    if not text:
+        return 100_000_000
+    if not text.isdecimal() or len(text) > 18 or not int(text):
+        raise UserError(f"{MAX_PIXELS} is {text!r}: give a whole number of pixels, such as 100000000.")
+    return int(text)
+
+
+@contextmanager
+def open_image(
+    file: str | os.PathLike[str] | IO[bytes], formats: tuple[str, ...] | None = None
+) -> Iterator[Image.Image]:
+    """Open an image file, or its content, in any of some formats; nothing is decoded yet.
+
+    Raises:
+        TooManyPixelsError: it has more than :func:`max_pixels`.
+        OSError: it cannot be read or does not decode, here or within the context.
+    """
+    from PIL import Image
+
+    limit = max_pixels()
+    with decoding():
+        with _without_pillows_limit():
+            image = Image.open(file, formats=formats)
+        with image:
+            check_pixels(image.height, image.width, limit)
+            yield image
+
+
+def check_pixels(height: int, width: int, limit: int | None = None) -> None:
+    """Raise a TooManyPixelsError for the size of an image above the limit; None is :func:`max_pixels`."""
+    limit = max_pixels() if limit is None else limit
+    if height * width > limit:
+        raise TooManyPixelsError(
+            f"{width} x {height} pixels are more than the {limit:,} that {MAX_PIXELS} allows: set it higher, or make "
+            "the image smaller"
+        )
+
+
+_lock, _opening = threading.Lock(), 0
+_limit: int | None = None
+
+
+def _after_fork() -> None:
+    """A worker process must not wait for a lock that a thread of its parent holds, nor go on without a limit."""
+    global _lock, _opening
+    if _opening:
+        from PIL import Image
+
+        Image.MAX_IMAGE_PIXELS = _limit
+    _lock, _opening = threading.Lock(), 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+@contextmanager
+def _without_pillows_limit() -> Iterator[None]:
+    """Suspend the limit of Pillow, which warns from 89 million pixels on, for all threads that are opening an image."""
+    from PIL import Image
+
+    global _opening, _limit
+    with _lock:
+        if not _opening:
+            _limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        _opening += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _opening -= 1
+            if not _opening:
+                Image.MAX_IMAGE_PIXELS = _limit
 
 
 @contextmanager
@@ -95,7 +188,5 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
         OSError: the file cannot be read or does not decode; ``errno`` is None in the second case.
     """
-    from PIL import Image
-
-    with decoding(), Image.open(path) as image:
+    with open_image(path) as image:
         return upright_rgb(image)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fgfast.data.inside import leads_out
 from fgfast.errors import UserError, one_line
 
 log = logging.getLogger("fgfast")
@@ -144,7 +145,14 @@ class ImageSet:
         return len(self.paths)
 
     def files(self) -> list[str]:
-        """The N absolute paths."""
+        """The N absolute paths.
+
+        Raises:
+            UserError: a path leads out of ``root``.
+        """
+        outside = next((rel for rel in self.paths if leads_out(rel)), None)
+        if outside is not None:
+            raise UserError(f"The path {outside!r} leaves {self.root}: give one inside it.")
         root = str(self.root.resolve())
         files = [f"{root}/{rel}" for rel in self.paths]
         for name, folder in self.other_roots:
@@ -152,6 +160,13 @@ class ImageSet:
                 if rel.startswith(f"{name}/"):
                     files[i] = f"{folder}{rel.removeprefix(name)}"
         return files
+
+    def file(self, i: int) -> str:
+        """The absolute path of image ``i``."""
+        rel = self.paths[i]
+        name, _, inside = rel.partition("/")
+        folder = dict(self.other_roots).get(name) if inside else None
+        return f"{self.root.resolve()}/{rel}" if folder is None else f"{folder}/{inside}"
 
     def subset(self, which: np.ndarray | Sequence[int]) -> ImageSet:
         """The images that a bool mask [N] or a list of indices selects, in that order."""
@@ -214,6 +229,8 @@ class ImageSet:
         found = images_below(folder, skip="part_masks")
         if not found:
             raise UserError(f"The folder {folder} of --unlabelled holds no image: check the path.")
+        if any(rel.startswith(f"{EXTRA}/") for rel in self.paths):
+            raise UserError(f"The set in {self.root} has a folder {EXTRA}, the name of --unlabelled: rename it.")
         for file, same in linked_images(self.files(), [f"{folder}/{rel}" for rel in found]):
             where = same if same == file else f"{same}, the same image as {file},"
             raise UserError(f"{where} is in --data and in --unlabelled: give a folder without images of the set.")

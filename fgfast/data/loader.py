@@ -9,6 +9,7 @@ import torch
 
 from fgfast.data.base import Loader, default_threads, make_plan
 from fgfast.data.imageset import ImageSet
+from fgfast.data.manifest import Records
 from fgfast.data.views import ViewSpec
 from fgfast.errors import UserError
 
@@ -34,6 +35,8 @@ def make_loader(
     prefetch: int = 2,
     check: bool = True,
     memory_mb: int = 1024,
+    records: Records | None = None,
+    lenient: bool = False,
 ) -> Loader:
     """Create a loader of the views ``spec`` of a set of images.
 
@@ -54,6 +57,9 @@ def make_loader(
         check: decode every new or changed file in full first, and skip broken ones.
         memory_mb: DALI keeps the decoded images of a shuffled loader in memory if they fit into this many MiB;
             0 decodes them again each epoch.
+        records: the usable images for a training run, from ``check_images`` or ``Kept``: ``check`` and ``lenient`` are
+            without effect, and lost images never raise, see ``Loader.too_many``.
+        lenient: skip missing and broken images, however many, for scores in the course of a run.
 
     Raises:
         UserError: an image or a map is missing, too many are broken, a library is not installed, or no batch is full.
@@ -88,6 +94,8 @@ def make_loader(
         world=world,
         check=check,
         threads=threads,
+        records=records,
+        lenient=lenient,
     )
     if backend == "dali":
         from fgfast.data.dali import DaliLoader

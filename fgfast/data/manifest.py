@@ -11,21 +11,32 @@ import json
 import logging
 import os
 import stat
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
-from fgfast.data.decode import decode, decoding, orientation_of, turn, upright_size
+from fgfast.data.decode import (
+    TooManyPixelsError,
+    decode,
+    max_pixels,
+    open_image,
+    orientation_of,
+    turn,
+    upright_size,
+)
 from fgfast.data.decode import read_image as read_image
 from fgfast.data.decode import upright_rgb as upright_rgb
 from fgfast.data.imageset import ImageSet
 from fgfast.data.maps import write_atomically
 from fgfast.deprecated import forward_names
 from fgfast.errors import UserError
+from fgfast.files import digest_of
+from fgfast.formats import read_bytes
 
 log = logging.getLogger("fgfast")
 
@@ -55,7 +66,8 @@ class Verdict:
         orientation: EXIF orientation of the stored pixels, 1 to 8.
         source: the file to read instead (a converted copy), "" for the file itself.
         reason: why it is broken, "" if it is not.
-        passing: the reason is an error of the system (no permission, a failed read) that may be gone next time.
+        passing: the reason is an error of the system (no such file, no permission, a failed read) or a setting (the
+            limit of pixels) that may be gone next time; it is never stored.
     """
 
     size: int
@@ -88,6 +100,8 @@ class Records:
         heights: their H with the banner, int32 [N].
         orientations: EXIF orientation of the pixels stored in each file, 1 to 8, int8 [N].
         skipped: (relative path, reason) of each broken image.
+        lost: the verdict on each of these images, by its position in 0..N-1, that was usable when a run began and is
+            not now; see ``fgfast.data.kept``.
     """
 
     images: ImageSet
@@ -98,10 +112,27 @@ class Records:
     heights: np.ndarray
     orientations: np.ndarray
     skipped: tuple[tuple[str, str], ...]
+    lost: Mapping[int, Verdict] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """N."""
         return len(self.files)
+
+
+def black_image(height: int, width: int) -> str:
+    """The path of a black PNG in the cache.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from PIL import Image
+
+    target = cache_folder() / "converted" / f"black-{height}x{width}.png"
+    if not target.exists():
+        stream = BytesIO()
+        Image.new("RGB", (width, height)).save(stream, "PNG")
+        write_atomically(target, stream.getvalue())
+    return str(target)
 
 
 def convert(path: str, pixels: np.ndarray) -> str:
@@ -128,15 +159,13 @@ def check_file(path: str, *, full: bool = True) -> Verdict:
     Raises:
         UserError: a converted copy cannot be written.
     """
-    from PIL import Image
-
     size = mtime_ns = 0
     try:
         found = os.stat(path)
         size, mtime_ns = found.st_size, found.st_mtime_ns
         if not stat.S_ISREG(found.st_mode) or size == 0:
             raise OSError("the file is empty" if stat.S_ISREG(found.st_mode) else "not a file")
-        with decoding(), Image.open(path) as image:
+        with open_image(path) as image:
             direct = image.format in ("JPEG", "PNG") and image.mode in _DIRECT_MODES
             header = direct and image.format == "JPEG" and not full
             stored, orientation = (image, orientation_of(image)) if header else decode(image)
@@ -147,11 +176,33 @@ def check_file(path: str, *, full: bool = True) -> Verdict:
         height, width = pixels.shape[:2]
         return Verdict(size, mtime_ns, True, height, width, source=convert(path, pixels))
     except OSError as error:
-        if error.errno is None:
-            return Verdict(size, mtime_ns, full, reason=str(error) or type(error).__name__)
-        return Verdict(size, mtime_ns, full, reason=error.strerror or str(error), passing=True)
+        reason, passing = reason_of(error if is_passing(error) else _failure_to_read(path) or error)
+        return Verdict(size, mtime_ns, full, reason=reason, passing=passing)
     except ValueError as error:  # no path at all: it holds a null byte
         return Verdict(size, mtime_ns, full, reason=str(error))
+
+
+def is_passing(error: OSError) -> bool:
+    """Whether an error is one of the system or of a setting, not of the content of a file."""
+    return error.errno is not None or isinstance(error, TooManyPixelsError)
+
+
+def reason_of(error: OSError) -> tuple[str, bool]:
+    """Why a file cannot be read, and whether that may pass, see :func:`is_passing`."""
+    return error.strerror or str(error) or type(error).__name__, is_passing(error)
+
+
+def _failure_to_read(path: str) -> OSError | None:
+    """The error of the system for a file, which a decoder may have hidden: libtiff reports a failed read as its own."""
+    if not os.path.isfile(path):  # opening a pipe would wait
+        return None
+    try:
+        with open(path, "rb") as file:
+            while file.read(2**20):
+                pass
+    except OSError as error:
+        return error
+    return None
 
 
 def _has_end(path: str) -> bool:
@@ -161,7 +212,14 @@ def _has_end(path: str) -> bool:
         return b"IEND" in file.read()
 
 
-def check_images(images: ImageSet, *, full: bool = True, threads: int | None = None, quiet: bool = False) -> Records:
+def check_images(
+    images: ImageSet,
+    *,
+    full: bool = True,
+    threads: int | None = None,
+    quiet: bool = False,
+    lenient: bool = False,
+) -> Records:
     """Find the usable images, decoding only files that are new or changed since the last check.
 
     Args:
@@ -169,21 +227,34 @@ def check_images(images: ImageSet, *, full: bool = True, threads: int | None = N
         full: decode every file; False reads only headers.
         threads: decoding threads; None = one per CPU core.
         quiet: do not log the skipped images.
+        lenient: skip missing images like broken ones, however many, for scores in the course of a run.
 
     Returns:
         The usable images; broken ones are named in ``skipped`` and in the log.
 
     Raises:
-        UserError: a file is missing, more than 5% are broken, or nothing is left.
+        UserError: nothing is left, or, unless ``lenient``, a file is missing or more than 5% are broken.
     """
     if not len(images):
         raise UserError(f"The image set of {images.root} is empty: choose another split or folder.")
+    verdicts = check_files(images, full=full, threads=threads, lenient=lenient)
+    return _records(images, verdicts, quiet=quiet, lenient=lenient)
+
+
+def check_files(
+    images: ImageSet, *, full: bool = True, threads: int | None = None, lenient: bool = False
+) -> list[Verdict]:
+    """The verdict on every image, see :func:`check_images`.
+
+    Raises:
+        UserError: a file is missing, unless ``lenient``.
+    """
     root = str(images.root.resolve())
     cache = cache_folder() / "manifests" / f"{hashlib.sha1(os.fsencode(root)).hexdigest()[:20]}.json"
     known = _load(cache)
     files = images.files()
     keys = [file.removeprefix(f"{root}/") for file in files]  # the absolute path of an image outside the root
-    verdicts = [_known_verdict(file, known.get(key), full) for file, key in zip(files, keys, strict=True)]
+    verdicts = [_known_verdict(file, known.get(key), full, lenient) for file, key in zip(files, keys, strict=True)]
     unknown = [i for i, verdict in enumerate(verdicts) if verdict is None]
     if unknown:
         with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
@@ -192,37 +263,40 @@ def check_images(images: ImageSet, *, full: bool = True, threads: int | None = N
                 verdicts[i] = known[keys[i]] = verdict
         table = {key: astuple(verdict) for key, verdict in known.items() if not verdict.passing}
         try:
-            write_atomically(cache, json.dumps({"version": _VERSION, "root": root, "files": table}).encode())
+            content = {"version": _VERSION, "root": root, "digest": digest_of(table), "files": table}
+            write_atomically(cache, json.dumps(content).encode())
         except UserError as error:  # not fatal: the files are only checked again next time
             log.warning("the manifest is not saved: %s", error)
-    return _records(images, files, [verdict for verdict in verdicts if verdict is not None], quiet)
+    return [verdict for verdict in verdicts if verdict is not None]
 
 
-def _known_verdict(path: str, verdict: Verdict | None, full: bool) -> Verdict | None:
+def _known_verdict(path: str, verdict: Verdict | None, full: bool, lenient: bool) -> Verdict | None:
     """The verdict of an earlier check if it still holds.
 
     Raises:
-        UserError: there is no such file; a link to nothing is a broken image.
+        UserError: there is no such file, unless ``lenient``; a link to nothing is a broken image.
     """
     try:
         found = os.stat(path)
     except (OSError, ValueError) as error:
-        if isinstance(error, FileNotFoundError) and not os.path.islink(path):
+        if not lenient and isinstance(error, FileNotFoundError) and not os.path.islink(path):
             raise UserError(f"The image {path} is listed but missing: restore it or take it off the list.") from error
         return None
     if verdict is None or (verdict.size, verdict.mtime_ns) != (found.st_size, found.st_mtime_ns):
         return None
     if (full and not verdict.full) or (verdict.source and not os.path.exists(verdict.source)):
         return None
+    if verdict.height * verdict.width > max_pixels():
+        return None
     return verdict
 
 
-def _records(images: ImageSet, paths: list[str], verdicts: list[Verdict], quiet: bool) -> Records:
+def _records(images: ImageSet, verdicts: list[Verdict], *, quiet: bool, lenient: bool) -> Records:
     skipped = tuple((rel, v.reason) for rel, v in zip(images.paths, verdicts, strict=True) if v.reason)
     if skipped:
         named = "; ".join(f"{rel} ({reason})" for rel, reason in skipped[:10])
         more = f" and {len(skipped) - 10} more" if len(skipped) > 10 else ""
-        if len(skipped) == len(images) or len(skipped) > MAX_BROKEN * len(images):
+        if len(skipped) == len(images) or (not lenient and len(skipped) > MAX_BROKEN * len(images)):
             raise UserError(
                 f"{len(skipped)} of {len(images)} images of {images.root} cannot be read, such as {skipped[0][0]} "
                 f"({skipped[0][1]}): restore or remove them."
@@ -230,6 +304,7 @@ def _records(images: ImageSet, paths: list[str], verdicts: list[Verdict], quiet:
         if not quiet:
             log.warning("skipped %d of %d images that cannot be read: %s%s", len(skipped), len(images), named, more)
     index = np.array([i for i, v in enumerate(verdicts) if not v.reason], np.int64)
+    paths = images.files()
     files = tuple(verdicts[i].source or paths[i] for i in index)
     return Records(
         images=images,
@@ -259,12 +334,16 @@ def file_stamp(path: str) -> tuple[int, int] | None:
 
 def _load(cache: Path) -> dict[str, Verdict]:
     try:
-        table = json.loads(cache.read_bytes())
-        if table["version"] != _VERSION:
+        if not cache.exists():
             return {}
-        return {rel: Verdict(*fields) for rel, fields in table["files"].items()}
-    except FileNotFoundError:
-        return {}
+        table = json.loads(read_bytes(cache, limit=2**32))
+        if table["version"] != _VERSION or "digest" not in table:  # of an earlier version
+            return {}
+        if table["digest"] != digest_of(table["files"]):
+            raise ValueError("its checksum is wrong")
+        known = {rel: Verdict(*fields) for rel, fields in table["files"].items()}
+        copies = cache_folder() / "converted"
+        return {rel: v for rel, v in known.items() if not v.source or Path(v.source).parent == copies}
     except Exception as error:  # whatever the file holds: a cache may always be thrown away
         log.warning("the manifest %s cannot be read (%s): every image is checked again", cache, error)
         return {}

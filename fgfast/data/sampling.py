@@ -1,7 +1,7 @@
-"""Every random choice of the data loaders, drawn on the host from (seed, epoch, rank, batch): no state to save.
+"""Every random choice of the data loaders, drawn on the host from (seed, epoch, batch): no state to save.
 
 Both loaders apply these draws: they crop the same windows, and a resumed run draws the same numbers as an uninterrupted
-one.
+one. They are drawn for the images of all ranks at once, so any number of ranks draws the same for an image.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from fgfast.data.places import Numbers
 from fgfast.data.transforms import DRAWN, TrimBorder
 from fgfast.data.views import Crop
 
@@ -57,7 +58,7 @@ class Draw:
 
 
 def generator(seed: int, epoch: int, rank: int, batch: int) -> np.random.Generator:
-    """The random number generator of one batch, the same at every call."""
+    """The random number generator of one batch, the same at every call; the loaders use rank 0 for all ranks."""
     return np.random.default_rng([seed, epoch, rank, batch])
 
 
@@ -69,13 +70,22 @@ def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
     return order
 
 
-def draw_crop(crop: Crop, sizes: np.ndarray, rng: np.random.Generator) -> Draw:
+def draw_corner(sizes: np.ndarray, side: int, rng: Numbers) -> np.ndarray:
+    """Upper left corner (y, x) of a square patch of each of B images, int64 [B, 2].
+
+    One number of 32 bits is drawn for each coordinate, whatever the size of the image.
+    """
+    raw = rng.integers(0, 2**32, (len(sizes), 2), dtype=np.uint32).astype(np.uint64)
+    return (raw * (sizes - side + 1).astype(np.uint64) >> np.uint64(32)).astype(np.int64)
+
+
+def draw_crop(crop: Crop, sizes: np.ndarray, rng: Numbers) -> Draw:
     """Draw one crop of each of B images.
 
     Args:
         crop: the ranges and probabilities.
         sizes: (H, W) of the upright images, [B, 2].
-        rng: the random number generator.
+        rng: the random number generator, or one that draws for further images too.
     """
     batch = len(sizes)
     if crop.scale is None:
@@ -110,7 +120,7 @@ def draw_crop(crop: Crop, sizes: np.ndarray, rng: np.random.Generator) -> Draw:
 
 
 def _draw_window(
-    scale: tuple[float, float], ratios: tuple[float, float], sizes: np.ndarray, rng: np.random.Generator
+    scale: tuple[float, float], ratios: tuple[float, float], sizes: np.ndarray, rng: Numbers
 ) -> np.ndarray:
     """The window (y, x, h, w) of torchvision's RandomResizedCrop.
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from fgfast.config import TrainConfig
 from fgfast.data.imageset import ImageSet, describe
+from fgfast.data.kept import FILE, held_out_paths
 from fgfast.data.layouts import open_images
 
 
@@ -36,6 +37,10 @@ class Splits:
         """The images that are scored: the held-out ones if ``config.holdout`` > 0, else the test split."""
         return self.images.subset(self.held_out) if self.config.holdout else self.images.test_set()
 
+    def held_out_paths(self) -> list[str]:
+        """The relative paths of the held-out images."""
+        return [self.images.paths[i] for i in np.flatnonzero(self.held_out)]
+
     def describe(self) -> str:
         """One line that says what was read, and what was left out and why."""
         return describe(self.images, held_out=int(self.held_out.sum()))
@@ -52,7 +57,9 @@ def pretext_splits(config: TrainConfig) -> Splits:
         images = images.without_unlabelled("the method learns from labels")
     elif config.unlabelled:
         images = images.with_folder(Path(config.unlabelled))
-    return Splits(images, _held_out(images, config.holdout), config)
+    run = Path(config.out)
+    began = config.resume and any((run / name).exists() for name in ("last.pt", "previous.pt"))
+    return Splits(images, _held_out(images, config.holdout, run if began else None), config)
 
 
 def labelled_splits(config: TrainConfig) -> Splits:
@@ -62,7 +69,7 @@ def labelled_splits(config: TrainConfig) -> Splits:
         UserError: the folder cannot be read.
     """
     images = open_images(Path(config.data)).without_unlabelled("scores need labels")
-    return Splits(images, _held_out(images, config.holdout), config)
+    return Splits(images, _held_out(images, config.holdout, Path(config.out)), config)
 
 
 def training_images(config: TrainConfig) -> tuple[ImageSet, ImageSet]:
@@ -84,8 +91,17 @@ def pretext_images(config: TrainConfig) -> ImageSet:
     return pretext_splits(config).pretext()
 
 
-def _held_out(images: ImageSet, fraction: float) -> np.ndarray:
-    """Mask of the held-out images: ``fraction`` of the labelled training images of every class, bool [N]."""
+def _held_out(images: ImageSet, fraction: float, run: Path | None) -> np.ndarray:
+    """Mask of the held-out images: ``fraction`` of the labelled training images of every class, bool [N].
+
+    Those of a run stay what they were when it began, or it would be scored on images that it trained on once one is
+    lost. The folder may also hold other images than the run's, of which none is named alike.
+    """
+    if fraction and run is not None:
+        began = held_out_paths(run / FILE)
+        mask = np.array([rel in began for rel in images.paths], bool)
+        if mask.any():
+            return mask
     rows = np.flatnonzero(images.train & (images.targets >= 0))
     order = np.random.default_rng(12345).permutation(len(rows))
     order = order[np.argsort(images.targets[rows][order], kind="stable")]  # the classes one after another

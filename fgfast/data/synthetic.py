@@ -18,6 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -27,6 +28,7 @@ from fgfast.data._bird import KEYPOINTS, PARTS
 from fgfast.data._drawing import draw_image
 from fgfast.data.maps import ABSENT
 from fgfast.errors import UserError
+from fgfast.formats import read_json
 from fgfast.interrupt import shielding_children
 
 VERSION = 2  # incremented when the same settings give other images
@@ -154,8 +156,8 @@ def _holds_set(out: Path, settings: Settings, force: bool) -> bool:
     if not any(out.iterdir()):
         return False
     try:
-        found = json.loads((out / _SETTINGS_FILE).read_text())["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = read_json(out / _SETTINGS_FILE, dict[str, Any], strict=False)["settings"]
+    except (UserError, KeyError):
         raise UserError(
             f"{out} holds something that is not a synthetic set: choose an empty or a new folder."
         ) from None

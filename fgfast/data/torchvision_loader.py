@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from fgfast.data.base import BatchPlan, Loader, replace_failed
-from fgfast.data.decode import read_image
-from fgfast.data.manifest import shown_size
+from fgfast.data.base import Loader
+from fgfast.data.manifest import reason_of, shown_size
 from fgfast.data.maps import ABSENT, read_map
 from fgfast.data.photometric import with_reduced
+from fgfast.data.plan import BatchPlan
 from fgfast.data.rearrange import rearrange
 from fgfast.data.sampling import Draw
 from fgfast.data.views import Batch, warp_labels
@@ -50,14 +50,16 @@ class TorchvisionLoader(Loader):
         )
 
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
-        failed = tuple(sorted(self._failed))
+        self._retry(epoch)
+        failed = tuple(self._failed_rows())
         self._order.keys = [(epoch, batch, failed) for batch in range(start, len(self))]
         for item in self._loader:
             if isinstance(item, UserError):
                 raise item
             batch, broken = item
-            for row, reason in broken:
-                self._exclude(row, reason)
+            for row, reason, passing in broken:
+                if row not in self._failed:
+                    self._exclude(row, reason, passing)
             yield batch if self.device.type == "cpu" else batch.to(self.device)
 
     def close(self) -> None:
@@ -66,13 +68,16 @@ class TorchvisionLoader(Loader):
         del self._loader
 
 
+_Key = tuple[int, int, tuple[int, ...]]
+
+
 class _Order(Sampler):
     """The batches of the next epoch; the loader sets ``keys`` before each epoch."""
 
     def __init__(self) -> None:
-        self.keys: list[tuple[int, int, tuple[int, ...]]] = []
+        self.keys: list[_Key] = []
 
-    def __iter__(self) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    def __iter__(self) -> Iterator[_Key]:
         return iter(self.keys)
 
     def __len__(self) -> int:
@@ -88,27 +93,32 @@ class _Batches(Dataset):
 
     def __init__(self, plan: BatchPlan) -> None:
         self.plan = plan
+        self.epoch = -1
+        self.failed: dict[int, tuple[str, bool]] = {}  # in this epoch
 
-    def __getitem__(self, key: tuple[int, int, tuple[int, ...]]) -> tuple[Batch, list[tuple[int, str]]] | UserError:
+    def __getitem__(self, key: _Key) -> tuple[Batch, list[tuple[int, str, bool]]] | UserError:
         epoch, number, known = key
-        failed, broken, records = set(known), [], self.plan.records
-        rows, valid = self.plan.batch_rows(epoch, number)
-        while True:
-            rows, valid = replace_failed(rows, valid, failed, len(records))
-            try:
-                images = []
-                for row in rows:
-                    pixels = read_image(records.files[row])
-                    records.sizes[row] = shown_size(records.images, *pixels.shape[:2])  # as the file is now
-                    images.append(torch.from_numpy(np.array(pixels)))
-                break
-            except OSError as error:
-                failed.add(int(row))
-                broken.append((int(row), str(error)))
-                if len(failed) == len(records):
-                    return UserError(f"No image of {records.images.root} can be read any longer: restore them.")
+        if epoch != self.epoch:
+            self.epoch, self.failed = epoch, {}
+        self.failed |= dict.fromkeys(known, ("", False))
+        images: dict[int, Tensor] = {}
+
+        def read(rows: np.ndarray) -> None:
+            for row in map(int, rows):
+                if row not in images and row not in self.failed:
+                    try:
+                        images[row] = torch.from_numpy(np.array(self.plan.pixels(row)))
+                    except OSError as error:
+                        self.failed[row] = reason_of(error)
+
         try:
-            return self._batch(epoch, number, rows, valid, [p.permute(2, 0, 1) for p in images]), broken
+            rows, valid = self.plan.fill(epoch, number, self.failed, read)
+            black = torch.zeros(*self.plan.black_size(), 3, dtype=torch.uint8)
+            pixels = [images.get(int(row), black) for row in rows]
+            for row, image in zip(rows, pixels, strict=True):
+                self.plan.records.sizes[row] = shown_size(self.plan.records.images, *image.shape[:2])  # as it is now
+            broken = [(row, *self.failed[row]) for row in self.failed.keys() - set(known)]
+            return self._batch(epoch, number, rows, valid, [p.permute(2, 0, 1) for p in pixels]), broken
         except UserError as error:  # raising it here would show the user a traceback of the worker
             return error
 
@@ -121,8 +131,9 @@ class _Batches(Dataset):
             boxes[:, v] = torch.from_numpy(draw.boxes(sizes))
         maps = []
         if plan.maps is not None:
+            assert plan.map_sizes is not None
             for row in rows:
-                ids = torch.from_numpy(read_map(plan.maps, plan.relative_path(row))).long()
+                ids = torch.from_numpy(read_map(plan.maps, plan.relative_path(row), plan.map_sizes[row])).long()
                 maps.append(ids.masked_fill_(ids == ABSENT, -1)[None])  # [1, H, W]
         views, labels = [], []
         for v, (crop, draw) in enumerate(zip(spec.crops, draws, strict=True)):

@@ -11,6 +11,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from fgfast.data.places import Numbers
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -27,7 +29,7 @@ class Transform:
     def check(self, size: int) -> None:
         """Raise a ValueError that names the field if the change does not fit a view of ``size`` pixels."""
 
-    def draw(self, size: int, batch: int, rng: np.random.Generator) -> np.ndarray:
+    def draw(self, size: int, batch: int, rng: Numbers) -> np.ndarray:
         """Random numbers of the change for a batch of views, in the form that its field of ``Draw`` describes."""
         raise NotImplementedError
 
@@ -68,7 +70,7 @@ class Gamma(Transform):
     def check(self, size: int) -> None:
         self._check_range("exponent", float("inf"))
 
-    def draw(self, size: int, batch: int, rng: np.random.Generator) -> np.ndarray:
+    def draw(self, size: int, batch: int, rng: Numbers) -> np.ndarray:
         return rng.uniform(*self.exponent, batch).astype(np.float32)
 
 
@@ -91,7 +93,7 @@ class PatchSwap(Transform):
                 f"give a fraction for 1 to {size // 2} pixels, so that each half holds a patch."
             )
 
-    def draw(self, size: int, batch: int, rng: np.random.Generator) -> np.ndarray:
+    def draw(self, size: int, batch: int, rng: Numbers) -> np.ndarray:
         half, side = size // 2, round(self.side * size)
         y = rng.integers(0, half - side, (batch, 2), endpoint=True) + np.array([0, size - half])
         x = rng.integers(0, size - side, (batch, 2), endpoint=True)
@@ -126,7 +128,7 @@ class BlockShuffle(Transform):
                 "give a smaller number, or 0 for all orders."
             )
 
-    def draw(self, size: int, batch: int, rng: np.random.Generator) -> np.ndarray:
+    def draw(self, size: int, batch: int, rng: Numbers) -> np.ndarray:
         n = self.grid
         if not self.reach:
             return rng.random((batch, n * n)).argsort(1).reshape(batch, n, n)
@@ -157,7 +159,7 @@ class Holes(Transform):
             raise ValueError(f"Holes.count is {self.count}: give a range with 0 <= low <= high and high >= 1.")
         self._check_range("side", 1)
 
-    def draw(self, size: int, batch: int, rng: np.random.Generator) -> np.ndarray:
+    def draw(self, size: int, batch: int, rng: Numbers) -> np.ndarray:
         most = self.count[1]
         count = rng.integers(*self.count, (batch, 1), endpoint=True)
         side = _draw_sides(self.side, size, (batch, most), rng)
@@ -184,7 +186,7 @@ class PasteOnWhite(Transform):
     def check(self, size: int) -> None:
         self._check_range("side", 1)
 
-    def draw(self, size: int, batch: int, rng: np.random.Generator) -> np.ndarray:
+    def draw(self, size: int, batch: int, rng: Numbers) -> np.ndarray:
         return _draw_sides(self.side, size, (batch, 2), rng)
 
 
@@ -192,9 +194,7 @@ DRAWN: tuple[type[Transform], ...] = (Gamma, PatchSwap, BlockShuffle, Holes, Pas
 """The transforms with random numbers, in the order in which these are drawn."""
 
 
-def _draw_sides(
-    fractions: tuple[float, float], size: int, shape: tuple[int, ...], rng: np.random.Generator
-) -> np.ndarray:
+def _draw_sides(fractions: tuple[float, float], size: int, shape: tuple[int, ...], rng: Numbers) -> np.ndarray:
     """Sides uniform over whole pixels, at least one."""
     low, high = (max(1, round(fraction * size)) for fraction in fractions)
     return rng.integers(low, high, shape, endpoint=True)

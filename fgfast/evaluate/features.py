@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,10 @@ from fgfast.data.views import ViewSpec
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone
 from fgfast.ops.part_pool import part_pool
+from fgfast.ranks import Ranks, gather, on_all, ranks_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @torch.no_grad()
@@ -26,6 +31,8 @@ def extract(
     threads: int | None = None,
     loader: str = "auto",
     maps: Path | None = None,
+    group: "ProcessGroup | None" = None,
+    lenient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Features and classes of every image that can be read, in the order of the set.
 
@@ -42,17 +49,39 @@ def extract(
         threads: decoding threads; None leaves the choice to the loader.
         loader: backend of the loader: "auto", "dali" or "torchvision".
         maps: folder of id maps; ``encoder`` then takes (images, id maps int64 [B, S, S], -1 = absent).
+        group: processes that call this at the same time, with equal arguments, and share the work; or None. Batches
+            then hold other images, which changes features by roundings.
+        lenient: leave out missing images too, and any number of broken ones.
 
     Returns:
-        Features float32 [N, D] and classes int64 [N], both on the CPU.
+        Features float32 [N, D] and classes int64 [N], both on the CPU; of all images, and the same on every rank.
 
     Raises:
-        UserError: no image can be read, or a feature is not finite.
+        UserError: no image can be read, or a feature is not finite; in a group on every rank.
     """
+    ranks = ranks_of(group, torch.device(device))
+    own = on_all(
+        ranks, lambda: _extract(encoder, images, size, batch_size, ranks, center, threads, loader, maps, lenient)
+    )
+    features, targets, order = (torch.cat(parts) for parts in zip(*gather(ranks, own), strict=True))
+    if not len(features):
+        raise UserError(f"No image under {images.root} could be read: check the data folder.")
+    if not features.isfinite().all():
+        raise UserError("The features are not finite: the weights have diverged, use an earlier checkpoint.")
+    in_order = order.argsort()
+    return features[in_order], targets[in_order]
+
+
+def _extract(
+    encoder: Callable[..., Tensor], images: ImageSet, size: int, batch_size: int, ranks: Ranks, center: float | None,
+    threads: int | None, loader: str, maps: Path | None, lenient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Features, classes and positions of this rank's images."""
+    device = ranks.device
     spec = ViewSpec(whole=size, center=center, whole_masks=maps is not None)
     batches = make_loader(
-        images, spec, batch_size, shuffle=False, drop_last=False, maps=maps, device=str(device), threads=threads,
-        backend=loader,
+        images, spec, batch_size, shuffle=False, maps=maps, device=str(device), threads=threads, rank=ranks.rank,
+        world=ranks.world, backend=loader, lenient=lenient,
     )  # fmt: skip
     training = isinstance(encoder, torch.nn.Module) and encoder.training
     if isinstance(encoder, torch.nn.Module):
@@ -70,12 +99,7 @@ def extract(
         batches.close()
         if training:
             encoder.train()  # type: ignore[attr-defined]
-    if not rows or not sum(map(len, rows)):
-        raise UserError(f"No image under {images.root} could be read: check the data folder.")
-    features, in_order = torch.cat(rows), torch.cat(order).argsort()
-    if not features.isfinite().all():
-        raise UserError("The features are not finite: the weights have diverged, use an earlier checkpoint.")
-    return features[in_order], torch.cat(targets)[in_order]
+    return torch.cat(rows), torch.cat(targets), torch.cat(order)
 
 
 class PartFeatures(nn.Module):

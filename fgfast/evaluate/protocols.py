@@ -1,12 +1,10 @@
 """Evaluation of a run under a protocol: scores with an interval over the test images, stored in RUN/eval.json."""
 
 import hashlib
-import logging
 import os
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,10 +26,14 @@ from fgfast.evaluate.retrieval import retrieve
 from fgfast.evaluate.scores import read_scores, store_score
 from fgfast.files import check_folder
 from fgfast.info import require
+from fgfast.methods.base import leave_out
 from fgfast.methods.run_folder import Checkpoint, load_run_encoder
 from fgfast.models.backbone import Backbone
+from fgfast.parts.folder import weights_digest
+from fgfast.ranks import on_all, ranks_of
 
-log = logging.getLogger("fgfast")
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 KNN_K = 20
 MAX_ONLINE = 4000  # images of each split in the online kNN
@@ -191,12 +193,11 @@ def evaluate(
         rank5, precision = (float(v[queries].double().mean()) for v in (result.rank5, result.precision))
         more = {"rank5": rank5, "map": precision}
     elif isinstance(options, FinetuneOptions):
-        file = (run / f"{checkpoint}.pt").stat()
         key = hashlib.sha1(os.fsencode(f"{options}{settings or ''}{data.resolve()}")).hexdigest()[:8]
         state_file = run / f"finetune-{checkpoint}-{key}.pt"
         predicted, truth = finetune(
             encoder, fit, test, config, options, device=device, state_file=state_file,
-            start=f"{checkpoint} {file.st_size} {file.st_mtime_ns}",
+            start=weights_digest(encoder.net),
         )  # fmt: skip
         n_train = len(fit)
     else:
@@ -226,30 +227,37 @@ def score_predictions(
     return Score(protocol, checkpoint, correct, low, high, n_train, macro, weighted, options, more)
 
 
-def online_knn(encoder: Backbone, config: TrainConfig, device: torch.device) -> float | None:
-    """Top-1 of kNN during training, on at most 4,000 images per split; None if the set cannot be scored."""
-    try:
-        splits = _splits(config, Path(config.data))
-    except UserError as error:
-        _leave_out_knn(str(error))
-        return None
-    fit, test = (
-        images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:MAX_ONLINE]))
-        for images in (splits.training(), splits.scored())
-    )
+def online_knn(
+    encoder: Backbone, config: TrainConfig, device: torch.device, group: "ProcessGroup | None" = None
+) -> float | None:
+    """Top-1 of kNN during training, on at most 4,000 images per split; None if the set cannot be scored.
+
+    Missing and broken images are left out, and no mistake in the data ends the training.
+
+    Args:
+        encoder: the network.
+        config: options of the run.
+        device: where the network runs.
+        group: processes that call this at the same time and share the work; all return the same number.
+    """
+    ranks = ranks_of(group, device)
     was_training = encoder.training
     encoder.eval()
     try:
-        predicted, truth, _ = _classify("knn", encoder, config, fit, test, device, None)
-    except UserError as error:  # such as a test split that cannot be read: no reason to end the training
-        _leave_out_knn(str(error))
+        splits = on_all(ranks, lambda: _splits(config, Path(config.data)))
+        x, y, test_x, truth = (
+            value
+            for images in (splits.training(), splits.scored())
+            for value in extract(
+                encoder, images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:MAX_ONLINE])),
+                config.size, device=device, threads=config.threads, loader=config.loader, group=group, lenient=True,
+            )
+        )  # fmt: skip
+    except (UserError, OSError) as error:  # on every rank: no reason to end the training
+        if ranks.first:
+            leave_out("The online kNN is left out", str(error))
         return None
     finally:
         encoder.train(was_training)
+    predicted = knn_predict(x, y, test_x, k=KNN_K, n_classes=len(splits.images.classes))
     return float((predicted.cpu() == truth).float().mean())
-
-
-@cache
-def _leave_out_knn(reason: str) -> None:
-    """Log why there is no online kNN, once however often it is asked for."""
-    log.warning("The online kNN is left out: %s", reason)

@@ -1,11 +1,25 @@
 """The scores of a run, in RUN/eval.json."""
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
-from fgfast.errors import UserError
 from fgfast.files import write_json
+from fgfast.formats import read_json
+
+
+class _Row(TypedDict):
+    """What is known of a row; all other keys are kept as they are."""
+
+    protocol: str
+    checkpoint: str
+    top1: NotRequired[float]
+    low: NotRequired[float | None]
+    high: NotRequired[float | None]
+    n: NotRequired[int]
+    options: NotRequired[str]
+    data: NotRequired[str]
+    path: NotRequired[str]
+    set: NotRequired[str]
 
 
 def read_scores(run: Path) -> list[dict[str, Any]]:
@@ -17,18 +31,7 @@ def read_scores(run: Path) -> list[dict[str, Any]]:
     file = run / "eval.json"
     if not file.exists():
         return []
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError("it is no list of scores")
-        for row in rows:
-            if missing := {"protocol", "checkpoint"} - row.keys():
-                raise ValueError(f"a score has no {min(missing)!r}")
-            if not isinstance(row.get("top1", 0.0), int | float):
-                raise ValueError(f"a top1 is {row['top1']!r}")
-    except ValueError as error:
-        raise UserError(f"{file} cannot be read ({error}): repair or remove it.") from error
-    return rows
+    return cast(list[dict[str, Any]], read_json(file, list[_Row], remedy="repair or remove it", plain=True))
 
 
 def store_score(run: Path, row: dict[str, Any]) -> None:

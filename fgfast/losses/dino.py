@@ -1,13 +1,19 @@
 """Cross entropy between teacher and student, with a centre."""
 
 from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fgfast.losses.common import update_buffers
+from fgfast.losses.over_ranks import count_valid
 from fgfast.tensors import accumulation, check_float, shape_error
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class DINOLoss(nn.Module):
@@ -84,8 +90,16 @@ class DINOLoss(nn.Module):
         student_out: Sequence[Tensor],
         teacher_temp: float | None = None,
         epoch: int | None = None,
+        *,
+        valid: Tensor | None = None,
+        group: "ProcessGroup | None" = None,
     ) -> Tensor:
-        """Loss of the outputs, [B, K] per view; teacher_temp takes precedence over the warm-up of epoch."""
+        """Loss of the outputs, [B, K] per view; teacher_temp takes precedence over the warm-up of epoch.
+
+        With ``valid``, bool [B], the mean over images and the centre are those of the valid images of all ranks of
+        ``group`` (None: of this process), the loss world size x local sum / global count. Without it the loss is that
+        of this process and the centre that of the default group.
+        """
         self._check_types(teacher_out=teacher_out, student_out=student_out)
         pairs = len(teacher_out) * len(student_out) - min(len(teacher_out), len(student_out))
         if pairs <= 0:
@@ -94,14 +108,18 @@ class DINOLoss(nn.Module):
         temperature = self.temperature_at(epoch) if teacher_temp is None else teacher_temp
         teacher = torch.stack([x.detach().to(accumulation(x.dtype)) for x in teacher_out])  # [V, B, K]
         target = ((teacher - self.center) / temperature).softmax(-1)
-        total = target.new_zeros(())
+        total, kept = target.new_zeros(()), None if valid is None else valid[:, None]
         for s, x in enumerate(student_out):
             log_prob = (x.to(accumulation(x.dtype)) / self.student_temp).log_softmax(-1)
             others = [t for t in range(len(target)) if t != s]
             if others:
-                total = total - (target[others].sum(0) * log_prob).sum()
-        self.update_center(teacher)
-        return total / (pairs * teacher.shape[1])
+                losses = target[others].sum(0) * log_prob
+                total = total - (losses if kept is None else torch.where(kept, losses, 0)).sum()
+        if valid is None:
+            self.update_center(teacher)
+            return total / (pairs * teacher.shape[1])
+        update_buffers(partial(self._update_center, group=group), teacher, valid)
+        return total / (pairs * count_valid(valid, group))
 
     @staticmethod
     def _check_types(**outputs: Sequence[Tensor]) -> None:
@@ -128,9 +146,18 @@ class DINOLoss(nn.Module):
         update_buffers(self._update_center, teacher_out)
 
     @torch.no_grad()
-    def _update_center(self, teacher_out: Tensor) -> None:
-        mean = teacher_out.to(accumulation(teacher_out.dtype)).mean((0, 1), keepdim=True).to(self.center.dtype)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(mean)
-            mean /= dist.get_world_size()
-        self.center.mul_(self.center_momentum).add_(mean, alpha=1 - self.center_momentum)
+    def _update_center(
+        self, teacher_out: Tensor, valid: Tensor | None = None, group: "ProcessGroup | None" = None
+    ) -> None:
+        shared = group is not None or (valid is None and dist.is_available() and dist.is_initialized())
+        rows = teacher_out.to(accumulation(teacher_out.dtype))
+        count = rows.new_tensor(rows.shape[1]) if valid is None else valid.sum().to(rows.dtype)
+        rows = rows if valid is None else torch.where(valid[:, None], rows, 0)
+        total, count = rows.sum((0, 1), keepdim=True), len(rows) * count
+        if shared:
+            sums = torch.cat([total.flatten(), count[None]])
+            dist.all_reduce(sums, group=group)
+            total, count = sums[:-1].view_as(total), sums[-1]
+        mean = (total / count.clamp(min=1)).to(self.center.dtype)
+        moved = (self.center * self.center_momentum).add_(mean, alpha=1 - self.center_momentum)
+        self.center.copy_(torch.where(count > 0, moved, self.center))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fgfast.ids import Ids
 from fgfast.losses.common import arange_like, check_temperature, ids_over_ranks
+from fgfast.losses.over_ranks import sample_images
 from fgfast.ops.contrast import contrastive_loss
 from fgfast.ops.contrast.checks import check_alike
 from fgfast.ops.part_pool import part_pool
@@ -34,6 +35,11 @@ class PartContrastiveLoss(nn.Module):
         max_parts: sample that many parts per image, without replacement, among those present in either view (the same
             parts for both views); None takes all.
         group: contrast with the parts of all ranks.
+
+    Attributes:
+        generator: source of the numbers by which parts are sampled. With a group it is in the same state on every rank
+            and the numbers are drawn for the images of all ranks, of which each rank has as many: whichever rank an
+            image is on, its parts are the same. None (the default) draws those of this process by PyTorch's own.
 
     Example:
         >>> import torch
@@ -66,6 +72,7 @@ class PartContrastiveLoss(nn.Module):
         self.n_parts, self.max_parts = n_parts, max_parts
         self.projector, self.predictor, self.target_projector = projector, predictor, target_projector
         self.temperature, self.negatives, self.group = temperature, negatives, group
+        self.generator: torch.Generator | None = None
 
     def forward(
         self,
@@ -118,7 +125,11 @@ class PartContrastiveLoss(nn.Module):
         n = self.n_parts if self.max_parts is None else min(self.max_parts, self.n_parts)
         score = torch.arange(self.n_parts, 0, -1, device=areas.device).expand(areas.shape[1:])
         if n < self.n_parts:
-            score = torch.rand(areas.shape[1:], device=areas.device) + (areas > 0).any(0)
+            drawn = sample_images(
+                lambda images, **options: torch.rand(images, self.n_parts, **options),
+                areas.shape[1], areas.device, self.group, self.generator,
+            )  # fmt: skip
+            score = drawn + (areas > 0).any(0)
         chosen = score.topk(n, dim=1).indices.sort(1).values
         here = areas.gather(2, chosen.expand(2, -1, -1)) > 0
         return chosen, torch.where(here, chosen, -1)

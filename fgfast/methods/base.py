@@ -1,6 +1,9 @@
 """The base class of every method: views in, losses out, and the encoder that is evaluated."""
 
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,6 +15,7 @@ from fgfast.config import TrainConfig
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone, parse_model_args
 from fgfast.models.weights import encoder_state, load_encoder, load_tensors
+from fgfast.ranks import gather, on_all, ranks_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
     from fgfast.data.panels import Panel
     from fgfast.data.views import Batch, ViewSpec
 
+
+log = logging.getLogger("fgfast")
 
 MAX_HELD_OUT = 4000  # images on which held-out scores are computed
 
@@ -49,8 +55,9 @@ class Method(nn.Module):
             pass over a view, with or without gradient; a larger image counts in proportion to its area.
         passes_to_prepare: encoder passes per image before each round.
         held_out: terms of ``forward`` that are also computed on held-out images, beside the online kNN.
-        idle_parameters: whether some parameters get no gradient in some steps (distributed training looks for them).
         group: process group over which losses are computed, or None for this process only.
+        rng: source of the random numbers that are drawn for the images of all ranks at once, in the same state on
+            every rank; None is PyTorch's own, for this process only.
     """
 
     name: ClassVar[str]
@@ -58,10 +65,10 @@ class Method(nn.Module):
     passes_per_image: float
     passes_to_prepare: float = 0
     held_out: ClassVar[tuple[str, ...]] = ()
-    idle_parameters: ClassVar[bool] = False
     config: TrainConfig
     encoder: Backbone
     group: "ProcessGroup | None" = None
+    rng: torch.Generator | None = None
 
     @classmethod
     def paper(cls, model: str | None) -> TrainConfig:
@@ -80,6 +87,10 @@ class Method(nn.Module):
         """Compute losses over the images of all ranks of ``group``."""
         self.group = group
 
+    def set_rng(self, rng: torch.Generator | None) -> None:
+        """Draw the random numbers of the images of all ranks from ``rng``."""
+        self.rng = rng
+
     def before_step(self, progress: Progress) -> None:
         """Prepare the next step, for training in stages; ``progress.step`` steps are done."""
 
@@ -91,33 +102,73 @@ class Method(nn.Module):
         """Scores that are logged with the online kNN: means of the terms in ``held_out``, as "held_out_NAME".
 
         They need no labels and are computed in evaluation mode on at most 4,000 images: the held-out ones, or the test
-        split without ``--holdout``. The views are those of training, the same at every call.
+        split without ``--holdout``. The views are those of training, the same at every call. Called on all ranks at the
+        same time, which share the images; none if the images cannot be read.
+        """
+        if not self.held_out:
+            return {}
+        names = [f"held_out_{name}" for name in self.held_out]
+        c = self.config
+        return self.mean_scores(names, self._score, c.batch_size, device, most=MAX_HELD_OUT, seed=c.seed)
+
+    def _score(self, batch: "Batch") -> Tensor:
+        """The terms in ``held_out`` for every valid image: the means of the batch."""
+        terms = self(batch)
+        return torch.stack([terms[name].float() for name in self.held_out]).expand(int(batch.valid.sum()), -1)
+
+    def mean_scores(
+        self, names: Sequence[str], score: "Callable[[Batch], Tensor]", batch_size: int, device: torch.device, *,
+        most: int, seed: int,
+    ) -> dict[str, float]:  # fmt: skip
+        """Means of ``score`` over scored images, which the ranks share; the same numbers on every rank.
+
+        Args:
+            names: N names.
+            score: maps a batch of images to scores [B, N] of the valid ones, alone in this process.
+            batch_size: images per batch.
+            device: device of the batches.
+            most: largest number of images.
+            seed: seed of the views.
         """
         from fgfast.data.loader import make_loader
         from fgfast.data.splits import scored_images
 
-        config = self.config
-        images = scored_images(config)
-        if not self.held_out or not len(images):
-            return {}
-        images = images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:MAX_HELD_OUT]))
-        loader = make_loader(
-            images, self.views(), config.batch_size, shuffle=False, seed=config.seed, device=device,
-            threads=config.threads, backend=config.loader,
-        )  # fmt: skip
-        sums, count = dict.fromkeys(self.held_out, 0.0), 0
-        was_training = self.training
+        config, ranks = self.config, ranks_of(self.group, device)
+
+        def sum_up() -> tuple[list[float], int]:
+            images = scored_images(config)
+            if not len(images):
+                return [0.0] * len(names), 0
+            loader = make_loader(
+                images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:most])), self.views(),
+                batch_size, shuffle=False, seed=seed, device=device, threads=config.threads,
+                rank=ranks.rank, world=ranks.world, backend=config.loader, lenient=True,
+            )  # fmt: skip
+            sums, count = torch.zeros(len(names), dtype=torch.float64), 0
+            try:
+                for batch in loader:
+                    if batch.valid.any():
+                        rows = score(batch)
+                        sums, count = sums + rows.double().sum(0).cpu(), count + len(rows)
+            finally:
+                loader.close()
+            return sums.tolist(), count
+
+        was_training, group = self.training, self.group
         self.eval()
+        self.set_group(None)  # a forward pass that waits for other ranks would hang if one of them fails
         try:
-            for batch in loader:
-                valid = int(batch.valid.sum())
-                terms = self(batch)
-                sums = {name: total + valid * float(terms[name]) for name, total in sums.items()}
-                count += valid
+            own = on_all(ranks, sum_up)
+        except (UserError, OSError) as error:  # on every rank: no reason to end the training
+            if ranks.first:
+                leave_out(f"The online scores of {self.name} are left out", str(error))
+            return {}
         finally:
-            loader.close()
+            self.set_group(group)
             self.train(was_training)
-        return {f"held_out_{name}": total / max(1, count) for name, total in sums.items()}
+        sums, counts = zip(*gather(ranks, own), strict=True)
+        means = [sum(column) / max(1, sum(counts)) for column in zip(*sums, strict=True)]
+        return dict(zip(names, means, strict=True)) if sum(counts) else {}
 
     def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":
         """Figures for ``fgfast pictures``, as rows of panels per title: by default the views of up to 8 images."""
@@ -135,11 +186,15 @@ class Method(nn.Module):
     def prepare(self, images: "ImageSet", run: Path, round_: int) -> Path | None:
         """Work before round ``round_`` of training, such as part discovery.
 
-        Called first on the first rank, which writes to ``run``, then on the other ranks.
+        Called on all ranks at the same time: what writes to ``run`` goes through :func:`fgfast.ranks.on_first`.
 
         Returns:
             The folder of the id maps that the views need, or None.
         """
+        return None
+
+    def figure_maps(self, images: "ImageSet", run: Path, scratch: Path) -> Path | None:
+        """The folder of the id maps that figures of ``images`` need; writes to ``scratch``, never to ``run``."""
         return None
 
     @classmethod
@@ -149,6 +204,12 @@ class Method(nn.Module):
         encoder = Backbone(config.model, size=config.size, args=args, grey=config.grey_input)
         load_tensors(encoder.net, encoder_state(checkpoint), "The weights of the checkpoint")
         return encoder
+
+
+@cache
+def leave_out(what: str, reason: str) -> None:
+    """Log why a score is left out, once however often it is asked for."""
+    log.warning("%s: %s", what, reason)
 
 
 def build_encoder(config: TrainConfig) -> Backbone:

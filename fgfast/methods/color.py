@@ -1,9 +1,10 @@
 """Colourisation: predict the colours of a grey image."""
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,13 +15,18 @@ from fgfast.config import Count, Fraction, TrainConfig
 from fgfast.data.lab import lab_to_rgb, lightness, rgb_to_lab, to_grey
 from fgfast.data.normalise import denormalise
 from fgfast.errors import UserError
+from fgfast.files import digest_of, write_json
+from fgfast.losses.over_ranks import count_valid, mean_valid
 from fgfast.methods.ab_classes import AbClasses, rebalancing_weights
 from fgfast.methods.base import Method, build_encoder
+from fgfast.ranks import gather, on_all, on_first, ranks_of, share_first
 
 if TYPE_CHECKING:
     from fgfast.data.imageset import ImageSet
     from fgfast.data.panels import Panel
     from fgfast.data.views import Batch, ViewSpec
+
+log = logging.getLogger("fgfast")
 
 STRIDE = 4  # a colour is predicted for every 4 x 4 pixels
 
@@ -81,44 +87,70 @@ class Color(Method):
         return ViewSpec(crops=(Crop(size=self.config.size, scale=(self.config.crop_scale, 1.0), jitter_p=0.0),))
 
     def prepare(self, images: "ImageSet", run: Path, round_: int) -> Path | None:
-        """Measure the prior of the colours, or read it if this run has measured it before."""
-        from fgfast.files import write_json
-
-        chosen = np.sort(np.random.default_rng(0).permutation(len(images))[: self.config.prior_pictures])
-        measured = {"root": str(images.root), "pictures": len(chosen), "of": len(images), "size": self.config.size}
+        """Measure the prior of the colours, or read it if this run has measured it before on the same images."""
+        ranks = ranks_of(self.group, self.classes.centres.device)
+        chosen = images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[: self.config.prior_pictures]))
+        paths = digest_of([images.banner, *chosen.paths])
+        measured = {"pictures": len(chosen), "of": len(images), "size": self.config.size, "images": paths}
         file = run / "colours.json"
-        stored = json.loads(file.read_text()) if file.is_file() else {}
-        if {k: stored.get(k) for k in measured} != measured:
-            stored = {**measured, "prior": self.measure_prior(images.subset(chosen)).tolist()}
-            write_json(file, stored)
-        prior = torch.tensor(stored["prior"], dtype=torch.float64)
-        self.weights = rebalancing_weights(prior, self.config.uniform).float().to(self.classes.centres.device)
+        prior = share_first(ranks, lambda: self._read_prior(file, measured | {"root": str(images.root)}))
+        if prior is None:
+            prior = self.measure_prior(chosen).tolist()
+            stored = {"root": str(images.root), **measured, "prior": prior}
+            on_first(ranks, lambda: write_json(file, stored | {"digest": digest_of(stored)}))
+        weights = rebalancing_weights(torch.tensor(prior, dtype=torch.float64), self.config.uniform)
+        self.weights = weights.float().to(self.classes.centres.device)
+        return None
+
+    def _read_prior(self, file: Path, measured: dict[str, Any]) -> list[float] | None:
+        """The prior in a file; None if it was changed since it was written, or is of other images."""
+        if not file.exists():
+            return None
+        try:
+            stored = json.loads(file.read_bytes())
+            digest = stored.pop("digest", None)
+            earlier = digest is None and "images" not in stored
+            prior = stored.pop("prior")
+            unknown = "images" if earlier else "root"  # of which a set may move
+            same = all(stored.get(name) == measured[name] for name in measured if name != unknown)
+            whole = len(prior) == len(self.classes) and min(prior) >= 0 and abs(sum(prior) - 1) < 1e-6
+            if same and whole and (earlier or digest == digest_of(stored | {"prior": prior})):
+                return list(map(float, prior))
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
+            pass  # it is no file of this run, or one that was mended by hand
+        log.warning("%s is damaged, or of other images or another size: the colours are measured again.", file)
         return None
 
     @torch.no_grad()
     def measure_prior(self, images: "ImageSet") -> Tensor:
         """Smoothed distribution of the colours of full images over the bins, float64 [Q] on the CPU.
 
-        The images have the resolution of the predictions.
+        The images have the resolution of the predictions; the ranks share them.
         """
         from fgfast.data.loader import make_loader
         from fgfast.data.views import ViewSpec
 
         c, device = self.config, self.classes.centres.device
-        loader = make_loader(
-            images, ViewSpec(whole=c.size), c.batch_size, shuffle=False, device=device, threads=c.threads,
-            backend=c.loader,
-        )  # fmt: skip
-        counts = torch.zeros(len(self.classes), dtype=torch.float64, device=device)
-        try:
-            for batch in loader:
-                assert batch.whole is not None  # the spec asks for it
-                counts += self.classes.histogram(self.colours(batch.whole[batch.valid]))
-        finally:
-            loader.close()
+        ranks = ranks_of(self.group, device)
+
+        def count() -> Tensor:
+            loader = make_loader(
+                images, ViewSpec(whole=c.size), c.batch_size, shuffle=False, device=device, threads=c.threads,
+                rank=ranks.rank, world=ranks.world, backend=c.loader, lenient=True,
+            )  # fmt: skip
+            counts = torch.zeros(len(self.classes), dtype=torch.float64, device=device)
+            try:
+                for batch in loader:
+                    assert batch.whole is not None  # the spec asks for it
+                    counts += self.classes.histogram(self.colours(batch.whole[batch.valid]))
+            finally:
+                loader.close()
+            return counts.cpu()
+
+        counts = torch.stack(gather(ranks, on_all(ranks, count))).sum(0)
         if not counts.sum() > 0:
             raise UserError(f"No image of {images.root} could be read to measure the colours: check the data.")
-        return self.classes.smooth(counts).cpu()
+        return self.classes.smooth(counts.to(device)).cpu()
 
     def colours(self, images: Tensor) -> Tensor:
         """Mean colour of every 4 x 4 pixels of normalised images [B, 3, S, S], in ab, [B * (S / 4)^2, 2]."""
@@ -144,12 +176,14 @@ class Color(Method):
             index, soft = self.classes.encode(self.colours(images))  # [N, 5]
             positions = len(logits) // len(batch)
             valid = batch.valid.repeat_interleave(positions, output_size=len(logits))
-            count = valid.sum().clamp(min=1)
-            correct = ((logits.argmax(1) == index[:, 0]) & valid).sum()
+            count = count_valid(valid, self.group)
+            correct = (logits.argmax(1) == index[:, 0]).float()
         losses = self.weights.to(index.device)[index[:, 0]] * (
             logits.logsumexp(1) - (soft * logits.gather(1, index)).sum(1)
         )
-        return {"loss": torch.where(valid, losses, 0).sum() / count, "accuracy": correct / count}
+        return {
+            "loss": mean_valid(losses, valid, count=count), "accuracy": mean_valid(correct, valid, count=count),
+        }  # fmt: skip
 
     @torch.no_grad()
     def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import torch
@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from fgfast.config import Count, Fraction, Natural, Range, TrainConfig
 from fgfast.data.tiles import brighten, cut_tiles, draw_puzzles, join_tiles
 from fgfast.errors import UserError
+from fgfast.losses.over_ranks import count_valid, mean_valid, rank_and_world
 from fgfast.methods.base import Method, Progress, build_encoder
 from fgfast.methods.permutations import permutation_set
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
     from fgfast.data.imageset import ImageSet
     from fgfast.data.panels import Panel
     from fgfast.data.views import Batch, ViewSpec
@@ -60,9 +59,9 @@ class Jigsaw(Method):
     otherwise edges that continue in a neighbour, or a common brightness, would reveal the order. A step costs
     T (tile / size)^2 passes per image, as tiles count by their area. In evaluation the encoder sees full images of
     ``size``; a ViT is built for those, and its position embeddings are resized to the patches of a tile in training.
-    Puzzles are drawn from (seed, step, rank), and for held-out images from the seed and the position of the image in
-    the set. "accuracy" is the fraction of permutations predicted correctly, in the step and, as held_out_accuracy
-    (without dropout), on held-out images.
+    Puzzles are drawn from (seed, step) for the images of all ranks, and for held-out images from the seed and the
+    position of the image in the set. "accuracy" is the fraction of permutations predicted correctly, in the step and,
+    as held_out_accuracy (without dropout), on held-out images.
 
     Different defaults here: random crops and flips of the image, not its centre; normalised values, not [0, 1];
     permutations drawn uniformly, where the release goes through ten at a time in ten passes that it calls an epoch
@@ -97,7 +96,7 @@ class Jigsaw(Method):
         self.cells = config.cells
         width = self._try_tile().shape[1]
         self.head = nn.Sequential(nn.Dropout(config.dropout), nn.Linear(places * width, config.n_permutations))
-        self.step, self.rank = 0, 0
+        self.step = 0
 
     @classmethod
     def paper(cls, model: str | None) -> JigsawConfig:
@@ -126,7 +125,7 @@ class Jigsaw(Method):
         """Warn if the last stage starts from a single cell, for which bfloat16 on a CPU gives wrong gradients."""
         net, on_cpu = self.encoder.net, next(self.parameters()).device.type == "cpu"
         reduction = 1 if self.encoder.is_vit else net.feature_info[-1]["reduction"]
-        if on_cpu and self.config.amp == "bf16" and 2 * self.side <= reduction:
+        if on_cpu and self.config.amp == "bf16" and 2 * self.side <= reduction and rank_and_world(self.group)[0] == 0:
             log.warning(
                 "Tiles of %d pixels leave the last stage a map of 1 x 1, for which PyTorch was seen to give wrong "
                 "bfloat16 gradients on a CPU: give --amp off, or larger tiles.",
@@ -169,11 +168,6 @@ class Jigsaw(Method):
         """Restore the step from a checkpoint."""
         self.step = state["step"]
 
-    def set_group(self, group: "ProcessGroup | None") -> None:
-        """Take the rank, from which puzzles are drawn."""
-        super().set_group(group)
-        self.rank = 0 if group is None else torch.distributed.get_rank(group)
-
     def after_step(self, progress: Progress) -> None:
         """Count the step, from which puzzles are drawn."""
         self.step = progress.step
@@ -194,17 +188,26 @@ class Jigsaw(Method):
         assert batch.whole is not None  # views() asks for one of the two
         return batch.whole
 
+    def _draw(self, n: int, *key: int) -> tuple[np.ndarray, ...]:
+        """Random numbers of the puzzles of ``n`` images."""
+        c = self.config
+        return draw_puzzles(
+            len(self.permutations), c.grid**2, n, c.size // c.grid - self.side, (1 - c.brightness, 1 + c.brightness),
+            np.random.default_rng([c.seed, *key, 1]),
+        )  # fmt: skip
+
     @torch.no_grad()
     def puzzles(self, batch: "Batch") -> tuple[Tensor, Tensor]:
         """Permuted tiles [B * T, 3, side, side] and the index of the permutation of each image [B]."""
         from fgfast.data.normalise import IMAGENET_MEAN, IMAGENET_STD
 
         c, device = self.config, self.permutations.device
-        key = (self.step, self.rank, 0) if self.training else (int(batch.index[0]), 0, 1)
-        draws: Any = draw_puzzles(
-            len(self.permutations), c.grid**2, len(batch), c.size // c.grid - self.side,
-            (1 - c.brightness, 1 + c.brightness), np.random.default_rng([c.seed, *key, 1]),
-        )  # fmt: skip
+        if self.training:
+            rank, world = rank_and_world(self.group)
+            draws = tuple(x[rank::world] for x in self._draw(len(batch) * world, self.step, 0, 0))
+        else:
+            of_images = [self._draw(1, i, 0, 1) for i in batch.index.tolist()]
+            draws = tuple(map(np.concatenate, zip(*of_images, strict=True)))
         label, corner, factor = (torch.from_numpy(x).to(device, non_blocking=True) for x in draws)
         tiles = cut_tiles(self.uncut_images(batch), c.grid, self.side, self.permutations[label], corner)
         return brighten(tiles, factor.flatten(), IMAGENET_MEAN, IMAGENET_STD), label
@@ -218,9 +221,12 @@ class Jigsaw(Method):
         tiles, label = self.puzzles(batch)
         logits = self.logits(tiles)
         losses = nn.functional.cross_entropy(logits, label, reduction="none")
-        count = batch.valid.sum().clamp(min=1)
-        correct = ((logits.argmax(1) == label) & batch.valid).sum()
-        return {"loss": torch.where(batch.valid, losses, 0).sum() / count, "accuracy": correct.detach() / count}
+        count = count_valid(batch.valid, self.group)
+        correct = (logits.argmax(1) == label).float()
+        return {
+            "loss": mean_valid(losses, batch.valid, count=count),
+            "accuracy": mean_valid(correct, batch.valid, count=count),
+        }
 
     @torch.no_grad()
     def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":

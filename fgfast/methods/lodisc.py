@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fgfast.config import Count, Range, Weight
 from fgfast.errors import UserError
+from fgfast.losses.over_ranks import rank_and_world
 from fgfast.methods.base import Progress
 from fgfast.methods.mocov3 import MoCoV3, MoCoV3Config
 from fgfast.ops.mask import PivotalMask, mask_images, pivotal_mask
@@ -91,9 +92,26 @@ class LoDisc(MoCoV3):
         features, attention = self.target.attend(views)
         strategy = strategy or self.config.strategy
         images = None if self.config.drop_tokens else views
-        return self.target.pool(features), pivotal_mask(
-            attention, keep=self.config.keep, strategy=strategy, images=images
-        )
+        seed = None
+        if self.rng is not None and strategy in ("sample", "random"):
+            seed = int(torch.randint(1 << 62, (), device=self.rng.device, generator=self.rng))
+        if seed is None or self.group is None:
+            pivotal = pivotal_mask(attention, keep=self.config.keep, strategy=strategy, seed=seed, images=images)
+        else:
+            pivotal = self._joined_pivots(attention, strategy, seed)
+            if images is not None:
+                pivotal = pivotal._replace(images=mask_images(images, pivotal.mask))
+        return self.target.pool(features), pivotal
+
+    def _joined_pivots(self, attention: Tensor, strategy: str, seed: int) -> PivotalMask:
+        """Masks of two views [L, 2 B, heads, P], drawn as for the joined batch, of which each rank knows its images."""
+        rank, world = rank_and_world(self.group)
+        views = attention.unflatten(1, (2, -1))
+        joined = views.new_ones(*views.shape[:2], views.shape[2] * world, *views.shape[3:])
+        joined[:, :, rank::world] = views
+        drawn = pivotal_mask(joined.flatten(1, 2), keep=self.config.keep, strategy=strategy, seed=seed)
+        mask, index = (x.unflatten(0, (2, -1))[:, rank::world].flatten(0, 1) for x in (drawn.mask, drawn.index))
+        return PivotalMask(mask, index, None)
 
     def forward(self, batch: "Batch") -> dict[str, Tensor]:
         """Global and local contrast of both views."""

@@ -7,11 +7,11 @@ objective can therefore be applied to images and to images decoded from their fe
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fgfast.ids import Ids
+from fgfast.losses.over_ranks import mean_valid
 from fgfast.methods.simclr import nt_xent
 from fgfast.models.heads import MLP, cosine_momentum, momentum_copy, update_momentum
 from fgfast.ops.contrast import contrastive_loss
@@ -169,19 +169,3 @@ BASES: dict[str, type[Base]] = {"simclr": SimCLRBase, "moco": MoCoBase, "simsiam
 def cosine(x: Tensor, y: Tensor) -> Tensor:
     """Cosines [B] of rows [B, D], in float32."""
     return F.cosine_similarity(x.float(), y.float(), dim=1)
-
-
-def mean_valid(values: Tensor, valid: Tensor, group: "ProcessGroup | None" = None) -> Tensor:
-    """Mean of values [B] over the valid ones [B]; the others, NaN included, affect neither loss nor gradients.
-
-    With a group: world size x local sum / global count, whose average over ranks is the mean over all of them.
-
-    Example:
-        >>> mean_valid(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False])).item()
-        2.0
-    """
-    total, count = torch.where(valid, values, 0).sum(), valid.sum()
-    if group is not None:
-        dist.all_reduce(count, group=group)
-        total = total * dist.get_world_size(group)
-    return total / count.clamp(min=1)

@@ -1,6 +1,7 @@
 """PARTICLE: discover parts by clustering pixels, then contrast them across two views."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 from fgfast.config import Count, Fraction, Natural, Positive, Range, TrainConfig, Weight
 from fgfast.errors import UserError
 from fgfast.losses import DINOLoss, PartContrastiveLoss
+from fgfast.losses.over_ranks import sample_images
 from fgfast.methods.base import Method, Progress, build_encoder
 from fgfast.methods.simclr import nt_xent
 from fgfast.models.heads import MLP, DINOHead, cosine_momentum, momentum_copy, update_momentum
 from fgfast.parts.clustering import ClusteringConfig, check_pixels, cluster_keys, cluster_pyramid, grid_labels
-from fgfast.parts.discover import DiscoveryConfig, discover
+from fgfast.parts.discover import DiscoveryConfig
+from fgfast.parts.rounds import Rounds
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -167,6 +170,11 @@ class PARTICLE(Method):
             self.target_dino_head = momentum_copy(self.dino_head)
             self.dino = DINOLoss(config.prototypes, teacher_temp=0.07, warmup_teacher_temp_epochs=20)
         self.epoch = 0
+        how = DiscoveryConfig(
+            self.discover_size, config.map_size, "the images shown", config.seed, config.threads, config.loader,
+            network=f"{config.model} {config.model_args}",
+        )  # fmt: skip
+        self.rounds = Rounds(config.clustering, how, partial(build_encoder, replace(config, init="none")))
 
     @classmethod
     def paper(cls, model: str | None) -> PARTICLEConfig:
@@ -201,18 +209,24 @@ class PARTICLE(Method):
             raise UserError(f"{self.config.data} has no part masks: choose another --parts than truth.")
         return masks
 
-    def get_extra_state(self) -> dict[str, int]:
-        """The epoch, on which DINO's teacher temperature depends; stored in checkpoints."""
-        return {"epoch": self.epoch}
+    def get_extra_state(self) -> dict[str, Any]:
+        """The epoch, on which DINO's teacher temperature depends, and the round with a digest of its first weights."""
+        return {"epoch": self.epoch, **self.rounds.state()}
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        """Restore the epoch from a checkpoint."""
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore the epoch and the round from a checkpoint."""
         self.epoch = state["epoch"]
+        self.rounds.load(state)
 
     def set_group(self, group: "ProcessGroup | None") -> None:
         """Contrast the parts of the images of all ranks."""
         super().set_group(group)
         self.part_loss.group = group
+
+    def set_rng(self, rng: torch.Generator | None) -> None:
+        """Sample parts and random ids by ``rng``."""
+        super().set_rng(rng)
+        self.part_loss.generator = rng
 
     def views(self) -> "ViewSpec":
         """The BYOL pair without grey: blur 1.0 and 0.1, solarise 0 and 0.2; id maps or the full image as needed."""
@@ -251,13 +265,13 @@ class PARTICLE(Method):
             return None
         if c.maps:
             return Path(c.maps)
-        out = run / f"parts_{round_}"
-        if not (out / "maps.json").exists():
-            discovery = DiscoveryConfig(
-                self.discover_size, c.map_size, f"{run.name}, round {round_}", c.seed, c.threads, c.loader
-            )
-            discover(self.encoder, images, out, c.clustering, discovery)
-        return out
+        return self.rounds.prepare(self.encoder, images, run, round_, self.group)
+
+    def figure_maps(self, images: "ImageSet", run: Path, scratch: Path) -> Path | None:
+        """The masks of the data set, the given maps, or those of the round, which are found again if they are lost."""
+        if self.config.parts == "discovered" and not self.config.maps:
+            return self.rounds.for_figures(self.encoder, images, run, scratch)
+        return self.prepare(images, run, 0)
 
     def labels(self, batch: "Batch") -> list[Tensor]:
         """The id map of each view, int64 [B, S, S], -1 where there is no part."""
@@ -268,8 +282,12 @@ class PARTICLE(Method):
             return batch.labels
         side = batch.views[0].shape[-1]
         if c.parts == "random":
-            shape = (len(batch), self.grid_side(side), self.grid_side(side))
-            return [torch.randint(c.n_parts, shape, device=v.device) for v in batch.views]
+            cells = self.grid_side(side)
+
+            def sample(n: int, **options: Any) -> Tensor:
+                return torch.randint(c.n_parts, (n, cells, cells), **options)
+
+            return [sample_images(sample, len(batch), v.device, self.group, self.rng) for v in batch.views]
         if c.parts == "grid":
             full = grid_labels(len(batch), c.grid, batch.boxes.device)
         else:
@@ -322,7 +340,7 @@ class PARTICLE(Method):
         student = self.dino_head(self.encoder.pool(online)).chunk(2)
         with torch.no_grad():
             teacher = self.target_dino_head(self.target.pool(momentum)).chunk(2)
-        dino = self.dino(list(teacher), list(student), epoch=self.epoch)
+        dino = self.dino(list(teacher), list(student), epoch=self.epoch, valid=batch.valid, group=self.group)
         return {"loss": part + self.config.dino_weight * dino, "part": part.detach(), "dino": dino.detach()}
 
     def after_step(self, progress: Progress) -> None:

@@ -1,16 +1,20 @@
 """Run folders of a method: read its configuration and load its encoder."""
 
+import logging
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from fgfast.config import TrainConfig, check_ranges, parse_values, with_values
+from fgfast.config import TrainConfig, parse_values, with_values
 from fgfast.errors import UserError
 from fgfast.methods.base import METHODS, Method, method_class
 from fgfast.models.backbone import Backbone
 from fgfast.models.weights import load_tensors
-from fgfast.run import load_checkpoint, read_options
+from fgfast.run import load_checkpoint, load_newest, read_options
+
+log = logging.getLogger("fgfast")
 
 Checkpoint = Literal["init", "last"]
 
@@ -31,7 +35,7 @@ def read_run(run: Path) -> tuple[str, TrainConfig]:
 def load_run_encoder(
     run: Path, checkpoint: Checkpoint, device: torch.device, settings: dict[str, str] | None = None
 ) -> tuple[Backbone, TrainConfig]:
-    """The encoder of a run at step 0 ("init") or at its newest checkpoint ("last"), in evaluation mode.
+    """The encoder of a run at step 0 ("init") or at its newest whole checkpoint ("last"), in evaluation mode.
 
     ``settings`` replace options of the run, such as how many blocks srgan's encoder leaves out.
 
@@ -40,14 +44,14 @@ def load_run_encoder(
     """
     name, config = read_run(run)
     config = with_values(config, parse_values(config, settings or {}, "--set"), "--set")
-    check_ranges(config)
-    state = load_checkpoint(run / f"{checkpoint}.pt", name)
+    config = replace(config, out=str(run))  # where the run is now, which names the images that it holds out
+    state = _load(run, checkpoint, name)
     encoder = method_class(name).stored_encoder(config, state)
     return encoder.to(device, memory_format=torch.channels_last).eval(), config  # type: ignore[call-overload]
 
 
 def load_run_method(run: Path, checkpoint: Checkpoint, name: str, config: TrainConfig) -> Method:
-    """The complete method of a run, with all its networks, at step 0 ("init") or at its newest checkpoint ("last").
+    """The complete method of a run, with all its networks, at step 0 ("init") or its newest whole checkpoint ("last").
 
     Args:
         run: run folder.
@@ -59,5 +63,14 @@ def load_run_method(run: Path, checkpoint: Checkpoint, name: str, config: TrainC
         UserError: the checkpoint is missing, belongs to another method or does not fit the options.
     """
     method = method_class(name)(config)
-    load_tensors(method, load_checkpoint(run / f"{checkpoint}.pt", name)["method"], "The weights of the checkpoint")
+    load_tensors(method, _load(run, checkpoint, name)["method"], "The weights of the checkpoint")
     return method
+
+
+def _load(run: Path, checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    if checkpoint == "init":
+        return load_checkpoint(run / "init.pt", name)
+    state, notes = load_newest(run, name)
+    for note in notes:
+        log.warning("%s", note)
+    return state

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +14,7 @@ from fgfast.config import Count, Fraction, Natural, Range, TrainConfig, Weight
 from fgfast.data.fidelity import psnr, ssim
 from fgfast.data.normalise import normalise
 from fgfast.errors import UserError
+from fgfast.losses.over_ranks import count_valid, mean_valid
 from fgfast.methods.base import Method, Progress
 from fgfast.models.backbone import Backbone
 from fgfast.models.srgan import Discriminator, Generator, SRGANEncoder, check_fixed
@@ -121,7 +121,6 @@ class SRGAN(Method):
     Config = SRGANConfig
     config: SRGANConfig
     passes_per_image = 1
-    idle_parameters = True
 
     def __init__(self, config: SRGANConfig) -> None:
         super().__init__()
@@ -176,12 +175,19 @@ class SRGAN(Method):
         from fgfast.data.base import check_patch
         from fgfast.data.layouts import open_images
         from fgfast.data.manifest import check_images
+        from fgfast.ranks import on_all, ranks_of
 
+        ranks = ranks_of(self.group, next(self.parameters()).device)
         patch = self.views().patch
         assert patch is not None
-        check_patch(check_images(open_images(Path(self.config.data)), full=False), patch)
-        if self.config.gan_share > 0:
-            if self.perceptual_network is None:
+
+        def check() -> Backbone | None:
+            check_patch(check_images(open_images(Path(self.config.data)), full=False, quiet=True, lenient=True), patch)
+            return self.perceptual_network if self.config.gan_share > 0 else None
+
+        network = on_all(ranks, check)
+        if self.config.gan_share > 0 and ranks.first:
+            if network is None:
                 log.warning("srgan trains without a perceptual loss; give a network for it by --perceptual.")
             else:
                 log.warning("srgan's perceptual loss compares feature maps of %s.", self.config.perceptual)
@@ -204,21 +210,22 @@ class SRGAN(Method):
         assert truth is not None
         assert batch.reduced is not None
         generated = self.generator(batch.reduced).float()
-        pixel = _mean((generated - truth).square().flatten(1).mean(1), valid)
+        count = count_valid(valid, self.group)
+        pixel = mean_valid((generated - truth).square().flatten(1).mean(1), valid, count=count)
         if not self.adversarial:
             return {"loss": pixel, "pixel": pixel.detach()}
         c, terms = self.config, {"pixel": pixel.detach()}
         frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         logits = functional_call(self.discriminator, frozen, (generated,)).float()[:, 0]
-        adversarial = _mean(F.softplus(-logits), valid)
+        adversarial = mean_valid(F.softplus(-logits), valid, count=count)
         real, fake = (self.discriminator(x).float()[:, 0] for x in (truth, generated.detach()))
-        discriminator = _mean(F.softplus(-real) + F.softplus(fake), valid)
+        discriminator = mean_valid(F.softplus(-real) + F.softplus(fake), valid, count=count)
         generator = pixel + c.adversarial_weight * adversarial
         if self.perceptual_network is not None:
             with torch.no_grad():
                 true_map = perceptual_map(self.perceptual_network, truth).float()
             difference = perceptual_map(self.perceptual_network, generated).float() - true_map
-            perceptual = _mean(difference.square().flatten(1).mean(1), valid)
+            perceptual = mean_valid(difference.square().flatten(1).mean(1), valid, count=count)
             generator = generator + c.perceptual_weight * perceptual
             terms["perceptual"] = perceptual.detach()
         terms |= {"adversarial": adversarial.detach(), "discriminator": discriminator.detach()}
@@ -227,31 +234,16 @@ class SRGAN(Method):
     @torch.no_grad()
     def scores(self, device: torch.device) -> dict[str, float]:
         """Mean PSNR (dB, at most 60 per window) and SSIM of windows of held-out images, generated and bicubic."""
-        from fgfast.data.loader import make_loader
-        from fgfast.data.splits import scored_images
 
-        c = self.config
-        images = scored_images(c)
-        if not len(images):
-            return {}
-        images = images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:N_SCORED]))
-        loader = make_loader(
-            images, self.views(), 16, shuffle=False, device=device, threads=c.threads, backend=c.loader
-        )  # fmt: skip
-        was_training, rows = self.training, []
-        self.eval()
-        try:
-            for batch in loader:
-                assert batch.patch is not None
-                assert batch.reduced is not None
-                pair = self.generator(batch.reduced), bicubic(batch.reduced)
-                scores = [f(x.clamp(0, 1), batch.patch).clamp(max=MAX_DB) for f in (psnr, ssim) for x in pair]
-                rows.append(torch.stack(scores, 1)[batch.valid])
-        finally:
-            loader.close()
-            self.train(was_training)
+        def score(batch: "Batch") -> Tensor:
+            assert batch.patch is not None
+            assert batch.reduced is not None
+            pair = self.generator(batch.reduced), bicubic(batch.reduced)
+            scores = [f(x.clamp(0, 1), batch.patch).clamp(max=MAX_DB) for f in (psnr, ssim) for x in pair]
+            return torch.stack(scores, 1)[batch.valid]
+
         names = ("psnr", "psnr_bicubic", "ssim", "ssim_bicubic")
-        return dict(zip(names, torch.cat(rows).mean(0).tolist(), strict=True))
+        return self.mean_scores(names, score, 16, device, most=N_SCORED, seed=0)
 
     def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":
         """The input of the generator, its bicubic enlargement, the output of the generator, and the true window."""
@@ -297,8 +289,3 @@ def load_perceptual_network(text: str, size: int) -> Backbone:
 def perceptual_map(network: Backbone, x: Tensor) -> Tensor:
     """The final feature map [B, D, h, w] of images in [0, 1]; of a VGG the one before its last pooling."""
     return network.pyramid(normalise(x), 2)[1 if network.name.startswith("vgg") else 0]
-
-
-def _mean(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean of ``values`` [B] over the valid images."""
-    return torch.where(valid, values, 0).sum() / valid.sum().clamp(min=1)

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from fgfast.config import Range, TrainConfig
 from fgfast.errors import UserError
+from fgfast.losses.over_ranks import count_valid, mean_valid
 from fgfast.methods.base import Method, build_encoder
 
 if TYPE_CHECKING:
@@ -62,6 +62,9 @@ class Supervised(Method):
         losses = nn.functional.cross_entropy(
             logits, batch.target, label_smoothing=self.config.smoothing, reduction="none"
         )
-        valid = batch.valid
-        correct = ((logits.argmax(1) == batch.target) & valid).sum() / valid.sum().clamp(min=1)
-        return {"loss": torch.where(valid, losses, 0).sum() / valid.sum().clamp(min=1), "accuracy": correct.detach()}
+        count = count_valid(batch.valid, self.group)
+        correct = (logits.argmax(1) == batch.target).float()
+        return {
+            "loss": mean_valid(losses, batch.valid, count=count),
+            "accuracy": mean_valid(correct, batch.valid, count=count),
+        }

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from fgfast.config import Count, Fraction, Natural, Positive, Range, TrainConfig, Weight
 from fgfast.errors import UserError
+from fgfast.losses.over_ranks import count_valid, draw_joined, join_rows, mean_valid, rank_and_world
 from fgfast.methods.base import Method, Progress, build_encoder
-from fgfast.methods.objectives import BASES, mean_valid
+from fgfast.methods.objectives import BASES
 from fgfast.methods.simclr import simclr_views
 from fgfast.models.decoder import Decoder
 from fgfast.models.statistics import KeyQueue, RunningVariance, freeze_bn_stats
@@ -160,54 +160,83 @@ class SynthPair(Method):
         n_decoded = len(x) if c.both_views else len(batch)
         decoded = self.decoder(r[:n_decoded].detach() if c.stop_gradient else r[:n_decoded]).float()
         error = (decoded - x[:n_decoded]).square().mean((1, 2, 3))
-        reconstruction = mean_valid(error, valid[:n_decoded], self.group)
+        count = count_valid(batch.valid, self.group)
+        reconstruction = mean_valid(error, valid[:n_decoded], count=count * (n_decoded // len(batch)))
         out = {"contrast": contrast.detach(), "reconstruction": reconstruction.detach()}
         loss = contrast + c.alpha * reconstruction
         if c.nu and self.progress.fraction >= c.synth_warmup:
-            n = min(len(batch), max(2, round(c.synth_share * len(batch))))
-            perturbed = self.perturb_features(r[:n], maps, contrast)
+            first, total = self._first_images(batch)
+            n = len(first)
+            perturbed = self.perturb_features(r[:n], maps, contrast, total)
             with torch.no_grad():
                 decoded_again = self.decoder(perturbed.features).float()
-            pair = self.contrast_pair(decoded[:n].detach(), decoded_again, batch)
+            pair = self.contrast_pair(decoded[:n].detach(), decoded_again, first)
             loss = loss + c.nu * pair
-            out |= {"pair": pair.detach(), "changed": perturbed.mask.float().mean()}
+            changed = mean_valid(perturbed.mask.float().mean(1), first.valid, self.group)
+            out |= {"pair": pair.detach(), "changed": changed}
         return {"loss": loss, **out}
 
-    def perturb_features(self, r: Tensor, maps: Tensor, contrast: Tensor) -> Perturbed:
+    def _first_images(self, batch: "Batch") -> tuple["Batch", int]:
+        """The images of this rank from which pairs are synthesised, and their number on all ranks.
+
+        They are the first ones of the joined batch. Every rank has as many, at least two for batch norms: those beyond
+        that number are not valid.
+        """
+        from fgfast.data.views import Batch
+
+        rank, world = rank_and_world(self.group)
+        joined = len(batch) * world
+        total = min(joined, max(2, round(self.config.synth_share * joined)))
+        n = min(len(batch), max(2, -(-total // world)))
+        counted = torch.arange(n, device=batch.valid.device) * world + rank < total
+        first = Batch(target=batch.target[:n], index=batch.index[:n], valid=batch.valid[:n] & counted)
+        return first, total
+
+    def perturb_features(self, r: Tensor, maps: Tensor, contrast: Tensor, total: int | None = None) -> Perturbed:
         """Perturb the dimensions of pooled features that matter least to the contrast.
+
+        With a group the first ``total`` images of the joined batch are perturbed, as one process would do it.
 
         Args:
             r: features of the first n images, [n, D].
             maps: feature maps of the encoder from which they were pooled, of n or more images.
             contrast: the loss; its graph is retained.
+            total: number of images of all ranks that are perturbed; None takes all.
         """
         c, dim = self.config, r.shape[1]
+        rank, world = rank_and_world(self.group)
+        joined = join_rows(r.float(), self.group)
+        features = joined[:total]
         variance = self.variance.variance
         low = smallest_mask(variance[None], int(c.p_v * dim + 1e-9))[0]
         std = variance.sqrt()
         std = torch.where(low, std.mean(), std)
         gradient, importance = None, "given"
         if c.criterion == "random":
-            gradient = philox(self._seed(1), len(r), dim, r.device)
+            gradient = philox(self._seed(1), len(features), dim, r.device)
         elif c.criterion != "variance":
             (slope,) = torch.autograd.grad(contrast, maps, retain_graph=True)
             positions = (2, 3) if slope.dim() == 4 else (1,)
-            gradient, importance = slope[: len(r)].float().mean(positions), c.importance
-        return perturb(
-            r.detach().float(), gradient, low_variance=low if c.criterion in ("variance", "both") else None, std=std,
+            gradient = join_rows(slope[: len(r)].float().mean(positions), self.group)[:total]
+            importance = c.importance
+        changed, mask = perturb(
+            features, gradient, low_variance=low if c.criterion in ("variance", "both") else None, std=std,
             fraction=c.p_g, importance=importance, combine=c.combine, strategy=c.strategy, strength=c.strength,
             budget=MAX_ENERGY, seed=self._seed(0),
         )  # fmt: skip
+        rest = joined[len(features) :]
+        changed, mask = torch.cat([changed, rest]), torch.cat([mask, torch.zeros_like(rest, dtype=torch.bool)])
+        return Perturbed(changed[rank::world], mask[rank::world])
 
     def contrast_pair(self, decoded: Tensor, decoded_again: Tensor, batch: "Batch") -> Tensor:
         """L_Cp of the first images of a batch, decoded from their features and from the perturbed ones."""
         from fgfast.data.views import Batch
 
         n, side = len(decoded), self.config.synth_size
-        coins = philox(self._seed(2), 2, n, decoded.device) < 0.5
+        coins = draw_joined(lambda m: philox(self._seed(2), 2, m, decoded.device).T, n, self.group) < 0.5
         views = [
             torch.where(coin[:, None, None, None], y.flip(3), y)
-            for y, coin in zip((decoded, decoded_again), coins, strict=True)
+            for y, coin in zip((decoded, decoded_again), coins.unbind(1), strict=True)
         ]
         if side:
             views = [F.interpolate(y, (side, side), mode="bilinear", antialias=True) for y in views]
@@ -223,9 +252,8 @@ class SynthPair(Method):
         return queue
 
     def _seed(self, stream: int) -> int:
-        """A seed for this step and rank: with counter-based random numbers a resumed run repeats the same draws."""
-        rank = 0 if self.group is None else dist.get_rank(self.group)
-        return (self.config.seed % 2**16) << 46 | stream << 44 | rank << 32 | self.progress.step
+        """A seed for this step: with counter-based random numbers a resumed run repeats the same draws."""
+        return (self.config.seed % 2**16) << 46 | stream << 44 | self.progress.step
 
     def after_step(self, progress: Progress) -> None:
         """Update the momentum copies and the step."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fgfast.errors import UserError
+from fgfast.formats import shorten
 
 
 class Keys(NamedTuple):
@@ -16,6 +17,9 @@ class Keys(NamedTuple):
 
     keys: Tensor  # [B, D, h, w]
     attention: Tensor  # [B, heads, h, w], from a softmax over all tokens
+
+
+LONGEST = 10_000  # characters of --model-args: Python's own parser may crash on longer nested texts
 
 
 def parse_model_args(text: str) -> dict[str, Any]:
@@ -29,13 +33,19 @@ def parse_model_args(text: str) -> dict[str, Any]:
         {'channels': (16, 32, 64, 128), 'output_stride': 16}
     """
     try:
+        if len(text) > LONGEST:
+            raise ValueError("too long")
         call = ast.parse(f"f({text})", mode="eval").body
-        assert isinstance(call, ast.Call)
-        if call.args:
-            raise ValueError("positional argument")
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise ValueError("not one list of named values")
+        names = [k.arg for k in call.keywords]
+        if None in names or len(set(names)) < len(names):
+            raise ValueError("a dictionary of values, or a name given twice")
         return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError, AssertionError):
-        raise UserError(f"--model-args {text!r} is not of the form name=value,name=value: write literals.") from None
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):  # the last two from deep nesting
+        raise UserError(
+            f"--model-args {shorten(repr(text))} is not of the form name=value,name=value: write literals."
+        ) from None
 
 
 class Backbone(nn.Module):

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fgfast.losses.over_ranks import join_rows
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -85,20 +87,13 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, keys: Tensor, valid: Tensor, group: "ProcessGroup | None" = None) -> None:
-        """Insert keys [B, D] of all ranks of group at the front, without the rows where valid [B] is False."""
+        """Insert keys [B, D] at the front, those of all ranks of group as a joined batch, only ``valid`` rows."""
         if group is not None:
-            keys, valid = _all_gather(keys, group), _all_gather(valid.to(torch.uint8), group)
+            keys, valid = join_rows(keys, group), join_rows(valid.to(torch.uint8), group)
         candidates = torch.cat([keys.to(self.keys.dtype), self.keys])
         kept = torch.cat([valid.to(torch.uint8), valid.new_ones(len(self.keys), dtype=torch.uint8)])
         order = kept.argsort(descending=True, stable=True)  # the number of valid keys is known only on the device
         self.keys.copy_(candidates[order[: len(self.keys)]])
-
-
-def _all_gather(x: Tensor, group: "ProcessGroup") -> Tensor:
-    """The rows of all ranks, an equal number from each."""
-    out = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-    return out
 
 
 @contextmanager

@@ -1,16 +1,20 @@
 """Loading of weights from files: runs of fgfast, timm, and public checkpoints of DetCon, MoCo and DINO."""
 
 import argparse
+import logging
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
+from fgfast.checksum import NO_CHECKSUM, DamagedError, verify
 from fgfast.errors import UserError
+
+log = logging.getLogger("fgfast")
 
 _PREFIXES = (
     "module.encoder_q.", "module.base_encoder.", "module.online_network.encoder.", "online_network.encoder.",
@@ -45,14 +49,40 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"The weights {path} do not exist: give a file, a run folder, 'timm' or 'none'.")
-    path.open("rb").close()  # what fails below is due to the content, also if it is an OSError
+    with path.open("rb") as file:
+        try:
+            sealed = verify(file, safetensors=path.suffix == ".safetensors")
+        except DamagedError as error:
+            raise UserError(f"The weights {path} are cut or damaged ({error}): copy or download them again.") from None
+        content = load_dictionary(path, file)
+    if not sealed and _is_of_fgfast(path, content):
+        log.warning("%s %s", path, NO_CHECKSUM)
+    return content
+
+
+def _is_of_fgfast(path: Path, content: dict[str, Any]) -> bool:
+    if path.suffix != ".safetensors":
+        return {"name", "method"} <= content.keys()
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return "timm_model" in (file.metadata() or {})
+
+
+def load_dictionary(path: Path, file: BinaryIO) -> dict[str, Any]:
+    """The dictionary in a file that is open, as :func:`read_checkpoint` reads it, but without a look at its checksum.
+
+    Raises:
+        UserError: as there.
+    """
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
+        file.seek(0)
         with torch.serialization.safe_globals(_ALLOWED):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # torch and safetensors raise various types for a broken file

@@ -175,11 +175,9 @@ def _mask_images(images: Tensor, mask: Tensor, rows: int, columns: int, backend:
         return reference.mask_images(images, mask, (rows, columns))
     import fgfast._native as _native
 
-    out = torch.empty_like(images)
+    out, dense = torch.empty_like(images), mask.contiguous()  # bound to a name: it must outlive the call
     with torch.cuda.device_of(images):
-        _native.mask_images(
-            _layout(images, out, (rows, columns)), mask.contiguous().data_ptr(), len(images), *_where(images)
-        )
+        _native.mask_images(_layout(images, out, (rows, columns)), dense.data_ptr(), len(images), *_where(images))
     return out
 
 

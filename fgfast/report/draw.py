@@ -1,6 +1,7 @@
 """Figures of a run: the images that its method draws, and nearest neighbours by its features."""
 
 import logging
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,15 +82,16 @@ def _method_pictures(
         sample = sample.subset(np.arange(min(SHOWN, len(sample))))
     if not len(sample):
         raise UserError(f"{images.root} has no labelled image to show.")
-    maps = method.prepare(images.train_set(), run, max(0, getattr(config, "rounds", 1) - 1)) if spec.masks else None
-    loader = make_loader(
-        sample, replace(spec, whole=spec.whole or 2 * config.size), len(sample), shuffle=False, seed=config.seed,
-        maps=maps, device=device, threads=config.threads, backend=config.loader,
-    )  # fmt: skip
-    try:
-        batch = next(iter(loader))
-    finally:
-        loader.close()
+    with tempfile.TemporaryDirectory() as scratch:
+        maps = method.figure_maps(sample, run, Path(scratch)) if spec.masks else None
+        loader = make_loader(
+            sample, replace(spec, whole=spec.whole or 2 * config.size), len(sample), shuffle=False, seed=config.seed,
+            maps=maps, device=device, threads=config.threads, backend=config.loader,
+        )  # fmt: skip
+        try:
+            batch = next(iter(loader))
+        finally:
+            loader.close()
     with torch.no_grad():
         return method.pictures(batch)
 

@@ -1,7 +1,6 @@
 """The HTML report of a run, one self-contained page: settings, results, training curves and figures."""
 
 import base64
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from PIL import Image
 
-from fgfast.config import load_toml
+from fgfast.data.decode import open_image
 from fgfast.errors import UserError
 from fgfast.evaluate.scores import read_scores
 from fgfast.files import write_atomic
+from fgfast.formats import read_json, read_toml
 from fgfast.info import versions
 from fgfast.report import plots
 from fgfast.train.log import read_metrics
@@ -25,6 +24,7 @@ PROTOCOLS = {
     "knn": "kNN", "linear": "Linear probe", "parts": "Linear probe of true parts", "mlp": "MLP",
     "finetune": "Fine-tuning", "retrieval": "Retrieval, rank 1",
 }  # fmt: skip
+REMEDY = "repair or remove it"
 ALT = {"parts": "Images with the discovered parts painted over them, one colour per part"}
 
 
@@ -139,9 +139,8 @@ def _add_summary(page: Page, rows: list[dict[str, Any]]) -> None:
         page.summary.append(("Speed", f"{speed:,.0f}", "images per second, median"))
     if (wait := _median(rows, "data_wait")) is not None:
         page.summary.append(("Waiting for data", f"{100 * wait:.1f} %", "of the step time, median"))
-    memory = plots.series(rows, "memory_mb")[1]
-    if memory.size:
-        page.summary.append(("Memory", f"{memory.max():,.0f} MiB", "peak"))
+    if memory := [v for v in plots.series(rows, "memory_mb")[1].tolist() if math.isfinite(v)]:
+        page.summary.append(("Memory", f"{max(memory):,.0f} MiB", "peak"))
 
 
 def _data_uri(png: bytes) -> str:
@@ -153,7 +152,7 @@ def _add_figures(page: Page, run: Path) -> None:
         if not path.is_file():
             continue
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 image.load()
                 description = str(image.info.get("Description", ""))
         except (OSError, SyntaxError) as error:  # Pillow's errors for a truncated PNG
@@ -168,21 +167,11 @@ def _add_figures(page: Page, run: Path) -> None:
 def _read_left_out(page: Page, folder: Path) -> None:
     """The figures that :func:`fgfast.report.draw.draw_run` left out."""
     for path in sorted(folder.glob("left-out*.json")):
-        try:
-            page.notes += [str(reason) for reason in json.loads(path.read_text(encoding="utf-8"))]
-        except (ValueError, TypeError) as error:
-            raise _parse_error(path, error) from error
-
-
-def _parse_error(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} cannot be read ({error}): repair or remove it.")
+        page.notes += read_json(path, list[str], remedy=REMEDY)
 
 
 def _read_config(page: Page, path: Path) -> None:
-    try:
-        config = load_toml(path)
-    except ValueError as error:
-        raise _parse_error(path, error) from error
+    config = read_toml(path, remedy=REMEDY)
     environment = config.pop("environment", None)
     if isinstance(environment, dict):
         if resumed := environment.pop("resumed", None):  # what --resume changed, and when

@@ -21,6 +21,8 @@ INK, FAINT, GRID = "#202124", "#5f6368", "#e8eaed"
 # Okabe and Ito's colours, dark ones first and without yellow: lines need more contrast with white than areas do.
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#202124")
 
+DRAWN = 1e100  # axes overflow beyond about 1e300
+
 # Keys of metrics.jsonl that are not terms of the loss.
 NOT_LOSS = frozenset({
     "step", "epoch", "round", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_mb", "ema", "knn",
@@ -29,7 +31,7 @@ NOT_LOSS = frozenset({
 
 
 def series(rows: Sequence[Row], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Steps and values of the rows with a number under ``key``; NaN is kept and leaves a gap in the line.
+    """Steps and values of the rows with a number under ``key``; NaN, and what is too large to draw, leaves a gap.
 
     Example:
         >>> series([{"step": 1, "loss": 2.0}, {"step": 2, "knn": 0.5}], "loss")[0].tolist()
@@ -37,7 +39,7 @@ def series(rows: Sequence[Row], key: str) -> tuple[NDArray[np.float64], NDArray[
     """
     pairs = [(row["step"], row[key]) for row in rows if _is_number(row.get("step")) and _is_number(row.get(key))]
     steps, values = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
-    return steps, values
+    return steps, np.where(np.abs(values) < DRAWN, values, np.nan)
 
 
 def _is_number(value: object) -> bool:

@@ -1,31 +1,40 @@
-"""The ranks of a distributed run: the process group that torchrun describes, barriers, and the choice of a device."""
+"""The ranks of a distributed run: the process group that torchrun or Slurm describes, and the choice of a device."""
 
+import contextlib
+import itertools
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fgfast.backend import check_chosen
 from fgfast.errors import UserError
+from fgfast.ranks import OtherRankError, Ranks, barrier, on_first
+from fgfast.train.heartbeat import DONE, FAILED, INTERRUPTED, Heartbeat
+from fgfast.train.rendezvous import Connection, connect, hosted_by_torchrun, meet, within
 
-T = TypeVar("T")
+__all__ = [
+    "Ranks",
+    "barrier",
+    "check_equal",
+    "choose_device",
+    "is_first",
+    "is_of_another_rank",
+    "joined",
+    "on_first",
+    "will_be_first",
+]
 
-
-@dataclass(frozen=True)
-class Ranks:
-    """The rank of this process among those that train together."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-    @property
-    def first(self) -> bool:
-        """Whether this process writes the files and the log."""
-        return self.rank == 0
+_LOST = re.compile(
+    r"gloo/|Connection (closed|reset) by peer|Broken pipe|Timed out waiting|NCCL error|NCCL communicator"
+)
+_joins = itertools.count()
 
 
 def choose_device(name: str) -> torch.device:
@@ -55,34 +64,126 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def start(device: str) -> Ranks:
-    """Join the process group that torchrun describes in the environment; without one this process is the only rank.
+@contextmanager
+def joined(device: str, timeout: float = 300.0) -> Iterator[Ranks]:
+    """Train together with the processes that torchrun or Slurm describes in the environment, if it describes any.
+
+    Within, a rank that fails, is killed or does not answer for ``timeout`` seconds ends the others too: one of them
+    prints a sentence, by an exception if its main thread still runs and otherwise from another thread, which then ends
+    the process with exit status 2. Afterwards there is no process group, except for one that was there before.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "cuda:N"; with several ranks "cuda" is the one of LOCAL_RANK.
+        timeout: seconds for which a rank may be silent, or busy while the others wait for it.
 
     Raises:
-        UserError: there is no such device, the environment describes no group, or the group cannot be joined.
+        UserError: there is no such device, the environment describes no group, or a rank is missing, dead or wrong.
+        OtherRankError: what another rank reports.
     """
-    chosen = choose_device(device)
-    world = _variable("WORLD_SIZE", least=1, default=1)
-    if not _text("WORLD_SIZE") and not will_be_first():
-        raise UserError(f"RANK is {_text('RANK')} but WORLD_SIZE is not set: {_REMEDY}.")
-    rank = _variable("RANK", below=world, default=0 if world == 1 else None)
+    rank, world = _place()
     if world == 1:
-        return Ranks(0, 1, chosen)
+        yield Ranks(0, 1, choose_device(device))
+        return
+    ours = not dist.is_initialized()
+    host = None if hosted_by_torchrun() else 0
+    prefix = f"fgfast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_joins)}"
+    late = f"Rank {rank} waited for rank 0, which does not answer: start all ranks again."
+    try:
+        connection = _connect(rank, world, timeout) if ours else Connection(dist.distributed_c10d._get_default_store())
+        store = connection.part(prefix)
+        members = within(timeout + 10, lambda: meet(store, connection.is_lost, rank, world, timeout), late)
+    except dist.DistError as error:
+        raise UserError(f"Rank {rank} lost rank 0 before all ranks had joined: start all ranks again.") from error
+    except UserError:
+        if rank == host:
+            time.sleep(1)  # the others read why from its store
+        raise
+    heart = Heartbeat(store, connection.is_lost, rank, members, host, timeout)
+    how = FAILED
+    try:
+        chosen = _device_of_rank(device)
+        if ours:
+            dist.init_process_group(
+                "nccl" if chosen.type == "cuda" else "gloo", store=connection.part(f"{prefix}/group"), rank=rank,
+                world_size=world, timeout=timedelta(seconds=timeout + 4 * heart.interval),
+            )  # fmt: skip  # longer than the heartbeat's, which knows the name
+        yield Ranks(rank, world, chosen)
+        how = DONE
+    except OtherRankError:
+        raise
+    except Exception as error:
+        if is_of_another_rank(error):
+            raise heart.explain(error) from error
+        verdict = heart.fail(str(error) if isinstance(error, UserError) else f"Rank {rank} failed: {error}")
+        if verdict.printer != rank:
+            raise OtherRankError(verdict.sentence) from error
+        raise
+    except BaseException:
+        how = INTERRUPTED
+        raise
+    finally:
+        if ours and dist.is_initialized():
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
+        heart.leave(how)
+
+
+def is_of_another_rank(error: BaseException) -> bool:
+    """Whether an exception of a collective says that another rank does not take part: no further one will work."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_LOST.search(str(error))))
+
+
+def check_equal(ranks: Ranks, values: dict[str, Any]) -> None:
+    """Check that all ranks were started alike.
+
+    Args:
+        ranks: the ranks.
+        values: what must be equal, by its name in the message: "--lr", "the version of torch".
+
+    Raises:
+        UserError: on the first rank, if a rank has another value; it names the rank, and both values.
+        OtherRankError: on the others.
+    """
+    if ranks.world == 1:
+        return
+    texts = {name: str(value) for name, value in values.items()}
+    every: list[dict[str, str]] = [{} for _ in range(ranks.world)]
+    dist.all_gather_object(every, texts)
+    first = every[0]
+    for rank, other in enumerate(every):
+        for name in sorted(first.keys() | other.keys(), key=[*first, *other].index):
+            here, there = first.get(name, "nothing"), other.get(name, "nothing")
+            if here != there:
+                raise (UserError if ranks.first else OtherRankError)(
+                    f"{name} is {there} on rank {rank} and {here} on rank 0: start all ranks alike."
+                )
+
+
+def _device_of_rank(device: str) -> torch.device:
+    chosen = choose_device(device)
     if chosen.type == "cuda":
         chosen = torch.device("cuda", _variable("LOCAL_RANK", below=torch.cuda.device_count()))
         torch.cuda.set_device(chosen)
-    if not dist.is_initialized():
-        address, port = os.environ.get("MASTER_ADDR", ""), _variable("MASTER_PORT", below=2**16)
-        if not address:
-            raise UserError(f"WORLD_SIZE is {world} and MASTER_ADDR is not set: {_REMEDY}.")
-        try:
-            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world)
-        except dist.DistError as error:
-            raise UserError(f"Rank {rank} could not join the others at {address}:{port}: {error}") from error
-    return Ranks(rank, world, chosen)
+    return chosen
+
+
+def _connect(rank: int, world: int, timeout: float) -> Connection:
+    address, port = _text("MASTER_ADDR"), _variable("MASTER_PORT", below=2**16)
+    if not address:
+        raise UserError(f"WORLD_SIZE is {world} and MASTER_ADDR is not set: {_REMEDY}.")
+    late = f"Something other than rank 0 listens at MASTER_ADDR {address}, MASTER_PORT {port}: set another port."
+    return within(timeout + 10, lambda: connect(rank, world, address, port, timeout), late)
 
 
 _REMEDY = "start all ranks with torchrun, or unset WORLD_SIZE and RANK to train with one process"
+
+
+def _place() -> tuple[int, int]:
+    """The rank of this process, and the number of ranks."""
+    world = _variable("WORLD_SIZE", least=1, default=1)
+    if not _text("WORLD_SIZE") and not will_be_first():
+        raise UserError(f"RANK is {_text('RANK')} but WORLD_SIZE is not set: {_REMEDY}.")
+    return _variable("RANK", below=world, default=0 if world == 1 else None), world
 
 
 def _text(name: str) -> str:
@@ -104,45 +205,11 @@ def _variable(name: str, *, least: int = 0, below: int | None = None, default: i
     return int(text)
 
 
-def barrier(ranks: Ranks) -> None:
-    """Wait for the other ranks, if there are any."""
-    if ranks.world > 1:
-        dist.barrier()
-
-
-def on_first(ranks: Ranks, action: Callable[[], T]) -> T | None:
-    """Run ``action`` on the first rank while the others wait; an exception ends the others too.
-
-    An interrupt does not: a KeyboardInterrupt leaves the others waiting, until torchrun stops them.
-
-    Returns:
-        Its value on the first rank, None on the others.
-
-    Raises:
-        UserError: on the other ranks, if it raised an exception on the first.
-    """
-    if ranks.world == 1:
-        return action()
-    error, value = None, None
-    if ranks.first:
-        try:
-            value = action()
-        except Exception as raised:  # raised again below, once the others know
-            error = raised
-    message = [None if error is None else str(error) or type(error).__name__]
-    dist.broadcast_object_list(message, src=0, device=ranks.device)
-    if error is not None:
-        raise error
-    if message[0] is not None:
-        raise UserError(message[0])
-    return value
-
-
 def will_be_first() -> bool:
-    """Whether this process is the first rank, or the only one, by its environment: for use before :func:`start`."""
+    """Whether this process is the first rank, or the only one, by its environment: for use before :func:`joined`."""
     return not _text("RANK").strip("0")
 
 
 def is_first() -> bool:
     """Whether this process is the first rank, or the only one."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return dist.get_rank() == 0 if dist.is_initialized() else will_be_first()

@@ -18,15 +18,18 @@ class Length:
 
     Args:
         method: the method with its configuration.
-        n_images: number of images that are passed through the encoder before each round, where there is such a pass.
-        per_epoch: steps of an epoch.
+        n_images: number of images that can be read.
         world: number of ranks.
     """
 
     method: Method
     n_images: int
-    per_epoch: int
     world: int
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps of an epoch."""
+        return -(-self.n_images // (self.method.config.batch_size * self.world))
 
     @property
     def total(self) -> int:

@@ -22,14 +22,29 @@ def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)
+        sgd = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)
+        _add_momentum(sgd)
+        sgd.register_load_state_dict_post_hook(_add_momentum)
+        return sgd
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+
+
+def _add_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give each parameter without a momentum buffer one of zeros, which makes its first step that of PyTorch.
+
+    The fused step takes buffers for all parameters or for none, and a stage of training may bring in new ones; it also
+    leaves new buffers without values where it skips a step.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if optimizer.state[p].get("momentum_buffer") is None:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
 
 @dataclass
 class _Verdict:
     step: int
-    flags: Tensor  # bool [2]: the step was finite; no rank was asked to stop
+    flags: Tensor  # bool [3]: the step was finite; no rank was asked to stop; none asks for a checkpoint
     index: Tensor  # positions of the images of the batch in their set
     ready: torch.cuda.Event | None  # recorded after the copy of ``flags`` to the host
 
@@ -53,13 +68,21 @@ class FiniteGuard:
         self.pending: deque[_Verdict] = deque()
         self.skipped_in_a_row = 0
         self.skipped = 0
+        self.counters = [b for b in module.buffers() if not b.is_floating_point()]
+        self.marked: list[Tensor] = [b.clone() for b in self.counters]
         self.stop = False  # a rank was asked to stop; all ranks learn it at the same step
+        self.save = False  # a rank asks for a checkpoint; all learn it at the same step
 
     @torch.no_grad()
-    def step(self, loss: Tensor, grad_norm: Tensor, index: Tensor, step: int, *, stop: bool = False) -> None:
-        """Make an optimiser step if ``loss`` and ``grad_norm`` are finite on all ranks; ``stop`` asks all to stop."""
+    def step(
+        self, loss: Tensor, grad_norm: Tensor, index: Tensor, step: int, *, stop: bool = False, save: bool = False
+    ) -> None:
+        """Make an optimiser step if ``loss`` and ``grad_norm`` are finite on all ranks.
+
+        ``stop`` asks all ranks to stop, ``save`` to save a checkpoint.
+        """
         finite = torch.isfinite(loss.detach()) & torch.isfinite(grad_norm.detach())
-        flags = torch.stack([finite, torch.full_like(finite, not stop)])
+        flags = torch.stack([finite, *(torch.full_like(finite, not asked) for asked in (stop, save))])
         if dist.is_initialized() and dist.get_world_size() > 1:  # one rank's bad loss skips the step on all
             of_all_ranks = flags.float()
             dist.all_reduce(of_all_ranks, dist.ReduceOp.MIN)
@@ -78,6 +101,18 @@ class FiniteGuard:
             ready.record()
         self.pending.append(_Verdict(step, verdict, index, ready))
 
+    @torch.no_grad()
+    def mark(self) -> None:
+        """Remember the counters among the buffers after a complete step; the others are copied by :meth:`step`."""
+        for marked, counter in zip(self.marked, self.counters, strict=True):
+            marked.copy_(counter)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give all buffers the values that they had after the last complete step."""
+        for buffer, before in zip([*self.buffers, *self.counters], [*self.before, *self.marked], strict=True):
+            buffer.copy_(before)
+
     def verdicts(self, *, wait: bool = False) -> list[tuple[int, list[int]]]:
         """Read the verdicts of all but the last :data:`LAG` steps.
 
@@ -95,8 +130,9 @@ class FiniteGuard:
             verdict = self.pending.popleft()
             if verdict.ready is not None:
                 verdict.ready.synchronize()  # of a step some time ago: in practice it does not wait
-            finite, no_stop = verdict.flags.tolist()
+            finite, no_stop, no_save = verdict.flags.tolist()
             self.stop |= not no_stop
+            self.save |= not no_save
             if finite:
                 self.skipped_in_a_row = 0
                 continue

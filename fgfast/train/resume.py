@@ -1,40 +1,60 @@
 """The run folder of a training run: start a new one, or resume the one that is there."""
 
 import contextlib
+import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fgfast.claim import Claim, claim_folder, is_claim
-from fgfast.config import TrainConfig, read_toml, to_toml
+from fgfast.config import TrainConfig, flag, read_toml, to_toml
 from fgfast.errors import UserError
-from fgfast.files import write_atomic
+from fgfast.files import clear_leftovers, is_leftover, write_atomic
 from fgfast.info import versions
 from fgfast.methods.base import METHODS, Method
 from fgfast.methods.run_folder import read_run
-from fgfast.run import load_checkpoint, save_checkpoint
-from fgfast.train.distributed import Ranks, on_first
+from fgfast.ranks import Ranks, on_first
+from fgfast.run import has_checkpoint, load_newest, save_checkpoint
 from fgfast.train.length import Length
 
-ANY_TIME = ("data", "out", "device", "threads", "loader", "log_every", "knn_every", "save_every", "resume", "compile")
+if TYPE_CHECKING:
+    from fgfast.data.imageset import ImageSet
+    from fgfast.data.kept import Kept
+
+ANY_TIME = (
+    "data", "out", "device", "threads", "loader", "log_every", "knn_every", "save_every", "resume", "compile",
+    "rank_timeout",
+)  # fmt: skip
 """Options that may change whenever a run is resumed."""
+SPLIT = ("batch_size",)
+"""Options that may change with the number of ranks, as long as a step has the same number of images."""
 LENGTH = ("epochs", "passes")
 """Options that set the length of a run; a resumed run may change them too."""
+IMAGES = "images.json"
+"""File of the images with which a run began."""
 NEEDED = {"step", "round", "method", "optimizer", "loader", "rng"}
 """Entries of last.pt without which a run cannot be resumed."""
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """A run that is there: its last checkpoint, and its options and planned number of steps until then."""
+    """A run that is there.
+
+    Args:
+        checkpoint: its last checkpoint.
+        before: its options until then.
+        total: its planned number of steps until then.
+        notes: what is to be said about the files that were read.
+    """
 
     checkpoint: dict[str, Any]
     before: TrainConfig
     total: int
+    notes: tuple[str, ...] = ()
 
     @property
     def step(self) -> int:
@@ -65,23 +85,54 @@ def claim_run(run: Path, ranks: Ranks) -> Iterator[Claim | None]:
             raise UserError(f"{run} is a file: give another --out.")
         if other := _other_file(run):
             raise UserError(f"{run} holds other files, such as {other}: give another --out.")
-        return stack.enter_context(claim_folder(run))
+        claim = stack.enter_context(claim_folder(run))
+        clear_leftovers(run)
+        return claim
 
     with ExitStack() as stack:
         yield on_first(ranks, enter)
 
 
-def open_run(method: Method, ranks: Ranks, length: Length | None, images: str = "") -> Resumed | None:
+def run_images(config: TrainConfig, listed: "ImageSet", held_out: Sequence[str] = ()) -> "Kept":
+    """The images of a run: those that can be read, or, if it is resumed, those with which it began.
+
+    Args:
+        config: the options.
+        listed: the training images as they are read now.
+        held_out: relative paths of the images that are held out.
+
+    Raises:
+        UserError: too many images cannot be read, or RUN/images.json is damaged.
+    """
+    from fgfast.data.kept import Kept, restore_set
+    from fgfast.data.manifest import check_images
+
+    file = Path(config.out) / IMAGES
+    if config.resume and file.exists() and has_checkpoint(file.parent):
+        return restore_set(file, listed, config.threads)
+    return Kept.begin(check_images(listed, threads=config.threads, quiet=True), held_out)
+
+
+def list_digest(images: "ImageSet") -> str:
+    """A digest of the list of images."""
+    paths = "\0".join(images.paths).encode(errors="surrogateescape")
+    return hashlib.sha256(paths + images.targets.tobytes()).hexdigest()[:16]
+
+
+def open_run(
+    method: Method, ranks: Ranks, length: Length | None, description: str = "", images: "Kept | None" = None
+) -> Resumed | None:
     """Start the run folder ``method.config.out``, or read its last checkpoint if the run is to be resumed.
 
     Args:
         method: the method with its configuration.
         ranks: the ranks.
         length: length of the run with this configuration; None if it is not to be trained.
-        images: one line on the images of the run, for config.toml.
+        description: one line on the images of the run, for config.toml.
+        images: its images.
 
     Returns:
-        The run to resume, or None for a new run, whose folder then holds config.toml and init.pt.
+        The run to resume, or None for a new run, whose folder then holds config.toml, images.json and init.pt.
 
     Raises:
         UserError: on every rank; the folder holds a run that is not to be resumed, that was started with other options
@@ -90,16 +141,17 @@ def open_run(method: Method, ranks: Ranks, length: Length | None, images: str = 
     config, run = method.config, Path(method.config.out)
 
     def read() -> Resumed:
-        checkpoint = load_checkpoint(run / "last.pt", method.name)
+        checkpoint, notes = load_newest(run, method.name)
         if missing := NEEDED - checkpoint.keys():
             raise UserError(f"{run / 'last.pt'} has no {min(missing)!r}: give the last.pt of a run, or another --out.")
-        before = check_options(run, config, (*ANY_TIME, *LENGTH))
+        before = check_options(run, config, (*ANY_TIME, *LENGTH, *SPLIT))
+        _check_batch(run, checkpoint, before, config, ranks)
         total = 0 if length is None else checkpoint.get("total") or length.of(before)
-        return Resumed(checkpoint, before, total)
+        return Resumed(checkpoint, before, total, (*notes, *([] if images is None else images.describe())))
 
     def look_and_start() -> Resumed | None:
-        if not (run / "last.pt").exists():
-            _start_run(method, run, images)
+        if not has_checkpoint(run):
+            _start_run(method, run, description, images)
             return None
         if not config.resume:
             raise UserError(f"{run} already holds a run: give --resume to continue it, or another --out.")
@@ -114,9 +166,23 @@ def open_run(method: Method, ranks: Ranks, length: Length | None, images: str = 
         return resumed
 
     resumed = on_first(ranks, look_and_start)
-    if not ranks.first and (run / "last.pt").exists():
+    if not ranks.first and has_checkpoint(run):
         resumed = read()
     return resumed
+
+
+def _check_batch(run: Path, checkpoint: dict[str, Any], before: TrainConfig, config: TrainConfig, ranks: Ranks) -> None:
+    """Refuse another number of images a step.
+
+    Raises:
+        UserError: it differs.
+    """
+    size, now = int(checkpoint.get("images_per_step", before.batch_size)), config.batch_size * ranks.world
+    if size != now:
+        raise UserError(
+            f"{run} was started with {size} images a step, and --batch-size {config.batch_size} x {ranks.world} "
+            f"ranks gives {now}: give a batch size and a number of ranks whose product is {size}."
+        )
 
 
 def record_resumption(method: Method, resumed: Resumed, images: str = "") -> None:
@@ -134,7 +200,7 @@ def record_resumption(method: Method, resumed: Resumed, images: str = "") -> Non
     earlier = [table for table in earlier if isinstance(table, dict)] if isinstance(earlier, list) else []
     changed: dict[str, Any] = {
         name: getattr(before, name)
-        for name in (*ANY_TIME, *LENGTH)
+        for name in (*ANY_TIME, *LENGTH, *SPLIT)
         if name != "resume" and getattr(before, name) != getattr(config, name)
     }
     if versions_before := {name: v for name, v in environment.items() if versions().get(name) != v}:
@@ -157,18 +223,19 @@ def check_options(run: Path, config: TrainConfig, may_change: tuple[str, ...]) -
     _, before = read_run(run)
     for name, value in vars(config).items():
         if name not in may_change and getattr(before, name, value) != value:
-            flag = "--" + name.replace("_", "-")
             raise UserError(
-                f"{run} was started with {flag} {getattr(before, name)}, not {value}: "
+                f"{run} was started with {flag(name)} {getattr(before, name)}, not {value}: "
                 f"give the options of {run / 'config.toml'}, or another --out."
             )
     return before
 
 
-def _start_run(method: Method, run: Path, images: str) -> None:
-    for maps in run.glob("parts_*/maps.json"):
-        maps.unlink()  # left by a run that saved no checkpoint, perhaps with other options: discover the parts again
-    _write_config(method.config, method.name, run, images)
+def _start_run(method: Method, run: Path, description: str, images: "Kept | None") -> None:
+    _write_config(method.config, method.name, run, description)
+    if images is not None:
+        from fgfast.data.kept import store_set
+
+        store_set(run / IMAGES, images.images, images.records, images.held_out)
     save_checkpoint(run / "init.pt", {"name": method.name, "step": 0, "method": method.state_dict()})
 
 
@@ -181,10 +248,10 @@ def _write_config(
 
 def _other_file(run: Path) -> str | None:
     """A name in a folder that holds files but none of a run: no checkpoint, no claim and no config.toml of a method."""
-    files = sorted(run.iterdir()) if run.is_dir() else []
-    if not files or any(is_claim(file) or file.name == "last.pt" for file in files):
+    files = sorted(file for file in run.iterdir() if not is_leftover(file)) if run.is_dir() else []
+    if not files or has_checkpoint(run) or any(map(is_claim, files)):
         return None
     with contextlib.suppress(UserError):
-        if read_toml(run / "config.toml").get("method") in METHODS:
+        if str(read_toml(run / "config.toml").get("method")) in METHODS:
             return None
     return files[0].name

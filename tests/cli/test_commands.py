@@ -107,7 +107,7 @@ def test_info_gives_the_reason_for_a_missing_backend(capsys: pytest.CaptureFixtu
         (["pretrain", "simclr", "--data", "DATA", "--out", "OUT", "--temperature", "-1"], "temperature"),
         (["pretrain", "particle", "--data", "DATA", "--out", "OUT", "--n-parts", "0"], "--n-parts"),
         (["eval", "knn", "/no/run", "--data", "DATA"], "/no/run is not a run folder"),
-        (["eval", "knn", "RUN", "--data", "DATA", "--set", "size=3"], "--size is 3"),
+        (["eval", "knn", "RUN", "--data", "DATA", "--set", "size=3"], "--set sets size, which is 3"),
         (["eval", "knn", "RUN", "--data", "DATA", "--set", "model=resnet18"], "of another network"),
         (["eval", "mlp", "RUN", "--data", "DATA", "--lr", "inf"], "lr of fgfast eval mlp is inf: give a finite"),
         (["compare", "--out", "OUT", "--data", "DATA", "--methods", "--seeds", "0"], "--methods is empty"),
@@ -196,6 +196,7 @@ def test_resuming_a_run_of_another_method_is_refused(
             2,
             "file/run cannot be used",
         ),
+        (OSError(errno.EIO, "Input/output error", "set/1.jpg"), 2, "set/1.jpg cannot be used: Input/output error"),
         (ModuleNotFoundError("No module named 'tyro'", name="tyro"), 2, "tyro is not installed: pip install"),
         (ModuleNotFoundError("No module named 'fgfast.x'", name="fgfast.x"), 1, "bug in fgfast"),
         (KeyboardInterrupt(), 130, "interrupted"),
@@ -205,7 +206,7 @@ def test_resuming_a_run_of_another_method_is_refused(
 def test_exit_status_by_cause(
     error: BaseException, status: int, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """2 for a full disk, a file in the way or a missing package, 130 for an interrupt, 1 with a traceback for a bug."""
+    """2 for a full disk, a broken file or a missing package, 130 for an interrupt, 1 with a traceback for a bug."""
 
     def fail(_argv: list[str]) -> None:
         raise error

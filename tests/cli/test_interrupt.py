@@ -117,12 +117,28 @@ def test_an_interrupt_that_python_drops_comes_again(capsys: pytest.CaptureFixtur
 
 
 def test_a_child_gets_no_interrupt_from_its_first_moment_on() -> None:
-    """One that starts Python would print a traceback of its own."""
+    """One that starts Python would print a traceback of its own; a scheduler's warning would end it."""
     with interrupt.shielding_children():
         child = subprocess.Popen(["sleep", "0.2"])
     child.send_signal(signal.SIGINT)
+    child.send_signal(signal.SIGUSR1)
     assert child.wait() == 0
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert not {signal.SIGINT, signal.SIGUSR1} & signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+@pytest.mark.parametrize("number", interrupt.STOPS)
+def test_every_stop_signal_interrupts_a_command(number: signal.Signals) -> None:
+    """Also the one by which a scheduler says that the time is nearly up, which would end the process without a word."""
+    with pytest.raises(KeyboardInterrupt), interrupt.interruptible(last=False):
+        signal.raise_signal(number)
+
+
+def test_signals_of_a_scheduler_are_collected_as_often_as_they_come() -> None:
+    """They never cut short what a first one has begun, and none is lost that nobody has looked for."""
+    with pytest.raises(KeyboardInterrupt), collect_stop_signals() as caught:
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
+            signal.raise_signal(number)
+        assert caught == [signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1]
 
 
 def test_the_handlers_are_put_back() -> None:
@@ -150,13 +166,14 @@ def test_an_ignored_signal_stays_ignored(
 @pytest.mark.parametrize("ignored", [True, False])
 def test_a_command_takes_no_ignored_signal_when_it_starts(ignored: bool) -> None:
     code = f"""
-import importlib.util, signal, sys
+import importlib.util, os, signal, sys
 
 if {ignored}:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 sys.argv = ["fgfast"]
 spec = importlib.util.spec_from_file_location("interrupt", {interrupt.__file__!r})
 spec.loader.exec_module(importlib.util.module_from_spec(spec))  # without torch, whose import takes seconds
+assert os.environ["TORCH_CPP_LOG_LEVEL"]  # or torch prints its C++ stack when a rank has gone
 sys.exit(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == ignored

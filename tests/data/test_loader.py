@@ -177,6 +177,28 @@ def test_resuming_within_an_epoch_is_bit_exact(coded_set: ImageSet, tmp_path: Pa
     assert all(same(a, b) for a, b in zip(run, first + rest, strict=True))
 
 
+def test_another_number_of_ranks_continues_with_the_same_images_and_views(smooth_set: ImageSet) -> None:
+    spec = ViewSpec(crops=(Crop(size=16, blur=0.5), Crop(size=9, transforms=(Gamma((0.5, 2.5)), *MOVES))))
+    with loading(smooth_set, spec, 12) as loader:
+        alone = [*loader, *loader]
+    with loading(smooth_set, spec, 6, rank=1, world=2) as loader:
+        next(batches := iter(loader))
+        next(batches)
+        state = loader.state_dict()
+    for world in (2, 3):
+        ranks = []
+        for rank in range(world):
+            with loading(smooth_set, spec, 12 // world, rank=rank, world=world) as loader:
+                loader.load_state_dict(state)
+                ranks.append([*loader, *loader])
+        for number, expected in enumerate(alone[2:]):
+            parts = [batches[number] for batches in ranks]
+            for name in ("index", "valid"):
+                assert torch.equal(torch.stack([getattr(p, name) for p in parts], 1).ravel(), getattr(expected, name))
+            for v, view in enumerate(expected.views):
+                assert torch.equal(torch.stack([part.views[v] for part in parts], 1).flatten(0, 1), view)
+
+
 def test_the_state_after_the_last_batch_is_of_the_next_epoch(smooth_set: ImageSet) -> None:
     with loading(smooth_set, ViewSpec(crops=(Crop(size=8),)), 25) as loader:
         states = [loader.state_dict() for _ in loader]

@@ -1,10 +1,12 @@
 """The manifest: unusual images are converted, broken ones are found by a full decode, and results are cached."""
 
 import errno
+import json
 import os
 import struct
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +15,11 @@ import pytest
 from PIL import Image, ImageFile
 
 from fgfast.data import manifest
+from fgfast.data.decode import TooManyPixelsError, open_image, read_image
 from fgfast.data.layouts import ImageSet, open_images
 from fgfast.data.loader import make_loader
 from fgfast.data.manifest import check_images
+from fgfast.data.maps import map_sizes, read_map
 from fgfast.data.views import ViewSpec
 from fgfast.errors import UserError
 
@@ -160,7 +164,7 @@ def test_an_error_of_the_system_is_named_but_not_kept(
     assert check_images(smooth_set).skipped == ()
 
 
-@pytest.mark.parametrize("name", ["n" * 300 + ".jpg", "folder/" * 700 + "a.jpg", "null\0byte.jpg"])
+@pytest.mark.parametrize("name", ["n" * 300 + ".jpg", "folder/" * 700 + "a.jpg"])
 def test_a_path_that_no_file_can_have_is_a_broken_image(smooth_set: ImageSet, name: str) -> None:
     listed = replace(smooth_set, paths=(name, *smooth_set.paths[1:]))
     assert [rel for rel, _ in check_images(listed).skipped] == [name]
@@ -225,3 +229,116 @@ def test_a_cached_manifest_is_fast(tmp_path: Path) -> None:
     start = time.perf_counter()
     check_images(images)
     assert time.perf_counter() - start < 0.5  # 2,000 images per second
+
+
+def large_png(path: Path, side: int) -> None:
+    """A square black PNG of one bit per pixel: few bytes, but many pixels."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header, rows = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0), bytes((side + 7) // 8 + 1) * side
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 1)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+
+
+def peak_memory() -> int:
+    """The most memory that this process had since it was asked last, in bytes."""
+    try:
+        text = Path("/proc/self/status").read_text()
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("this system does not measure the peak of memory anew")
+    return 1024 * int(text.partition("VmHWM:")[2].split()[0])
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_image_above_the_limit_of_pixels_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    """Decoding it takes 500 MB and more."""
+    large_png(tmp_path / "large.png", 13_000)
+    peak_memory()
+    before = peak_memory()
+    verdict = manifest.check_file(str(tmp_path / "large.png"))
+    assert peak_memory() - before < 100e6
+    assert "13000 x 13000 pixels are more than the 100,000,000 that FGFAST_MAX_PIXELS allows" in verdict.reason
+    assert verdict.passing
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_limit_of_pixels_holds_wherever_an_image_is_read(
+    smooth_set: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images have 96 x 120 pixels; one that is above a limit is not taken for broken under a higher one."""
+    smooth(3, 121, 96).save(smooth_set.root / smooth_set.paths[7])
+    assert check_images(smooth_set).skipped == ()
+    monkeypatch.setenv("FGFAST_MAX_PIXELS", str(96 * 120))
+    for full in (True, False):
+        ((rel, reason),) = check_images(smooth_set, full=full).skipped
+        assert rel == smooth_set.paths[7]
+        assert reason.startswith("96 x 121 pixels are more than the 11,520 that FGFAST_MAX_PIXELS allows")
+    with pytest.raises(TooManyPixelsError):
+        read_image(smooth_set.root / rel)
+    monkeypatch.delenv("FGFAST_MAX_PIXELS")
+    assert check_images(smooth_set).skipped == ()
+
+
+def test_the_limit_of_pixels_may_be_above_that_of_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow refuses twice its own limit; that limit holds again afterwards, whatever fgfast read."""
+    Image.new("L", (30, 30)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with ThreadPoolExecutor(8) as pool:
+        shapes = {read.shape for read in pool.map(read_image, [tmp_path / "a.png"] * 200)}
+    assert shapes == {(30, 30, 3)}
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+@pytest.mark.parametrize("value", ["0", "-5", "1e8", "many"])
+def test_a_limit_that_is_no_number_is_refused(
+    smooth_set: ImageSet, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FGFAST_MAX_PIXELS", value)
+    with pytest.raises(UserError, match=f"FGFAST_MAX_PIXELS is '{value}': give a whole number"):
+        check_images(smooth_set)
+
+
+def stored_verdicts() -> dict[str, list]:
+    """What the manifest in the cache holds."""
+    (cache,) = (manifest.cache_folder() / "manifests").iterdir()
+    return json.loads(cache.read_bytes())["files"]
+
+
+def test_what_may_pass_is_never_stored(smooth_set: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing file, one that cannot be opened, one above the limit, a failed read that a decoder calls its own."""
+    missing, large, denied, unread, broken = smooth_set.paths[:5]
+    (smooth_set.root / missing).unlink()
+    smooth(3, 121, 96).save(smooth_set.root / large)
+    (smooth_set.root / broken).write_bytes(b"broken")
+    monkeypatch.setenv("FGFAST_MAX_PIXELS", str(96 * 120))
+    fail_on(unread, OSError("decoder error -2"), monkeypatch)
+    opened = open
+
+    def failing(path: str, *args: str) -> object:
+        if str(path).endswith((denied, unread)):
+            code = errno.EACCES if str(path).endswith(denied) else errno.EIO
+            raise OSError(code, os.strerror(code))
+        return opened(path, *args)
+
+    def failing_image(path: str) -> object:
+        if path.endswith(denied):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return open_image(path)
+
+    monkeypatch.setattr(manifest, "open", failing, raising=False)
+    monkeypatch.setattr(manifest, "open_image", failing_image)
+    reasons = dict(check_images(smooth_set, lenient=True).skipped)
+    assert reasons.keys() == {missing, large, denied, unread, broken}
+    assert (reasons[denied], reasons[unread]) == (os.strerror(errno.EACCES), os.strerror(errno.EIO))
+    assert stored_verdicts().keys() & reasons.keys() == {broken}
+
+
+def test_the_limit_of_pixels_holds_for_id_maps(coded_set: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = coded_set.root.parent / "maps"
+    monkeypatch.setenv("FGFAST_MAX_PIXELS", str(40 * 50 - 1))
+    for read in (lambda: map_sizes(maps, coded_set.paths), lambda: read_map(maps, coded_set.paths[0])):
+        with pytest.raises(UserError, match=r"00.png.png: 50 x 40 pixels are more than the 1,999 that FGFAST_MAX"):
+            read()

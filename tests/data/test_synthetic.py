@@ -155,11 +155,13 @@ def test_another_set_is_replaced_only_by_force(tmp_path):
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_foreign_files_are_never_touched(tmp_path, force):
-    (tmp_path / "thesis.txt").write_text("years of work")
+@pytest.mark.parametrize("name", ["thesis.txt", "synthetic.json"])
+@pytest.mark.parametrize("text", ["years of work", "[" * 100_000, '{"a": 1}', "\xe9"])
+def test_foreign_files_are_never_touched(tmp_path, force, name, text):
+    (tmp_path / name).write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match="not a synthetic set"):
         generate(tmp_path, classes=2, images=4, size=32, force=force)
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
 def test_an_empty_folder_is_used(tmp_path):

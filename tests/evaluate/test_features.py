@@ -1,6 +1,8 @@
 """Features of a set: order, broken images, mode of the network, and part features."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,10 @@ from PIL import Image
 from fgfast.data.layouts import ImageSet, open_images
 from fgfast.errors import UserError
 from fgfast.evaluate.features import PartFeatures, extract
+from fgfast.evaluate.protocols import online_knn
+from fgfast.methods.color import Color, ColorConfig
 from fgfast.models.backbone import Backbone
+from tests.conftest import TINY
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +96,41 @@ def test_part_features_are_concatenated_means_over_each_part():
     torch.testing.assert_close(pooled[1, 0], features[1, :, 2:, 2:].mean((1, 2)))
     assert not pooled[0, 0].any()
     assert not pooled[:, 1].any()
+
+
+def _lose_images(root, data):
+    """A copy of a set without one test image of its lists, and with another one cut."""
+    shutil.copytree(data, root)
+    images = open_images(root)
+    test = [file for file, train in zip(images.files(), images.train, strict=True) if not train]
+    Path(test[0]).unlink()
+    Path(test[1]).write_bytes(Path(test[1]).read_bytes()[:50])
+    return root, len(test)
+
+
+def test_lost_images_are_left_out_of_scores_in_training_and_refused_in_eval(drawn, tmp_path):
+    """A vanished and a cut test image end no run, and no score of fgfast eval is of fewer images."""
+    data, n_test = _lose_images(tmp_path / "set", drawn)
+    images = open_images(data).test_set()
+    with pytest.raises(UserError, match="is listed but missing"):
+        extract(Mean(), images, 16, threads=1)
+    assert len(extract(Mean(), images, 16, threads=1, lenient=True)[0]) == n_test - 2
+    config = ColorConfig(data=str(data), model=TINY, size=32, hidden=8, batch_size=8, threads=1, amp="off")
+    method = Color(config)
+    state = torch.get_rng_state()
+    assert 0 <= online_knn(method.encoder, config, torch.device("cpu")) <= 1
+    assert 0 <= method.scores(torch.device("cpu"))["held_out_accuracy"] <= 1
+    assert torch.equal(torch.get_rng_state(), state)
+    assert method.training
+
+
+def test_a_set_that_is_gone_ends_no_run(tmp_path, caplog):
+    """The scores are left out, with one line however often they are asked for."""
+    config = ColorConfig(data=str(tmp_path / "gone"), model=TINY, size=32, hidden=8, threads=1)
+    method = Color(config)
+    for _ in range(2):
+        assert online_knn(method.encoder, config, torch.device("cpu")) is None
+        assert method.scores(torch.device("cpu")) == {}
+    assert [r.message.partition(":")[0] for r in caplog.records] == [
+        "The online kNN is left out", "The online scores of color are left out",
+    ]  # fmt: skip

@@ -19,6 +19,8 @@ ROW = {"protocol": "knn", "checkpoint": "last", "path": "/data", "options": "", 
     [
         b"", b"{", b'{"a": 1}', b"[3]", b'[{"protocol": "knn"}]', b"[{\xe9}]",
         b'[{"protocol": "knn", "checkpoint": "last", "top1": "x"}]',
+        b'[{"protocol": "knn", "checkpoint": "last", "top1": 1e999}]', b'[{"protocol": 3, "checkpoint": "last"}]',
+        b'[{"protocol": "knn", "checkpoint": ["last"]}]', b"[" * 100_000, b'[{"protocol": "knn", "protocol": "mlp"}]',
     ],
 )  # fmt: skip
 def test_damaged_scores_are_refused_before_the_work_and_stay(tmp_path: Path, content: bytes) -> None:
@@ -38,3 +40,10 @@ def test_a_row_replaces_only_that_of_the_same_evaluation(tmp_path: Path, key: st
     for row in (ROW, other, new):
         store_score(tmp_path, row)
     assert read_scores(tmp_path) == [other, new]
+
+
+def test_keys_that_are_not_known_are_kept(tmp_path: Path) -> None:
+    row = ROW | {"settings": {"lr": 0.1}, "by hand": [1, None]}
+    store_score(tmp_path, row)
+    store_score(tmp_path, ROW | {"protocol": "mlp"})
+    assert read_scores(tmp_path)[0] == row

@@ -33,3 +33,20 @@ def test_dino_of_half_precision_is_that_of_the_same_numbers_in_float32(dtype: to
     value = half(teacher, student)
     torch.testing.assert_close(value, full([x.float() for x in teacher], [x.float() for x in student]))
     torch.testing.assert_close(half.center, full.center)
+
+
+def test_dino_of_valid_images() -> None:
+    """Loss, gradient and centre are those of a batch without the others; no valid image moves nothing."""
+    full, part = losses.DINOLoss(6), losses.DINOLoss(6)
+    teacher, student = ([randn(i + n, 5, 6).requires_grad_() for i in range(2)] for n in (0, 5))
+    valid = torch.tensor([True, False, True, True, False])
+    value = full(teacher, student, valid=valid)
+    expected = part([x[valid] for x in teacher], [x[valid] for x in student])
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(full.center, part.center)
+    grads = (torch.autograd.grad(x, student) for x in (value, expected))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+    before = full.center.clone()
+    assert full(teacher, student, valid=torch.zeros_like(valid)) == 0
+    assert torch.equal(full.center, before)

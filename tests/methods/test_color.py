@@ -1,8 +1,10 @@
 """Colourisation: loss, input of the encoder, learning, resuming and evaluation."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,6 +84,40 @@ def test_the_prior_is_measured_once(drawn: Path, tmp_path: Path) -> None:
     assert measured == [18, 18, 5]
     prior = torch.tensor(json.loads((tmp_path / "colours.json").read_text())["prior"], dtype=torch.float64)
     torch.testing.assert_close(method.weights, rebalancing_weights(prior).float())
+
+
+def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
+    def edited(content: bytes) -> bytes:
+        stored = json.loads(content)
+        change(stored)
+        return json.dumps(stored).encode()
+
+    return edited
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:100], lambda content: b"[]", lambda content: b"[" * 100_000,
+        edit(lambda stored: stored["prior"].__setitem__(0, stored["prior"][0] + 1e-9)),
+        edit(lambda stored: stored["prior"].pop()), edit(lambda stored: stored.update(images="others")),
+        edit(lambda stored: stored.pop("images")),
+    ],
+    ids=["cut", "a list", "deep", "another value", "too short", "other images", "no images"],
+)  # fmt: skip
+def test_a_prior_that_was_changed_is_measured_again(
+    drawn: Path, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    """Whatever happens to the file, a resumed run has the weights with which it began."""
+    images, method = open_images(drawn).train_set(), Color(config_for())
+    method.prepare(images, tmp_path, 0)
+    weights, file = method.weights, tmp_path / "colours.json"
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    method.weights = torch.ones(309)
+    method.prepare(images, tmp_path, 0)
+    assert torch.equal(method.weights, weights)
+    assert file.read_bytes() == whole
 
 
 @pytest.mark.parametrize("net", NETS)

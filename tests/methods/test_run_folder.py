@@ -14,7 +14,7 @@ from fgfast.methods.run_folder import load_run_encoder, load_run_method, read_ru
 from fgfast.methods.simclr import SimCLRConfig
 from fgfast.methods.srgan import SRGANConfig
 from fgfast.report.draw import draw_run
-from fgfast.run import save_checkpoint
+from fgfast.run import save_checkpoint, save_newest
 from fgfast.upscale import upscale
 from tests.conftest import TINY
 
@@ -57,6 +57,22 @@ def test_the_method_of_a_run_has_the_weights_and_the_state_of_its_checkpoint(tmp
     loaded = load_run_method(tmp_path, "last", "jigsaw", JIGSAW)
     assert loaded.get_extra_state() == {"step": 7}
     assert all(torch.equal(value, method.state_dict()[name]) for name, value in loaded.named_parameters())
+
+
+def test_a_run_whose_last_checkpoint_is_damaged_is_read_with_a_sentence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, after = Jigsaw(JIGSAW), Jigsaw(JIGSAW)
+    (tmp_path / "config.toml").write_text(to_toml(JIGSAW, "jigsaw"))
+    for step, method in ((1, before), (2, after)):
+        save_newest(tmp_path, {"name": "jigsaw", "step": step, "method": method.state_dict()}, method.encoder.net, TINY)
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:-1])
+    methods = load_run_method(tmp_path, "last", "jigsaw", JIGSAW), load_run_encoder(tmp_path, "last", CPU)[0]
+    for loaded, written in zip(methods, (before, before.encoder), strict=True):
+        state = written.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in loaded.named_parameters())
+    sentence = f"{tmp_path / 'last.pt'} is cut or damaged: {tmp_path / 'previous.pt'} of step 1 is used."
+    assert [record.getMessage() for record in caplog.records] == [sentence] * 2
 
 
 @pytest.mark.parametrize(

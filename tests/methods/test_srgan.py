@@ -35,7 +35,7 @@ def config_for(data: object = "", out: object = "", **values: object) -> SRGANCo
     return replace(
         SRGANConfig(
             data=str(data), out=str(out), size=32, width=4, blocks=2, batch_size=6, epochs=2, gan_share=0.5,
-            log_every=1, knn_every=0, save_every=1, device="cpu", threads=1, amp="off",
+            log_every=1, knn_every=0, save_every="1", device="cpu", threads=1, amp="off",
         ),
         **values,  # type: ignore[arg-type]
     )  # fmt: skip

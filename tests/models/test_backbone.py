@@ -135,7 +135,15 @@ def test_weights_that_cannot_be_downloaded_are_reported(monkeypatch: pytest.Monk
         Backbone("resnet18", pretrained=True)
 
 
-@pytest.mark.parametrize("text", ["channels=", "1,2", "a=b", "a=__import__('os')", "x=(1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "channels=", "1,2", "a=b", "a=__import__('os')", "x=(1", "a=1,a=2", "a={[]: 1}", "**{'a': 1}", "a=1)(b=2",
+        "a=1).g(b=2", "a=" + "(" * 3000, "a=" + "-" * 3000 + "1", "a=" + "9" * 5000, "a=" + "[]," * 9000,
+        "a=\0", "a=\udcff",
+    ],
+    ids=lambda text: ascii(text[:20]),
+)  # fmt: skip
 def test_model_args_are_literals_only(text: str) -> None:
     """Only name=literal is accepted."""
     with pytest.raises(UserError, match="name=value"):

@@ -1,6 +1,10 @@
 """Weights from checkpoints of every supported format."""
 
 import argparse
+import hashlib
+import itertools
+import os
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +17,8 @@ from torch import nn
 
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone
-from fgfast.models.weights import load_encoder, load_tensors, read_checkpoint
+from fgfast.models.weights import encoder_state, load_encoder, load_tensors, read_checkpoint
+from fgfast.run import save_checkpoint, save_encoder
 from tests.conftest import TINY
 
 LAYOUTS = {
@@ -188,6 +193,78 @@ def test_a_file_that_was_cut_is_said_to_be_incomplete(tmp_path: Path, name: str,
     file.write_bytes(file.read_bytes()[: int(kept * file.stat().st_size)])
     with pytest.raises(UserError, match="cut or damaged" if kept else "are an empty file"):
         read_checkpoint(file)
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    """An encoder.safetensors of one small layer."""
+    file = tmp_path / "encoder.safetensors"
+    save_encoder(file, nn.Linear(2, 3), "resnet18")
+    return file
+
+
+def test_an_encoder_with_any_other_bit_is_refused(exported: Path) -> None:
+    whole = exported.read_bytes()
+    with exported.open("rb+", buffering=0) as stored:
+        for place, bit in itertools.product(range(len(whole)), range(8)):
+            os.pwrite(stored.fileno(), bytes([whole[place] ^ 1 << bit]), place)
+            with pytest.raises(UserError, match="cut or damaged"):
+                read_checkpoint(exported)
+            os.pwrite(stored.fileno(), whole[place : place + 1], place)
+    assert read_checkpoint(exported).keys() == {"weight", "bias"}
+
+
+def test_an_encoder_cut_at_any_length_is_refused(exported: Path) -> None:
+    for length in reversed(range(exported.stat().st_size)):
+        os.truncate(exported, length)
+        with pytest.raises(UserError, match=r"cut or damaged|are an empty file"):
+            read_checkpoint(exported)
+
+
+def test_a_checkpoint_given_as_weights_is_compared_with_its_checksum(tmp_path: Path) -> None:
+    file = tmp_path / "last.pt"
+    save_checkpoint(file, {"name": "simclr", "method": {"weight": torch.arange(200.0)}})
+    content = bytearray(file.read_bytes())
+    content[content.index(torch.arange(200.0).numpy().tobytes()) + 402] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"cut or damaged \(its content differs from its checksum\)"):
+        read_checkpoint(file)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_a_checksum_is_that_of_the_whole_file_with_zeros_for_itself(
+    exported: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = exported.read_bytes()
+    start = content.index(b"fgfast sha256 ") + len(b"fgfast sha256 ")
+    digest = hashlib.sha256(content[:start] + b"0" * 64 + content[start + 64 :]).hexdigest()
+    assert content[start : start + 64].decode() == digest
+    monkeypatch.setattr("fgfast.checksum._CHUNK", chunk)
+    assert read_checkpoint(exported).keys() == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
+@pytest.mark.parametrize("own", [True, False])
+def test_weights_without_a_checksum_load_and_those_of_fgfast_with_a_word(
+    tmp_path: Path, name: str, own: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = {"a": torch.ones(2)}
+    if name.endswith("safetensors"):
+        save_file(tensors, tmp_path / name, {"format": "pt"} | ({"timm_model": "resnet18"} if own else {}))
+    else:
+        torch.save({"name": "simclr", "method": tensors} if own else tensors, tmp_path / name)
+    assert encoder_state(read_checkpoint(tmp_path / name))["a"].tolist() == [1, 1]
+    assert [r.getMessage().partition(", ")[0] for r in caplog.records] == (
+        [f"{tmp_path / name} has no checksum"] if own else []
+    )
+
+
+@pytest.mark.parametrize("comment", [b"", b"made by another program", b"sha256 " + b"0" * 63])
+def test_an_archive_of_another_program_loads_whatever_its_comment(tmp_path: Path, comment: bytes) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "w.pt")
+    with zipfile.ZipFile(tmp_path / "w.pt", "a") as archive:
+        archive.comment = comment
+    assert read_checkpoint(tmp_path / "w.pt")["a"].tolist() == [1, 1]
 
 
 def test_a_page_saved_as_weights_is_quoted(tmp_path: Path) -> None:

@@ -381,3 +381,13 @@ def test_native_names_the_dtype_that_it_does_not_support():
     assert torch.equal(pivotal_mask(x).mask, pivotal_mask(x, backend="torch").mask)
     with pytest.raises(ValueError, match="takes no torch"):
         pivotal_mask(x, backend="native")
+
+
+@everywhere
+@every_backend
+def test_masks_of_any_strides(backend, device):
+    """A mask with gaps between its rows, whose dense copy has to outlive the call."""
+    images = torch.rand(6, 3, 32, 32, device=device)
+    wide = torch.rand(12, 64, device=device) < 0.5
+    dense = mask_images(images, wide[::2].contiguous(), backend=backend)
+    assert all(torch.equal(mask_images(images, wide[::2], backend=backend), dense) for _ in range(5))

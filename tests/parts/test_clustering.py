@@ -1,11 +1,16 @@
 """Clusters of an image: background along the border, and coordinates as features."""
 
+from typing import Any
+
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fgfast.models.backbone import Backbone
 from fgfast.ops.kmeans import kmeans
 from fgfast.parts import clustering
 from tests.conftest import TINY
+from tests.examples import examples
 
 
 def test_background_is_along_the_border() -> None:
@@ -43,3 +48,22 @@ def test_coordinates_are_appended_to_the_features() -> None:
     labels = clustering.cluster_pyramid(encoder, images, config, size=16, seed=1)
     cells = kmeans([clustering.coordinate_map([torch.randn(2, 1, 8, 8)], 1.0)], 4, size=(16, 16), seed=1).labels
     assert (labels == cells).float().mean() > 0.99  # only the coordinates matter
+
+
+@examples(10)
+@given(st.integers(0, 2**31), st.sampled_from(["euclidean", "cosine"]), st.booleans())
+def test_the_parts_of_an_image_do_not_depend_on_the_others(seed: int, metric: str, listed: bool) -> None:
+    """Nor on its place: one process with eight images and four ranks with two find the same parts."""
+    g = torch.Generator().manual_seed(seed)
+    maps = [torch.randn(8, d, s, s, generator=g) for d, s in ((6, 3), (4, 7))]
+
+    def cluster(which: list[int]) -> torch.Tensor:
+        options: dict[str, Any] = {"n_iter": 10, "metric": metric, "seed": seed}
+        if listed:
+            return kmeans([m[which] for m in maps], 4, size=(9, 9), **options).labels
+        return kmeans(maps[1][which], 4, **options).labels
+
+    together = cluster(list(range(8)))
+    for rank in range(4):
+        assert torch.equal(cluster([rank, rank + 4]), together[rank::4])
+    assert torch.equal(cluster(list(range(7, -1, -1))), together.flip(0))

@@ -1,5 +1,6 @@
 """Training curves and bar charts."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -85,3 +86,15 @@ def test_saved_figures_are_white_pngs(tmp_path: Path) -> None:
 
 def test_pyplot_is_not_used() -> None:
     assert "matplotlib.pyplot" not in Path(plots.__file__).read_text()
+
+
+def test_what_is_null_or_too_large_to_draw_leaves_a_gap() -> None:
+    rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1e308}, {"step": 3, "loss": None}, {"step": 4, "loss": 2.0}]
+    steps, values = plots.series(rows, "loss")
+    assert steps.tolist() == [1, 2, 4]
+    np.testing.assert_array_equal(values, [1.0, np.nan, 2.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = plots.curves(rows)
+        assert figure is not None
+        plots.png_bytes(figure)

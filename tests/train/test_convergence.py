@@ -26,7 +26,7 @@ def losses_of(data: Path, out: Path, backend: str, device: str, parts: str) -> t
     """Mean loss of the first and of the last 30 of 100 steps of PARTICLE, for one run per seed."""
     config = PARTICLEConfig(
         data=str(data), model=TINY, model_args="output_stride=8", size=32, batch_size=6, log_every=1, knn_every=0,
-        save_every=1000, n_parts=4, max_parts=3, map_size=16, hidden=16, projection=8, parts=parts, discover_size=32,
+        save_every="1000", n_parts=4, max_parts=3, map_size=16, hidden=16, projection=8, parts=parts, discover_size=32,
         device=device, threads=1, amp="off", lr=6e-3,
     )  # fmt: skip
     first, last = [], []

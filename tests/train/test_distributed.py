@@ -1,7 +1,6 @@
 """Two gloo ranks train together: one run folder, and the same weights on both."""
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,6 @@ from fgfast.train.optim import LAG
 from tests import ranks
 
 pytestmark = pytest.mark.slow
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def _join(rank: int, port: int) -> None:
@@ -59,14 +52,14 @@ def _train(rank: int, port: int, data: str, out: str, name: str, interrupt: bool
     else:
         pretrain(method, config)
     torch.save({k: v.detach() for k, v in instances[0].named_parameters()}, f"{out}-rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize("method", ["simclr", "particle", "srgan"])
 def test_two_ranks_end_with_the_same_weights(drawn: Path, tmp_path: Path, method: str) -> None:
     """18 images in batches of 4 on 2 ranks make 3 steps, after which both ranks have the same parameters."""
     out = tmp_path / "run"
-    ranks.start(_train, _free_port(), str(drawn), str(out), method, ranks=2)
+    ranks.start(_train, ranks.free_port(), str(drawn), str(out), method, ranks=2)
     first, second = (torch.load(f"{out}-rank{r}.pt", weights_only=True) for r in (0, 1))
     assert all(torch.equal(first[k], second[k]) for k in first)
     rows, _ = read_metrics(out / "metrics.jsonl")
@@ -97,12 +90,11 @@ def _train_and_resume(rank: int, port: int, data: str, out: str) -> None:
         pretrain("simclr", replace(config, epochs=3))
     with pytest.raises(UserError, match="6 steps and --epochs 1 gives 3"):
         pretrain("simclr", replace(config, epochs=1))
-    torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_resume_and_are_refused_together(drawn: Path, tmp_path: Path) -> None:
     """What the first rank finds in the run folder ends the other one too, instead of leaving it to wait."""
-    ranks.start(_train_and_resume, _free_port(), str(drawn), str(tmp_path / "run"), ranks=2)
+    ranks.start(_train_and_resume, ranks.free_port(), str(drawn), str(tmp_path / "run"), ranks=2)
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 6
 
 
@@ -116,7 +108,7 @@ def test_missing_devices_are_refused(name: str) -> None:
 def test_ranks_stop_at_the_same_step(drawn: Path, tmp_path: Path) -> None:
     """A signal to one rank stops both after the same step, with a checkpoint of that step."""
     out = tmp_path / "run"
-    ranks.start(_train, _free_port(), str(drawn), str(out), "simclr", True, ranks=2)
+    ranks.start(_train, ranks.free_port(), str(drawn), str(out), "simclr", True, ranks=2)
     first, second = (torch.load(f"{out}-rank{r}.pt", weights_only=True) for r in (0, 1))
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert torch.load(out / "last.pt", weights_only=True)["step"] == 2 + LAG  # it is part of the flags of step 2

@@ -11,7 +11,7 @@ from fgfast import backend
 from fgfast.errors import UserError
 from fgfast.methods.simclr import SimCLRConfig
 from fgfast.train.compiling import check_compiler
-from fgfast.train.distributed import choose_device, start, will_be_first
+from fgfast.train.distributed import _device_of_rank, choose_device, joined, will_be_first
 from fgfast.train.log import RunLog
 from fgfast.train.loop import pretrain
 
@@ -46,25 +46,27 @@ def test_an_incomplete_group_of_ranks_is_refused(
     monkeypatch: pytest.MonkeyPatch, values: dict[str, str], named: str
 ) -> None:
     set_environment(monkeypatch, values)
-    with pytest.raises(UserError, match=rf"{named}.*: start all ranks with torchrun, or unset WORLD_SIZE and RANK"):
-        start("cpu")
+    sentence = rf"{named}.*: start all ranks with torchrun, or unset WORLD_SIZE and RANK"
+    with pytest.raises(UserError, match=sentence), joined("cpu"):
+        pass
 
 
 @pytest.mark.parametrize(("value", "named"), [(None, "is not set"), ("0", "is '0'"), ("x", "is 'x'")])
 def test_a_gpu_is_not_guessed(monkeypatch: pytest.MonkeyPatch, value: str | None, named: str) -> None:
     """Without LOCAL_RANK all ranks would share the first GPU."""
-    given = {"WORLD_SIZE": "2", "RANK": "1", **RENDEZVOUS} | ({} if value is None else {"LOCAL_RANK": value})
+    given = {"WORLD_SIZE": "2", "RANK": "1"} | ({} if value is None else {"LOCAL_RANK": value})
     set_environment(monkeypatch, given)
     monkeypatch.setattr("fgfast.train.distributed.choose_device", torch.device)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(UserError, match=f"LOCAL_RANK {named}"):
-        start("cuda")
+        _device_of_rank("cuda")
 
 
 @pytest.mark.parametrize("values", [{}, {"WORLD_SIZE": "", "RANK": ""}, {"WORLD_SIZE": "1"}, {"LOCAL_RANK": "x"}])
 def test_one_process_needs_no_variable(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
     set_environment(monkeypatch, values)
-    assert start("cpu").world == 1
+    with joined("cpu") as ranks:
+        assert ranks.world == 1
 
 
 @pytest.mark.parametrize(("rank", "first"), [(None, True), ("", True), (" 0", True), ("1", False), ("10", False)])

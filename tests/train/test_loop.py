@@ -23,7 +23,7 @@ def config_for(data: Path, out: Path, **values: object) -> SimCLRConfig:
     return replace(
         SimCLRConfig(
             data=str(data), out=str(out), model=TINY, size=32, batch_size=6, epochs=2, log_every=1, knn_every=1,
-            save_every=1, hidden=16, projection=8, device="cpu", threads=1, amp="off",
+            save_every="1", hidden=16, projection=8, device="cpu", threads=1, amp="off",
         ),
         **values,  # type: ignore[arg-type]
     )  # fmt: skip
@@ -174,11 +174,16 @@ def test_folder_of_other_files_is_refused(drawn: Path, tmp_path: Path) -> None:
         assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("config.toml", text)]
 
 
-def test_second_signal_stops_at_once() -> None:
-    """The first signal is collected, the second one raises KeyboardInterrupt."""
-    with collect_stop_signals() as caught:
-        signal.raise_signal(signal.SIGINT)
-        assert caught == [signal.SIGINT]
+def test_a_second_interrupt_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one is collected, as are the echo of it that torchrun sends and the signals of a scheduler."""
+    now = 100.0
+    monkeypatch.setattr("fgfast.train.signals.time.monotonic", lambda: now)
+    with pytest.raises(KeyboardInterrupt), collect_stop_signals() as caught:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+        now += 1
+        signal.raise_signal(signal.SIGTERM)
+        assert len(caught) == 5
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 

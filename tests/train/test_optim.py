@@ -28,7 +28,7 @@ def test_bad_step_has_no_effect(optimizer: str) -> None:
     good = [torch.randn(6, 4, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     bad = torch.full((6, 4), float("nan"))
     ends = []
-    for batches in (good, [good[0], bad, good[1], good[2], bad, good[3]]):
+    for batches in (good, [bad, good[0], bad, good[1], good[2], bad, good[3]]):
         module = net()
         guard = FiniteGuard(module, make_optimizer(module, TrainConfig(optimizer=optimizer, lr=0.1)))
         for step, x in enumerate(batches):
@@ -36,6 +36,27 @@ def test_bad_step_has_no_effect(optimizer: str) -> None:
         ends.append({k: v for k, v in module.state_dict().items() if v.is_floating_point()})
     for key, value in ends[0].items():
         torch.testing.assert_close(ends[1][key], value, rtol=0, atol=0)
+
+
+def test_sgd_makes_the_steps_of_pytorch() -> None:
+    """Bit for bit, the first step and those after a checkpoint included; a parameter may join later."""
+    ends = []
+    for ours in (True, False):
+        module, late = net(), nn.Parameter(torch.ones(3, 2))
+        module.register_parameter("late", late)
+        made = [make_optimizer(module, TrainConfig(optimizer="sgd", lr=0.1, weight_decay=0.01))]
+        if not ours:  # its fused step takes all parameters from the first one on, or none
+            decays = [(p, 0.01 if p.ndim > 1 else 0.0) for p in module.parameters()]
+            made = [torch.optim.SGD([p], lr=0.1, momentum=0.9, weight_decay=d, fused=True) for p, d in decays]
+        for step in range(4):
+            loss = module(torch.ones(2, 4) * torch.arange(4)).square().mean() + (late.square().sum() if step > 1 else 0)
+            loss.backward()
+            for optimizer in made:
+                optimizer.step()
+                optimizer.zero_grad()
+                optimizer.load_state_dict(optimizer.state_dict())
+        ends.append(dict(module.named_parameters()))
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
 
 
 def test_verdict_is_read_later_and_names_the_batch() -> None:

@@ -1,6 +1,7 @@
 """Resuming and sharing of run folders: who may write, what may change, and what config.toml records of it."""
 
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,9 +17,10 @@ from fgfast.cli.parse import parse_method
 from fgfast.config import read_toml
 from fgfast.errors import UserError
 from fgfast.methods.base import Progress
+from fgfast.methods.particle import PARTICLE, PARTICLEConfig
 from fgfast.methods.run_folder import read_run
 from fgfast.methods.simclr import SimCLR, SimCLRConfig
-from fgfast.train.distributed import Ranks
+from fgfast.ranks import Ranks
 from fgfast.train.log import read_metrics
 from fgfast.train.loop import pretrain
 from fgfast.train.resume import Resumed, claim_run, record_resumption
@@ -103,7 +105,7 @@ def test_a_run_that_lost_its_folder_saves_nothing_more(drawn: Path, tmp_path: Pa
                 (tmp_path / "run" / NAME).unlink()
 
     with pytest.raises(UserError, match="stops and leaves the folder"):
-        pretrain(Losing, config_for(drawn, tmp_path / "run", save_every=1))
+        pretrain(Losing, config_for(drawn, tmp_path / "run", save_every="1"))
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 3
 
 
@@ -153,6 +155,24 @@ def test_every_option_that_changes_is_recorded(drawn: Path, copy: Path, monkeypa
     assert parse_method(["simclr", "--config", str(copy / "config.toml")])[1] == config
 
 
+def test_a_run_that_stopped_between_two_rounds_is_recorded(drawn: Path, tmp_path: Path) -> None:
+    class Stopped(PARTICLE):
+        def after_step(self, progress: Progress) -> None:
+            super().after_step(progress)
+            if progress.step == 3:
+                signal.raise_signal(signal.SIGTERM)
+
+    config = PARTICLEConfig(
+        data=str(drawn), out=str(tmp_path / "run"), model=TINY, size=32, batch_size=6, epochs=2, log_every=1,
+        knn_every=0, hidden=16, projection=8, device="cpu", threads=1, amp="off", parts="grid", grid=2, rounds=2,
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(Stopped, config)
+    pretrain("particle", replace(config, resume=True, log_every=2))
+    assert [(entry["step"], entry["before"]) for entry in history(tmp_path / "run")] == [(3, {"log_every": 1})]
+    assert read_run(tmp_path / "run")[1].log_every == 2
+
+
 @pytest.mark.parametrize("text", ["environment = 3", "[environment]\nresumed = 3", "[environment]\nresumed = [3]"])
 def test_an_edited_environment_does_not_stop_the_record(tmp_path: Path, text: str) -> None:
     config = config_for(tmp_path, tmp_path)
@@ -177,7 +197,7 @@ def test_other_images_on_resume_leave_the_record(drawn: Path, copy: Path, tmp_pa
     fewer = Path(shutil.copytree(drawn / "images", tmp_path / "set"))
     next(fewer.rglob("*.jpg")).unlink()
     before = contents(copy)
-    with pytest.raises(UserError, match="resume with the same data"):
+    with pytest.raises(UserError, match="images with which .* began cannot be read"):
         pretrain("simclr", config_for(fewer, copy, epochs=3, resume=True))
     assert contents(copy) == before
 

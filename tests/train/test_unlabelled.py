@@ -1,5 +1,6 @@
 """Images without labels: methods that need no labels are trained on them, and they are never scored."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def test_unlabelled_images_are_trained_on_and_not_scored(
             return super().forward(batch)
 
     run = pretrain(Recording, config)
-    assert used == set(records.index.tolist())
+    of_run = json.loads((run / "images.json").read_text())["paths"]
+    assert {of_run[i] for i in used} == {images.paths[i] for i in records.index}
     score = evaluate(run, "knn", data, device=CPU)
     assert (score.n_train, len(score.correct)) == (8, 2)
     assert "broken.jpg" in (run / "log.txt").read_text()

@@ -108,6 +108,8 @@ def _reader_of(root: Path) -> Reader | None:
 
 def _described(images: ImageSet, layout: str, root: Path) -> ImageSet:
     """The set with the images on disk that no list names, if it has a folder of images."""
+    if not len(images):
+        raise UserError(f"The lists of {root} name no image: restore them.")
     rest = images.left_out
     unlisted = set() if rest or images.root == root else set(images_below(images.root)) - set(images.paths)
     if unlisted:

@@ -1,20 +1,59 @@
 """iNaturalist 2017 to 2021: one COCO-style JSON file per split."""
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, TypeVar
 
 import numpy as np
 
 from fgfast.data.imageset import ImageSet
-from fgfast.data.layouts.text import check_paths, check_unique
+from fgfast.data.layouts.text import check_paths, check_unique, read_text
 from fgfast.errors import UserError
+from fgfast.formats import parse_json
+
+T = TypeVar("T")
 
 YEARS = ("", "2017", "2018", "2019", "2021")
 """Suffixes of "train" and "val" in the file names; those of 2021 may have none."""
 
 FOLDERS = ("train_mini", "train_val_images", "train_val2018", "train_val2019")
 """Folders of images whose names no other set has."""
+
+
+EDITED = 2**26
+"""Characters of the largest file in which repeated keys are looked for."""
+
+
+class _Image(TypedDict):
+    id: int | str
+    file_name: str
+
+
+class _Category(TypedDict):
+    id: int
+    name: str | int
+    supercategory: NotRequired[str | int | None]
+
+
+class _Label(TypedDict):
+    image_id: int | str
+    category_id: int
+    bbox: NotRequired[Any]
+
+
+class _Labels(TypedDict):
+    images: list[_Image]
+    categories: list[_Category]
+    annotations: list[_Label]
+
+
+class _Box(TypedDict):
+    image_id: int | str
+    bbox: NotRequired[Any]
+
+
+class _Boxes(TypedDict):
+    annotations: list[_Box]
 
 
 def is_inaturalist(root: Path) -> bool:
@@ -41,7 +80,7 @@ def read_inaturalist(root: Path) -> ImageSet:
     if not file.is_file() and (root / "train_mini.json").is_file():
         file = root / "train_mini.json"
     parts = [_Split(path, year) for path in (file, root / f"val{year}.json")]
-    names: dict[int, dict[str, Any]] = {}
+    names: dict[int, _Category] = {}
     for part in parts:
         for number, category in part.categories.items():
             if names.setdefault(number, category)["name"] != category["name"]:
@@ -50,7 +89,7 @@ def read_inaturalist(root: Path) -> ImageSet:
                     f"{names[number]['name']!r}: restore the files."
                 )
     if (root / "categories.json").is_file():
-        names |= _categories(root / "categories.json", _load(root / "categories.json"), "")
+        names |= _categories(root / "categories.json", _load(root / "categories.json", list[_Category]))
     numbers = [number for part in parts for number in part.classes]
     used = sorted(set(numbers))
     order = {number: i for i, number in enumerate(used)}
@@ -58,7 +97,7 @@ def read_inaturalist(root: Path) -> ImageSet:
         if number not in names:
             raise UserError(f"{file} has images of category {number}, which it does not define: add the category.")
     classes = tuple(str(names[number]["name"]) for number in used)
-    groups = tuple(str(names[number].get("supercategory", "")) for number in used)
+    groups = tuple(str(names[number].get("supercategory") or "") for number in used)
     check_unique(zip(groups, classes, strict=True), "category", lambda i: f"{file}, category {used[i]}")
     n_train = len(parts[0].paths)
     boxes = np.concatenate([part.boxes for part in parts])
@@ -81,11 +120,10 @@ class _Split:
 
     def __init__(self, path: Path, year: str) -> None:
         self.path = path
-        table = _load(path)
-        images = _entries(table, path, {"id": (int, str), "file_name": (str,)}, "images")
+        table = _load(path, _Labels)
+        images, annotations = table["images"], table["annotations"]
         check_unique([image["id"] for image in images], "id", self.place)
-        self.categories = _categories(path, table, "categories")
-        annotations = _entries(table, path, {"image_id": (int, str), "category_id": (int,)}, "annotations")
+        self.categories = _categories(path, table["categories"])
         index = {image["id"]: i for i, image in enumerate(images)}
         self.paths = [image["file_name"] for image in images]
         classes: list[int | None] = [None] * len(images)
@@ -106,11 +144,12 @@ class _Split:
         self.classes = [number for number in classes if number is not None]
         self.boxes = np.full((len(images), 4), np.nan, np.float32)
         box_file = path.with_name(f"{path.stem.removesuffix(year)}_{year}_bboxes.json")
+        boxes: Sequence[_Label | _Box] = annotations
         if year and box_file.is_file():
-            path, annotations = box_file, _entries(_load(box_file), box_file, {"image_id": (int, str)}, "annotations")
-        for entry, annotation in enumerate(annotations):
-            i = index.get(annotation["image_id"])
-            box = None if i is None else _box(annotation, path, entry)
+            path, boxes = box_file, _load(box_file, _Boxes)["annotations"]
+        for entry, boxed in enumerate(boxes):
+            i = index.get(boxed["image_id"])
+            box = None if i is None else _box(boxed.get("bbox"), path, entry)
             if box is not None and not _area(self.boxes[i]) >= _area(box):
                 self.boxes[i] = box
 
@@ -119,9 +158,8 @@ class _Split:
         return f"{self.path}, entry {i} of images"
 
 
-def _box(annotation: dict[str, Any], path: Path, entry: int) -> np.ndarray | None:
+def _box(box: Any, path: Path, entry: int) -> np.ndarray | None:
     """The box of an annotation, float32 [4]; None if it is absent, null, empty or has no area."""
-    box = annotation.get("bbox")
     if box in (None, [], [None] * 4):
         return None
     numbers = isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) and abs(v) < 1e9 for v in box)
@@ -136,41 +174,12 @@ def _area(box: Any) -> float:
     return float(box[2]) * float(box[3])
 
 
-def _categories(path: Path, table: Any, name: str) -> dict[int, dict[str, Any]]:
-    rows = _entries(table, path, {"id": (int,), "name": (str, int)}, name)
+def _categories(path: Path, rows: list[_Category]) -> dict[int, _Category]:
     check_unique([row["id"] for row in rows], "category", lambda i: f"{path}, entry {i}")
     return {row["id"]: row for row in rows}
 
 
-def _load(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: iNaturalist has this file, restore it.") from error
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}): restore the file.") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: the JSON does not parse ({error.msg}): restore the file.") from error
-
-
-def _entries(table: Any, path: Path, kinds: dict[str, tuple[type, ...]], name: str) -> list[dict[str, Any]]:
-    """The list ``name`` of a table (without a name the table itself), after a check that its entries have the fields.
-
-    Args:
-        table: what the file holds.
-        path: the file.
-        kinds: the types of each field that every entry must have.
-        name: name of the list.
-    """
-    rows = table.get(name) if name and isinstance(table, dict) else table
-    if not isinstance(rows, list):
-        raise UserError(f"{path} has no list {name or 'of categories'!r}: give the file of a split that has labels.")
-    for i, row in enumerate(rows):
-        for key, kind in kinds.items():
-            if not isinstance(row, dict) or key not in row:
-                raise UserError(f"{path}: entry {i} of {name or 'the list'} has no {key!r}: restore the file.")
-            if not isinstance(row[key], kind) or isinstance(row[key], bool):
-                raise UserError(
-                    f"{path}: entry {i} of {name or 'the list'} has {key} {str(row[key])[:40]!r}: restore the file."
-                )
-    return rows
+def _load(path: Path, kind: type[T]) -> T:
+    """The content of a JSON file; keys given twice are refused unless it is too large to be edited by hand."""
+    text = read_text(path, "iNaturalist")
+    return parse_json(text, kind, str(path), remedy="restore the file", strict=len(text) < EDITED)

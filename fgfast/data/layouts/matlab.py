@@ -1,5 +1,9 @@
 """Data sets with lists in MATLAB files: Stanford Cars and Oxford Flowers 102."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +12,13 @@ import numpy as np
 from fgfast.data.imageset import ImageSet, LeftOut
 from fgfast.data.layouts.text import Place, check_boxes, check_paths, check_unique, corner_boxes
 from fgfast.errors import UserError
+from fgfast.info import require
+
+READER = Path(__file__).with_name("_matlab_reader.py")
+MEMORY = 2 << 30
+"""Bytes that the process which reads MATLAB files may use."""
+SECONDS = 300.0
+"""Time that it may take; a first import of SciPy from a network disk is slow."""
 
 
 def read_cars(root: Path) -> ImageSet:
@@ -18,24 +29,27 @@ def read_cars(root: Path) -> ImageSet:
     Source: Krause et al., "3D Object Representations for Fine-Grained Categorization", ICCV workshops 2013.
     """
     kit = root / "devkit"
-    classes = tuple(str(name) for name in _vector(kit / "cars_meta.mat", "class_names"))
-    check_unique(classes, "class", lambda i: f"{kit / 'cars_meta.mat'}, class {i + 1}")
+    meta, trained = kit / "cars_meta.mat", kit / "cars_train_annos.mat"
     test = kit / "cars_test_annos_withlabels.mat"
     if not test.is_file():
         test = root / test.name
     if not test.is_file():
         raise UserError(f"{test} is missing, also from devkit/ (cars_test_annos.mat has no labels): download it.")
+    named, *annotated = read_mat(
+        {meta: {"class_names": list}, trained: {"annotations": dict}, test: {"annotations": dict}}
+    )
+    classes = tuple(_texts(named["class_names"], lambda i: f"{meta}, class {i + 1}"))
+    check_unique(classes, "class", lambda i: f"{meta}, class {i + 1}")
     paths: list[str] = []
     places: list[str] = []
     targets, corners, train = [], [], []
-    for file, folder in ((kit / "cars_train_annos.mat", "cars_train"), (test, "cars_test")):
-        annotations = _vector(file, "annotations")
-        names = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
-        fields = annotations.dtype.names or ()
-        missing = next((n for n in (*names, "class", "fname") if n not in fields), None)
+    for file, folder, variables in zip((trained, test), ("cars_train", "cars_test"), annotated, strict=True):
+        annotations = variables["annotations"]
+        sides = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
+        missing = next((n for n in (*sides, "class", "fname") if n not in annotations), None)
         if missing is not None:
             raise UserError(f"{file} has no field {missing!r} in its annotations: restore the file.")
-        here = [f"{file}, entry {i + 1} of annotations" for i in range(len(annotations))]
+        here = [f"{file}, entry {i + 1} of annotations" for i in range(len(annotations["class"]))]
         numbers = _integers(annotations["class"], here.__getitem__)
         wrong = np.flatnonzero((numbers < 1) | (numbers > len(classes)))
         if len(wrong):
@@ -45,13 +59,14 @@ def read_cars(root: Path) -> ImageSet:
             )
         if not (root / folder).is_dir():
             raise UserError(f"{root / folder} is missing: unpack the images there.")
-        paths += [f"{folder}/{name}" for name in annotations["fname"]]
+        names = _texts(annotations["fname"], here.__getitem__)
+        paths += check_paths(names, here.__getitem__, folder)
         targets.append(numbers - 1)
-        corners.append(np.stack([_floats(annotations[name], here.__getitem__) for name in names], 1))
+        corners.append(np.stack([_floats(annotations[side], here.__getitem__) for side in sides], 1))
         places += here
-        train.append(np.full(len(annotations), folder == "cars_train"))
+        train.append(np.full(len(names), folder == "cars_train"))
     return ImageSet(
-        root, check_paths(paths, places.__getitem__), np.concatenate(targets), classes, np.concatenate(train),
+        root, tuple(paths), np.concatenate(targets), classes, np.concatenate(train),
         check_boxes(corner_boxes(np.concatenate(corners)), places.__getitem__),
     )  # fmt: skip
 
@@ -65,11 +80,11 @@ def read_flowers(root: Path) -> ImageSet:
     Source: Nilsback and Zisserman, "Automated Flower Classification over a Large Number of Classes", ICVGIP 2008.
     """
     file, split_file = root / "imagelabels.mat", root / "setid.mat"
-    labels = _integers(_vector(file, "labels"), lambda i: f"{file}, image {i + 1}")
+    tables = read_mat({file: {"labels": list}, split_file: {"trnid": list, "valid": list, "tstid": list}})
+    labels = _integers(tables[0]["labels"], lambda i: f"{file}, image {i + 1}")
     ids: list[np.ndarray] = []
     places: list[str] = []
-    for name in ("trnid", "valid", "tstid"):
-        values = _vector(split_file, name)
+    for name, values in tables[1].items():
         here = [f"{split_file}, entry {i + 1} of {name}" for i in range(len(values))]
         ids.append(_integers(values, here.__getitem__))
         places += here
@@ -98,39 +113,76 @@ def read_flowers(root: Path) -> ImageSet:
     )
 
 
-def _vector(path: Path, variable: str) -> np.ndarray:
-    return np.atleast_1d(_load(path, variable)).ravel()
+def read_mat(files: dict[Path, dict[str, type]]) -> list[dict[str, Any]]:
+    """Read variables of MATLAB files in a process of their own.
 
+    Args:
+        files: the type of each variable, by file: list for an array, dict for a structure ({field: list}).
 
-def _load(path: Path, variable: str) -> Any:
-    """A variable of a .mat file."""
-    from scipy.io import loadmat
-
-    if not path.is_file():
-        raise UserError(f"{path} is missing: the data set has this file, restore it.")
+    Raises:
+        UserError: a file is missing or damaged, lacks a variable, or its reader dies or takes too long.
+    """
+    require("scipy")
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path} is missing: the data set has this file, restore it.")
+    wanted = json.dumps([(str(path), list(kinds)) for path, kinds in files.items()])
+    command = [sys.executable, "-P", str(READER), str(MEMORY), wanted]
+    one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # each takes memory
     try:
-        content = loadmat(path, squeeze_me=True)
-    except Exception as error:  # scipy raises various types for a broken file
-        raise UserError(f"{path} is not a readable MATLAB file ({error}): restore the file.") from error
-    if variable not in content:
-        raise UserError(f"{path} has no variable {variable!r}: restore the file.")
-    return content[variable]
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, env=os.environ | one_thread
+        )
+        output, fate = done.stdout, f"its reader ended with status {done.returncode}"
+    except subprocess.TimeoutExpired as error:
+        output, fate = error.stdout or b"", f"it took longer than {SECONDS:g} seconds"
+    lines = output.splitlines()
+    tables = []
+    for i, (path, kinds) in enumerate(files.items()):
+        table = _parse(lines[i], fate) if i < len(lines) else fate
+        if isinstance(table, str):
+            raise UserError(f"{path} is not a readable MATLAB file ({table}): restore the file.")
+        for name, kind in kinds.items():
+            if not isinstance(table.get(name), kind):
+                what = "no variable" if name not in table else "a structure" if kind is list else "no structure"
+                raise UserError(f"{path} has {what} {name!r}: restore the file.")
+        tables.append(table)
+    return tables
 
 
-def _floats(values: Any, place: Place) -> np.ndarray:
-    """The numbers of a MATLAB vector or field, float64 [N]."""
+def _parse(line: bytes, fate: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:  # a line that the end of the process cut
+        return fate
+
+
+def _texts(values: list[Any], place: Place) -> list[str]:
+    """The strings of a MATLAB array or field."""
+    for i, value in enumerate(values):
+        if not isinstance(value, str):
+            raise UserError(f"{place(i)}: {_shown(value)!r} is not text: restore the file.")
+    return values
+
+
+def _floats(values: list[Any], place: Place) -> np.ndarray:
+    """The numbers of a MATLAB array or field, float64 [N]."""
     numbers = []
-    for i, value in enumerate(values.tolist()):
+    for i, value in enumerate(values):
         if not isinstance(value, int | float):
-            raise UserError(f"{place(i)}: {str(value)[:40]!r} is not a number: restore the file.")
+            raise UserError(f"{place(i)}: {_shown(value)!r} is not a number: restore the file.")
         numbers.append(float(value))
     return np.array(numbers, np.float64)
 
 
-def _integers(values: Any, place: Place) -> np.ndarray:
-    """The whole numbers of a MATLAB vector or field, int64 [N]."""
+def _integers(values: list[Any], place: Place) -> np.ndarray:
+    """The whole numbers of a MATLAB array or field, int64 [N]."""
     numbers = _floats(values, place)
     wrong = np.flatnonzero(~(np.abs(numbers) < 2**53) | (numbers != np.rint(numbers)))
     if len(wrong):
         raise UserError(f"{place(int(wrong[0]))}: {numbers[wrong[0]]:g} is not a whole number: restore the file.")
     return numbers.astype(np.int64)
+
+
+def _shown(value: Any) -> str:
+    return str(value[0] if isinstance(value, list) else value)[:40]

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fgfast.data.decode import decoding
+from fgfast.data.decode import open_image
 from fgfast.data.imageset import ImageSet
 from fgfast.data.layouts.text import check_paths, check_unique, integer, read_rows
 from fgfast.errors import UserError
+from fgfast.formats import read_bytes
 
 log = logging.getLogger("fgfast")
 
@@ -72,11 +73,11 @@ def _parse(line: str) -> tuple[str, int]:
 def _convert_trimaps(trimaps: Path, paths: tuple[str, ...]) -> Path:
     """The folder of converted trimaps, written if it is missing or of other images."""
     from fgfast.data.manifest import cache_folder
-    from fgfast.data.maps import map_path, read_maps_info, write_atomically, write_maps_info
+    from fgfast.data.maps import map_path, write_atomically, write_maps_info
 
     origin = f"trimaps of {trimaps.resolve()}, {trimaps.stat().st_mtime_ns}, {hash_of(paths)}"
     out = cache_folder() / "trimaps" / hash_of([str(trimaps.resolve())])
-    if (out / "maps.json").is_file() and read_maps_info(out)["run"] == origin:
+    if _converted(out, origin, paths):
         return out
     log.info("converting %d trimaps to %s, once", len(paths), out)
 
@@ -84,13 +85,12 @@ def _convert_trimaps(trimaps: Path, paths: tuple[str, ...]) -> Path:
         from PIL import Image
 
         source = trimaps / f"{rel.removesuffix('.jpg')}.png"
+        content = read_bytes(source, remedy="restore the trimap, or remove the folder")
         try:
-            with decoding(), Image.open(source) as image:
+            with open_image(BytesIO(content)) as image:
                 if image.mode not in ("L", "P"):
                     raise OSError(f"mode {image.mode}")
                 ids = IDS[np.asarray(image)]
-        except FileNotFoundError as error:
-            raise UserError(f"{source} is missing: restore the trimap, or remove the folder.") from error
         except OSError as error:
             raise UserError(f"{source} is not a readable trimap ({error}): restore it.") from error
         stream = BytesIO()
@@ -102,6 +102,19 @@ def _convert_trimaps(trimaps: Path, paths: tuple[str, ...]) -> Path:
         sizes = set(pool.map(convert, paths))
     write_maps_info(out, 2, sizes.pop() if len(sizes) == 1 else (0, 0), origin)
     return out
+
+
+def _converted(out: Path, origin: str, paths: tuple[str, ...]) -> bool:
+    """Whether a folder of the cache has all converted trimaps; damage is mended by converting them again."""
+    from fgfast.data.maps import map_sizes, read_maps_info
+
+    try:
+        if read_maps_info(out)["run"] != origin:
+            return False
+        map_sizes(out, paths)
+    except UserError:
+        return False
+    return True
 
 
 def hash_of(words: tuple[str, ...] | list[str]) -> str:

@@ -10,7 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from fgfast.data.inside import leads_out
 from fgfast.errors import UserError
+from fgfast.formats import read_bytes
+
+LIMIT = 2**32
+"""Bytes of the largest list that is read."""
 
 Place = Callable[[int], str]
 """Where the entry with an index is, for messages: a file and a line or an entry."""
@@ -33,6 +38,20 @@ class Rows(list[tuple[Any, ...]]):
         return f"{self.path}:{self.lines[i]}"
 
 
+def read_text(path: Path, layout: str) -> str:
+    """The text of a list of the data set ``layout``, in UTF-8, with or without a byte order mark, or UTF-16 with one.
+
+    Raises:
+        UserError: the file is missing or unreadable.
+    """
+    raw = read_bytes(path, remedy=f"{layout} has this file, restore it", limit=LIMIT)
+    try:
+        wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return raw.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} cannot be read ({error}): restore the file.") from error
+
+
 def read_rows(
     path: Path, parse: Callable[[str], tuple[Any, ...]], *, layout: str, key: str, comment: str | None = None
 ) -> Rows:
@@ -50,14 +69,7 @@ def read_rows(
     Raises:
         UserError: the file is missing or unreadable, a line does not parse, or two rows have the same key.
     """
-    try:
-        raw = path.read_bytes()
-        wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text = raw.decode("utf-16" if wide else "utf-8-sig")
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: {layout} has this file, restore it.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): restore the file.") from error
+    text = read_text(path, layout)
     rows = Rows(path)
     for number, line in enumerate(re.split("\r\n|\r|\n", text), 1):  # splitlines() also splits at form feeds
         line = line.strip()
@@ -130,16 +142,20 @@ def check_unique(values: Iterable[Hashable], what: str, place: Place) -> None:
             raise UserError(f"{place(i)}: the {what} {shown} is also in {place(j)}: keep one of the two.")
 
 
-def check_paths(paths: Sequence[str], place: Place) -> tuple[str, ...]:
+def check_paths(paths: Sequence[str], place: Place, folder: str = "") -> tuple[str, ...]:
     """The paths in their shortest form ("a/1.jpg" for "./a//1.jpg"), all different and inside the folder of the set.
 
+    Args:
+        paths: the paths as a list gives them.
+        place: where each of them is.
+        folder: the folder of the set that they are relative to.
+
     Raises:
-        UserError: a path is absolute, has ".." in it, or is that of another entry.
+        UserError: a path leaves its folder (see ``fgfast.data.inside``), or is that of another entry.
     """
-    short = tuple(posixpath.normpath(rel) for rel in paths)
+    short = tuple(posixpath.normpath(posixpath.join(folder, rel)) for rel in paths)
     for i, rel in enumerate(paths):
-        above = ".." in rel and ".." in re.split(r"[/\\]", rel)
-        if above or short[i] == "." or rel.startswith(("/", "\\")) or "\0" in rel:
+        if short[i] == (folder or ".") or leads_out(rel):
             raise UserError(f"{place(i)}: the path {rel!r} leaves the folder of the set: give one inside it.")
     check_unique(short, "image", place)
     return short
@@ -190,8 +206,10 @@ def align_rows(rows: Rows, ids: dict[Any, int], listed_in: str, *, others: bool 
         The values [N, count of a, b, ..], and the place of each row.
 
     Raises:
-        UserError: an image is not in ``ids``, or has no row.
+        UserError: an image is not in ``ids``, or has no row, or there is none.
     """
+    if not ids:
+        raise UserError(f"{rows.path.with_name(listed_in)} lists no image: restore the file.")
     if not others:
         check_listed(rows, (row[0] for row in rows), ids, listed_in)
     order = {row[0]: i for i, row in enumerate(rows)}
