@@ -194,8 +194,9 @@ def refuse(name: object, reason: str, remedy: str = REMEDY) -> NoReturn:
 def _place_first(message: str) -> str:
     """The message of msgspec with the place in front."""
     text, _, place = message.partition(" - at `$")
+    text = text if text.startswith("JSON") else text[:1].lower() + text[1:]
     place = place.rstrip("`").lstrip(".")
-    return f"{place}: {text[:1].lower()}{text[1:]}" if place else text[:1].lower() + text[1:]
+    return f"{place}: {text}" if place else text
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> None:

@@ -9,6 +9,7 @@ import itertools
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -79,6 +80,24 @@ def shielding_children() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def obey_parent_alone() -> None:
+    """In a process that works for another one: leave the stop signals that a whole job gets to the parent.
+
+    A SIGTERM that the parent itself sends still ends the process.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+
+    def obey() -> None:
+        while True:
+            sent = signal.sigwaitinfo(STOPS)
+            if sent.si_signo == signal.SIGTERM and sent.si_pid == os.getppid():
+                os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # the thread inherits it
+    threading.Thread(target=obey, daemon=True).start()
 
 
 def _retry_lost_interrupt(lost: Any) -> None:

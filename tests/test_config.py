@@ -131,6 +131,7 @@ def test_wrong_arguments_are_refused(words: list[str], message: str) -> None:
         ('out = "a\\u0000b"', "not valid UTF-8"),
         ("method = [1]", "another method"),
         ('method = "particle"', "another method"),
+        ('preset = "paper"\nmodel = []', "type str"),
     ],
 )
 def test_bad_file_is_refused(tmp_path: Path, text: str, message: str) -> None:

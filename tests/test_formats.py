@@ -39,6 +39,11 @@ def refused(read: Callable[..., object], path: Path, *args: Any, **options: Any)
     return message.removeprefix(f"{path} cannot be read (").removesuffix("): mend it.")
 
 
+def test_a_large_file_of_no_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "images.json").write_text("garbage")
+    assert refused(read_json, tmp_path / "images.json", dict, strict=False).startswith("JSON is malformed")
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

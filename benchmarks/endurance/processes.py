@@ -157,12 +157,13 @@ def _watch(
     running: list[BaseProcess], aim: Aim | None, began: float, limit: float, sent: Path, out: Path
 ) -> float | None:
     """Send the signals of an aim and wait; returns how long the others lived after one rank was killed alone."""
+    older = metrics_file(out)
     died, told, waiting = None, None, aim if aim is not None and aim.place == "time" else None
     others_wait = aim is not None and not aim.all_ranks
     while any(process.is_alive() for process in running) and time.monotonic() - began < limit:
         now = time.monotonic()
         if waiting is not None and now - began >= waiting.delay:
-            sent.write_text(str(last_step(out)))
+            sent.write_text(str(last_step(out, older)))
             _send(running if waiting.all_ranks else running[waiting.rank : waiting.rank + 1], waiting.number)
             waiting = None
         if died is None and any(not p.is_alive() and p.exitcode != 0 for p in running):
@@ -179,8 +180,18 @@ def _watch(
     return time.monotonic() - died if others_wait and died is not None else None
 
 
-def last_step(run: Path) -> int:
-    """The step of the last complete row of metrics.jsonl, 0 without one."""
+def metrics_file(run: Path) -> int | None:
+    """Identifies the present metrics.jsonl, which every start replaces; None if there is none."""
+    try:
+        return (run / "metrics.jsonl").stat().st_ino
+    except OSError:
+        return None
+
+
+def last_step(run: Path, older: int | None) -> int:
+    """The step of the last complete row of metrics.jsonl; 0 without one, and if the file is still the ``older`` one."""
+    if metrics_file(run) == older:
+        return 0
     try:
         rows = (run / "metrics.jsonl").read_text().split("\n")[:-1]
         return int(json.loads(rows[-1])["step"])
@@ -258,10 +269,10 @@ def count_events(run: Path, method: str) -> dict[str, int]:
 
 def send_at(aim: Aim, run: Path, method: str, sent: Path) -> None:
     """Let this process send the signal of ``aim`` to itself, after it has written the last step to ``sent``."""
-    count = 0
+    count, older = 0, metrics_file(run)
 
     def fire() -> None:
-        sent.write_text(str(last_step(run)))
+        sent.write_text(str(last_step(run, older)))
         os.kill(os.getpid(), aim.number)
 
     def event() -> None:

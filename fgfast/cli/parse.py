@@ -91,8 +91,8 @@ def parse_method(argv: list[str]) -> tuple[str, TrainConfig]:
     preset, _ = _pop_flag(argv, "--preset")
     default = cls.Config()
     if (preset or table.get("preset")) == "paper":
-        model, _ = _pop_flag(argv, "--model")
-        default = cls.paper(model or table.get("model"))
+        model = _pop_flag(argv, "--model")[0] or table.get("model")
+        default = cls.paper(model if isinstance(model, str) else None)  # another type is refused below
     default = with_values(default, table, f"The config file {file}")
     summary = (cls.Config.__doc__ or "").splitlines()[0]
     return name, parse(cls.Config, argv, f"pretrain {name}", f"{summary} {CONFIG_HELP}", default)

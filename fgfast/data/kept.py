@@ -55,11 +55,6 @@ class Kept:
         records = replace(records, images=images, index=np.arange(len(images)))
         return cls(images, records, held_out=tuple(held_out))
 
-    def present(self) -> ImageSet:
-        """The images that can be read now, for what needs no order, such as the discovery of parts."""
-        lost = self.records.lost
-        return self.images.subset([row for row in range(len(self.images)) if row not in lost]) if lost else self.images
-
     def describe(self) -> list[str]:
         """One sentence for each difference from the beginning; none if there is none."""
         lines = []

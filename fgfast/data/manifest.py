@@ -128,7 +128,7 @@ def black_image(height: int, width: int) -> str:
     from PIL import Image
 
     target = cache_folder() / "converted" / f"black-{height}x{width}.png"
-    if not target.exists():
+    if not _is_whole(target):
         stream = BytesIO()
         Image.new("RGB", (width, height)).save(stream, "PNG")
         write_atomically(target, stream.getvalue())
@@ -144,7 +144,7 @@ def convert(path: str, pixels: np.ndarray) -> str:
     found = os.stat(path)
     key = f"{_VERSION}:{os.path.abspath(path)}:{found.st_size}:{found.st_mtime_ns}"
     target = cache_folder() / "converted" / f"{hashlib.sha1(os.fsencode(key)).hexdigest()}.png"
-    if not target.exists():
+    if not _is_whole(target):
         from PIL import Image
 
         stream = BytesIO()
@@ -205,7 +205,15 @@ def _failure_to_read(path: str) -> OSError | None:
     return None
 
 
-def _has_end(path: str) -> bool:
+def _is_whole(copy: str | Path) -> bool:
+    """Whether a PNG of the cache is there and has its end, which a power failure may have cost it."""
+    try:
+        return _has_end(copy)
+    except OSError:
+        return False
+
+
+def _has_end(path: str | Path) -> bool:
     """Whether a PNG has its last chunk; without it PIL decodes the file, but DALI fails."""
     with open(path, "rb") as file:
         file.seek(-12, os.SEEK_END)
@@ -284,7 +292,7 @@ def _known_verdict(path: str, verdict: Verdict | None, full: bool, lenient: bool
         return None
     if verdict is None or (verdict.size, verdict.mtime_ns) != (found.st_size, found.st_mtime_ns):
         return None
-    if (full and not verdict.full) or (verdict.source and not os.path.exists(verdict.source)):
+    if (full and not verdict.full) or (verdict.source and not _is_whole(verdict.source)):
         return None
     if verdict.height * verdict.width > max_pixels():
         return None

@@ -76,17 +76,21 @@ def write_maps_info(maps: Path, n_parts: int, size: tuple[int, int], run: str, *
     write_atomically(Path(maps) / "maps.json", json.dumps(info).encode())
 
 
-def read_maps_info(maps: Path) -> dict:
+def read_maps_info(maps: Path, remedy: str = f"write the maps with {WRITER}") -> dict:
     """The content of MAPS/maps.json: {"n_parts": K, "size": [H, W], "run": origin of the maps}.
+
+    Args:
+        maps: the folder.
+        remedy: end of the message, what to do.
 
     Raises:
         UserError: the file is missing or damaged.
     """
     path = Path(maps) / "maps.json"
-    info: MapsInfo = read_json(path, MapsInfo, remedy=f"write the maps with {WRITER}", plain=True)
+    info: MapsInfo = read_json(path, MapsInfo, remedy=remedy, plain=True)
     (height, width), n_parts = info["size"], info["n_parts"]
     if not 1 <= n_parts <= ABSENT or min(height, width) < 0 or (height == 0) != (width == 0):
-        raise UserError(f"{path} has {n_parts} parts of size {height} x {width}: write the maps again with {WRITER}.")
+        raise UserError(f"{path} has {n_parts} parts of size {height} x {width}: {remedy}.")
     return {"run": "", **info}
 
 

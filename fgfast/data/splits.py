@@ -95,12 +95,12 @@ def _held_out(images: ImageSet, fraction: float, run: Path | None) -> np.ndarray
     """Mask of the held-out images: ``fraction`` of the labelled training images of every class, bool [N].
 
     Those of a run stay what they were when it began, or it would be scored on images that it trained on once one is
-    lost. The folder may also hold other images than the run's, of which none is named alike.
+    lost. The folder may also hold other images than the run's, of which few are named alike.
     """
     if fraction and run is not None:
         began = held_out_paths(run / FILE)
         mask = np.array([rel in began for rel in images.paths], bool)
-        if mask.any():
+        if 2 * mask.sum() > len(began):
             return mask
     rows = np.flatnonzero(images.train & (images.targets >= 0))
     order = np.random.default_rng(12345).permutation(len(rows))

@@ -26,6 +26,7 @@ from fgfast.data.rearrange import rearrange
 from fgfast.data.sampling import Draw
 from fgfast.data.views import Batch, warp_labels
 from fgfast.errors import UserError
+from fgfast.interrupt import obey_parent_alone
 
 
 class TorchvisionLoader(Loader):
@@ -47,6 +48,7 @@ class TorchvisionLoader(Loader):
             persistent_workers=True,
             pin_memory=device.type == "cuda",
             collate_fn=_identity,
+            worker_init_fn=_obey_parent_alone,
         )
 
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
@@ -86,6 +88,10 @@ class _Order(Sampler):
 
 def _identity(item: Any) -> Any:
     return item
+
+
+def _obey_parent_alone(_worker: int) -> None:
+    obey_parent_alone()
 
 
 class _Batches(Dataset):

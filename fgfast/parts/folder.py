@@ -22,7 +22,8 @@ from fgfast.data.imageset import ImageSet
 from fgfast.data.manifest import check_images
 from fgfast.data.maps import map_path, read_maps_info, write_maps_info
 from fgfast.errors import UserError
-from fgfast.files import write_atomic
+from fgfast.files import clear_leftovers, write_atomic
+from fgfast.formats import read_json
 
 log = logging.getLogger("fgfast")
 
@@ -107,6 +108,7 @@ def open_maps(out: Path, images: ImageSet, origin: Origin, *, own: bool) -> np.n
     Raises:
         UserError: the folder holds maps of another origin.
     """
+    clear_leftovers(out)
     record = _read_record(out, damaged_too=own)
     if record is not None and not origin.describes(record):
         if not own:
@@ -169,18 +171,17 @@ def holds_earlier(out: Path, images: ImageSet) -> bool:
 
 def _read_record(out: Path, *, damaged_too: bool) -> dict[str, Any] | None:
     """The content of maps.json, else of begun.json; None without either, and with ``damaged_too`` for a damaged one."""
+    remedy = f"give another --out, or remove {out}"
     try:
         if (out / "maps.json").is_file():
-            return read_maps_info(out)
+            return read_maps_info(out, remedy)
         if (out / STARTED).is_file():
-            record = json.loads((out / STARTED).read_bytes())
-            if not isinstance(record, dict):
-                raise ValueError("it holds no table")
+            record = read_json(out / STARTED, dict[str, Any], remedy=remedy)
             record.pop("size", None)  # which tells the two apart
             return record
-    except (UserError, OSError, ValueError, RecursionError) as error:
+    except UserError:
         if not damaged_too:
-            raise UserError(f"{out} cannot be continued ({error}): give another --out, or remove it.") from error
+            raise
     return None
 
 
@@ -190,7 +191,7 @@ def _needed(out: Path, images: ImageSet, origin: Origin, record: dict[str, Any],
     before = record.get("bytes")
     if not isinstance(before, list) or len(before) != len(images) or not all(type(n) is int for n in before):
         before = [-1] * len(images)
-    known = np.array(before, np.int64)
+    known = np.array([n if n < 2**63 else -1 for n in before], np.int64)
     changed = (known >= 0) & (sizes >= 0) & (known != sizes)
     np.copyto(sizes, known, where=sizes < 0)
     needed = np.zeros(len(images), bool)

@@ -112,10 +112,11 @@ class RandomSource:
         if self.shared is None:
             self.write(RandomStates(checkpoint["rng"], cuda))
             return
-        if self.on_cuda and cuda is None:  # written on CPUs, whose states a CUDA device does not take
+        shared = cuda if self.on_cuda else checkpoint["rng"]
+        if shared is None:  # written on CPUs, whose states a CUDA device does not take
             self.shared.manual_seed(self._number("shared", checkpoint["step"]))
         else:
-            self.shared.set_state(cuda if self.on_cuda else checkpoint["rng"])
+            self.shared.set_state(shared)
         stored = checkpoint.get("ranks", [])
         if len(stored) == self.ranks.world:
             own = stored[self.ranks.rank]

@@ -3,7 +3,6 @@
 import inspect
 import logging
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,7 +159,7 @@ class Trainer:
         )  # fmt: skip
 
     def _train_round(self, round_: int, end: int, loader: "Loader", run_log: RunLog) -> None:
-        for path, reason in loader.skipped:
+        for path, reason in loader.skipped[: len(loader.skipped) - len(loader.lost)]:  # notes name the lost ones
             run_log.print(f"skipped {path}: {reason}")
         named = len(loader.skipped), len(loader.recovered)
         self._mark(loader)
@@ -168,6 +167,7 @@ class Trainer:
         try:
             if self._lacks_scores():  # a kill lost them
                 self._evaluate(run_log)
+                self._stop_or_save(round_, loader, run_log)
             while self.step < end:
                 batches = iter(loader)
                 while self.step < end and (batch := clock.wait_for(batches)) is not None:
@@ -194,8 +194,7 @@ class Trainer:
         if self._scores_are_due():
             self._evaluate(run_log)
         if on_any(self.ranks, bool(self.caught)):  # such as in the scores
-            run_log.print(f"stopped at step {self.step} of {total}; --resume continues from here")
-            raise KeyboardInterrupt
+            self._stop(run_log)
 
     def _train_step(self, batch: "Batch", total: int, *, stop: bool) -> dict[str, float | Tensor]:
         """One step; returns the learning rate, the gradient norm before clipping and the terms of the method."""
@@ -244,6 +243,7 @@ class Trainer:
             KeyboardInterrupt: a signal asked a rank to stop.
             UserError: a rank has lost too many images.
         """
+        self.writer.check()
         alone, (epoch, step_of_epoch) = self.ranks.world == 1, divmod(self.step, self.length.per_epoch)
         stop = self.guard.stop or (alone and (bool(self.caught) or loader.too_many is not None))
         amount, unit = self.interval.amount, self.interval.unit
@@ -258,11 +258,13 @@ class Trainer:
         self._save(round_, run_log)
         if not stop:
             return
-        reasons = gather(self.ranks, loader.too_many)
+        self._stop(run_log, next(filter(None, gather(self.ranks, loader.too_many)), ""))
+
+    def _stop(self, run_log: RunLog, reason: str = "") -> None:
+        """Stop for a reason, or because of a signal, once the checkpoint is written: an error of its writing is one."""
+        on_first(self.ranks, self.writer.wait)
         run_log.print(f"stopped at step {self.step} of {self.length.total}; --resume continues from here")
-        if any(reasons):
-            raise UserError(next(filter(None, reasons)))
-        raise KeyboardInterrupt
+        raise UserError(reason) if reason else KeyboardInterrupt
 
     def _report_skipped(self, run_log: RunLog, *, wait: bool) -> None:
         """Log the updates that were skipped; ``wait`` for those of the newest steps too."""
@@ -302,7 +304,7 @@ class Trainer:
                 knn = online_knn(self.method.encoder, self.config, self.ranks.device, self.method.group)
                 scores = self.method.scores(self.ranks.device) | ({} if knn is None else {"knn": knn})
         except KeyboardInterrupt:
-            if not self.caught:
+            if not self.caught or self.ranks.world > 1:  # the others would wait in the scores
                 raise
             return
         if scores:
@@ -372,7 +374,6 @@ def _distribute(method: Method, ranks: Ranks) -> nn.Module:
     added up: without it they change after the first step of a process, and a resumed run on three or more ranks adds
     in another order.
     """
-    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")  # where none is unused
     ddp = nn.parallel.DistributedDataParallel
     renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.15 warns about the older name
     options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}

@@ -135,7 +135,7 @@ def test_every_stop_signal_interrupts_a_command(number: signal.Signals) -> None:
 
 def test_signals_of_a_scheduler_are_collected_as_often_as_they_come() -> None:
     """They never cut short what a first one has begun, and none is lost that nobody has looked for."""
-    with pytest.raises(KeyboardInterrupt), collect_stop_signals() as caught:
+    with pytest.raises(KeyboardInterrupt), collect_stop_signals() as caught:  # noqa: PT012
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
             signal.raise_signal(number)
         assert caught == [signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1]

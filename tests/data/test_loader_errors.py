@@ -1,6 +1,8 @@
 """Loaders: broken files become padding or are skipped, and errors name the file or the argument."""
 
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from fgfast.data.loader import make_loader
 from fgfast.data.maps import map_path
 from fgfast.data.views import Crop, ViewSpec
 from fgfast.errors import UserError
+from fgfast.interrupt import STOPS
 from tests.data.loading import VARIANTS, loading, same
 
 
@@ -90,6 +93,21 @@ next(batches)
 raise SystemExit(7)
 """
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 7
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_to_the_whole_job_ends_no_worker(smooth_set: ImageSet, number: signal.Signals) -> None:
+    """The training, which gets it too, stops after a complete step; what it sends itself ends them."""
+    before = set(multiprocessing.active_children())
+    with loading(smooth_set, ViewSpec(crops=(Crop(size=16),)), 2, "torchvision") as loader:
+        batches = iter(loader)
+        next(batches)
+        (worker,) = set(multiprocessing.active_children()) - before
+        subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
+        assert len(list(batches)) == len(loader) - 1
+        worker.terminate()
+        worker.join(10)
+        assert worker.exitcode == 0
 
 
 def test_one_broken_image_of_many_is_skipped(smooth_set: ImageSet) -> None:

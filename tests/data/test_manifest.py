@@ -191,7 +191,10 @@ def test_only_new_and_changed_files_are_decoded(smooth_set: ImageSet, monkeypatc
     assert checked == [str(smooth_set.root.resolve() / smooth_set.paths[3])]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"version": 2, "files": []}', '{"version": 2, "files": {"a": [1]}}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"version": 2, "digest": "", "files": []}', '{"version": 2, "digest": "", "files": {"a": [1]}}'],
+)
 def test_a_corrupt_cache_file_is_rewritten(
     smooth_set: ImageSet, content: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -200,6 +203,18 @@ def test_a_corrupt_cache_file_is_rewritten(
     cache.write_text(content)
     assert len(check_images(smooth_set)) == 50
     assert "cannot be read" in caplog.text
+
+
+def test_a_cut_copy_is_made_again(tmp_path: Path) -> None:
+    """A power failure may leave an empty file under the right name."""
+    (tmp_path / "set").mkdir()
+    smooth(0).save(tmp_path / "set" / "0.bmp")
+    images = open_images(tmp_path / "set")
+    copy = Path(check_images(images).files[0])
+    whole = copy.read_bytes()
+    copy.write_bytes(b"")
+    check_images(images)
+    assert copy.read_bytes() == whole
 
 
 def test_a_cache_that_cannot_be_written_is_not_fatal(

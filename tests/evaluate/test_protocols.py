@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,15 @@ def test_parts_need_masks(run: Path, tmp_path: Path) -> None:
             Image.new("RGB", (40, 40)).save(tmp_path / split / name / "0.png")
     with pytest.raises(UserError, match="no part masks"):
         evaluate(run, "parts", tmp_path, checkpoint="init", device=CPU)
+
+
+def test_a_run_without_its_last_checkpoint_is_fine_tuned_from_the_previous_one(
+    run: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(run / "config.toml", tmp_path)
+    shutil.copy(run / "init.pt", tmp_path / "previous.pt")
+    monkeypatch.setattr(protocols, "finetune", lambda *_, **__: (torch.tensor([0, 1]), torch.tensor([0, 1])))
+    assert evaluate(tmp_path, "finetune", drawn, device=CPU).row()["top1"] == 1
 
 
 def test_the_state_of_fine_tuning_stays_until_its_score_is_stored(

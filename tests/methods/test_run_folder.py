@@ -31,6 +31,12 @@ def write_run(run: Path, name: str, config: TrainConfig, written: TrainConfig) -
     (run / "config.toml").write_text(to_toml(written, name))
 
 
+def test_a_run_that_was_moved_is_read_where_it_is(tmp_path: Path) -> None:
+    """Scores leave out the images that images.json beside the checkpoint holds out, not those of the first place."""
+    write_run(tmp_path, "simclr", SIMCLR, replace(SIMCLR, out="elsewhere"))
+    assert load_run_encoder(tmp_path, "last", CPU)[1].out == str(tmp_path)
+
+
 @pytest.mark.parametrize(
     "edited", [replace(SIMCLR, model="test_convnext"), replace(SIMCLR, projection=16)], ids=["model", "head"]
 )

@@ -1,5 +1,7 @@
 """What id maps come from: maps are used only if they are whole and of the same weights, images and options."""
 
+import json
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,23 @@ def test_a_lost_image_changes_no_map(images: ImageSet, tmp_path: Path) -> None:
     discover(network(), images, out, CLUSTERING, CONFIG, own=True)
     kept.rename(file)
     discover(network(), images, out, CLUSTERING, CONFIG, own=True)
+    assert times(out) == before
+
+
+def test_leftovers_of_a_kill_are_cleared(images: ImageSet, tmp_path: Path) -> None:
+    left = tmp_path / "maps" / "a" / ".1.jpg.png.1234.5678.partial"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    os.utime(left, (0, 0))
+    discover(network(), images, tmp_path / "maps", CLUSTERING, CONFIG)
+    assert not left.exists()
+
+
+def test_a_size_that_no_file_has_is_ignored(images: ImageSet, tmp_path: Path) -> None:
+    out = discover(network(), images, tmp_path / "maps", CLUSTERING, CONFIG)
+    before, info = times(out), json.loads((out / "maps.json").read_text())
+    (out / "maps.json").write_text(json.dumps(info | {"bytes": [2**63] * len(images)}))
+    discover(network(), images, out, CLUSTERING, CONFIG)
     assert times(out) == before
 
 

@@ -1,8 +1,10 @@
 """Checkpoints: when they are saved, and that nothing is lost by an error, a stop signal or a kill at a boundary."""
 
+import errno
 import json
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from fgfast.errors import UserError
 from fgfast.methods.base import Progress
 from fgfast.methods.simclr import SimCLR
 from fgfast.ranks import Ranks
+from fgfast.train.checkpoint import RandomSource
 from fgfast.train.loop import pretrain
 from fgfast.train.saving import CheckpointWriter
 from fgfast.train.trainer import Trainer
@@ -120,6 +123,18 @@ def test_a_lost_rank_leaves_the_checkpoint_that_has_its_state(message: str, save
     assert steps == saved
 
 
+def test_ranks_on_gpus_go_on_from_a_checkpoint_of_cpus() -> None:
+    """Whose states a generator of a GPU does not take; here a CPU plays the GPU, and a state is cut."""
+    states = []
+    for rank in (0, 1):
+        random = RandomSource(Ranks(rank, 2), seed=0)
+        random.on_cuda = True
+        random.restore({"rng": torch.zeros(3, dtype=torch.uint8), "step": 4})
+        assert random.shared is not None
+        states.append(random.shared.get_state())
+    assert torch.equal(*states)
+
+
 def test_an_error_in_the_first_step_leaves_a_run_that_can_start_again(drawn: Path, tmp_path: Path) -> None:
     """With other options, such as a smaller batch."""
     config = config_for(drawn, tmp_path / "run", knn_every=0)
@@ -152,6 +167,43 @@ def test_a_signal_in_a_score_stops_and_the_score_is_made_up_for(
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == step
     assert [row["step"] for row in metrics(tmp_path / "run") if "knn" in row] == [3] * (step == 6)
     same_end(whole, pretrain("simclr", replace(config, resume=True)))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_second_interrupt_in_the_scores_of_ranks_ends_them(monkeypatch: pytest.MonkeyPatch, world: int) -> None:
+    """One process goes on to save and stop; a rank that did so alone would leave the others waiting."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fgfast.evaluate.protocols.online_knn", interrupted)
+    monkeypatch.setattr("fgfast.train.trainer.first_buffers", lambda *_: nullcontext())
+    trainer = SimpleNamespace(
+        step=3, ranks=Ranks(0, world), random=SimpleNamespace(kept=nullcontext), config=None,
+        caught=SimpleNamespace(raised=nullcontext), method=SimpleNamespace(encoder=None, group=None),
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt) if world > 1 else nullcontext():
+        Trainer._evaluate(trainer, None)  # type: ignore[arg-type]
+
+
+def test_a_stop_without_its_checkpoint_is_an_error(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that is queued again after a stop would lose these steps each time."""
+
+    class Stopped(SimCLR):
+        def after_step(self, progress: Progress) -> None:
+            super().after_step(progress)
+            if progress.step == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fgfast.train.saving.save_newest", fail)
+    with pytest.raises(OSError, match="No space left"):
+        pretrain(Stopped, config_for(drawn, tmp_path / "run"))
+    assert "--resume continues" not in (tmp_path / "run/log.txt").read_text()
 
 
 def test_a_score_that_a_kill_lost_is_made_up_for(drawn: Path, tmp_path: Path, whole: Path) -> None:

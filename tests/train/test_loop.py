@@ -178,7 +178,7 @@ def test_a_second_interrupt_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     """The first one is collected, as are the echo of it that torchrun sends and the signals of a scheduler."""
     now = 100.0
     monkeypatch.setattr("fgfast.train.signals.time.monotonic", lambda: now)
-    with pytest.raises(KeyboardInterrupt), collect_stop_signals() as caught:
+    with pytest.raises(KeyboardInterrupt), collect_stop_signals() as caught:  # noqa: PT012
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGTERM):
             signal.raise_signal(number)
         now += 1

@@ -15,6 +15,7 @@ from fgfast import claim as claims
 from fgfast.claim import NAME, claim_folder
 from fgfast.cli.parse import parse_method
 from fgfast.config import read_toml
+from fgfast.data.synthetic import generate
 from fgfast.errors import UserError
 from fgfast.methods.base import Progress
 from fgfast.methods.particle import PARTICLE, PARTICLEConfig
@@ -173,6 +174,19 @@ def test_a_run_that_stopped_between_two_rounds_is_recorded(drawn: Path, tmp_path
     assert read_run(tmp_path / "run")[1].log_every == 2
 
 
+def test_an_image_that_is_lost_between_stop_and_resume_is_named_once(tmp_path: Path) -> None:
+    data = generate(tmp_path / "set", classes=2, images=48, size=48, seed=0, workers=1)
+    run = pretrain("simclr", config_for(data, tmp_path / "run", batch_size=12, epochs=1))
+    lost = json.loads((run / "images.json").read_text())["paths"][0]
+    next(data.rglob(lost)).unlink()
+    before = (run / "log.txt").read_text()
+    pretrain("simclr", config_for(data, run, batch_size=12, epochs=2, resume=True))
+    log = (run / "log.txt").read_text().removeprefix(before)
+    assert f"1 of the 24 images with which the run began cannot be read and are skipped: {lost} (No such file" in log
+    assert log.count(lost) == 1
+    assert [row["lost"] for row in read_metrics(run / "metrics.jsonl")[0] if row["step"] > 2] == [1, 1]
+
+
 @pytest.mark.parametrize("text", ["environment = 3", "[environment]\nresumed = 3", "[environment]\nresumed = [3]"])
 def test_an_edited_environment_does_not_stop_the_record(tmp_path: Path, text: str) -> None:
     config = config_for(tmp_path, tmp_path)
@@ -197,7 +211,7 @@ def test_other_images_on_resume_leave_the_record(drawn: Path, copy: Path, tmp_pa
     fewer = Path(shutil.copytree(drawn / "images", tmp_path / "set"))
     next(fewer.rglob("*.jpg")).unlink()
     before = contents(copy)
-    with pytest.raises(UserError, match="images with which .* began cannot be read"):
+    with pytest.raises(UserError, match=r"images with which .* began cannot be read"):
         pretrain("simclr", config_for(fewer, copy, epochs=3, resume=True))
     assert contents(copy) == before
 
