@@ -183,7 +183,7 @@ def cut(file: Path) -> None:
     ("spoil", "what"), [(damage, "cut or damaged"), (cut, "cut or damaged"), (Path.unlink, "missing")]
 )
 def test_the_previous_checkpoint_stands_in_with_a_sentence(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, spoil: Callable[[Path], object], what: str
+    tmp_path: Path, spoil: Callable[[Path], object], what: str
 ) -> None:
     save_step(tmp_path, 1)
     save_step(tmp_path, 2)
@@ -192,7 +192,6 @@ def test_the_previous_checkpoint_stands_in_with_a_sentence(
     state, notes = load_newest(tmp_path, "simclr")
     assert state["step"] == 1
     assert notes == [f"{tmp_path / 'last.pt'} is {what}: {tmp_path / 'previous.pt'} of step 1 is used."]
-    assert [record.getMessage() for record in caplog.records] == notes
 
 
 def test_two_damaged_checkpoints_are_both_named(tmp_path: Path) -> None:

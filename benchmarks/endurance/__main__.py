@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks.endurance import report
 
 PARTS = ("kills", "flips", "images", "fuzz", "soak")
+RANKS = [1, 2, 4]
 KILLING = 25.0  # minutes of the kills
 
 
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--record", action="store_true", help="write the tables to RESULTS.md")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments, flips and damages")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="methods (kills), readers (fuzz)")
-    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4], metavar="N", help="numbers of ranks (kills)")
+    parser.add_argument("--ranks", nargs="+", type=int, default=RANKS, metavar="N", help="numbers of ranks (kills)")
     parser.add_argument("--inputs", type=int, default=0, metavar="N", help="inputs of each reader (fuzz)")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="number of the first input (fuzz)")
     parser.add_argument("--keep", type=Path, help="work in this folder and keep it")
@@ -84,6 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _flags(chosen: argparse.Namespace) -> list[str]:
     flags = ["--quick"] * chosen.quick + [f"--minutes {chosen.minutes:g}"] * bool(chosen.minutes)
+    flags += [f"--only {' '.join(chosen.only)}"] * bool(chosen.only)
+    flags += [f"--ranks {' '.join(map(str, chosen.ranks))}"] * (chosen.ranks != RANKS)
+    flags += [f"--inputs {chosen.inputs}"] * bool(chosen.inputs)
     return flags + [f"--seed {chosen.seed}"] * bool(chosen.seed)
 
 

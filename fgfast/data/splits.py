@@ -91,7 +91,7 @@ def pretext_images(config: TrainConfig) -> ImageSet:
     return pretext_splits(config).pretext()
 
 
-def _held_out(images: ImageSet, fraction: float, run: Path | None) -> np.ndarray:
+def _held_out(images: ImageSet, fraction: float, run: Path | None = None) -> np.ndarray:
     """Mask of the held-out images: ``fraction`` of the labelled training images of every class, bool [N].
 
     Those of a run stay what they were when it began, or it would be scored on images that it trained on once one is

@@ -23,6 +23,7 @@ from fgfast.data.manifest import check_images
 from fgfast.data.maps import map_path, map_sizes, read_map, save_maps
 from fgfast.data.views import ViewSpec
 from fgfast.errors import UserError
+from fgfast.files import digest_of
 from tests.data import trees
 
 OUTSIDE = [
@@ -141,7 +142,7 @@ def test_the_manifest_leads_to_no_file_outside_the_cache(
     (saved,) = (manifest.cache_folder() / "manifests").iterdir()
     content = json.loads(saved.read_text())
     content["files"]["a.png"][6] = str(tmp_path / source)
-    content["digest"] = manifest._digest(content["files"])
+    content["digest"] = digest_of(content["files"])
     saved.write_text(json.dumps(content))
     assert check_images(images).files == expected
 
