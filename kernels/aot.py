@@ -7,11 +7,11 @@ depend on, including the version of Triton; ``--recorded FILE`` also reads repor
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import importlib
 import json
-import logging
 import os
 import pkgutil
 import re
@@ -26,12 +26,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fgfast.errors import UserError
-from fgfast.formats import read_json
 from fgfast.kernels.common import AotCase, launch_options
 from fgfast.kernels.configs import SHARED
-
-log = logging.getLogger("fgfast")
 
 HERE = Path(__file__).parent
 ARCHITECTURES = tuple(SHARED)
@@ -218,7 +214,9 @@ def kernel_of(job: Job) -> str:
 def reports(wanted: list[Job], workers: int = 2, recorded: Path | None = None) -> dict[Job, Report]:
     """The report of each job, from the record, from the cache or compiled now, in the given order."""
     path = _cache_folder() / "reports.json"
-    known = _read_cache(path)
+    known: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # a damaged cache can be made again
+        known |= json.loads(path.read_text())
     known |= _read_record(recorded) if recorded else {}
     keys = {job: _key(job) for job in wanted}
     missing = {key: job for job, key in keys.items() if key not in known}  # rows may have the same compilation
@@ -226,15 +224,6 @@ def reports(wanted: list[Job], workers: int = 2, recorded: Path | None = None) -
         known[key] = report
         _store_reports({key: report for key, report in known.items() if not Report(*report).error}, path)
     return {job: Report(*known[keys[job]]) for job in wanted}
-
-
-def _read_cache(path: Path) -> dict[str, Report]:
-    """The reports in the cache; none if it is damaged, as they can be made again."""
-    try:
-        return read_json(path, dict[str, Report]) if path.exists() else {}
-    except UserError as error:
-        log.warning("%s", error)
-        return {}
 
 
 def _store_reports(known: dict[str, Report], path: Path) -> None:

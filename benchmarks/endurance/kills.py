@@ -167,8 +167,8 @@ def end_fault(case: Case, aim: Aim, ended: Ended, run: Path) -> str:
         return f"the others end after {ended.alone:.0f} s" if late else ""
     if all(code == 0 for code in ended.codes):
         return f"goes on to its end after step {ended.step}" if ended.step < STEPS - SLACK else ""
-    if ended.step and any(code is not None and code < 0 for code in ended.codes):
-        return f"ends at once: {ended.codes}"
+    if 0 < ended.step < STEPS and any(code is not None and code < 0 for code in ended.codes):  # not while Python ends
+        return f"ends at once after step {ended.step}: {ended.codes}"
     saved = saved_step(run, case.method)
     return f"step {ended.step} was done and {saved} is saved" if saved < ended.step else ""
 
