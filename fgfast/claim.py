@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fgfast.errors import UserError
-from fgfast.files import machine
+from fgfast.files import is_running, machine, state_and_start
 
 log = logging.getLogger("fgfast")
 
@@ -39,7 +39,7 @@ class Claim:
     pid: int
     host: str
     machine: str
-    started: int | None  # see _state_and_start
+    started: int | None  # see state_and_start
     since: str
 
     def __str__(self) -> str:
@@ -87,7 +87,7 @@ def is_claim(file: Path) -> bool:
 
 def _of_this_process() -> Claim:
     pid, since = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
-    process = _state_and_start(pid)
+    process = state_and_start(pid)
     return Claim(secrets.token_hex(8), pid, socket.gethostname(), machine(), process and process[1], since)
 
 
@@ -172,29 +172,9 @@ def _is_sound(claim: Claim) -> bool:
 def _why_over(claim: Claim, file: Path) -> str | None:
     """Why a claim does not hold any longer, as a clause; None if it does."""
     if claim.machine == machine():
-        return None if _is_running(claim) else "has ended"
+        return None if is_running(claim.pid, claim.started) else "has ended"
     with tempfile.TemporaryFile(dir=file.parent) as now, contextlib.suppress(FileNotFoundError):
         # both times are of the clock of the file system, as those of two machines differ
         if os.fstat(now.fileno()).st_mtime - file.lstat().st_mtime <= SILENT:
             return None
     return f"has not been heard of for {SILENT / 60:.0f} minutes"
-
-
-def _is_running(claim: Claim) -> bool:
-    try:
-        os.kill(claim.pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # it runs, as another user
-    process = _state_and_start(claim.pid)
-    return process is None or (process[0] != "Z" and process[1] == claim.started)
-
-
-def _state_and_start(pid: int) -> tuple[str, int] | None:
-    """The state letter of a process and its start in clock ticks since that of the machine; None if not to be read."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return fields[0], int(fields[19])

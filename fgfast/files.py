@@ -94,20 +94,36 @@ def clear_leftovers(folder: Path) -> list[Path]:
 
 def _is_abandoned(path: Path) -> bool:
     match = _PARTIAL.fullmatch(path.name)
-    if match and match[1] == _machine_code() and not _is_running(int(match[2])):
+    if match and match[1] == _machine_code() and not is_running(int(match[2])):
         return True
     with tempfile.TemporaryFile(dir=path.parent) as now:
         return os.fstat(now.fileno()).st_mtime - path.lstat().st_mtime > ABANDONED
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int, started: int | None = None) -> bool:
+    """Whether a process of this machine runs; one that was killed and that its parent has not noticed does not.
+
+    Args:
+        pid: its number.
+        started: its start as :func:`state_and_start` gives it, to tell it from a later process of the same number.
+    """
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass  # it runs, as another user
-    return True
+    process = state_and_start(pid)
+    return process is None or (process[0] != "Z" and started in (None, process[1]))
+
+
+def state_and_start(pid: int) -> tuple[str, int] | None:
+    """The state letter of a process and its start in clock ticks since that of the machine; None if not to be read."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return fields[0], int(fields[19])
 
 
 def machine() -> str:

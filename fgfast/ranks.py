@@ -35,12 +35,6 @@ def ranks_of(group: dist.ProcessGroup | None, device: torch.device) -> Ranks:
     return Ranks(0, 1, device) if group is None else Ranks(dist.get_rank(group), dist.get_world_size(group), device)
 
 
-def barrier(ranks: Ranks) -> None:
-    """Wait for the other ranks, if there are any."""
-    if ranks.world > 1:
-        dist.barrier()
-
-
 def on_first(ranks: Ranks, action: Callable[[], T]) -> T | None:
     """Run ``action`` on the first rank while the others wait; an exception ends the others too.
 

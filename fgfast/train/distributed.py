@@ -15,21 +15,9 @@ import torch.distributed as dist
 
 from fgfast.backend import check_chosen
 from fgfast.errors import UserError
-from fgfast.ranks import OtherRankError, Ranks, barrier, on_first
+from fgfast.ranks import OtherRankError, Ranks
 from fgfast.train.heartbeat import DONE, FAILED, INTERRUPTED, Heartbeat
 from fgfast.train.rendezvous import Connection, connect, hosted_by_torchrun, meet, within
-
-__all__ = [
-    "Ranks",
-    "barrier",
-    "check_equal",
-    "choose_device",
-    "is_first",
-    "is_of_another_rank",
-    "joined",
-    "on_first",
-    "will_be_first",
-]
 
 _LOST = re.compile(
     r"gloo/|Connection (closed|reset) by peer|Broken pipe|Timed out waiting|NCCL error|NCCL communicator"

@@ -20,6 +20,7 @@ from datetime import timedelta
 from torch.distributed.distributed_c10d import Store
 
 from fgfast.errors import UserError
+from fgfast.files import is_running
 from fgfast.ranks import OtherRankError
 from fgfast.train.rendezvous import VERDICT, Member, Verdict, post
 
@@ -348,16 +349,7 @@ class Heartbeat:
 
 def _runs(member: Member) -> bool:
     """Whether a process of this machine still runs; True for others, whose state is not known."""
-    if member.host != Member.here().host or os.name != "posix":
-        return True
-    try:
-        os.kill(member.process, 0)
-        with open(f"/proc/{member.process}/stat") as file:  # killed, and its parent has not noticed
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    return member.host != Member.here().host or os.name != "posix" or is_running(member.process)
 
 
 def _cause(error: Exception) -> str:

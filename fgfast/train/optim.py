@@ -104,8 +104,8 @@ class FiniteGuard:
     @torch.no_grad()
     def mark(self) -> None:
         """Remember the counters among the buffers after a complete step; the others are copied by :meth:`step`."""
-        for marked, counter in zip(self.marked, self.counters, strict=True):
-            marked.copy_(counter)
+        if self.counters:
+            torch._foreach_copy_(self.marked, self.counters)
 
     @torch.no_grad()
     def restore(self) -> None:
