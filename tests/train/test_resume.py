@@ -1,6 +1,7 @@
 """Resuming and sharing of run folders: who may write, what may change, and what config.toml records of it."""
 
 import json
+import time
 import signal
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -103,6 +104,9 @@ def test_a_run_that_lost_its_folder_saves_nothing_more(drawn: Path, tmp_path: Pa
         def after_step(self, progress: Progress) -> None:
             super().after_step(progress)
             if progress.step == 4:
+                end = time.monotonic() + 30
+                while not (tmp_path / "run/last.pt").exists() and time.monotonic() < end:
+                    time.sleep(0.01)  # the checkpoint of step 3 is written beside the training
                 (tmp_path / "run" / NAME).unlink()
 
     with pytest.raises(UserError, match="stops and leaves the folder"):
