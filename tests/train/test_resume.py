@@ -1,8 +1,8 @@
 """Resuming and sharing of run folders: who may write, what may change, and what config.toml records of it."""
 
 import json
-import time
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
