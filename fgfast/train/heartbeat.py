@@ -148,8 +148,10 @@ class Heartbeat:
     def explain(self, error: Exception) -> BaseException:
         """The exception to raise in place of one by which a collective says that another rank does not take part."""
         self._suspicious = True
-        end = time.monotonic() + self._patience() + 3 * self.interval + 2
-        while not self._decided.is_set() and time.monotonic() < end:
+        wait = self._patience() + 3 * self.interval + 2
+        began = time.monotonic()
+        last = began + max(wait, self.timeout)  # a process that stands still itself learns late what has happened
+        while not self._decided.is_set() and time.monotonic() < min(max(began, self._went_on) + wait, last):
             with contextlib.suppress(KeyboardInterrupt):  # torchrun ends all ranks when one has ended
                 self._decided.wait(0.1)
         verdict = self._verdict or self.fail(
@@ -265,8 +267,8 @@ class Heartbeat:
         still = [r for r in self._others if not self._others[r].beat.left and self._is_still(r, now, limit)]
         if still:
             return self._accuse(still, self._how(not _runs(self.members[still[0]]), limit))
-        interrupted = [r for r, o in self._others.items() if o.beat.left == INTERRUPTED and now - o.beaten > limit]
-        if interrupted:
+        interrupted = [r for r, o in self._others.items() if o.beat.left == INTERRUPTED]
+        if interrupted and (self._suspicious or now - self._others[interrupted[0]].beaten > limit):
             return Verdict(f"Rank {interrupted[0]} was interrupted.", interrupted[0], 130)
         most = max(self._beat.calls, *(o.beat.calls for o in self._others.values()))
         for other in self._others.values():

@@ -218,6 +218,17 @@ def test_a_rank_is_behind_from_when_the_others_get_on() -> None:
         heart.leave(heartbeat.FAILED)
 
 
+def test_an_interrupted_rank_is_believed_at_once() -> None:
+    """When a collective has failed, whatever a busy machine does to the others' clocks."""
+    first, second = hearts(20)
+    second.leave(heartbeat.INTERRUPTED)
+    began = time.monotonic()
+    error = first.explain(RuntimeError("Connection closed by peer"))
+    assert isinstance(error, KeyboardInterrupt)
+    assert time.monotonic() - began < first._patience()
+    first.leave(heartbeat.INTERRUPTED)
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
