@@ -12,6 +12,7 @@ from torch import Tensor
 from fgfast.ids import Ids
 from fgfast.ops.contrast import sides, tiled
 from fgfast.ops.contrast.autograd import cast_gradients, register_autograd
+from fgfast.ops.contrast.exchange import Ring, process_group, wait
 from fgfast.ops.contrast.operands import Operands
 from fgfast.ops.contrast.statistics import RowStatistics
 from fgfast.tensors import accumulation, exact
@@ -49,44 +50,6 @@ def global_ids(ids: Ids, group: "dist.ProcessGroup | None" = None) -> Ids:
     return ids._replace(image=image + counts[: dist.get_rank(group)].sum())
 
 
-class _Ring:
-    """Sends lists of tensors to the next rank and receives those of the previous one."""
-
-    def __init__(self, group: dist.ProcessGroup, columns: Tensor):
-        self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
-        self.next = dist.get_global_rank(group, (self.rank + 1) % self.size)
-        self.previous = dist.get_global_rank(group, (self.rank - 1) % self.size)
-        count = torch.tensor([len(columns)], device=columns.device)
-        counts = count.new_empty(self.size)
-        dist.all_gather(list(counts.split(1)), count, group=group)
-        self.counts: list[int] = counts.tolist()  # columns of each rank
-
-    def start(self, tensors: list[Tensor], step: int) -> tuple[list[Tensor], list[dist.Work]]:
-        """Start to send the block of rank - step; returns the tensors being received, and the work to wait for."""
-        if self.size == 1:
-            return tensors, []
-        length = self.counts[(self.rank - step - 1) % self.size]
-        arriving = [t.new_empty(length, *t.shape[1:]) for t in tensors]
-        operations = [dist.P2POp(dist.isend, t, self.next, self.group) for t in tensors if t.numel()]
-        operations += [dist.P2POp(dist.irecv, t, self.previous, self.group) for t in arriving if t.numel()]
-        return arriving, dist.batch_isend_irecv(operations) if operations else []
-
-
-def _process_group(name: str) -> dist.ProcessGroup:
-    """The process group with this name; operations take names because these can be traced.
-
-    PyTorch's own traced collectives look up names with the same function; there is no public one.
-    """
-    from torch.distributed import distributed_c10d as c10d
-
-    return c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
-
-
-def _wait(transfers: list[dist.Work]) -> None:
-    for work in transfers:
-        work.wait()
-
-
 def _make_block(key: Tensor, ids: Ids) -> list[Tensor]:
     """The tensors that are sent around: keys and their ids."""
     return [key.contiguous(), *(i.to(torch.int64).contiguous() for i in ids)]
@@ -108,14 +71,14 @@ def _ring_contrast(
         if bank is not None:
             columns = sides.make_side(bank, None, normalize, dtype)
             tiled.forward_tiles(tiled.LogitTiles(rows, columns, scale, negatives), statistics)
-        ring = _Ring(_process_group(group), key)
+        ring = Ring(process_group(group), key)
         block = _make_block(key, Ids(key_image, key_part, key_view))
         for step in range(ring.size):
             last = step == ring.size - 1
             arriving, transfers = (block, []) if last else ring.start(block, step)
             columns = sides.make_side(block[0], Ids(*block[1:]), normalize, dtype, negatives)
             tiled.forward_tiles(tiled.LogitTiles(rows, columns, scale, negatives), statistics)
-            _wait(transfers)
+            wait(transfers)
             block = arriving
         return statistics.finish()
 
@@ -143,7 +106,7 @@ def _ring_contrast_backward(
             tiled.backward_tiles(tiled.LogitTiles(rows, bank_side, scale, negatives), coefficients, d_query, d_bank)
             if d_bank is not None:
                 tiled.finish_gradient(bank_side, d_bank, scale)
-        ring = _Ring(_process_group(group), key)
+        ring = Ring(process_group(group), key)
         key_ids = Ids(key_image, key_part, key_view)
         block = _make_block(key, key_ids)
         d_key = key.new_zeros(key.shape, dtype=dtype) if need_key else None
@@ -152,10 +115,10 @@ def _ring_contrast_backward(
             arriving, transfers = (block, []) if last else ring.start(block, step)
             columns = sides.make_side(block[0], Ids(*block[1:]), normalize, dtype, negatives)
             tiled.backward_tiles(tiled.LogitTiles(rows, columns, scale, negatives), coefficients, d_query, d_key)
-            _wait(transfers)
+            wait(transfers)
             if d_key is not None:
                 (d_key,), transfers = ring.start([d_key], step)
-                _wait(transfers)
+                wait(transfers)
             block = arriving
         if d_key is not None:
             tiled.finish_gradient(sides.make_side(key, key_ids, normalize, dtype), d_key, scale)
@@ -183,7 +146,7 @@ register_autograd(_ring_contrast, _ring_contrast_backward, _refuse)
 def _group_sum(x: Tensor, group: str) -> Tensor:
     """Sum of x over the ranks of the named group."""
     x = x.clone()
-    dist.all_reduce(x, group=_process_group(group))
+    dist.all_reduce(x, group=process_group(group))
     return x
 
 
