@@ -37,6 +37,7 @@ run() { # name, command...: 5 is pytest's status for "nothing was chosen"
 tests() {
     run "tests marked gpu" "$PYTHON" -m pytest -m gpu tests
     run "kernels on the device" "$PYTHON" -m pytest tests/kernels -m "not gpu"
+    TRITON_DEBUG=1 run "32-bit overflow" "$PYTHON" -m pytest "${SMALL[@]}" # Triton's check of integer arithmetic
     run "sampler on the device" "$PYTHON" -m pytest tests/ops/test_mask.py
 }
 

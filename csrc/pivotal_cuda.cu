@@ -236,6 +236,7 @@ const char* outcome() {
 
 const char* pivotal_cuda(const Problem& p, void* stream) {
     if (p.batch == 0) return nullptr;
+    cudaGetLastError();  // an error of someone else's call before is not ours to report
     const size_t memory = size_t(p.patches) * 5;
     const dim3 grid(unsigned(p.batch), slices_of(p.images, p.batch));
     const auto s = static_cast<cudaStream_t>(stream);
@@ -252,6 +253,7 @@ const char* pivotal_cuda(const Problem& p, void* stream) {
 
 const char* mask_images_cuda(const Images& im, const bool* mask, int64_t batch, void* stream) {
     if (batch == 0 || im.outer * im.rows * im.inner == 0) return nullptr;
+    cudaGetLastError();  // as above
     const dim3 grid(unsigned(batch), slices_of(im, batch));
     mask_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(im, mask, widest(im));
     return outcome();

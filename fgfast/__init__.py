@@ -6,12 +6,14 @@ from fgfast import interrupt as interrupt  # first: in the command, Ctrl-C then 
 from fgfast.backend import use_backend
 from fgfast.ids import Ids
 from fgfast.losses import (
+    CLIPLoss,
     DetConBLoss,
     DetConSLoss,
     DINOLoss,
     InfoNCELoss,
     NTXentLoss,
     PartContrastiveLoss,
+    SigLIPLoss,
     SupConLoss,
 )
 from fgfast.ops.assign_and_pool import assign_and_pool
@@ -37,6 +39,7 @@ def __getattr__(name: str) -> Any:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CLIPLoss",
     "DINOLoss",
     "DetConBLoss",
     "DetConSLoss",
@@ -50,6 +53,7 @@ __all__ = [
     "PartPool",
     "Perturbed",
     "PivotalMask",
+    "SigLIPLoss",
     "SupConLoss",
     "__version__",
     "assign_and_pool",

@@ -170,7 +170,9 @@ def check_device(name: str, x: Tensor, device: torch.device) -> None:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Run the block without autocast; "meta", which computes nothing, has none."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def largest(x: Tensor) -> Tensor:

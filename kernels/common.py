@@ -65,6 +65,14 @@ def on_device_of(x: torch.Tensor) -> AbstractContextManager[None]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+def wide(*tensors: torch.Tensor | None) -> bool:
+    """Whether an offset within one problem of some tensor [B, ...] exceeds int32."""
+    return any(
+        x is not None and sum((n - 1) * stride for n, stride in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 2**31
+        for x in tensors
+    )
+
+
 @triton.jit
 def upcast(x, UPCAST: tl.constexpr):
     """x, converted to float32 if UPCAST (under the interpreter)."""

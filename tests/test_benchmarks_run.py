@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import ceilings, compiled, peak, plots, record, run, table, traffic
+from benchmarks import ceilings, compiled, losses, peak, plots, record, run, table, traffic
 from benchmarks.cases import OPERATIONS, contrast, find, planned, views
 from benchmarks.endurance import blocks, images, kills, report
 from benchmarks.endurance.__main__ import PARTS
@@ -306,6 +306,17 @@ def test_the_command_refuses_an_operation_that_it_does_not_have():
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "contrast" in done.stderr
+
+
+def test_small_losses_are_compared_with_the_plain_formula(capsys):
+    threads = torch.get_num_threads()
+    try:
+        assert losses.main(["ntxent B=8 D=128", "--seconds", "0.01"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    _, row = capsys.readouterr().out.splitlines()
+    assert row.startswith("ntxent B=8 D=128")
+    assert float(row.split()[4]) > 0
 
 
 def test_the_results_of_a_part_of_the_endurance_replace_those_before(tmp_path):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fgfast import (
+    CLIPLoss,
     DetConBLoss,
     DetConSLoss,
     Ids,
@@ -106,6 +107,7 @@ CALLS: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Tensor, ...]]]] = 
     "NTXentLoss": lambda: (NTXentLoss(), (floats(8, 4), floats(8, 4))),
     "SupConLoss": lambda: (SupConLoss(), (floats(8, 4), ids(8))),
     "InfoNCELoss": lambda: (InfoNCELoss(0.2), (floats(8, 4), floats(8, 4))),
+    "CLIPLoss": lambda: (CLIPLoss(), (floats(8, 4), floats(8, 4), floats())),
     "DetConBLoss": lambda: (DetConBLoss(), (*(floats(3, 5, 4) for _ in range(4)), ids(3, 5), ids(3, 5))),
     "DetConSLoss": lambda: (DetConSLoss(), (*(floats(3, 5, 4) for _ in range(2)), ids(3, 5), ids(3, 5))),
     "PartContrastiveLoss": lambda: (

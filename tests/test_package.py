@@ -45,6 +45,38 @@ def test_importing_loads_no_optional_package(tmp_path: Path) -> None:
     assert loaded == []
 
 
+def test_no_call_loads_the_compiler(tmp_path: Path) -> None:
+    """torch._dynamo and sympy take a second: only what is traced may import them."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import fgfast
+from fgfast import Ids
+ids, x, few = torch.arange(3000), torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+labels, many = torch.zeros(2, 8, 8, dtype=torch.int64), torch.randn(3000, 4, requires_grad=True)
+for backend in ("torch", "reference"):
+    for q in (few, many[: len(many) if backend == "torch" else 8]):
+        i = ids[: len(q)]
+        one, two = Ids(i, i, i), Ids(i, i, i + 1)
+        fgfast.contrastive_loss(q, q + 1, query_ids=one, key_ids=two, backend=backend).backward()
+    fgfast.part_pool(x, labels, 3, backend=backend).pooled.sum().backward()
+    fgfast.part_pool(x, labels.repeat(1, 2, 2), 3, backend=backend).pooled.sum().backward()
+    fgfast.labels_to_grid(labels, 4, 3, backend=backend)
+    fgfast.kmeans(x, 3, backend=backend)
+    fgfast.kmeans_step(x, torch.randn(2, 3, 4), backend=backend)
+    fgfast.assign_and_pool(x, torch.randn(2, 3, 4), backend=backend)[0].sum().backward()
+    fgfast.pivotal_mask(torch.rand(1, 2, 16), images=x, backend=backend).images.sum().backward()
+    fgfast.mask_images(x, torch.ones(2, 16, dtype=torch.bool), backend=backend).sum().backward()
+    fgfast.perturb(few, few, strategy="swap", backend=backend)
+print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
+print("torch._dynamo" in sys.modules)
+"""
+    added, compiler = python(code, tmp_path).splitlines()
+    assert "fgfast" in added.split()
+    assert "sympy" not in added.split()
+    assert compiler == "False"
+
+
 @pytest.mark.quick
 def test_every_public_name_exists_and_is_documented() -> None:
     assert len(set(fgfast.__all__)) == len(fgfast.__all__)

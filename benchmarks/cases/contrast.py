@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.cases.common import DTYPES, TOLERANCES, compiled, generator, need_gpu, ours, peer, precision, sizes
 from benchmarks.timing import Answer, Case, Judge, Run, Variant, Verdict, distance
-from fgfast import DetConBLoss, Ids, SupConLoss, contrastive_loss, use_backend
+from fgfast import DetConBLoss, Ids, NTXentLoss, SupConLoss, contrastive_loss, use_backend
 from fgfast.reference import contrast as reference
 from fgfast.tensors import exact
 
@@ -203,17 +203,27 @@ def loss_step(loss: Callable[..., Tensor], x: Arguments) -> Answer:
     return [value.detach(), *torch.autograd.grad(value, x.leaves)]
 
 
-def loss_case(name: str, shape: tuple[int, ...], device: torch.device) -> Case:
-    """DetCon-B of [images, parts, D], or SupCon of [B, D] with 200 classes, in float32: against the peer's module."""
-    detcon = name == "detcon"
+def ntxent(out0: Tensor, out1: Tensor) -> Tensor:
+    """NT-Xent as one writes it by hand, with the logits in memory."""
+    x = torch.cat([F.normalize(out0, dim=1), F.normalize(out1, dim=1)])
+    logits = (x @ x.T / TEMPERATURE).fill_diagonal_(-torch.inf)
+    b = len(out0)
+    return F.cross_entropy(logits, torch.arange(2 * b, device=x.device).add(b).remainder(2 * b))
+
+
+def loss_case(name: str, shape: tuple[int, ...], device: torch.device, classes: int = 200) -> Case:
+    """A module in float32 against a peer's: NT-Xent of 2 x [B, D], DetCon-B of [images, parts, D], SupCon of [B, D]."""
+    leaves = {"ntxent": 2, "detcon": 4, "supcon": 1}[name]
 
     def make(seed: int) -> Arguments:
         g = generator(device, seed)
-        leaves = [torch.randn(shape, device=device, generator=g).requires_grad_() for _ in range(4 if detcon else 1)]
-        if not detcon:
-            return Arguments(leaves, [torch.randint(200, shape[:1], device=device, generator=g)])
+        made = [torch.randn(shape, device=device, generator=g).requires_grad_() for _ in range(leaves)]
+        if name == "ntxent":
+            return Arguments(made, [])
+        if name == "supcon":
+            return Arguments(made, [torch.randint(classes, shape[:1], device=device, generator=g)])
         drawn = [torch.rand(shape[0], shape[1] + 5, device=device, generator=g).argsort(1) for _ in range(2)]
-        return Arguments(leaves, [ids[:, : shape[1]] for ids in drawn])
+        return Arguments(made, [ids[:, : shape[1]] for ids in drawn])
 
     def judge(x: Arguments) -> Judge:
         doubles = Arguments([leaf.detach().double().requires_grad_() for leaf in x.leaves], x.ids)
@@ -221,18 +231,32 @@ def loss_case(name: str, shape: tuple[int, ...], device: torch.device) -> Case:
             right = loss_step(own, doubles)
         return lambda answer: Verdict(distance(answer, right))
 
-    own = DetConBLoss() if detcon else SupConLoss()
-    package = "lightly" if detcon else "pytorch-metric-learning"
-    module = "lightly.loss" if detcon else "pytorch_metric_learning.losses"
-    variants = (
+    own = {"ntxent": NTXentLoss, "detcon": DetConBLoss, "supcon": SupConLoss}[name](temperature=TEMPERATURE)
+    package = "pytorch-metric-learning" if name == "supcon" else "lightly"
+    module = "pytorch_metric_learning.losses" if name == "supcon" else "lightly.loss"
+    theirs = partial(peer, module, package)
+    variants = [
         Variant(f"fgfast {ours(device)}", lambda: partial(loss_step, own)),
-        Variant(package, lambda: partial(loss_step, getattr(peer(module, package), type(own).__name__)())),
-    )
-    words = sizes(**dict(zip(("B", "K", "D") if detcon else ("B", "D"), shape, strict=True)))
+        Variant(package, lambda: partial(loss_step, getattr(theirs(), type(own).__name__)(temperature=TEMPERATURE))),
+    ]
+    if name == "ntxent":
+        variants.append(Variant("eager", lambda: partial(loss_step, ntxent)))
+    words = sizes(**dict(zip(("B", "K", "D") if name == "detcon" else ("B", "D"), shape, strict=True)))
     return Case(
         "contrast", f"{name} {words}", "fp32", make, variants, judge, TOLERANCES["fp32"],
-        input_bytes=(4 if detcon else 1) * 4 * math.prod(shape),
+        input_bytes=leaves * 4 * math.prod(shape),
     )  # fmt: skip
+
+
+def small_losses(device: torch.device) -> Iterator[Case]:
+    """The modules at the sizes of one CPU or GPU batch, where overhead counts: for ``benchmarks.losses``."""
+    for d in (128, 512):
+        for views in (16, 48, 64, 128, 256, 512, 1024, 2048):
+            yield loss_case("ntxent", (views // 2, d), device)
+    for b in (64, 128, 256, 512, 1024, 2048):
+        yield loss_case("supcon", (b, 128), device, classes=min(b // 8, 200))
+    for images, parts in ((2, 24), (8, 16), (32, 10)):
+        yield loss_case("detcon", (images, parts, 256), device)
 
 
 def losses(device: torch.device) -> Iterator[Case]:

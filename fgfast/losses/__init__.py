@@ -1,12 +1,15 @@
 """Losses as modules, one per file: each a few lines over ``contrastive_loss``, with the field's names and values."""
 
+from fgfast.losses.clip import CLIPLoss
 from fgfast.losses.detcon import DetConBLoss, DetConSLoss
 from fgfast.losses.dino import DINOLoss
 from fgfast.losses.infonce import InfoNCELoss
 from fgfast.losses.ntxent import NTXentLoss
 from fgfast.losses.part_contrast import PartContrastiveLoss
+from fgfast.losses.siglip import SigLIPLoss
 from fgfast.losses.supcon import SupConLoss
 
 __all__ = [
-    "DINOLoss", "DetConBLoss", "DetConSLoss", "InfoNCELoss", "NTXentLoss", "PartContrastiveLoss", "SupConLoss",
+    "CLIPLoss", "DINOLoss", "DetConBLoss", "DetConSLoss", "InfoNCELoss", "NTXentLoss", "PartContrastiveLoss",
+    "SigLIPLoss", "SupConLoss",
 ]  # fmt: skip

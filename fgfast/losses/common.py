@@ -1,4 +1,4 @@
-"""Checks of vectors and temperatures, ids, and updates of buffers, for all losses."""
+"""Checks of arguments, the process group, ids, and updates of buffers, for all losses."""
 
 import math
 import operator
@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fgfast.ids import Ids
+from fgfast.losses.over_ranks import rank_and_world
 from fgfast.ops.contrast import global_ids
 from fgfast.ops.contrast.checks import check_alike
-from fgfast.tensors import check_tensor, shape_error
+from fgfast.tensors import check_float, check_tensor, shape_error
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -41,28 +42,76 @@ def check_vectors(**named: Tensor) -> None:
     check_alike(**named)
 
 
+def as_scalar(name: str, x: Tensor | float, like: Tensor) -> Tensor:
+    """A number, or a tensor of one, as a 0-d tensor of floats; on the CPU or the device of ``like``."""
+    if not isinstance(x, Tensor):
+        if isinstance(x, bool) or not isinstance(x, Real):
+            raise TypeError(f"{name} is a {type(x).__name__}: give a number or a tensor of one.")
+        return torch.full((), x, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+    check_float(name, x)
+    if x.numel() != 1:
+        raise shape_error(name, "[] or [1]", x)
+    if x.device not in (like.device, torch.device("cpu")):
+        raise ValueError(f"{name} is on {x.device} and image_features on {like.device}: move it there.")
+    return x.reshape(())
+
+
 def check_gather(gather_distributed: bool) -> None:
     """Raise if gathering is wanted from a torch without torch.distributed."""
     if gather_distributed and not dist.is_available():
         raise ValueError("gather_distributed is True and this torch has no torch.distributed: give False.")
 
 
-def group_of_all(gather_distributed: bool) -> "ProcessGroup | None":
-    """The default process group if gathering is wanted and there is more than one process, else None."""
+def check_group(group: "ProcessGroup | None") -> None:
+    """Raise unless the group is None, or a process group of which this process is a member."""
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(f"group is {group!r}: give a torch.distributed process group of this process, or None.")
+
+
+def choose_group(gather_distributed: bool, group: "ProcessGroup | None" = None) -> "ProcessGroup | None":
+    """The given group, or else the default group if gathering is wanted and there is more than one process."""
     ready = gather_distributed and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return dist.group.WORLD if ready else None
+    return dist.group.WORLD if group is None and ready else group
+
+
+def group_of_ranks(rank: int, world_size: int, group: "ProcessGroup | None" = None) -> "ProcessGroup | None":
+    """The given group, or else the default group if ``world_size`` is above 1.
+
+    Raises:
+        ValueError: ``world_size`` is not 1, and it or ``rank`` is not that of this process in the group.
+    """
+    if world_size == 1:
+        return group
+    if group is None and dist.is_available() and dist.is_initialized():
+        group = dist.group.WORLD
+    found = rank_and_world(group)
+    if found != (rank, world_size):
+        raise ValueError(
+            f"rank is {rank} of {world_size} and this process is rank {found[0]} of {found[1]} of the process group: "
+            "give its rank and world_size."
+        )
+    return group
 
 
 def ids_over_ranks(ids: Ids, group: "ProcessGroup | None") -> Ids:
     """The ids with image ids that are unique over the group."""
-    return ids if group is None else global_ids(ids, group)
+    if group is None:
+        return ids
+    device = ids.image.device.type
+    if f"{device}:" not in dist.get_backend_config(group):
+        raise ValueError(
+            f"group has the backend {dist.get_backend(group)}, which has no {device}, where the vectors are: give a "
+            "group of another backend."
+        )
+    return global_ids(ids, group)
 
 
-def ids_of_two_views(n: int, device: torch.device) -> tuple[Ids, Ids]:
-    """Ids of n images with one part each, in view 0 and in view 1."""
+def ids_of_two_views(n: int, device: torch.device, group: "ProcessGroup | None" = None) -> tuple[Ids, Ids]:
+    """Ids of n images with one part each, in view 0 and in view 1; image ids are unique over the group."""
     image = torch.arange(n, device=device)
     zero = torch.zeros_like(image)
-    return Ids(image, zero, zero), Ids(image, zero, zero + 1)
+    first = ids_over_ranks(Ids(image, zero, zero), group)
+    return first, first._replace(view=zero + 1)
 
 
 def arange_like(n: int, like: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """DetCon: contrast of regions with target regions of both views."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -7,14 +9,18 @@ from fgfast.ids import Ids
 from fgfast.losses.common import (
     arange_like,
     check_gather,
+    check_group,
     check_temperature,
-    group_of_all,
+    choose_group,
     ids_over_ranks,
     renamed,
 )
 from fgfast.ops.contrast import contrastive_loss
 from fgfast.ops.contrast.checks import check_alike
 from fgfast.tensors import check_integers
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class DetConBLoss(nn.Module):
@@ -28,14 +34,18 @@ class DetConBLoss(nn.Module):
 
     Args:
         temperature: at least 1e-8.
-        gather_distributed: contrast with the targets of all ranks.
+        gather_distributed: contrast with the targets of all ranks of the default process group.
+        group: contrast with those of this process group instead, of whose ranks each may have any number of images.
+            Each rank returns world size x its part of the loss of all, so the averaging of DistributedDataParallel
+            gives the gradient of one process on the joined batch.
 
     Returns:
         A scalar, float32 (float64 for float64 vectors) where lightly's has the dtype of the vectors.
 
     Raises:
-        TypeError: masks are no integers, or vectors are no floats of one dtype.
-        ValueError: the temperature is too small, shapes do not fit, or gathering without torch.distributed.
+        TypeError: masks are no integers, vectors are no floats of one dtype, or the group is none.
+        ValueError: the temperature is too small, shapes do not fit, gathering without torch.distributed, or a group
+            whose backend cannot send from the device of the vectors.
 
     Example:
         >>> import torch
@@ -50,11 +60,14 @@ class DetConBLoss(nn.Module):
 
     eps = 1e-8  # lowest temperature
 
-    def __init__(self, temperature: float = 0.1, gather_distributed: bool = True):
+    def __init__(
+        self, temperature: float = 0.1, gather_distributed: bool = True, *, group: "ProcessGroup | None" = None
+    ):
         super().__init__()
         check_temperature(temperature)
         check_gather(gather_distributed)
-        self.temperature, self.gather_distributed = temperature, gather_distributed
+        check_group(group)
+        self.temperature, self.gather_distributed, self.group = temperature, gather_distributed, group
 
     def forward(
         self,
@@ -81,7 +94,7 @@ class DetConBLoss(nn.Module):
         view, image, _ = (
             i.reshape(-1) for i in torch.meshgrid(*(arange_like(n, masks) for n in masks.shape), indexing="ij")
         )
-        group = group_of_all(self.gather_distributed)
+        group = choose_group(self.gather_distributed, self.group)
         ids = ids_over_ranks(Ids(image, masks.reshape(-1), view), group)
         repeats = (masks[..., :, None] == masks[..., None, :]).sum(-1)
         query = torch.cat([pred_view0, pred_view1]).flatten(0, 1)
@@ -104,7 +117,8 @@ class DetConSLoss(nn.Module):
 
     Args:
         temperature: at least 1e-8.
-        gather_distributed: contrast with the regions of all ranks.
+        gather_distributed: contrast with the regions of all ranks of the default process group.
+        group: contrast with those of this process group instead, as in DetCon-B.
 
     Example:
         >>> import torch
@@ -119,9 +133,11 @@ class DetConSLoss(nn.Module):
 
     detconb = renamed("detconb", "detconbloss")
 
-    def __init__(self, temperature: float = 0.1, gather_distributed: bool = True):
+    def __init__(
+        self, temperature: float = 0.1, gather_distributed: bool = True, *, group: "ProcessGroup | None" = None
+    ):
         super().__init__()
-        self.detconbloss = DetConBLoss(temperature, gather_distributed)
+        self.detconbloss = DetConBLoss(temperature, gather_distributed, group=group)
 
     def forward(self, view0: Tensor, view1: Tensor, mask_view0: Tensor, mask_view1: Tensor) -> Tensor:
         """Loss of the regions [B, M, D] of two views with their ids [B, M]."""

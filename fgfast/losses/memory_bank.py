@@ -2,14 +2,18 @@
 
 from collections.abc import Iterable, Sequence
 from numbers import Integral
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fgfast.losses.common import arange_like, check_gather, group_of_all, update_buffers
+from fgfast.losses.common import arange_like, check_gather, check_group, choose_group, update_buffers
+from fgfast.losses.over_ranks import gather_rows
 from fgfast.tensors import check_whole
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class MemoryBank(nn.Module):
@@ -17,11 +21,14 @@ class MemoryBank(nn.Module):
 
     Args:
         size: 0 for none, or (number of vectors, channels); the bank starts with random directions.
-        gather_distributed: enqueue the vectors of all ranks.
+        gather_distributed: enqueue the vectors of all ranks of the default process group.
         feature_dim_first: return the bank as [channels, number of vectors].
+        group: enqueue the vectors of all ranks of this process group instead, rank by rank; ranks may have any numbers
+            of them. Every rank then enqueues the same vectors; only the random directions of the start differ, unless
+            all ranks begin with the same seed.
 
     Raises:
-        TypeError: the size holds something else than whole numbers.
+        TypeError: the size holds something else than whole numbers, or the group is none.
         ValueError: the size is neither 0 nor a pair of numbers from 0 up.
 
     Example:
@@ -39,9 +46,14 @@ class MemoryBank(nn.Module):
     bank: Tensor
     bank_ptr: Tensor
 
-    def __init__(self, size: int | Sequence[int] = 0, gather_distributed: bool = False, feature_dim_first: bool = True):
+    def __init__(
+        self, size: int | Sequence[int] = 0, gather_distributed: bool = False, feature_dim_first: bool = True,
+        group: "ProcessGroup | None" = None,
+    ):  # fmt: skip
         super().__init__()
         check_gather(gather_distributed)
+        check_group(group)
+        self.group = group
         given = (size,) if isinstance(size, Integral) or not isinstance(size, Iterable) else tuple(size)
         for number in given:
             check_whole("memory_bank_size", number)
@@ -83,10 +95,9 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def _enqueue(self, batch: Tensor) -> None:
-        if group_of_all(self.gather_distributed) is not None:
-            gathered = [torch.empty_like(batch) for _ in range(dist.get_world_size())]
-            dist.all_gather(gathered, batch.contiguous())
-            batch = torch.cat(gathered)
+        group = choose_group(self.gather_distributed, self.group)
+        if group is not None:
+            batch = gather_rows(batch, group)
         size, end = len(self.bank), self.bank_ptr + len(batch)
         batch = batch[:size].to(self.bank)
         slot = self.bank_ptr + arange_like(len(batch), self.bank)

@@ -1,22 +1,27 @@
 """NT-Xent, the loss of SimCLR, with an optional memory bank."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fgfast.ids import Ids
 from fgfast.losses.common import (
+    arange_like,
     check_temperature,
     check_vectors,
-    group_of_all,
-    ids_of_two_views,
+    choose_group,
     ids_over_ranks,
     renamed,
 )
+from fgfast.losses.infonce import contrast_with_bank
 from fgfast.losses.memory_bank import MemoryBank
 from fgfast.ops.contrast import contrastive_loss
 from fgfast.tensors import accumulation, unit_vectors
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class NTXentLoss(nn.Module):
@@ -30,14 +35,20 @@ class NTXentLoss(nn.Module):
     Args:
         temperature: T, at least 1e-8.
         memory_bank_size: 0, or (number of vectors, channels); the bank starts with random directions.
-        gather_distributed: contrast with the vectors of all ranks, or enqueue them if there is a bank.
+        gather_distributed: contrast with the vectors of all ranks of the default process group, or enqueue them if
+            there is a bank.
+        group: do so with the ranks of this process group, each of which may have any number of images. Each rank
+            returns world size x local sum / all vectors, so the averaging of DistributedDataParallel gives the gradient
+            of one process on the joined batch.
 
     Returns:
         A scalar, float32 (float64 for float64 vectors) where lightly's has the dtype of the vectors.
 
     Raises:
         ValueError: the temperature is too small, the bank's size is not a pair or its channels are not those of the
-            vectors, or gathering without torch.distributed.
+            vectors, gathering without torch.distributed, or a group whose backend cannot send from the device of the
+            vectors.
+        TypeError: vectors are no floats of one dtype, or the group is none.
 
     Example:
         >>> import torch
@@ -54,28 +65,26 @@ class NTXentLoss(nn.Module):
     bank, bank_ptr = renamed("bank", "memory_bank.bank"), renamed("bank_ptr", "memory_bank.bank_ptr")
 
     def __init__(
-        self, temperature: float = 0.5, memory_bank_size: int | Sequence[int] = 0, gather_distributed: bool = False
-    ):
+        self, temperature: float = 0.5, memory_bank_size: int | Sequence[int] = 0, gather_distributed: bool = False,
+        *, group: "ProcessGroup | None" = None,
+    ):  # fmt: skip
         super().__init__()
         check_temperature(temperature)
-        self.temperature, self.gather_distributed = temperature, gather_distributed
-        self.memory_bank = MemoryBank(memory_bank_size, gather_distributed)
+        self.temperature, self.gather_distributed, self.group = temperature, gather_distributed, group
+        self.memory_bank = MemoryBank(memory_bank_size, gather_distributed, group=group)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """Loss of the vectors [B, D] of two views of the same B images."""
         check_vectors(out0=out0, out1=out1)
-        first, second = ids_of_two_views(len(out0), out0.device)
+        group = choose_group(self.gather_distributed, self.group)
         bank = self.memory_bank.bank
         if len(bank):
             self.memory_bank.check_channels(out1)
-            loss = contrastive_loss(
-                out0, out1, query_ids=first, key_ids=second, temperature=self.temperature, negatives="same_image",
-                bank=bank.to(out0, copy=True),
-            )  # fmt: skip
+            loss = contrast_with_bank(out0, out1, bank.to(out0, copy=True), self.temperature, group)
             if out0.requires_grad:
                 self.memory_bank.enqueue(unit_vectors(out1.detach(), accumulation(out1.dtype)))
             return loss
-        group = group_of_all(self.gather_distributed)
         both = torch.cat([out0, out1])
-        ids = ids_over_ranks(Ids(*(torch.cat(pair) for pair in zip(first, second, strict=True))), group)
+        view = arange_like(len(both), both)  # each vector is a view of its own, which is as good as two views
+        ids = ids_over_ranks(Ids(view % max(len(out0), 1), torch.zeros_like(view), view), group)
         return contrastive_loss(both, both, query_ids=ids, key_ids=ids, temperature=self.temperature, group=group)

@@ -57,6 +57,25 @@ def mean_valid(
     return torch.where(valid, values, 0).sum() / (count_valid(valid, group) if count is None else count)
 
 
+def share_mean(loss: Tensor, group: "ProcessGroup") -> Tensor:
+    """A loss with its own gradient whose value is the mean over the ranks."""
+    total = loss.detach().clone()
+    dist.all_reduce(total, group=group)
+    return loss + (total / dist.get_world_size(group) - loss.detach())
+
+
+def gather_rows(x: Tensor, group: "ProcessGroup") -> Tensor:
+    """Rows of all ranks, rank by rank, from rows [B, ...] whose number may differ; without a gradient."""
+    counts = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=x.device)
+    dist.all_gather(list(counts.split(1)), counts.new_full((1,), len(x)), group=group)
+    lengths: list[int] = counts.tolist()
+    padded = x.new_zeros(max(lengths), *x.shape[1:])  # a collective takes as many rows of every rank
+    padded[: len(x)] = x.detach()
+    gathered = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(gathered, padded, group=group)
+    return torch.cat([rows[:n] for rows, n in zip(gathered, lengths, strict=True)])
+
+
 def draw_joined(draw: Callable[[int], Tensor], n: int, group: "ProcessGroup | None" = None) -> Tensor:
     """Rows of this rank of numbers that are drawn for the joined batch.
 

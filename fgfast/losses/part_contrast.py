@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fgfast.ids import Ids
-from fgfast.losses.common import arange_like, check_temperature, ids_over_ranks
+from fgfast.losses.common import arange_like, check_group, check_temperature, ids_over_ranks
 from fgfast.losses.over_ranks import sample_images
 from fgfast.ops.contrast import contrastive_loss
 from fgfast.ops.contrast.checks import check_alike
@@ -34,7 +34,9 @@ class PartContrastiveLoss(nn.Module):
         negatives: "all", "other_images" or "same_image".
         max_parts: sample that many parts per image, without replacement, among those present in either view (the same
             parts for both views); None takes all.
-        group: contrast with the parts of all ranks.
+        group: contrast with the parts of all ranks of this process group. Each rank returns world size x local sum /
+            all valid queries, so the averaging of DistributedDataParallel gives the gradient of one process on the
+            joined batch.
 
     Attributes:
         generator: source of the numbers by which parts are sampled. With a group it is in the same state on every rank
@@ -67,6 +69,7 @@ class PartContrastiveLoss(nn.Module):
     ):
         super().__init__()
         check_temperature(temperature)
+        check_group(group)
         if n_parts < 1 or (max_parts is not None and max_parts < 1):
             raise ValueError(f"n_parts is {n_parts} and max_parts {max_parts}: both must be 1 or more.")
         self.n_parts, self.max_parts = n_parts, max_parts

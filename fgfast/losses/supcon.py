@@ -3,18 +3,23 @@
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fgfast.ids import Ids
-from fgfast.losses.common import arange_like, check_temperature, check_vectors
+from fgfast.losses.common import arange_like, check_group, check_temperature, check_vectors, ids_over_ranks
+from fgfast.losses.over_ranks import mean_valid
 from fgfast.losses.pairs import pairs_of_indices, pairs_of_labels
 from fgfast.ops.contrast import contrastive_loss
 from fgfast.ops.contrast.checks import check_alike
 from fgfast.reference.contrast import row_losses
 from fgfast.tensors import FLOATS, INTEGERS, accumulation, check_tensor, exact, shape_error, unit_vectors
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 NO_LOSS = {"losses": 0, "indices": None, "reduction_type": "already_reduced"}
 
@@ -53,10 +58,16 @@ class SupConLoss(nn.Module):
         embedding_regularizer: callable of the embeddings whose result is added, or None.
         embedding_reg_weight: factor of that result.
         collect_stats: accepted for compatibility; this loss has no statistics.
+        group: process group with the vectors of whose ranks those of each rank are compared, any numbers of them;
+            labels mean the same on every rank and have one dtype. Each rank returns world size x local sum / rows of
+            all ranks whose loss is above 0, so the averaging of DistributedDataParallel gives exactly the gradient of
+            one process on the joined batch. For cosines and dot products of all pairs, without a reducer; a regularizer
+            sees the embeddings of its rank. It takes the place of pytorch-metric-learning's DistributedLossWrapper.
 
     Raises:
-        TypeError: what should be a tensor or a callable is none, or labels of another dtype.
-        ValueError: shapes do not fit, the temperature is too small, or labels are missing.
+        TypeError: what should be a tensor, a callable or a process group is none, or labels of another dtype.
+        ValueError: shapes do not fit, the temperature is too small, labels are missing, what a group does not
+            support, or a group whose backend cannot send from the device of the vectors.
 
     Example:
         >>> import torch
@@ -84,9 +95,12 @@ class SupConLoss(nn.Module):
         embedding_regularizer: Callable[[Tensor], Tensor] | None = None,
         embedding_reg_weight: float = 1,
         collect_stats: bool | None = None,
+        group: "ProcessGroup | None" = None,
     ):
         super().__init__()
+        self._modules.clear()  # defaults of pytorch-metric-learning's base class: modules that no function may replace
         check_temperature(temperature)
+        check_group(group)
         for name, given in (("reducer", reducer), ("embedding_regularizer", embedding_regularizer)):
             if given is not None and not callable(given):
                 raise TypeError(f"{name} is {given!r}: give a callable like pytorch-metric-learning's, or None.")
@@ -97,7 +111,7 @@ class SupConLoss(nn.Module):
             )
         self.temperature, self.distance, self.reducer = temperature, distance, reducer
         self.embedding_regularizer, self.embedding_reg_weight = embedding_regularizer, embedding_reg_weight
-        self.collect_stats = bool(collect_stats)
+        self.collect_stats, self.group = bool(collect_stats), group
 
     def forward(
         self,
@@ -117,6 +131,7 @@ class SupConLoss(nn.Module):
             A scalar, float32 (float64 for float64 embeddings), or what ``reducer`` returns.
         """
         check_vectors(embeddings=embeddings)
+        self._check_support(indices_tuple)
         if ref_emb is None and ref_labels is not None:
             raise ValueError("ref_labels is given without ref_emb: give both.")
         if ref_emb is not None:
@@ -152,21 +167,39 @@ class SupConLoss(nn.Module):
 
         Vectors are sorted by label, which puts each class into few tiles.
         """
-        classes, ref_classes = _as_integers(labels, ref_labels)
-        order = classes.argsort()
-        query, query_ids = _sorted_by_label(embeddings, classes, order, 0)
-        key, key_ids = query, query_ids
+        dtype = torch.promote_types(labels.dtype, ref_labels.dtype)
+        row = _number(labels, self.group)
+        order, query_ids = _sort_by_label(labels, row, dtype)
+        query = embeddings[order]
+        key, key_ids, column = query, query_ids, row
         if ref_labels is not labels:
-            key, key_ids = _sorted_by_label(reference, ref_classes, ref_classes.argsort(), len(labels))
+            column = _number(ref_labels, self.group)
+            ref_order, key_ids = _sort_by_label(ref_labels, -1 - column, dtype)  # no row has a negative number
+            key = reference[ref_order]
         elif reference is not embeddings:
             key = reference[order]
         loss = contrastive_loss(
             query, key, query_ids=query_ids, key_ids=key_ids, temperature=self.temperature, reduction="none",
-            normalize=getattr(self.distance, "normalize_embeddings", True),
+            normalize=getattr(self.distance, "normalize_embeddings", True), group=self.group,
         )  # fmt: skip
-        every = torch.cat([classes, ref_classes])
-        enough = len(query) * len(key) > 2  # one positive and one negative pair do not count in the other library
-        return torch.empty_like(loss).index_copy(0, order, loss), (every != every[:1]).any() & enough
+        classes = torch.cat([query_ids.image, key_ids.image])
+        last_row, last_column, highest, lowest = _maxima(row, column, classes, ~classes, group=self.group)
+        # One positive and one negative pair do not count in the other library.
+        found = (highest != ~lowest) & ((last_row + 1) * (last_column + 1) > 2)
+        return torch.empty_like(loss).index_copy(0, order, loss), found
+
+    def _check_support(self, indices_tuple: Sequence[Tensor] | None) -> None:
+        """Raise on what needs the similarities of all pairs, or another mean, if there is a group."""
+        if self.group is None:
+            return
+        for name, given, supported in (
+            ("indices_tuple", indices_tuple, indices_tuple is None),
+            ("distance", self.distance, _is_product(self.distance)),
+            ("reducer", self.reducer, self.reducer is None),
+        ):
+            if not supported:
+                kind = type(given).__name__
+                raise ValueError(f"{name} is a {kind}, which SupConLoss does not support over a group: leave one out.")
 
     def _with_matrix(
         self, embeddings: Tensor, reference: Tensor, labels: Tensor | None, ref_labels: Tensor | None,
@@ -199,8 +232,7 @@ class SupConLoss(nn.Module):
             extra = self.embedding_regularizer(embeddings) * self.embedding_reg_weight
         if self.reducer is None:
             loss = torch.where(found, loss, 0)
-            loss = loss.masked_fill(loss <= 0, 0)
-            loss = loss.sum() / (loss > 0).sum().clamp(min=1)
+            loss = mean_valid(loss, ~(loss <= 0), self.group)  # NaN is a loss
             return loss if extra is None else loss + extra
         losses = {"losses": loss, "indices": arange_like(len(loss), loss), "reduction_type": "element"}
         named = {"loss": losses if found else NO_LOSS}
@@ -233,24 +265,35 @@ def _check_labels(name: str, labels: Tensor, vectors: Tensor) -> Tensor:
     return labels.to(vectors.device)
 
 
-def _as_integers(labels: Tensor, ref_labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The labels as integers that are equal where the labels are; a label of NaN is a class of its own."""
-    if labels.dtype in INTEGERS and ref_labels.dtype in INTEGERS:
-        return labels, ref_labels
-    joined = torch.cat([labels, ref_labels])
-    if joined.dtype == torch.bool:  # which not every device can sort
-        joined = joined.byte()
-    order = joined.argsort()
-    new = joined[order][1:] != joined[order][:-1]
-    rank = torch.cat([new.new_zeros(min(len(joined), 1)), new]).cumsum(0)
-    first, second = torch.empty_like(rank).index_copy(0, order, rank).split([len(labels), len(ref_labels)])
-    return first, first if ref_labels is labels else second
+def _number(labels: Tensor, group: "ProcessGroup | None") -> Tensor:
+    """0, 1, ... for every label [B], going on from rank to rank."""
+    row = arange_like(len(labels), labels)
+    return ids_over_ranks(Ids(row, row, row), group).image
 
 
-def _sorted_by_label(x: Tensor, labels: Tensor, order: Tensor, first: int) -> tuple[Tensor, Ids]:
-    """Vectors and ids in this order; each vector is its own view."""
-    image = labels[order]
-    return x[order], Ids(image, torch.zeros_like(image), first + arange_like(len(labels), labels))
+def _sort_by_label(labels: Tensor, number: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ids]:
+    """The order of the labels [B], and the ids in it: an image per label, a view per number."""
+    classes = _as_integers(labels.to(dtype), number)
+    order = classes.argsort()
+    return order, Ids(classes[order], torch.zeros_like(number), number[order])
+
+
+def _as_integers(labels: Tensor, number: Tensor) -> Tensor:
+    """The labels as int64 that are equal where the labels are; a label of NaN is a class of its own number."""
+    if not labels.is_floating_point():
+        return labels.to(torch.int64)
+    wide = torch.where(labels == 0, 0, labels).to(accumulation(labels.dtype))  # without -0.0
+    bits = wide.view(torch.int64 if wide.dtype == torch.float64 else torch.int32)
+    return torch.where(labels.isnan(), (0x7FF8 << 48) + number, bits)  # the bits of a NaN of float64
+
+
+def _maxima(*numbers: Tensor, group: "ProcessGroup | None") -> tuple[Tensor, ...]:
+    """The largest of each tensor of integers over all ranks, or -2^63 where it is empty on all."""
+    lowest = torch.iinfo(torch.int64).min
+    largest = torch.stack([torch.cat([x, x.new_full((1,), lowest)]).amax() for x in numbers])
+    if group is not None:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    return largest.unbind()
 
 
 @cache

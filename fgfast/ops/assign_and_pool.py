@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fgfast.backend import check_triton, preference, resolve
-from fgfast.ops.derivatives import needs_definition, register_vmap
+from fgfast.ops.derivatives import needs_definition
 from fgfast.ops.kmeans.checks import (
     METRICS,
     Array,
@@ -19,12 +19,13 @@ from fgfast.ops.kmeans.checks import (
 from fgfast.ops.kmeans.step import assign_tiles
 from fgfast.ops.part_pool.part_pool import differentiate_pool, is_pixel_major
 from fgfast.ops.part_pool.tiled import pool
+from fgfast.ops.registration import operation
 from fgfast.reference import assign_and_pool as reference
 from fgfast.reference.part_pool import part_pool as define_pool
 from fgfast.tensors import accumulation, check_weight, exact, shape_error
 
 
-@torch.library.custom_op("fgfast::assign_and_pool", mutates_args=())
+@operation("assign_and_pool")
 def _assign_and_pool(
     features: Tensor, centroids: Tensor, weight: Tensor | None, metric: str, backend: str = "torch"
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,7 +78,7 @@ def _backward(ctx, grad: Tensor, grad_area: Tensor, grad_labels: None):  # type:
 
 
 _assign_and_pool.register_autograd(_backward, setup_context=_setup)
-register_vmap(_assign_and_pool)
+_assign_and_pool.loop_in_vmap()
 
 
 def assign_and_pool(

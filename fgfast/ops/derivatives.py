@@ -5,7 +5,6 @@ the definition answers, at every size, so that a derivative never depends on the
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,26 +56,3 @@ def second_derivatives(
         first = torch.autograd.grad(function(*xs), [xs[i] for i in chosen], g, create_graph=True)
     found = torch.autograd.grad(first, [g, *xs], [cotangents[i] for i in chosen], create_graph=again, allow_unused=True)
     return list(found)
-
-
-def _select(value: Any, dim: Any, i: int) -> Any:
-    """Example i of an argument of a batched operation."""
-    if dim is None:
-        return value
-    if isinstance(value, list):
-        return [_select(v, d, i) for v, d in zip(value, dim, strict=True)]
-    return value.select(dim, i)
-
-
-def register_vmap(op: Any) -> None:
-    """Let torch.func.vmap run a custom operation that has several outputs, or one, example by example."""
-
-    def run(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        if not info.batch_size:  # only a call tells the shapes of the outputs
-            raise ValueError("torch.func.vmap got an empty batch: give at least one example.")
-        each = [op(*(_select(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
-        if isinstance(each[0], Tensor):
-            return torch.stack(each), 0
-        return tuple(torch.stack(outs) for outs in zip(*each, strict=True)), (0,) * len(each[0])
-
-    op.register_vmap(run)

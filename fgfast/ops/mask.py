@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fgfast.backend import missing, resolve
-from fgfast.ops.derivatives import needs_definition, register_vmap
+from fgfast.ops.derivatives import needs_definition
+from fgfast.ops.registration import operation
 from fgfast.reference import mask as reference
 from fgfast.reference.draws import philox
 from fgfast.tensors import (
@@ -128,7 +129,7 @@ def _where(x: Tensor) -> tuple[bool, int, int]:
     return False, 0, torch.get_num_threads()
 
 
-@torch.library.custom_op("fgfast::pivotal_mask", mutates_args=())
+@operation("pivotal_mask")
 def _pivotal_mask(
     attention: Tensor, images: Tensor | None, kept: int, strategy: str, seed: int, rows: int, columns: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,7 +170,7 @@ def _(
     return attention.new_empty(0) if images is None else torch.empty_like(images), mask, index
 
 
-@torch.library.custom_op("fgfast::mask_images", mutates_args=())
+@operation("mask_images")
 def _mask_images(images: Tensor, mask: Tensor, rows: int, columns: int, backend: str) -> Tensor:
     if backend != "native":
         return reference.mask_images(images, mask, (rows, columns))
@@ -217,7 +218,7 @@ def _backward_images(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _pivotal_mask.register_autograd(_backward_pivotal, setup_context=_setup_pivotal)
 _mask_images.register_autograd(_backward_images, setup_context=_setup_images)
-register_vmap(_pivotal_mask)
+_pivotal_mask.loop_in_vmap()
 
 
 def _check_values(attention: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fgfast.backend import check_triton, preference, resolve
-from fgfast.ops.derivatives import register_vmap
+from fgfast.ops.registration import operation
 from fgfast.reference import perturb as reference
 from fgfast.reference.draws import normal
 from fgfast.tensors import accumulation, check_device, check_float, check_tensor, seed_or_random, shape_error
@@ -114,7 +114,7 @@ def _perturb_torch(
     return torch.where(mask, wide + strength * change, wide).to(features.dtype), mask
 
 
-@torch.library.custom_op("fgfast::perturb", mutates_args=())
+@operation("perturb")
 def _perturb(
     features: Tensor,
     gradient: Tensor | None,
@@ -146,7 +146,7 @@ def _(features: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return features.new_empty(features.shape), features.new_empty(features.shape, dtype=torch.bool)
 
 
-register_vmap(_perturb)
+_perturb.loop_in_vmap()
 
 
 def _check(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fgfast.pixels.source import Dense, PixelSource
+from fgfast.pixels.source import COPIED, Dense, PixelSource
 from fgfast.reference.draws import uniform
 
 
@@ -74,7 +74,7 @@ def start(source: PixelSource, n_clusters: int, init: str, init_samples: int, se
     w = source.w
     if init_samples < source.pixels:
         chosen = sample_pixels(w, source.spread(), init_samples, seed, run)
-        if isinstance(source, Dense):
+        if isinstance(source, Dense) or chosen.pixels.numel() * source.channels <= COPIED:
             source, w = source.subset(chosen.pixels), chosen.weight
         else:
             w = torch.zeros_like(w).scatter_(1, chosen.pixels, chosen.weight)

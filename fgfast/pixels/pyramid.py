@@ -10,7 +10,8 @@ cells, made at the level's own resolution, give it exactly:
 A0 = Wy * Wy, A1[i, y] = Wy[i, y] Wy[i, y + 1] (B from Wx in the same way), Gab(y, x) = <f(y, x), f(y + a, x + b)>.
 A level of D channels and n < D cells lies in a space of n dimensions: its QR decomposition f = Q r reduces it to a
 level r of n channels with the same inner products, norms and distances, and a centroid c of r is Q c of f. That pays
-where n is far less than D, as in the deepest stages of a CNN. Centroids from outside need not lie in that space.
+where n is far less than D, as in the deepest stages of a CNN. A centroid from outside need not lie in that space: one
+more channel, zero in every pixel, holds its distance from it.
 The shift of :mod:`fgfast.pixels.source` is subtracted from the cells: the weights of a pixel sum to one.
 The resizing is that of torch.nn.functional.interpolate(mode="bilinear", align_corners=False), without antialiasing.
 """
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fgfast.pixels.source import PixelSource, one_hot, to_relative
+from fgfast.pixels.source import PixelSource, least, one_hot, to_relative
 from fgfast.tensors import TILE_ELEMENTS, accumulation
 
 CACHED = 1 << 16  # elements of a tile on the CPU: its five products stay in a core's cache
@@ -39,7 +40,13 @@ def interpolation(length: int, size: int, dtype: torch.dtype, device: torch.devi
     return (cell == low[:, None]) * (1 - fraction) + (cell == low[:, None] + 1) * fraction
 
 
-FEW = 4  # a level with that many times fewer cells than channels is rank-reduced by QR to as many channels as cells
+FEW = 4  # a level with that many times fewer cells than channels is rank-reduced by QR
+
+
+def whole_rows(m: Tensor) -> Tensor:
+    """[B, K, n] with rows of zeros up to a multiple of 4 on the CPU, whose BLAS is slow with one to three left over."""
+    missing = -m.shape[1] % 4
+    return F.pad(m, (0, 0, 0, missing)) if missing and m.device.type == "cpu" else m
 
 
 class Level:
@@ -51,40 +58,49 @@ class Level:
         self.same = tuple(f.shape[2:]) == size
         self.wy = interpolation(self.height, size[0], self.f.dtype, f.device)
         self.wx = interpolation(self.width, size[1], self.f.dtype, f.device)
-        self.bad_cells = ~self.largest().isfinite()  # [B, h, w]
         self.bad: Tensor | None = None
-        if f.device.type != "cpu" or bool(self.bad_cells.any()):
+        if f.device.type != "cpu" or not bool(self.f.sum().isfinite()):  # the sum of finite numbers may overflow
+            self.bad_cells = ~torch.linalg.vector_norm(self.f, torch.inf, 1).isfinite()  # [B, h, w]
             self.bad = self.up(self.bad_cells.to(self.f.dtype)) > 0
             self.f = torch.where(self.bad_cells[:, None], 0, self.f)
         self.given = self.f
         self.reflectors: tuple[Tensor, Tensor] | None = None
+        self.outside: Tensor | None = None  # unit vectors [B, K, D - n] from the space of the cells to the centroids
 
     @property
     def flat(self) -> Tensor:
         """The cells [B, channels, h w]."""
         return self.f.flatten(2)
 
-    def largest(self) -> Tensor:
-        """The largest magnitude of each cell [B, h, w]."""
-        return torch.linalg.vector_norm(self.f, torch.inf, 1)
-
-    def move(self, shift: Tensor | None, factor: Tensor | None, reduce_rank: bool) -> None:
+    def move(self, shift: Tensor | None, factor: Tensor | None) -> None:
         """Use factor (f - shift) from now on, a copy; reduce it to the R of its QR decomposition if that is small."""
         self.f = to_relative(self.given.flatten(2).mT, shift, factor).mT.unflatten(2, self.given.shape[2:])
         if self.bad is not None:
             self.f = torch.where(self.bad_cells[:, None], 0, self.f)
         n, self.channels = self.height * self.width, self.given.shape[1]
-        if reduce_rank and FEW * n <= self.channels:
+        if self.f.device.type == "cpu" and FEW * n <= self.channels:
             self.reflectors = torch.geqrf(self.flat)
-            self.channels = n
-            self.f = self.reflectors[0][:, :n].triu().unflatten(2, self.given.shape[2:])
+            self.channels = n + 1
+            self.f = self.reflectors[0][:, : n + 1].triu().unflatten(2, self.given.shape[2:])  # the last row is 0
 
-    def as_given(self, c: Tensor) -> Tensor:
-        """Vectors [B, K, channels] in the space of the given map, [B, K, D]."""
+    def reduced(self, c: Tensor) -> Tensor:
+        """Vectors [B, K, D] in the space of the given map as [B, K, channels]."""
         if self.reflectors is None:
             return c
-        missing = self.reflectors[0].shape[1] - self.channels
-        return torch.ormqr(*self.reflectors, F.pad(c, (0, missing)).transpose(1, 2)).transpose(1, 2)
+        n = self.channels - 1
+        inside, outside = torch.ormqr(*self.reflectors, c.mT, transpose=True).mT.tensor_split([n], 2)
+        length = torch.linalg.vector_norm(outside, dim=2, keepdim=True)
+        self.outside = outside / torch.where(length > 0, length, 1)
+        return torch.cat([inside, length], 2)
+
+    def as_given(self, c: Tensor) -> Tensor:
+        """The inverse of `reduced`, of the same centroids after they have moved."""
+        if self.reflectors is None:
+            return c
+        inside, length = c.tensor_split([self.channels - 1], 2)
+        missing = self.reflectors[0].shape[1] - self.channels + 1
+        outside = length.expand(-1, -1, missing) if self.outside is None else length * self.outside
+        return torch.ormqr(*self.reflectors, torch.cat([inside, outside], 2).mT).mT
 
     def up(self, maps: Tensor) -> Tensor:
         """Resize [..., h, w] to [..., H, W]."""
@@ -122,6 +138,11 @@ class Level:
             (wy[..., None] * wx[:, :, None]).flatten(2),
             (y[..., None] * self.width + x[:, :, None]).flatten(2),
         )
+        if cell[0].numel() > self.height * self.width:  # a copy makes cells contiguous
+            flat = self.flat.mT.flatten(0, 1)
+            cell = cell + self.height * self.width * torch.arange(len(index), device=index.device)[:, None, None]
+            bags = F.embedding_bag(cell.flatten(0, 1), flat, mode="sum", per_sample_weights=weight.flatten(0, 1))
+            return bags.unflatten(0, index.shape).mT
         near = self.flat.gather(2, cell.flatten(1)[:, None].expand(-1, self.channels, -1))
         return (near.unflatten(2, cell.shape[1:]) * weight[:, None]).sum(3)
 
@@ -132,12 +153,10 @@ class Pyramid(PixelSource):
     Args:
         maps: the levels.
         size: (H, W).
-        closed: all vectors compared with the pixels are pixels of these maps or means of them.
     """
 
-    def __init__(self, maps: list[Tensor], size: tuple[int, int], closed: bool = False) -> None:
+    def __init__(self, maps: list[Tensor], size: tuple[int, int]) -> None:
         self.size = size
-        self.reduce_rank = closed and maps[0].device.type == "cpu"
         self.levels = [Level(f, size) for f in maps]
         self.batch, self.pixels = maps[0].shape[0], size[0] * size[1]
         self.given = [f.shape[1] for f in maps]
@@ -153,9 +172,14 @@ class Pyramid(PixelSource):
         self.shift, self.factor = shift, factor
         parts = [None] * len(self.levels) if shift is None else shift.split(self.given, 1)
         for level, part in zip(self.levels, parts, strict=True):
-            level.move(part, factor, self.reduce_rank)
+            level.move(part, factor)
         self.split = [level.channels for level in self.levels]
         self.channels = sum(self.split)
+
+    def relative(self, c: Tensor) -> Tensor:
+        """Centroids [B, K, features] of x as centroids [B, K, channels] of y."""
+        parts = zip(self.levels, super().relative(c).split(self.given, 2), strict=True)
+        return torch.cat([level.reduced(part) for level, part in parts], 2)
 
     def as_given(self, c: Tensor) -> Tensor:
         """Centroids [B, K, channels] of y as [B, K, features] of x."""
@@ -183,14 +207,14 @@ class Pyramid(PixelSource):
 
     def inner(self, m: Tensor) -> Tensor:
         """<y_n, m_k> [B, K, N]: scores at each level, resized along x each, along y together."""
-        batch, k = m.shape[:2]
+        k, m = m.shape[1], whole_rows(m)
         own, rows = None, []
         for level, part in zip(self.levels, m.split(self.split, 2), strict=True):
-            scores = torch.bmm(part, level.flat)  # [B, K, h w]
+            scores = torch.bmm(part, level.flat)[:, :k]  # [B, K, h w]
             if level.same:
                 own = scores if own is None else own + scores
             else:
-                rows.append((scores.view(-1, level.width) @ level.wx.T).view(batch, k, level.height, -1))
+                rows.append(scores.unflatten(2, (level.height, level.width)) @ level.wx.T)
         if rows:
             up = (self.down @ torch.cat(rows, 2)).flatten(2)
             own = up if own is None else own + up
@@ -204,12 +228,12 @@ class Pyramid(PixelSource):
         sums = []
         for level in self.levels:
             small = maps if level.same else next(rows) @ level.wx  # [B, K, h, w]
-            sums.append(torch.bmm(small.flatten(2), level.flat.transpose(1, 2)))
-        return torch.cat(sums, 2)
+            sums.append(torch.bmm(level.flat, whole_rows(small.flatten(2)).mT))  # [B, D_l, K or more]
+        return torch.cat(sums, 1).mT[:, : maps.shape[1]].contiguous()
 
     def assign(self, m: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Two reads of the levels: scores, then sums."""
-        best, labels = self.inner(m).add_(bias[..., None]).min(1)
+        best, labels = least(self.inner(m).add_(bias[..., None]))
         hot = one_hot(labels, scale, m.shape[1])
         return labels, best, self._weighted_sums(hot), hot.sum(2)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from fgfast.reference.draws import spaced_pixels
 from fgfast.tensors import EPS, accumulation
 
-COPIED = 1 << 22  # elements: up to so many pixels are shifted once, into a copy of 16 MiB of float32
+COPIED = 1 << 22  # elements, 16 MiB of float32: so many pixels are copied, shifted or as the sample of a start
 PIXEL_TILE = 1 << 19  # elements of a tile of pixels: 2 MiB of float32, small enough for a core's cache
 
 
@@ -29,6 +29,14 @@ def one_hot(labels: Tensor, scale: Tensor, n_clusters: int) -> Tensor:
     """[B, K, n] with ``scale`` [B, n] at the label of each pixel."""
     hot = scale.new_zeros(scale.shape[0], n_clusters, scale.shape[1])
     return hot.scatter_(1, labels[:, None], scale[:, None])
+
+
+def least(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The minimum over k of scores [B, K, n], and the lowest k that has it."""
+    k = torch.arange(scores.shape[1], dtype=scores.dtype, device=scores.device)[:, None]
+    best = scores.amin(1)
+    first = torch.where(scores == best[:, None], k, scores.shape[1] - 1).amin(1)
+    return best, first.to(torch.int64)
 
 
 def to_relative(x: Tensor, shift: Tensor | None, factor: Tensor | None) -> Tensor:
@@ -200,6 +208,16 @@ class PixelSource(ABC):
         near = 1 + scores * self.inverse_norms[:, None] if self.cosine else scores + self.squared_norms[:, None]
         return near.clamp_min_(0).masked_fill_((self.w <= 0)[:, None], 0)
 
+    def subset(self, index: Tensor) -> "Dense":
+        """These pixels [B, m] of each problem as a matrix; squared norms are reused."""
+        part = Dense(self.rows(index).mT)
+        part.cosine, part.all_finite = self.cosine, self.all_finite
+        part.w, part.scale = self.w.gather(1, index), self.scale.gather(1, index)
+        part.squared_norms = self.squared_norms.gather(1, index)
+        if self.cosine:
+            part.inverse_norms = self.inverse_norms.gather(1, index)
+        return part
+
     def points(self, index: Tensor) -> Tensor:
         """Pixels [B, m, D] as centroids: unit vectors for cosine, zeros in place of what is not finite."""
         rows = self.rows(index)
@@ -283,13 +301,3 @@ class Dense(PixelSource):
         """Pixels [B, m, D]."""
         picked = self.x.gather(2, index[:, None].expand(-1, self.channels, -1))
         return to_relative(picked.mT.to(self.dtype), self.shift, self.factor)
-
-    def subset(self, index: Tensor) -> "Dense":
-        """The problems of only these pixels [B, m]; squared norms are reused."""
-        part = Dense(self.rows(index).mT)
-        part.cosine, part.all_finite = self.cosine, self.all_finite
-        part.w, part.scale = self.w.gather(1, index), self.scale.gather(1, index)
-        part.squared_norms = self.squared_norms.gather(1, index)
-        if self.cosine:
-            part.inverse_norms = self.inverse_norms.gather(1, index)
-        return part

@@ -102,5 +102,6 @@ def reduce(loss: Tensor, valid: Tensor, weight: Tensor | None, reduction: str) -
         return loss
     if reduction == "sum":
         return loss.sum()
-    divisor = valid.sum().clamp(min=1) if reduction == "mean_valid" else max(len(loss), 1)
-    return loss.sum() / divisor
+    if reduction == "mean_valid":
+        return loss.sum() / valid.sum().clamp(min=1)
+    return loss.mean() if len(loss) else loss.sum()

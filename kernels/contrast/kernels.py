@@ -161,7 +161,7 @@ def prepare(
         for start in range(0, D, BLOCK_D):
             tile = _load_vectors((x, x_stride_n, x_stride_d), n, present, start, D, BLOCK_D, UPCAST).to(tl.float32)
             squares += tl.sum(tile * tile, 1)
-        value = 1.0 / tl.maximum(tl.sqrt(squares), EPS)
+        value = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(squares), EPS))  # rounded correctly, as the error bound needs
     tl.store(inverse + n, tl.where(present, value, ABSENT), mask=exists)
     if grad is not None:
         positives = tl.load(count + n, mask=exists, other=0.0)

@@ -34,7 +34,7 @@ from fgfast.kernels.contrast import kernels as device_side
 from fgfast.tensors import BOUNDED, LOG2E
 
 LARGEST_D = 8192
-LARGEST_N = 2**31 - 2**10  # kernels take indices of vectors and blocks as 32-bit integers
+LARGEST_N = 2**31 - 2**20  # indices are 32-bit integers, also those of the blocks past the end that groups are dealt
 SPLIT_BYTES = 32 << 20  # most bytes of the partial results of splits
 TRIANGULAR_TILES = 8  # tiles per program of ``forward`` from which one triangle is faster: an estimate, not measured
 FINISH_ROWS = 16  # vectors per program of ``finish``
@@ -91,7 +91,7 @@ def tile(kernel: str, device: torch.device, kind: str, channels: int) -> TileSha
 
 
 @dataclass
-class _Side:
+class Side:
     """Vectors and what ``prepare`` computes for them."""
 
     x: Tensor  # [N, D]
@@ -106,16 +106,17 @@ class _Side:
         return self.x, *self.x.stride(), self.inverse, *ids
 
 
-class _Operands:
-    """The operands of one call: sides, temperature and tile sizes."""
+class Problem:
+    """What all launches of one call share: the rows, the temperature, the options and the tile sizes.
+
+    ``kernel`` is "forward" or "gradient"; ``upstream``: dL/dloss, log2-sum-exp2 and positives of the rows [M] each.
+    """
 
     def __init__(
-        self, kernel: str, query: Tensor, query_ids: Ids, key: Tensor | None, key_ids: Ids | None, bank: Tensor | None,
-        temperature_tensor: Tensor | None, temperature: float, negatives: str, normalize: bool, precision: str,
-        rows: tuple[Tensor, Tensor, Tensor] | None = None,
+        self, kernel: str, query: Tensor, query_ids: Ids, temperature_tensor: Tensor | None, temperature: float,
+        negatives: str, normalize: bool, precision: str, upstream: tuple[Tensor, Tensor, Tensor] | None = None,
     ):  # fmt: skip
-        check_sizes(query, key, bank)
-        self.negatives, self.normalize, self.same = negatives, normalize, key is None
+        self.negatives, self.normalize = negatives, normalize
         self.number, self.pointer = temperature, None
         if temperature_tensor is not None:
             if on_device(temperature_tensor):
@@ -127,32 +128,30 @@ class _Operands:
         kind = arithmetic(query.dtype, precision)
         self.precision = "tf32" if kind == "tf32" else "ieee"
         self.tile = tile(kernel, query.device, kind, query.shape[1])
-        self.coefficients = self._coefficients(query, rows)
-        self.rows = self.prepare(query, query_ids, rows)
-        self.keys = self.rows if key is None else self.prepare(key, key_ids)
-        self.bank = None if bank is None or len(bank) == 0 else self.prepare(bank, None)
+        self.coefficients = self._coefficients(query, upstream)
+        self.rows = self.prepare(query, query_ids, upstream)
 
     def _coefficients(
-        self, query: Tensor, rows: tuple[Tensor, Tensor, Tensor] | None
+        self, query: Tensor, upstream: tuple[Tensor, Tensor, Tensor] | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if rows is None:
+        if upstream is None:
             return None, None, None
         values = query.new_empty(2 if self.bounded else 3, len(query), dtype=torch.float32)
         return values[0], values[1], None if self.bounded else values[2]
 
-    def prepare(self, x: Tensor, ids: Ids | None, rows: tuple[Tensor, Tensor, Tensor] | None = None) -> _Side:
-        """Norms and ranges of x; with ``rows`` (upstream gradient, lse, count) also the coefficients."""
+    def prepare(self, x: Tensor, ids: Ids | None, upstream: tuple[Tensor, Tensor, Tensor] | None = None) -> Side:
+        """Norms and ranges of x; with ``upstream`` (for the rows) also the coefficients."""
         n, d = x.shape
         blocks = triton.cdiv(n, self.tile.y)
         inverse = x.new_empty(n, dtype=torch.float32)
         low, high = x.new_empty(2, blocks if ids is not None else 0, dtype=torch.int64)
-        side = _Side(x, ids, inverse, low, high)
+        side = Side(x, ids, inverse, low, high)
         of_ids = (None, None, 0, 0) if ids is None else (ids.image, ids.part, ids.image.stride(0), ids.part.stride(0))
-        grad, lse, count = (None, None, None) if rows is None else rows
+        grad, lse, count = (None, None, None) if upstream is None else upstream
         if n:
             device_side.prepare[(blocks,)](
                 x, *x.stride(), *of_ids, inverse, low, high, grad, 0 if grad is None else grad.stride(0), lse, count,
-                *(self.coefficients if rows is not None else (None, None, None)), n, d,
+                *(self.coefficients if upstream is not None else (None, None, None)), n, d,
                 NORMALIZE=self.normalize, BOUNDED=self.bounded, BLOCK=self.tile.y, BLOCK_D=_channels(d, 128),
                 UPCAST=interpreted(), num_warps=4,
             )  # fmt: skip
@@ -163,18 +162,20 @@ class _Operands:
 
         ``width``: float32 numbers that each split stores per row.
         """
-        blocks = triton.cdiv(rows, self.tile.x)
-        count = min(programs_wanted(self.rows.x.device) // blocks, triton.cdiv(columns, self.tile.y))
+        rows = max(rows, 1)
+        count = min(
+            programs_wanted(self.rows.x.device) // triton.cdiv(rows, self.tile.x), triton.cdiv(columns, self.tile.y)
+        )
         if width:
             count = min(count, SPLIT_BYTES // (4 * rows * width))
         return max(count, 1)
 
     def triangular_grid(self) -> tuple[int, int] | None:
-        """:func:`groups_and_splits` for one triangle of the logits, None to compute all of them.
+        """:func:`groups_and_splits` for one triangle of the logits of the rows with themselves, None to compute all.
 
         Never for "same_image": sorted ids, which only the device can see, leave few tiles.
         """
-        if not (self.same and self.bounded) or self.negatives == "same_image":
+        if not self.bounded or self.negatives == "same_image":
             return None
         x = self.rows.x
         return groups_and_splits(len(x), x.shape[1] * x.element_size(), self.tile, programs_wanted(x.device))
@@ -241,96 +242,151 @@ def check_sizes(query: Tensor, key: Tensor | None, bank: Tensor | None) -> None:
             )
 
 
+class Losses:
+    """The losses of the rows, from a launch of ``forward`` per block of columns.
+
+    Args:
+        problem: of "forward".
+        slots: of sums, each as many as one split stores; when a launch finds too few left, the used ones are joined
+            into one. With 1, the only launch stores the results.
+        groups: slots that a launch for one triangle needs beside those of its splits.
+    """
+
+    def __init__(self, problem: Problem, slots: int, groups: int = 0):
+        self.problem, self.groups, self.used = problem, groups, groups
+        x = problem.rows.x
+        self.results = tuple(x.new_zeros(len(x), dtype=torch.float32) for _ in range(3))
+        self.partial = None
+        if slots > 1:
+            self.partial = x.new_empty(slots, 3 if problem.bounded else 4, len(x), dtype=torch.float32)
+            self.partial[:groups].zero_()
+
+    def add(self, columns: Side, splits: int, triangular: bool = False) -> None:
+        """Add a block of columns; ``triangular``: the columns are the rows."""
+        problem = self.problem
+        m, d = problem.rows.x.shape
+        if m == 0:
+            return
+        if self.partial is not None and self.used + splits > len(self.partial):
+            self._join_used()
+        device_side.forward[(self.groups if triangular else triton.cdiv(m, problem.tile.x), splits)](
+            *problem.rows.arguments(), *columns.arguments(), columns.low, columns.high, problem.pointer, problem.scale,
+            *self.results, self.partial, self.used, m, len(columns.x), d, TRIANGULAR=triangular, SPLITS=splits,
+            **problem.options(forward_registers(problem.tile.registers, problem.bounded, triangular)),
+        )  # fmt: skip
+        self.used += splits
+
+    def _join_used(self) -> None:
+        """Join the used slots into the first one."""
+        assert self.partial is not None
+        used = self.partial[: self.used]
+        if not self.problem.bounded:
+            top = used[:, 3].amax(0)
+            used[:, 0] *= torch.exp2(used[:, 3] - torch.where(top == -torch.inf, 0, top))
+            used[0, 3] = top
+        used[0, :3] = used[:, :3].sum(0)
+        self.used = 1
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, log2-sum-exp2 and number of positives of each row, float32 [M]."""
+        loss, lse, count = self.results
+        if self.partial is not None and len(loss):
+            device_side.join[(triton.cdiv(len(loss), JOIN_ROWS),)](
+                self.partial, loss, lse, count, self.used, len(loss), BOUNDED=self.problem.bounded, BLOCK_SLOTS=16,
+                BLOCK=JOIN_ROWS, num_warps=4,
+            )  # fmt: skip
+        return loss, lse, count
+
+
 def forward(
     query: Tensor, query_ids: Ids, key: Tensor | None, key_ids: Ids | None, bank: Tensor | None,
     temperature_tensor: Tensor | None, temperature: float, negatives: str, normalize: bool, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, log2-sum-exp2 and number of positives of each query, float32 [M]; key None means the query itself."""
-    m, d = query.shape
-    loss, lse, count = (query.new_zeros(m, dtype=torch.float32) for _ in range(3))
-    if m == 0:
-        check_sizes(query, key, bank)
-        return loss, lse, count
+    check_sizes(query, key, bank)
     with on_device_of(query):
-        problem = _Operands(
-            "forward", query, query_ids, key, key_ids, bank, temperature_tensor, temperature, negatives, normalize,
-            precision,
-        )  # fmt: skip
-        grid = problem.triangular_grid()
-        groups, splits = grid or (0, problem.splits(m, len(problem.keys.x)))
-        launches = [(problem.keys, splits, grid is not None)]
-        if problem.bank is not None:
-            launches.append((problem.bank, problem.splits(m, len(problem.bank.x)), False))
-        slots = groups + sum(splits for _, splits, _ in launches)
-        fields = 3 if problem.bounded else 4
-        partial = None if slots == 1 else query.new_empty(slots, fields, m, dtype=torch.float32)
-        if partial is not None and groups:
-            partial[:groups].zero_()
-        slot = groups
-        for side, splits, triangular in launches:
-            device_side.forward[(groups if triangular else triton.cdiv(m, problem.tile.x), splits)](
-                *problem.rows.arguments(), *side.arguments(), side.low, side.high, problem.pointer, problem.scale,
-                loss, lse, count, partial, slot, m, len(side.x), d, TRIANGULAR=triangular, SPLITS=splits,
-                **problem.options(forward_registers(problem.tile.registers, problem.bounded, triangular)),
-            )  # fmt: skip
-            slot += splits
-        if partial is not None:
-            device_side.join[(triton.cdiv(m, JOIN_ROWS),)](
-                partial, loss, lse, count, slots, m, BOUNDED=problem.bounded, BLOCK_SLOTS=16, BLOCK=JOIN_ROWS,
-                num_warps=4,
-            )  # fmt: skip
-    return loss, lse, count
+        problem = Problem("forward", query, query_ids, temperature_tensor, temperature, negatives, normalize, precision)
+        keys = problem.rows if key is None else problem.prepare(key, key_ids)
+        grid = problem.triangular_grid() if key is None else None
+        groups, splits = grid or (0, problem.splits(len(query), len(keys.x)))
+        of_bank = 0 if bank is None or len(bank) == 0 else problem.splits(len(query), len(bank))
+        losses = Losses(problem, groups + splits + of_bank, groups)
+        losses.add(keys, splits, grid is not None)
+        if bank is not None and of_bank:
+            losses.add(problem.prepare(bank, None), of_bank)
+        return losses.finish()
 
 
-@dataclass
-class _Pass:
-    """One launch of ``gradient``: the vectors y of its loop, and which of x and y are rows whose losses count."""
+class GradientSum:
+    """dL/dx [X, D] of one side x, from a launch of ``gradient`` per block y of the other side.
 
-    side: _Side
-    x_rows: bool
-    y_rows: bool
-
-
-def _gradient(problem: _Operands, x: _Side, passes: list[_Pass], inner: bool = False) -> tuple[Tensor, Tensor]:
-    """dL/dx [X, D]; with ``inner`` also T sum_ij s_ij dL/ds_ij over the rows of x, 0-d, else 0.
-
-    The part of that sum due to a row is the inner product of its vector with its own gradient. A pass with x_rows and
-    y_rows (the same vectors) counts every pair twice; a pass with only y_rows comes last and is not counted.
+    Args:
+        problem: of "gradient".
+        x: the rows of the problem, or columns.
+        longest: vectors in the longest block.
     """
-    n, d = x.x.shape
-    out = x.x.new_empty(n, d, dtype=output_dtype(x.x.dtype))
-    dots = x.x.new_zeros((), dtype=torch.float32)
-    if n == 0:
-        return out, dots
-    splits = problem.splits(n, max(len(p.side.x) for p in passes), d)
-    in_place = splits == 1 and out.dtype == torch.float32
-    raw = out.view(n, 1, d) if in_place else x.x.new_empty(n, splits, d, dtype=torch.float32)
-    if not problem.tile.whole:
-        raw.zero_()
-    small: dict[str, Any] = {
-        "SPLITS": splits, "BLOCK": FINISH_ROWS, "BLOCK_D": _channels(d, 128), "UPCAST": interpreted(), "num_warps": 4
-    }  # fmt: skip
-    seen = dots
-    for number, p in enumerate(passes):
-        device_side.gradient[(triton.cdiv(n, problem.tile.x), splits)](
-            *x.arguments(), *p.side.arguments(), *problem.coefficients, p.side.low, p.side.high, problem.pointer,
-            problem.scale, raw, n, len(p.side.x), d, X_ROWS=p.x_rows, Y_ROWS=p.y_rows, ADD=number > 0, SPLITS=splits,
+
+    def __init__(self, problem: Problem, x: Side, longest: int):
+        self.problem, self.x, self.launched = problem, x, False
+        n, d = x.x.shape
+        self.splits = problem.splits(n, longest, d)
+        self.raw = x.x.new_empty(n, self.splits, d, dtype=torch.float32)
+        if not problem.tile.whole:
+            self.raw.zero_()
+
+    def add(self, y: Side, x_rows: bool, y_rows: bool) -> None:
+        """Add the block y; x_rows and y_rows: which of x and y are rows whose losses count."""
+        problem, (n, d) = self.problem, self.x.x.shape
+        if n == 0:
+            return
+        device_side.gradient[(triton.cdiv(n, problem.tile.x), self.splits)](
+            *self.x.arguments(), *y.arguments(), *problem.coefficients, y.low, y.high, problem.pointer, problem.scale,
+            self.raw, n, len(y.x), d, X_ROWS=x_rows, Y_ROWS=y_rows, ADD=self.launched, SPLITS=self.splits,
             **problem.options(problem.tile.registers),
         )  # fmt: skip
-        last = number + 1 == len(passes) or not passes[number + 1].x_rows
-        if inner and p.x_rows and (last or p.y_rows):
-            rows = x.x.new_empty(n, dtype=torch.float32)
+        self.launched = True
+
+    def inner(self) -> Tensor:
+        """T sum_ij s_ij dL/ds_ij over the rows x, 0-d: the inner products of the rows with their gradients so far.
+
+        Pairs of a block added with both x_rows and y_rows count twice.
+        """
+        x, (n, d) = self.x, self.x.x.shape
+        rows = x.x.new_empty(n, dtype=torch.float32)
+        if n:
             device_side.inner[(triton.cdiv(n, FINISH_ROWS),)](
-                x.x, *x.x.stride(), x.inverse, raw, rows, n, d, **(small | INNER)
+                x.x, *x.x.stride(), x.inverse, self.raw, rows, n, d, **(_small_options(d, self.splits) | INNER)
             )  # fmt: skip
-            total = rows.sum()
-            dots = dots + (total - seen) * (0.5 if p.y_rows else 1)
-            seen = total
-    device_side.finish[(triton.cdiv(n, FINISH_ROWS),)](
-        x.x, *x.x.stride(), x.inverse, problem.pointer, problem.scale, raw, out, n, d, NORMALIZE=problem.normalize,
-        **small,
-    )  # fmt: skip
-    return out, dots
+        return rows.sum()
+
+    def finish(self) -> Tensor:
+        """dL/dx [X, D]; nothing can be added after it."""
+        return finish(self.problem, self.x, self.raw)
+
+
+def _small_options(d: int, splits: int) -> dict[str, Any]:
+    """Keyword arguments of ``inner`` and ``finish``."""
+    return {
+        "SPLITS": splits, "BLOCK": FINISH_ROWS, "BLOCK_D": _channels(d, 128), "UPCAST": interpreted(), "num_warps": 4
+    }  # fmt: skip
+
+
+def finish(problem: Problem, x: Side, raw: Tensor) -> Tensor:
+    """dL/dx [X, D] from T dL/d(unit vector), raw [X, splits, D] float32, which it may overwrite."""
+    n, splits, d = raw.shape
+    dtype = output_dtype(x.x.dtype)
+    out = raw.view(n, d) if splits == 1 and dtype == raw.dtype else raw.new_empty(n, d, dtype=dtype)
+    if n:
+        device_side.finish[(triton.cdiv(n, FINISH_ROWS),)](
+            x.x, *x.x.stride(), x.inverse, problem.pointer, problem.scale, raw, out, n, d, NORMALIZE=problem.normalize,
+            **_small_options(d, splits),
+        )  # fmt: skip
+    return out
+
+
+def temperature_gradient(inner: Tensor, temperature: Tensor) -> Tensor:
+    """dL/dT from T sum_ij s_ij dL/ds_ij, on the device of the temperature."""
+    return -inner.to(temperature.device) / temperature.detach().float().square()
 
 
 def backward(
@@ -340,33 +396,44 @@ def backward(
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of query, key, bank and temperature, None where ``needs`` is False."""
     need_query, need_key, need_bank, need_temperature = needs
-    need_key, need_bank = need_key and key is not None, need_bank and bank is not None
+    check_sizes(query, key, bank)
     if len(query) == 0:
-        zeros = ((need_query, query), (need_key, key), (need_bank, bank), (need_temperature, temperature_tensor))
+        zeros = zip(needs, (query, key, bank, temperature_tensor), strict=True)
         return [torch.zeros_like(x) if need and x is not None else None for need, x in zeros]
     with on_device_of(query):
-        problem = _Operands(
-            "gradient", query, query_ids, key, key_ids, bank, temperature_tensor, temperature, negatives, normalize,
-            precision, (grad.to(torch.float32), lse, count),
+        problem = Problem(
+            "gradient", query, query_ids, temperature_tensor, temperature, negatives, normalize, precision,
+            (grad.to(torch.float32), lse, count),
         )  # fmt: skip
-        rows, keys = problem.rows, problem.keys
+        rows = problem.rows
+        keys = rows if key is None else problem.prepare(key, key_ids)
+        of_bank = None if bank is None or len(bank) == 0 else problem.prepare(bank, None)
         d_query = d_key = d_bank = d_temperature = None
         if need_query or need_temperature:
-            both_sides = problem.same and need_query
-            passes = [_Pass(keys, True, both_sides and problem.bounded)]
-            if problem.bank is not None:
-                passes.append(_Pass(problem.bank, True, False))
-            if both_sides and not problem.bounded:
-                passes.append(_Pass(keys, False, True))
-            result, dots = _gradient(problem, rows, passes, need_temperature)
-            d_query = result if need_query else None
+            both_sides = key is None and need_query
+            twice = both_sides and problem.bounded  # in one launch
+            of_rows = GradientSum(problem, rows, max(len(keys.x), 0 if bank is None else len(bank)))
+            of_rows.add(keys, True, twice)
+            counted_twice = of_rows.inner() if need_temperature and twice else None
+            if of_bank is not None:
+                of_rows.add(of_bank, True, False)
             if need_temperature and temperature_tensor is not None:
-                d_temperature = -dots.to(temperature_tensor.device) / temperature_tensor.detach().float().square()
-        if need_key:
-            d_key, _ = _gradient(problem, keys, [_Pass(rows, False, True)])
+                inner = counted_twice if counted_twice is not None and of_bank is None else of_rows.inner()
+                if counted_twice is not None:
+                    inner = inner - counted_twice / 2
+                d_temperature = temperature_gradient(inner, temperature_tensor)
+            if both_sides and not twice:
+                of_rows.add(keys, False, True)
+            d_query = of_rows.finish() if need_query else None
+        if need_key and key is not None:
+            d_key = columns_gradient(problem, keys).finish()
         if need_bank and bank is not None:
-            if problem.bank is None:
-                d_bank = torch.zeros_like(bank)
-            else:
-                d_bank, _ = _gradient(problem, problem.bank, [_Pass(rows, False, True)])
+            d_bank = torch.zeros_like(bank) if of_bank is None else columns_gradient(problem, of_bank).finish()
     return [d_query, d_key, d_bank, d_temperature]
+
+
+def columns_gradient(problem: Problem, columns: Side) -> GradientSum:
+    """The gradient of columns, from the losses of all rows."""
+    total = GradientSum(problem, columns, len(problem.rows.x))
+    total.add(problem.rows, False, True)
+    return total

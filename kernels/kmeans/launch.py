@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fgfast.kernels.common import interpreted
+from fgfast.kernels.common import interpreted, on_device_of
 from fgfast.kernels.kmeans.step import Move, Solver, power
 from fgfast.pixels.init import random_pixels, sample_pixels, start, trial_numbers
 from fgfast.pixels.options import KMeansOptions
@@ -186,22 +186,23 @@ def lloyd(solver: Solver, centroids: Tensor, distances: Tensor, n_iter: int, lim
 def kmeans(x: Tensor, weight: Tensor | None, seed: Tensor, options: KMeansOptions) -> LloydResult:
     """The best of n_init runs of each problem of x [B, D, N] or [B, D, H, W], not empty; weight is [B, N]."""
     n_clusters, first, metric = options.n_clusters, options.first, options.metric
-    stats = moments(x, weight, metric, options.precision)
-    w = stats.counted.to(torch.float32) if weight is None else torch.where(stats.counted, weight, 0)
-    solver = Solver(x, n_clusters, weight, metric, options.precision, options.deterministic)
-    if metric == "euclidean":
-        solver.mu[:, : solver.D] = stats.centre if solver.shifted else stats.mean
-    limit = options.tol * stats.variance
-    distances = torch.empty(solver.batch, solver.N, dtype=torch.float32, device=x.device)
+    with on_device_of(x):
+        stats = moments(x, weight, metric, options.precision)
+        w = stats.counted.to(torch.float32) if weight is None else torch.where(stats.counted, weight, 0)
+        solver = Solver(x, n_clusters, weight, metric, options.precision, options.deterministic)
+        if metric == "euclidean":
+            solver.mu[:, : solver.D] = stats.centre if solver.shifted else stats.mean
+        limit = options.tol * stats.variance
+        distances = torch.empty(solver.batch, solver.N, dtype=torch.float32, device=x.device)
 
-    def run(number: int) -> LloydResult:
-        if first is None:
-            c = initial_centroids(x, w, stats, seed, number, options)
-        else:
-            c = first.to(torch.float32, copy=True)
-        if metric == "cosine":
-            c = F.normalize(c, dim=2, eps=1e-12)
-        return lloyd(solver, c, distances, options.n_iter, limit, options.empty)
+        def run(number: int) -> LloydResult:
+            if first is None:
+                c = initial_centroids(x, w, stats, seed, number, options)
+            else:
+                c = first.to(torch.float32, copy=True)
+            if metric == "cosine":
+                c = F.normalize(c, dim=2, eps=1e-12)
+            return lloyd(solver, c, distances, options.n_iter, limit, options.empty)
 
-    # The inertia of a result is NaN where a pixel is not finite; this is that of the finite pixels.
-    return best_of(options.n_init, run, lambda _: (distances.clamp_min(0) * w).sum(1))
+        # The inertia of a result is NaN where a pixel is not finite; this is that of the finite pixels.
+        return best_of(options.n_init, run, lambda _: (distances.clamp_min(0) * w).sum(1))

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from fgfast.kernels.common import MOST_REGISTERS, interpreted, launch_options, on_device_of, output_dtype
+from fgfast.kernels.common import MOST_REGISTERS, interpreted, launch_options, on_device_of, output_dtype, wide
 from fgfast.kernels.configs import Row, config, row_kind
 from fgfast.kernels.kmeans import pyramid_kernels as device_side
 from fgfast.kernels.kmeans.launch import GRAM, SAMPLES, choose_samples, inner_products
-from fgfast.kernels.kmeans.step import power
+from fgfast.kernels.kmeans.step import check_centroids, power
 from fgfast.pixels.init import random_pixels, sample_pixels, start, trial_numbers
 from fgfast.pixels.options import KMeansOptions
 from fgfast.pixels.pyramid import Pyramid
@@ -90,9 +90,7 @@ class Levels:
         self.DP = sum(self.padded)
         self.known: dict[str, Any] = {
             "LEVELS": len(maps),
-            "WIDE": any(
-                sum((n - 1) * abs(s) for n, s in zip(m.shape[1:], m.stride()[1:], strict=True)) >= 1 << 31 for m in maps
-            ),
+            "WIDE": wide(*maps),
         }
         self.flats = tuple(m.shape[2] == 1 or m.stride(2) == m.shape[3] * m.stride(3) for m in maps)
 
@@ -212,6 +210,7 @@ class Solver:
             return torch.empty(levels.batch, *shape, dtype=dtype, device=levels.device)
 
         self.levels, self.K, self.KP = levels, clusters, power(clusters)
+        check_centroids(self.KP, levels.DP)
         self.weight, self.scale, self.squared_norms, self.mu = weight, scale, squared_norms, mu
         self.cosine, self.precision = metric == "cosine", precision
         self.shifted = levels.dtype == torch.float32 and not self.cosine

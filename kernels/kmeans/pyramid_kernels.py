@@ -27,11 +27,12 @@ from fgfast.kernels.kmeans.tiles import (
 def _taps(at, length, size):
     """Of the two cells that positions ``at`` of ``size`` interpolate: the lower one and the weight of the upper one.
 
-    That weight is 0 at the edge. Integer arithmetic until the last division: every kernel and the host agree.
+    That weight is 0 at the edge. Integer arithmetic until one division that is rounded correctly, which a plain one is
+    not on a GPU: every kernel and the host agree.
     """
     twice = tl.maximum((2 * at + 1) * length - size, 0)
     low = twice // (2 * size)
-    fraction = (twice - low * 2 * size).to(tl.float32) / (2 * size)
+    fraction = tl.div_rn((twice - low * 2 * size).to(tl.float32), tl.cast(2 * size, tl.float32))
     return low, tl.where(low < length - 1, fraction, 0.0)
 
 
@@ -76,7 +77,7 @@ def _resize_scores(
         for j in tl.static_range(2):
             weight = (dy if i == 1 else 1 - dy) * (dx if j == 1 else 1 - dx)
             mixed = (inside & (weight > 0))[:, None] & (k < K)[None, :]
-            at = ((y + i) * width + x + j)[:, None] * KP + k[None, :]
+            at = ((y + i) * width + x + j).to(tl.int64)[:, None] * KP + k[None, :]
             out += tl.load(ptr + at, mixed, other=0.0) * weight[:, None]
     return out
 
@@ -106,7 +107,7 @@ def _score_tile(
             x = relative(x, mu_ptr + first + d, False)
         m = tl.load(m_ptr + (first + d)[:, None] * KP + k[None, :])
         dots = tl.dot(x, m, dots, input_precision=PRECISION)
-    tl.store(out_ptr + c[:, None] * KP + k[None, :], dots, inside[:, None])
+    tl.store(out_ptr + c.to(tl.int64)[:, None] * KP + k[None, :], dots, inside[:, None])
 
 
 @triton.jit
@@ -134,7 +135,7 @@ def _label_strip(
             y, dy = _taps(n // width, h, height)
             x, dx = _taps(n % width, w, width)
             dots += _resize_scores(base, y, x, dy, dx, h, w, k, K, inside, KP, BLOCK_N, KP)
-            base += h * w * KP
+            base += tl.cast(h * w, tl.int64) * KP
         best, index = nearest_centroid(dots, bias, k, K, COSINE)
         weight = tl.where(inside, 1.0, 0.0)
         if WEIGHTED:
@@ -190,7 +191,7 @@ def score(
             first = low // rows
             last = high // rows
         program -= count
-        base += h * w * KP
+        base += tl.cast(h * w, tl.int64) * KP
         m_ptr += tl.cdiv(sizes[level][0], PAD) * PAD * KP
         mu_ptr += tl.cdiv(sizes[level][0], PAD) * PAD
     tl.debug_barrier()  # all threads store their scores before one of them signals it
@@ -373,9 +374,9 @@ def _move_level(
     shift = tl.zeros([KP], tl.float32)
     if not START:
         tile = tl.zeros([BLOCK_D, KP], tl.float32)
-        for split in range(splits):
-            at = split * K * size[0] + k[None, :] * size[0] + d[:, None]
-            tile += tl.load(part_ptr + at, mask, other=0.0)
+        for _ in range(splits):
+            tile += tl.load(part_ptr + k[None, :] * size[0] + d[:, None], mask, other=0.0)
+            part_ptr += K * size[0]
         count = tl.zeros([KP], tl.float32)
         for strip in range(strips):
             count += tl.load(counts_ptr + strip * KP + k)
@@ -489,15 +490,18 @@ def _gram_tile(
         f_x = tl.load(at + strides[3], right[:, None] & mask, other=0.0).to(tl.float32) - mu[None, :]
         f_y = tl.load(at + strides[2], below[:, None] & mask, other=0.0).to(tl.float32) - mu[None, :]
         both = (right & below)[:, None] & mask
-        f_xy = tl.load(at + (strides[2] + strides[3]), both, other=0.0).to(tl.float32) - mu[None, :]
+        f_xy = tl.load(at + strides[2] + strides[3], both, other=0.0).to(tl.float32) - mu[None, :]
         own += tl.sum(tl.where(mask, f * f, 0.0), 1)
         across += tl.sum(tl.where(mask, f * f_x, 0.0), 1)
         down += tl.sum(tl.where(mask, f * f_y, 0.0), 1)
         diagonal += tl.sum(tl.where(mask, f * f_xy + f_x * f_y, 0.0), 1)
     tl.store(out_ptr + c, own, inside)
-    tl.store(out_ptr + cells + c, across, inside)
-    tl.store(out_ptr + 2 * cells + c, down, inside)
-    tl.store(out_ptr + 3 * cells + c, diagonal, inside)
+    out_ptr += cells  # step by step: 3 cells may exceed 32 bits
+    tl.store(out_ptr + c, across, inside)
+    out_ptr += cells
+    tl.store(out_ptr + c, down, inside)
+    out_ptr += cells
+    tl.store(out_ptr + c, diagonal, inside)
 
 
 @triton.jit
@@ -547,9 +551,9 @@ def squares(sizes, gram_ptr, out_ptr, height, width, tiles, cells, LEVELS: tl.co
             side = (dy if i == 1 else 1 - dy) * (dy if i == 1 else 1 - dy) * 2 * dx * (1 - dx)
             total += side * tl.load(at + cells + i * w, inside & (side > 0), other=0.0)
             side = (dx if i == 1 else 1 - dx) * (dx if i == 1 else 1 - dx) * 2 * dy * (1 - dy)
-            total += side * tl.load(at + 2 * cells + i, inside & (side > 0), other=0.0)
+            total += side * tl.load(at + cells + cells + i, inside & (side > 0), other=0.0)
         side = 2 * dy * (1 - dy) * dx * (1 - dx)
-        total += side * tl.load(at + 3 * cells, inside & (side > 0), other=0.0)
+        total += side * tl.load(at + cells + cells + cells, inside & (side > 0), other=0.0)
         gram_ptr += h * w
     total = tl.where(total < 0, 0.0, total)  # NaN stays
     tl.store(out_ptr + b * height * width + n, total, inside)

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fgfast.kernels.common import MOST_REGISTERS, interpreted, launch_options, output_dtype
+from fgfast.kernels.common import MOST_REGISTERS, interpreted, launch_options, on_device_of, output_dtype, wide
 from fgfast.kernels.configs import Row, config, processors, row_kind
 from fgfast.kernels.kmeans import fused, tiles
 from fgfast.kernels.kmeans.centroids import prepare_centroids_kernel, update_centroids_kernel
@@ -91,6 +91,15 @@ def sum_registers(dtype: torch.dtype, unit: bool) -> int:
     return 0 if unit and dtype != torch.float32 else MOST_REGISTERS
 
 
+def check_centroids(clusters: int, channels: int) -> None:
+    """Raise for more centroids of a problem, padded to full tiles, than 32-bit offsets reach."""
+    if clusters * channels >= 1 << 31:
+        raise ValueError(
+            f"{clusters} centroids of {channels} channels are 2^31 numbers or more, which the Triton kernels do not "
+            "take: choose backend 'torch'."
+        )
+
+
 class Move(NamedTuple):
     """The state of `lloyd`: centroids [B, K, D], counts after the repair [B, K], done and steps int32 [B].
 
@@ -145,6 +154,7 @@ class Solver:
         self.tile = t = tile(row, self.D, clusters, flat and (self.cosine or weight is not None))
         self.DP = t["CHUNKS"] * t["BLOCK_S"]
         self.KP = triton.cdiv(clusters, t["BLOCK_K"]) * t["BLOCK_K"]
+        check_centroids(self.KP, self.DP)
         short = t["BLOCK_N"] * across + t["BLOCK_S"] * x.stride(1) < 1 << 31
         self.strides = (x.stride(0), x.stride(1), 0 if flat else down, across)
         self.width = self.N if flat else width
@@ -264,6 +274,7 @@ def kmeans_step(
     x: Tensor, centroids: Tensor, weight: Tensor | None, metric: str, precision: str, deterministic: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Labels int64 [B, N], sums [B, K, D], counts [B, K] and inertia [B] of x [B, D, N] or [B, D, H, W], not empty."""
-    solver = Solver(x, centroids.shape[1], weight, metric, precision, deterministic)
-    totals = solver.step(first=centroids)
+    with on_device_of(x):
+        solver = Solver(x, centroids.shape[1], weight, metric, precision, deterministic)
+        totals = solver.step(first=centroids.contiguous() if wide(centroids) else centroids)
     return solver.labels, totals.sums, totals.counts, totals.inertia

@@ -25,13 +25,14 @@ import torch
 import triton
 from torch import Tensor
 
-from fgfast.kernels.common import MOST_REGISTERS, AotCase, interpreted, on_device_of, output_dtype
+from fgfast.kernels.common import MOST_REGISTERS, AotCase, interpreted, on_device_of, output_dtype, wide
 from fgfast.kernels.configs import Row, architecture, architectures_for, config, processors, row_kind, table
 from fgfast.kernels.part_pool.kernels import backward_kernel, forward_kernel, grid_kernel, join_kernel, map_kernel
 from fgfast.kernels.tune import TuneCase
 
 JOIN_D = 32
 GRID = Row("ids", {}, 4, 3, 0, MOST_REGISTERS)  # warps, stages and registers of a separate launch of votes
+MOST_PIXELS = 1 << 30  # of an image: with those of the last tile they are 32-bit integers
 MOST_PARTS = 64  # parts of a tile: forward reads the features once per block of parts
 MOST_VOTED = 32  # parts of a launch that also votes: with more parts, or gaps between rows, older compilers spill
 MOST_VOTE_STEPS = 64  # steps of votes before pooling, about 0.3 us each (not measured): more take a separate launch
@@ -40,14 +41,6 @@ MOST_VOTE_STEPS = 64  # steps of votes before pooling, about 0.3 us each (not me
 def _flat(*maps: Tensor | None) -> bool:
     """Whether the pixels of each map [..., h, w] are evenly spaced."""
     return all(x is None or x.shape[-2] == 1 or x.stride(-2) == x.stride(-1) * x.shape[-1] for x in maps)
-
-
-def _wide(*maps: Tensor | None) -> bool:
-    """Whether an offset within one image of some map exceeds int32."""
-    return any(
-        x is not None and sum((n - 1) * stride for n, stride in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 2**31
-        for x in maps
-    )
 
 
 def _strides(x: Tensor | None, flat: bool) -> tuple[int, ...]:
@@ -101,7 +94,7 @@ def pool(features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, 
             features, labels, labels if weight is None else weight, sums, areas,
             batch, channels, n_parts, pixels, width, chunk, splits,
             *_strides(features, flat), *_strides(labels, flat), *_strides(weight, flat),
-            MEAN=mean and splits == 1, FLAT=flat, WIDE=_wide(features, labels, weight), WEIGHTED=weight is not None,
+            MEAN=mean and splits == 1, FLAT=flat, WIDE=wide(features, labels, weight), WEIGHTED=weight is not None,
             UPCAST=interpreted(), **blocks, **_forward_row(row, n_parts, flat).launch,
         )  # fmt: skip
         if splits > 1:
@@ -125,6 +118,10 @@ def _forward_row(row: Row, parts: int, flat: bool) -> Row:
 def _grid(features: Tensor, parts: int, blocks: dict[str, int]) -> tuple[int, int, int]:
     """(tiles, chunk, splits) of a forward pass: blocks of channels and parts, and `_split` of the pixels."""
     batch, channels, height, width = features.shape
+    if height * width > MOST_PIXELS:
+        raise ValueError(
+            f"An image has {height * width} pixels and the Triton kernels take {MOST_PIXELS}: choose backend 'torch'."
+        )
     tiles = batch * triton.cdiv(channels, blocks["BLOCK_D"]) * triton.cdiv(parts, blocks["BLOCK_K"])
     # Partial sums are written and read: 8 K bytes per channel, against at least 256 K for the pixels of a channel.
     return tiles, *_split(height * width, blocks["BLOCK_P"], tiles, max(1024, 128 * parts), features.device)
@@ -156,7 +153,7 @@ def pool_map(
             features, labels, grid, features if weight is None else weight, pooled, area,
             batch, channels, n_parts, pixels, width, group_blocks, rows, columns, height, tallest, widest,
             *_strides(features, True), *labels.stride(), *_strides(weight, True),
-            MEAN=mean, WIDE=_wide(features, weight), WEIGHTED=weight is not None, UPCAST=interpreted(),
+            MEAN=mean, WIDE=wide(features, weight), WEIGHTED=weight is not None, UPCAST=interpreted(),
             **blocks, **votes, **_map_row(row, architecture(features.device)).launch,
         )  # fmt: skip
     return pooled.to(features.dtype), area, grid[0]
@@ -197,8 +194,8 @@ def pool_backward(
     pixels, device = height * width, grad.device
     if not empty.numel():
         return empty
-    wide = output_dtype(empty.dtype)
-    out = empty if wide == empty.dtype else torch.empty_like(empty, dtype=wide)
+    dtype = output_dtype(empty.dtype)
+    out = empty if dtype == empty.dtype else torch.empty_like(empty, dtype=dtype)
     row = config("part_pool", device, row_kind(grad.dtype))
     flat = _flat(labels, weight, out)
     blocks = _blocks(row, channels, n_parts, flat)
@@ -209,7 +206,7 @@ def pool_backward(
             grad, labels, labels if weight is None else weight, area.contiguous(), out,
             channels, n_parts, pixels, width, chunk, splits,
             *grad.stride(), *_strides(labels, flat), *_strides(weight, flat), *_strides(out, flat),
-            MEAN=mean, FLAT=flat, WIDE=_wide(labels, weight, out), WEIGHTED=weight is not None, UPCAST=interpreted(),
+            MEAN=mean, FLAT=flat, WIDE=wide(labels, weight, out), WEIGHTED=weight is not None, UPCAST=interpreted(),
             **blocks, **row.launch,
         )  # fmt: skip
     return empty if out is empty else empty.copy_(out)

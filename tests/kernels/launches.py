@@ -1,11 +1,13 @@
 """Launch every kernel as on a GPU, without one: Triton binds the arguments and compiles; nothing runs.
 
 ``python -m tests.kernels.launches ARCH`` prints a line of kernel names per call, and fails if a call does. Tensors are
-on the CPU and filled with zeros where a kernel would write: results are meaningless.
+on the CPU and filled with zeros where a kernel would write: results are meaningless. They pass for tensors of the
+second device while the first is current, and a launch fails that is not on the second.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,10 +29,11 @@ class Launcher:
     def __init__(self, source: Any, _metadata: Any) -> None:
         self.name = source.fn.__name__
 
-    def __call__(self, x: int, y: int, z: int, *_: Any) -> None:
+    def __call__(self, x: int, y: int, z: int, stream: int, *_: Any) -> None:
         assert 0 < x < 1 << 31
         assert 0 < y <= LARGEST_GRID
         assert z == 1
+        assert stream == Driver.stream_of(1), f"{self.name} is launched on the device that is current"
         launched.append(self.name)
 
 
@@ -38,15 +41,19 @@ class Driver:
     """A driver of a GPU that accepts every kernel."""
 
     launcher_cls = Launcher
+    device = 0
 
     def __init__(self, arch: str) -> None:
         self.arch, self.utils = arch, self
 
     def get_current_device(self) -> int:
-        return 0
+        return self.device
 
-    def get_current_stream(self, _device: int) -> int:
-        return 0
+    @staticmethod
+    def stream_of(device: int) -> int:
+        return 100 + device
+
+    get_current_stream = stream_of
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", int(self.arch.removeprefix("sm_")), 32)
@@ -58,12 +65,22 @@ class Driver:
         return 1, 1, 0, 0, 1024  # module, function, registers, spills, threads
 
 
+@contextmanager
+def on_second_device(_: Tensor) -> Iterator[None]:
+    """Stands for `on_device_of`."""
+    before, driver.active.device = driver.active.device, 1
+    try:
+        yield
+    finally:
+        driver.active.device = before
+
+
 def pretend(arch: str) -> None:
     """Make fgfast treat CPU tensors as GPU tensors."""
     driver.set_active(Driver(arch))
     answers = {
         "check_triton": lambda *_: None, "missing": lambda *_: None, "processors": lambda *_: 132,
-        "architecture": lambda *_: arch,
+        "architecture": lambda *_: arch, "on_device_of": on_second_device,
     }  # fmt: skip
     for name, module in list(sys.modules.items()):
         for function in answers.keys() & vars(module).keys() if name.startswith("fgfast.") else ():
@@ -92,6 +109,13 @@ def contrast(
     ).backward()  # fmt: skip
 
 
+def sigmoid(dtype: torch.dtype, channels: int) -> None:
+    """Forward and backward."""
+    image, text = (torch.randn(700, channels).to(dtype).requires_grad_() for _ in range(2))
+    scale, bias = (torch.tensor(x, requires_grad=True) for x in (10.0, -10.0))
+    fgfast.SigLIPLoss()(image, text, scale, bias).backward()
+
+
 def pool(features: Tensor, labels: Tensor, n_parts: int, **options: Any) -> None:
     """Forward and backward."""
     features = features.requires_grad_()
@@ -109,6 +133,8 @@ CALLS: dict[str, Callable[[], object]] = {
     "contrast": lambda: contrast(HALF, 128, bank=40, learn=True),
     "contrast of itself": lambda: contrast(HALF, 256, same=True),
     "contrast by channels": lambda: contrast(FULL, 300, negatives="same_image", normalize=False, precision="tf32"),
+    "sigmoid loss": lambda: sigmoid(HALF, 128),
+    "sigmoid loss by channels": lambda: sigmoid(FULL, 300),
     "kmeans": lambda: fgfast.kmeans(torch.randn(2, 48, 20, 20).to(HALF), 5, n_iter=2),
     "kmeans, cosine": lambda: fgfast.kmeans(
         torch.randn(2, 400, 48), 40, n_iter=1, metric="cosine", weight=torch.rand(2, 400), empty="keep"

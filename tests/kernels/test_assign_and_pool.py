@@ -94,7 +94,7 @@ def test_empty_input(shape):
 def test_opcheck():
     x = torch.randn(2, 5, 3, 2, device=DEVICE, requires_grad=True)
     for metric in ("euclidean", "cosine"):
-        opcheck(_assign_and_pool, (x, torch.randn(2, 3, 5, device=DEVICE), None, metric, "triton"))
+        opcheck(_assign_and_pool.op, (x, torch.randn(2, 3, 5, device=DEVICE), None, metric, "triton"))
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Properties of every operation with kernels: autocast, CUDA graphs, streams, strides beyond 32 bits."""
 
+import ctypes
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -121,6 +122,21 @@ def test_captured_in_a_graph(name: str) -> None:
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("name", OPERATIONS)
+def test_the_current_device_is_kept(name: str) -> None:
+    """The last device runs the operation while the first is current, and stays so; trivial with one device."""
+    last = torch.cuda.device_count() - 1
+    pair = inputs(0)
+    wanted = OPERATIONS[name](*pair)
+    with torch.cuda.device(0):
+        got = OPERATIONS[name](*(v.to(f"cuda:{last}") for v in pair))
+        assert torch.cuda.current_device() == 0
+    assert {v.get_device() for v in got} == {last}
+    equal(tuple(v.to(DEVICE) for v in got), wanted)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_streams_do_not_interfere(name: str) -> None:
     """Concurrent calls on two streams give the same results as sequential calls."""
     run, pairs = OPERATIONS[name], [inputs(seed) for seed in range(8)]
@@ -158,3 +174,34 @@ def test_strides_beyond_32_bits(name: str) -> None:
         near = OPERATIONS[name](view.contiguous(), other)
         for got, wanted in zip(OPERATIONS[name](view, other), near, strict=True):
             assert torch.equal(got, wanted)
+
+
+@pytest.mark.gpu
+@gpu
+def test_scores_beyond_32_bits() -> None:
+    """A map of 2^28 cells has 2^32 scores: 30 GB in all; labels and counts are those of cells that repeat."""
+    if torch.cuda.mem_get_info()[0] < 60 << 30:
+        pytest.skip("no CUDA device with 60 GB free was found")
+    side = 1 << 14
+    cells = torch.arange(side, device=DEVICE) // 64 % 2
+    x = (cells[:, None] ^ cells)[None, None].to(torch.float16)
+    first = torch.tensor([[[0.0], [1.0]]], device=DEVICE)
+    result = fgfast.kmeans([x], 2, init=first, n_iter=1, size=(side, side), backend="triton")
+    assert torch.equal(result.labels.view(side, side), cells[:, None] ^ cells)
+
+
+@pytest.mark.gpu
+@gpu
+def test_an_error_of_another_library_is_not_reported() -> None:
+    """CUDA keeps the last error of a failed call; the mask sampler neither reports it nor fails."""
+    fgfast.pivotal_mask(torch.rand(1, 2, 2, 16, device=DEVICE), backend="native")
+    for name in ("libcudart.so.13", "libcudart.so.12", "libcudart.so"):
+        try:
+            runtime = ctypes.CDLL(name)
+        except OSError:
+            continue
+        assert runtime.cudaSetDevice(1 << 20) != 0  # invalid device
+        fgfast.pivotal_mask(torch.rand(1, 2, 2, 16, device=DEVICE), backend="native")
+        runtime.cudaGetLastError()
+        return
+    pytest.skip("no CUDA runtime library was found")

@@ -1,11 +1,11 @@
-"""The host side of the kernels without a GPU: no device syncs, and every argument is on the device.
+"""The host side of the kernels without a GPU: no device syncs, and every launch on the device of its tensors.
 
-FakeTensorMode gives GPU tensors without memory. Reading a value of one raises, as does mixing devices; launches are
-counted, not made.
+FakeTensorMode gives GPU tensors without memory, here on the second device while the first is current. Reading a value
+of one raises, as does mixing devices; launches are recorded, not made.
 """
 
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,10 +15,13 @@ pytest.importorskip("triton")
 from fgfast.ids import Ids
 from fgfast.kernels import assign_and_pool, perturb
 from fgfast.kernels.contrast import launch as contrast
+from fgfast.kernels.contrast import sigmoid
 from fgfast.kernels.kmeans import launch as kmeans
 from fgfast.kernels.kmeans import pyramid as kmeans_pyramid
 from fgfast.kernels.kmeans import step as kmeans_step
 from fgfast.kernels.part_pool import launch as part_pool
+from fgfast.ops import mask
+from fgfast.ops.contrast import ring
 from fgfast.pixels.options import KMeansOptions
 
 pytestmark = [
@@ -26,9 +29,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
 ]
 
+DEVICE = torch.device("cuda", 1)
+
 
 def floats(*shape, dtype=torch.float32):
-    return torch.empty(shape, dtype=dtype, device="cuda")
+    return torch.empty(shape, dtype=dtype, device=DEVICE)
 
 
 def integers(*shape):
@@ -42,6 +47,12 @@ def call_contrast(dtype, channels, same, learn, negatives):
     given = (query, ids, key, key_ids, bank, temperature, 0.1, negatives, True, "ieee")
     loss, lse, count = contrast.forward(*given)
     contrast.backward(loss, lse, count, [True, True, True, learn], *given)
+
+
+def call_sigmoid(dtype, channels):
+    image, text, factors = floats(700, channels, dtype=dtype), floats(700, channels, dtype=dtype), [floats()] * 2
+    sigmoid.forward(image, text, *factors, True)
+    sigmoid.add_gradients(image, text, *factors, True, floats(), floats(700, channels), floats(700, channels))
 
 
 def call_kmeans(dtype, metric, init, weighted, empty):
@@ -77,6 +88,7 @@ def call_perturb(dtype, strategy):
 WAYS = (("euclidean", False), ("cosine", True))  # metric, weighted
 CALLS = [
     *((call_contrast, d, s, not s, n) for d in (128, 300) for s in (False, True) for n in ("all", "same_image")),
+    *((call_sigmoid, d) for d in (128, 300)),
     *((call_kmeans, m, i, w, "farthest") for m, w in WAYS for i in ("k-means++", "random")),
     (call_kmeans, "euclidean", "given", False, "keep"),
     *((call_step, m, w, k) for m, w in WAYS for k in (10, 200)),
@@ -85,10 +97,34 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("call", CALLS, ids=lambda c: " ".join([c[0].__name__.removeprefix("call_"), *map(str, c[1:])]))
-def test_no_sync_and_every_argument_is_on_the_device(call, dtype, monkeypatch):
-    launched = []
+class Devices:
+    """The current device, and a stream of each: what Triton and PyTorch ask a driver before a launch."""
+
+    current = 0
+
+    def exchange(self, device):
+        before, self.current = self.current, self.current if device < 0 else device
+        return before
+
+    @staticmethod
+    def stream(device):
+        return 100 + device
+
+
+@pytest.fixture
+def devices(monkeypatch) -> Iterator[Devices]:
+    """Devices without a GPU; the one that was current before an operation is current after it."""
+    devices = Devices()
+    for name in ("_exchange_device", "_maybe_exchange_device"):
+        monkeypatch.setattr(torch.cuda, name, devices.exchange)
+    yield devices
+    assert devices.current == 0
+
+
+@pytest.fixture
+def launched(devices, monkeypatch) -> list[tuple[int, int]]:
+    """The device and stream of each launch of a Triton kernel."""
+    found = []
 
     def run(self, *args, grid, warmup, **options):
         def tensors(given):
@@ -98,22 +134,73 @@ def test_no_sync_and_every_argument_is_on_the_device(call, dtype, monkeypatch):
                 elif isinstance(x, torch.Tensor):
                     yield x
 
-        assert {x.device.type for x in tensors([*args, *options.values()])} == {"cuda"}, self
+        assert {x.device for x in tensors([*args, *options.values()])} == {DEVICE}, self
         assert not warmup
-        launched.append(grid)
+        found.append((devices.current, devices.stream(devices.current)))
 
     monkeypatch.setattr(type(perturb.perturb_kernel), "run", run)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    answers = {
-        "processors": lambda *_: 132, "architecture": lambda *_: "sm_90", "shared_memory": lambda *_: 227,
-        "on_device_of": lambda *_: nullcontext(),
-    }  # fmt: skip
+    answers = {"processors": lambda *_: 132, "architecture": lambda *_: "sm_90", "shared_memory": lambda *_: 227}
     for name, module in list(sys.modules.items()):
         for function in answers.keys() & vars(module).keys() if name.startswith("fgfast.kernels") else ():
             monkeypatch.setattr(module, function, answers[function])
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("call", CALLS, ids=lambda c: " ".join([c[0].__name__.removeprefix("call_"), *map(str, c[1:])]))
+def test_no_sync_and_every_launch_on_the_device_of_its_tensors(call, dtype, launched):
     with FakeTensorMode(), torch.no_grad():
         call[0](dtype, *call[1:])
-    assert launched
+    assert set(launched) == {(1, Devices.stream(1))}
+
+
+def body(operation):
+    """The function that a registered operation runs."""
+    return getattr(operation, "run", None) or operation._init_fn
+
+
+class OneRank:
+    """A ring of one rank: the only block is that of the rank."""
+
+    @staticmethod
+    def pass_around(block, add):
+        return add(block)
+
+
+@pytest.mark.parametrize("same_image", [False, True])
+def test_blocks_of_a_ring_on_the_device_of_its_tensors(same_image, launched, monkeypatch):
+    from fgfast.kernels.contrast import blocks
+
+    monkeypatch.setattr(ring, "_form_ring", lambda *_: (OneRank, 700, blocks))
+    with FakeTensorMode(), torch.no_grad():
+        x, ids = floats(700, 96), [integers(700)] * 3
+        options = (None, 0.1, "same_image" if same_image else "all", True, "ieee", "mean", "triton", "")
+        given = (x, *ids, x.clone(), *ids, floats(40, 96), *options)
+        results = body(ring._ring_contrast)(*given)
+        forward = len(launched)
+        body(ring._ring_contrast_backward)(*results, [True, True, True, False], *given)
+    assert len(launched) > forward > 0
+    assert set(launched) == {(1, Devices.stream(1))}
+
+
+def test_the_mask_sampler_on_the_device_and_stream_of_its_tensors(devices, monkeypatch):
+    """The last but one argument of the compiled functions is the stream."""
+    native = pytest.importorskip("fgfast._native")
+    found = []
+    for name in ("pivotal_mask", "mask_images"):
+        monkeypatch.setattr(native, name, lambda *given: found.append((devices.current, given[-2])))
+
+    class Stream:
+        def __init__(self, device):
+            self.cuda_stream = devices.stream(device.index)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    with FakeTensorMode(), torch.no_grad():
+        images = floats(2, 3, 32, 32)
+        body(mask._pivotal_mask)(floats(1, 2, 3, 16), images, 4, "topk", 0, 4, 4, "native")
+        body(mask._mask_images)(images, integers(2, 16) > 0, 4, 4, "native")
+    assert found == [(1, devices.stream(1))] * 2
 
 
 def test_reading_a_value_raises():

@@ -12,10 +12,13 @@ from fgfast import kmeans
 from fgfast.reference.kmeans import hypercolumns
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
 
 from fgfast.kernels.common import interpreted
 from fgfast.kernels.configs import config
 from fgfast.kernels.kmeans.pyramid import Adder, Levels, count_programs, score_tile
+from fgfast.kernels.kmeans.pyramid_kernels import _taps
 from tests.examples import examples
 from tests.kernels.test_kmeans import same
 
@@ -315,3 +318,23 @@ def test_opcheck():
     start = spread(maps, (3, 4), 2)
     tests = "test_schema" if DEVICE == "cpu" else ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     opcheck(torch.ops.fgfast.kmeans.default, (maps, 2, [3, 4], 1, "given", start, *tail), test_utils=tests)
+
+
+@triton.jit
+def taps_kernel(low_ptr, fraction_ptr, length, size, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    low, fraction = _taps(at, length, size)
+    tl.store(low_ptr + at, low, at < size)
+    tl.store(fraction_ptr + at, fraction, at < size)
+
+
+@pytest.mark.parametrize(("length", "size"), [(7, 64), (32, 56), (56, 32), (3, 1000), (16384, 1000), (1000, 16384)])
+def test_taps_are_rounded_once(length, size):
+    """The cells and weights are those of exact arithmetic, rounded to float32; on a GPU a plain division is not."""
+    low = torch.empty(size, dtype=torch.int32, device=DEVICE)
+    fraction = torch.empty(size, device=DEVICE)
+    taps_kernel[(1,)](low, fraction, length, size, BLOCK=triton.next_power_of_2(size))
+    twice = ((2 * torch.arange(size) + 1) * length - size).clamp_min(0)
+    expected = torch.where(twice // (2 * size) < length - 1, twice % (2 * size) / (2.0 * size), 0)
+    assert torch.equal(low.cpu().long(), twice // (2 * size))
+    assert torch.equal(fraction.cpu(), expected.float())

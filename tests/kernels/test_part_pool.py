@@ -180,11 +180,11 @@ def test_pixels_split_among_programs_give_the_same_sums(monkeypatch, reduce):
 def test_offsets_of_64_bits_give_the_same_numbers(monkeypatch):
     from fgfast.kernels.part_pool import launch as kernels
 
-    assert kernels._wide(torch.empty_strided((1, 2, 3, 3), (0, 2**31, 3, 1), device="meta"))
+    assert kernels.wide(torch.empty_strided((1, 2, 3, 3), (0, 2**31, 3, 1), device="meta"))
     x = torch.randn(2, 20, 7, 5, device=DEVICE)
     results = []
     for wide in (False, True):
-        monkeypatch.setattr(kernels, "_wide", lambda *_, wide=wide: wide)
+        monkeypatch.setattr(kernels, "wide", lambda *_, wide=wide: wide)
         for y, scale in product((x.clone(), x.mT.contiguous().mT), (1, 2)):
             labels = torch.arange(70 * scale**2, device=DEVICE).view(2, 7 * scale, 5 * scale) % 7 - 1
             out = part_pool(y.requires_grad_(), labels.clamp(max=4), 5, backend="triton")
@@ -245,13 +245,13 @@ def test_opcheck():
     x, labels = torch.randn(2, 3, 3, 2, device=DEVICE), torch.randint(-1, 3, (2, 3, 2), device=DEVICE)
     weight = torch.rand(2, 3, 2, device=DEVICE)
     for y in (x, x.contiguous(memory_format=torch.channels_last)):
-        opcheck(_part_pool, (y.requires_grad_(), labels, 3, weight, True, "triton"))
-        opcheck(_part_pool_map, (y, labels.repeat(1, 2, 3), 3, weight, True, "triton"))
-        opcheck(_part_pool_map, (y, labels[:, :2], 80, None, False, "triton"))
+        opcheck(_part_pool.op, (y.requires_grad_(), labels, 3, weight, True, "triton"))
+        opcheck(_part_pool_map.op, (y, labels.repeat(1, 2, 3), 3, weight, True, "triton"))
+        opcheck(_part_pool_map.op, (y, labels[:, :2], 80, None, False, "triton"))
     grad, area = torch.randn(2, 3, 3, device=DEVICE), torch.rand(2, 3, device=DEVICE)
     for pixel_major in (False, True):
-        opcheck(part_pool_backward, (grad, labels, weight, area, True, pixel_major, "triton"))
-    opcheck(_labels_to_grid, (labels, 2, 2, 3, "triton"))
+        opcheck(part_pool_backward.op, (grad, labels, weight, area, True, pixel_major, "triton"))
+    opcheck(_labels_to_grid.op, (labels, 2, 2, 3, "triton"))
 
 
 def test_compile_gives_the_same_numbers():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fgfast.ids import Ids
-from fgfast.ops.contrast import positives, sides, tiled
+from fgfast.ops.contrast import dense, positives, sides, tiled
 from fgfast.tensors import accumulation
 from tests.ops.contrast_fields import (
     BACKENDS,
@@ -38,6 +38,16 @@ def test_tiles_equal_the_definition_in_value_and_every_gradient(field: Field, op
 def test_a_single_tile_equals_the_definition(field: Field, options: dict[str, Any]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sides.LOGIT_TILE, "cpu", 1024)
+        assert_same(field.values(**options, backend="torch"), field.values(**options, backend="reference"))
+
+
+@pytest.mark.parametrize("compared", [0, 1 << 20], ids=["listed positives", "compared ids"])
+@quick
+@given(fields, options)
+def test_logits_in_memory_equal_the_definition(compared: int, field: Field, options: dict[str, Any]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dense, "KEPT", 1 << 20)
+        patch.setattr(dense, "COMPARED", compared)
         assert_same(field.values(**options, backend="torch"), field.values(**options, backend="reference"))
 
 
@@ -88,6 +98,7 @@ def test_permuting_rows_permutes_losses(backend: str, seed: int, negatives: str)
     torch.testing.assert_close(moved, loss[order])
 
 
+@pytest.mark.usefixtures("tiles_and_kept")
 @pytest.mark.parametrize("backend", BACKENDS)
 @few
 @given(
@@ -107,6 +118,7 @@ def test_contents_of_absent_vectors_are_masked_out(
         assert not got[1][field.query_ids.part < 0].any()
 
 
+@pytest.mark.usefixtures("tiles_and_kept")
 @pytest.mark.parametrize("backend", BACKENDS)
 @few
 @given(seed=seeds, same=st.booleans())
@@ -175,6 +187,7 @@ def test_length_of_vectors_does_not_matter_when_normalised(seed: int) -> None:
     torch.testing.assert_close(field.loss(query=field.query * 7, key=field.key / 3), field.loss())
 
 
+@pytest.mark.usefixtures("tiles_and_kept")
 @few
 @given(seed=seeds, same=st.booleans())
 def test_no_positive_gives_zero_loss_and_zero_gradient(seed: int, same: bool) -> None:
@@ -185,6 +198,7 @@ def test_no_positive_gives_zero_loss_and_zero_gradient(seed: int, same: bool) ->
         assert not any(v.any() for v in values)
 
 
+@pytest.mark.usefixtures("tiles_and_kept")
 @pytest.mark.parametrize("temperature", [0.5, 0.01], ids=["bounded", "online"])
 @pytest.mark.parametrize("same", [False, True])
 def test_gradcheck_in_float64(temperature: float, same: bool) -> None:
@@ -200,6 +214,7 @@ def test_gradcheck_in_float64(temperature: float, same: bool) -> None:
     assert torch.autograd.gradcheck(loss, inputs)
 
 
+@pytest.mark.usefixtures("tiles_and_kept")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("same", [False, True])
 def test_low_precision_is_rounded_only_in_the_returned_gradients(dtype: torch.dtype, same: bool) -> None:
@@ -219,6 +234,7 @@ def test_low_precision_is_rounded_only_in_the_returned_gradients(dtype: torch.dt
         torch.testing.assert_close(g.double(), e, rtol=1.01 * half_ulp, atol=1e-5 * float(e.abs().max()))
 
 
+@pytest.mark.usefixtures("tiles_and_kept")
 @pytest.mark.parametrize("normalize", [True, False])
 def test_float32_keeps_its_stated_error_bound(normalize: bool) -> None:
     field = Field(6, m=200, t=300, d=32, dtype=torch.float32)
@@ -234,18 +250,20 @@ def test_float32_keeps_its_stated_error_bound(normalize: bool) -> None:
         assert (g - e).abs().max() <= 1e-5 * e.abs().max()
 
 
-def test_auto_chooses_the_reference_only_where_the_logits_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_kept_in_memory_only_where_they_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     field = Field(1)
     calls = []
     forward = tiled.forward_tiles
     monkeypatch.setattr(tiled, "forward_tiles", lambda *args: (calls.append(1), forward(*args)))
+    monkeypatch.setattr(dense, "KEPT", 21 * 39 * 8)
     field.loss(backend=None)
     assert not calls
-    monkeypatch.setattr("fgfast.ops.contrast.contrast.BREAK_EVEN", 21 * 30 - 1)
+    monkeypatch.setattr(dense, "KEPT", 21 * 39 * 8 - 1)
     field.loss(backend=None)
     assert calls
 
 
+@pytest.mark.usefixtures("tiles_and_kept")
 def test_large_logits_do_not_overflow() -> None:
     field = Field(2, dtype=torch.float32)
     for sign in (1, -1):
@@ -259,6 +277,7 @@ def test_large_logits_do_not_overflow() -> None:
 HUGE = [(torch.bfloat16, 66), (torch.float32, 66), (torch.float32, 125), (torch.bfloat16, 125), (torch.float64, 1020)]
 
 
+@pytest.mark.usefixtures("tiles_and_kept")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("dtype", "power"), HUGE, ids=str)
 def test_vectors_whose_squares_overflow_have_the_direction_that_they_have(
@@ -280,6 +299,7 @@ def test_vectors_whose_squares_overflow_have_the_direction_that_they_have(
         assert error <= (tolerance + 2 * rounding) * (1 + e.to(wide).abs().max()), index
 
 
+@pytest.mark.usefixtures("tiles_and_kept")
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 @pytest.mark.parametrize("same", [False, True])
 def test_a_float16_vector_of_zeros_has_gradient_zero_and_changes_no_other(backend: str, same: bool) -> None:
@@ -304,6 +324,7 @@ def test_a_float16_vector_of_zeros_has_gradient_zero_and_changes_no_other(backen
             assert (g - e).abs().max() <= tolerance * e.abs().max()
 
 
+@pytest.mark.usefixtures("tiles_and_kept")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_half_precision_over_the_temperature_does_not_overflow(backend: str, normalize: bool) -> None:

@@ -38,7 +38,7 @@ def test_pyramid_equals_kmeans_on_the_built_hypercolumns(metric, seed):
 @examples(15)
 @given(seed=seeds, bad=st.booleans(), flat=st.booleans())
 def test_levels_of_few_cells_and_many_channels_are_rank_reduced_exactly(metric, seed, bad, flat):
-    """48 channels of 9 cells become 9 channels, also with equal cells (a singular map) and non-finite ones."""
+    """48 channels of 9 cells become 10 channels, also with equal cells (a singular map) and non-finite ones."""
     g = torch.Generator().manual_seed(seed)
     deep = torch.randn(2, 48, 3, 3, generator=g, dtype=torch.float64)
     if flat:
@@ -46,15 +46,29 @@ def test_levels_of_few_cells_and_many_channels_are_rank_reduced_exactly(metric, 
     if bad:
         deep[0, 5, 0, 0] = torch.nan
     maps = [deep, torch.randn(2, 3, 6, 6, generator=g, dtype=torch.float64)]
-    source = Pyramid(maps, (8, 8), closed=True)
+    source = Pyramid(maps, (8, 8))
     source.prepare(metric, None)
-    assert [level.channels for level in source.levels] == [9, 3]
+    assert [level.channels for level in source.levels] == [10, 3]
     built = hypercolumns(maps, (8, 8))
     for init in ("k-means++", "random"):
         ours = kmeans(maps, 4, size=8, seed=seed, metric=metric, init=init, n_init=2)
         same(ours, kmeans(built, 4, seed=seed, metric=metric, init=init, n_init=2))
     given = torch.randn(2, 4, 51, generator=g, dtype=torch.float64)  # in no space of the cells
     same(kmeans(maps, 4, size=8, init=given, metric=metric), kmeans(built, 4, init=given, metric=metric))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("n_iter", [0, 5])
+def test_a_start_outside_the_cells_that_stays_empty_comes_back_whole(metric, n_iter):
+    """The part of a centroid that no pixel of a rank-reduced level has counts in distances and is returned."""
+    g = torch.Generator().manual_seed(0)
+    maps = [torch.rand(2, 48, 3, 3, generator=g, dtype=torch.float64)]
+    built = hypercolumns(maps, (8, 8))
+    init = built[:, :4].clone()
+    init[:, 3] = -10 * torch.rand(2, 48, generator=g, dtype=torch.float64)
+    ours = kmeans(maps, 4, size=8, init=init, metric=metric, empty="keep", n_iter=n_iter)
+    assert (ours.counts[:, 3] == 0).all()
+    same(ours, kmeans(built, 4, init=init, metric=metric, empty="keep", n_iter=n_iter))
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])

@@ -3,6 +3,7 @@
 tests/ops/emulated/cuda_runtime.h stands in for CUDA. It cannot test what needs a GPU (memory model, speed).
 """
 
+import ctypes
 import importlib.util
 import re
 import shutil
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fgfast import pivotal_mask
+from fgfast import mask_images, pivotal_mask
 from fgfast.backend import missing
 from fgfast.ops import mask as op
 from fgfast.ops.mask import STRATEGIES
@@ -126,3 +127,15 @@ def test_gradient_of_images() -> None:
     kept = masked.mask.view(2, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3).expand(2, 3, 16, 16)
     assert images.grad is not None
     assert torch.equal(images.grad, kept.float())
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_an_error_from_before_is_not_reported(emulated: ModuleType) -> None:
+    """CUDA keeps the last error of any call until someone asks for it."""
+    assert emulated.__file__ is not None
+    last = ctypes.c_int.in_dll(ctypes.CDLL(emulated.__file__), "emulated_error")
+    x, images = rough(1, 2, 2, 16), torch.randn(2, 3, 16, 16)
+    for run in (lambda: both(x), lambda: both(x, images=images), lambda: mask_images(images, x[0, :, 0] > 0)):
+        last.value = 700
+        run()
+        assert last.value == 0

@@ -130,15 +130,15 @@ def test_gradcheck(reduce, layout):
 def test_opcheck():
     x, labels, weight = make((2, 3, 3, 2, 3), torch.float32)
     for y in (x, x.contiguous(memory_format=torch.channels_last)):
-        opcheck(_part_pool, (y.requires_grad_(), labels, 3, weight, True))
-        opcheck(_part_pool, (y.detach(), labels, 3, None, False))
-        opcheck(_part_pool_map, (y, labels.repeat(1, 2, 3), 3, weight, True))
-        opcheck(_part_pool_map, (y.detach(), labels[:, :2], 3, None, False))
+        opcheck(_part_pool.op, (y.requires_grad_(), labels, 3, weight, True))
+        opcheck(_part_pool.op, (y.detach(), labels, 3, None, False))
+        opcheck(_part_pool_map.op, (y, labels.repeat(1, 2, 3), 3, weight, True))
+        opcheck(_part_pool_map.op, (y.detach(), labels[:, :2], 3, None, False))
     grad, area = torch.randn(2, 3, 3), torch.rand(2, 3)
     for pixel_major in (False, True):
-        opcheck(part_pool_backward, (grad, labels, weight, area, True, pixel_major))
-        opcheck(part_pool_backward, (grad.clone().requires_grad_(), labels, None, area, False, pixel_major))
-    opcheck(_labels_to_grid, (labels, 2, 2, 3))
+        opcheck(part_pool_backward.op, (grad, labels, weight, area, True, pixel_major))
+        opcheck(part_pool_backward.op, (grad.clone().requires_grad_(), labels, None, area, False, pixel_major))
+    opcheck(_labels_to_grid.op, (labels, 2, 2, 3))
 
 
 def test_compile_gives_the_same_numbers():

@@ -147,7 +147,7 @@ def test_no_gradient_and_no_rows():
 
 def test_opcheck_and_compile():
     x, w, std, low = torch.randn(3, 8), torch.randn(3, 8), torch.rand(8), torch.rand(8) < 0.5
-    opcheck(_perturb, (x, w, low, std, None, 2, "absolute", "union", "noise", 1.0, 1 << 15, 3, "torch"))
+    opcheck(_perturb.op, (x, w, low, std, None, 2, "absolute", "union", "noise", 1.0, 1 << 15, 3, "torch"))
 
     def run(x):
         return perturb(x * 2, w, low_variance=low, std=std, seed=3).features

@@ -1,8 +1,8 @@
 """The contrastive loss.
 
-:mod:`contrast` chooses the backend and registers the operation, :mod:`checks` checks the arguments, :mod:`tiled` is the
-"torch" backend, :mod:`ring` spans the ranks of a process group, between which :mod:`exchange`
-sends.
+:mod:`contrast` chooses the backend and registers the operation, :mod:`checks` checks the arguments, :mod:`tiled` and,
+where logits are few, :mod:`dense` are the "torch" backend, :mod:`ring` spans the ranks of a process group, between
+which :mod:`exchange` sends.
 """
 
 from fgfast.ops.contrast.contrast import contrastive_loss

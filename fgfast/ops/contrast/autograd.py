@@ -33,6 +33,19 @@ def forget_zero_vectors(grad: Tensor | None, x: Tensor | None) -> Tensor | None:
     return grad.masked_fill_((x == 0).all(1, keepdim=True), 0)
 
 
+def as_function(
+    definition: Callable[..., Tensor], arguments: list[Any]
+) -> tuple[dict[int, Tensor], Callable[..., Tensor]]:
+    """The differentiable arguments of forward by position, and the losses as a function of them."""
+    given = {i: arguments[i] for i in POSITIONS if arguments[i] is not None}
+
+    def losses(*inputs: Tensor) -> Tensor:
+        replaced = dict(zip(given, inputs, strict=True))
+        return definition(Operands.from_flat(*(replaced.get(i, x) for i, x in enumerate(arguments[:14]))))
+
+    return given, losses
+
+
 def register_autograd(forward: Any, backward: Any, definition: Callable[..., Tensor]) -> None:
     """Register the fake implementations and the gradients of a contrast.
 
@@ -62,7 +75,7 @@ def register_autograd(forward: Any, backward: Any, definition: Callable[..., Ten
         needs = [ctx.needs_input_grad[i] for i in POSITIONS]
         input_grads: list[Tensor | None] = [None] * (len(inputs) + len(ctx.options))
         if transformed(grad):
-            given, losses = as_function([*inputs, *ctx.options])
+            given, losses = as_function(definition, [*inputs, *ctx.options])
             for position, g in zip(given, gradients(losses, list(given.values()), grad), strict=True):
                 input_grads[position] = g
             return tuple(input_grads)
@@ -71,16 +84,6 @@ def register_autograd(forward: Any, backward: Any, definition: Callable[..., Ten
             input_grads[position] = g if need else None
         return tuple(input_grads)
 
-    def as_function(arguments: list[Any]) -> tuple[dict[int, Tensor], Callable[..., Tensor]]:
-        """The differentiable arguments of forward by position, and the losses as a function of them."""
-        given = {i: arguments[i] for i in POSITIONS if arguments[i] is not None}
-
-        def losses(*inputs: Tensor) -> Tensor:
-            replaced = dict(zip(given, inputs, strict=True))
-            return definition(Operands.from_flat(*(replaced.get(i, x) for i, x in enumerate(arguments[:14]))))
-
-        return given, losses
-
     def setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         grad, _, _, ctx.needs, *arguments = inputs
         ctx.save_for_backward(grad, *arguments[:10])
@@ -88,7 +91,7 @@ def register_autograd(forward: Any, backward: Any, definition: Callable[..., Ten
 
     def compute_second(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         grad, *saved = ctx.saved_tensors
-        given, losses = as_function([*saved, *ctx.options])
+        given, losses = as_function(definition, [*saved, *ctx.options])
         wanted = {i: v for i, need, v in zip(POSITIONS, ctx.needs, cotangents, strict=True) if need}
         d_grad, *d_inputs = second_derivatives(losses, list(given.values()), grad, [wanted.get(i) for i in given])
         found = dict(zip(given, d_inputs, strict=True))

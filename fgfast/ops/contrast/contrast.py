@@ -10,17 +10,19 @@ from fgfast.ids import Ids
 from fgfast.ops.contrast import positives, sides, tiled
 from fgfast.ops.contrast.autograd import cast_gradients, forget_zero_vectors, register_autograd
 from fgfast.ops.contrast.checks import as_ids, check_operands, check_options
-from fgfast.ops.contrast.operands import Operands
+from fgfast.ops.contrast.dense import DenseContrast, fits
+from fgfast.ops.contrast.operands import Operands, define_losses
 from fgfast.ops.contrast.ring import ring_contrast
 from fgfast.ops.contrast.statistics import RowStatistics
 from fgfast.ops.derivatives import needs_definition
+from fgfast.ops.registration import operation
 from fgfast.reference import contrast as reference
-from fgfast.tensors import accumulation, exact
+from fgfast.tensors import accumulation, exact, readable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-BREAK_EVEN = 2**16  # logits up to which "auto" chooses the reference: measured on a CPU core, D = 128
+BREAK_EVEN = 2**16  # logits up to which "auto" lets torch.compile trace the reference: measured on a CPU core, D = 128
 
 
 def contrastive_loss(
@@ -49,14 +51,14 @@ def contrastive_loss(
     every other key is a negative, restricted by ``negatives``. Part -1 means absent: such queries and keys are masked
     out, and their contents (NaN included) affect neither loss nor gradients. A query without a positive has loss 0.
 
-    The "torch" backend works by tiles of the logit matrix: besides inputs and returned gradients it needs at most twice
-    the memory of the inputs and 64 MiB. If query and key are the same tensor with the same ``Ids``, only one triangle
-    of the symmetric logits is computed. The loss agrees with float64 arithmetic to 1e-6 (1 + 1/T) and the gradients to
-    1e-5 relative to their largest entry, for inputs as stored (float16 and bfloat16 inputs are upcast exactly; only the
-    returned gradients are rounded). The "triton" backend keeps the loss within the same bound; with float16 and
-    bfloat16 it rounds dL/ds to bfloat16, so the error of the gradient of a query is at most 2^-7 / (T norm) times its
-    upstream gradient, and that of the temperature 2^-7 / T^2 times their sum (for unit vectors). It supports D up to
-    8,192.
+    The "torch" backend works by tiles of the logit matrix, or on the CPU with the whole of it where that takes up to
+    8 MiB: besides inputs and returned gradients it needs at most twice the memory of the inputs and 64 MiB. If query
+    and key are the same tensor with the same ``Ids``, half the products of the symmetric logits are saved. The loss
+    agrees with float64 arithmetic to 1e-6 (1 + 1/T) and the gradients to 1e-5 relative to their largest entry, for
+    inputs as stored (float16 and bfloat16 inputs are upcast exactly; only the returned gradients are rounded). The
+    "triton" backend keeps the loss within the same bound; with float16 and bfloat16 it rounds dL/ds to bfloat16, so the
+    error of the gradient of a query is at most 2^-7 / (T norm) times its upstream gradient, and that of the temperature
+    2^-7 / T^2 times their sum (for unit vectors). It supports D up to 8,192.
 
     Forward mode, the transforms of torch.func (grad, vmap, jvp, ...) and second derivatives take the definition in
     plain PyTorch, at every size alike and with the memory of a few matrices of M x (T + Q) logits.
@@ -81,17 +83,19 @@ def contrastive_loss(
         group: contrast with the keys of all ranks of this process group, passed around a ring. The result is
             world size x local sum / global divisor, so the averaging of DistributedDataParallel gives exactly the
             gradient of one process on the concatenated batch. Image ids must differ between ranks: see
-            ``fgfast.global_ids``. The number of queries and keys may differ between ranks; the bank is replicated and
-            counts once.
-        backend: "triton", "torch", "reference" or "auto"; strict. "auto" chooses the kernels on a GPU; elsewhere the
-            reference up to 65,536 logits, where the overhead of the tiles exceeds their gain, and the tiles above.
+            ``fgfast.global_ids``. The number of queries and keys may differ between ranks, the options, a learnable
+            temperature and the need of a gradient of the keys may not; the bank is replicated and counts once. It has
+            the backends "triton" and "torch".
+        backend: "triton", "torch", "reference" or "auto"; strict. "auto" chooses the kernels on a GPU; elsewhere
+            "torch", except under torch.compile up to 65,536 logits, where it lets the reference be fused.
 
     Returns:
         float32 (float64 for float64 inputs): a scalar, or [M] for "none".
 
     Raises:
         TypeError: an unsupported dtype or type.
-        ValueError: shapes or devices that do not fit, an unknown option, a temperature that is not positive; on the
+        ValueError: shapes or devices that do not fit, an unknown option, a temperature that is not positive; over a
+            group, on every rank, D, a dtype, an option or the temperature that differs between ranks; on the
             CPU, or with FGFAST_CHECKS=1 in the environment, a part below -1 or a negative or non-finite weight.
         RuntimeError: forward mode or torch.func with backend "triton" or over a group, or a second derivative over one.
 
@@ -122,10 +126,10 @@ def contrastive_loss(
                 "contrastive_loss over a group has no forward-mode derivative and does not work inside torch.func: "
                 "give no group."
             )
-        resolve("contrastive_loss over a group", backend, ("torch",))
-        return ring_contrast(operands, weight, reduction, group)
+        name = resolve("contrastive_loss over a group", backend, preference("contrast", query, ("torch",)))
+        return ring_contrast(operands, weight, reduction, group, name)
     small = len(query) * (len(key) + (0 if bank is None else len(bank))) <= BREAK_EVEN
-    on_cpu = ("reference", "torch") if small else ("torch", "reference")
+    on_cpu = ("reference", "torch") if small and not readable(query) else ("torch", "reference")
     name = resolve("contrastive_loss", backend, preference("contrast", query, on_cpu))
     if by_definition or name == "reference":
         return reference.contrastive_loss(
@@ -136,8 +140,10 @@ def contrastive_loss(
         check_triton("query", query)
     if key is query and all(a is b for a, b in zip(query_ids, key_ids, strict=True)):
         operands = operands._replace(key=None, key_ids=None)
-    # Reaches kernels.contrast.launch.forward (triton) or ops.contrast.tiled.forward_tiles (torch), by _contrast below.
-    loss, _, count = torch.ops.fgfast.contrast(*operands.flat(), name)
+    if name == "torch" and fits(operands):
+        loss, count = DenseContrast.apply(*operands.flat())
+    else:  # reaches kernels.contrast.launch.forward (triton) or tiled.forward_tiles (torch), by _contrast below
+        loss, _, count = _contrast(*operands.flat(), name)
     return reference.reduce(loss, count > 0, weight, reduction)
 
 
@@ -167,7 +173,7 @@ class _Problem:
         return tiled.LogitTiles(self.rows, columns, self.scale, self.negatives, symmetric, pairs)
 
 
-@torch.library.custom_op("fgfast::contrast", mutates_args=())
+@operation("contrast")
 def _contrast(
     query: Tensor, query_image: Tensor, query_part: Tensor, query_view: Tensor,
     key: Tensor | None, key_image: Tensor | None, key_part: Tensor | None, key_view: Tensor | None,
@@ -192,7 +198,7 @@ def _contrast(
         return statistics.finish()
 
 
-@torch.library.custom_op("fgfast::contrast_backward", mutates_args=())
+@operation("contrast_backward")
 def _contrast_backward(
     grad: Tensor, lse: Tensor, count: Tensor, needs: list[bool],
     query: Tensor, query_image: Tensor, query_part: Tensor, query_view: Tensor,
@@ -247,13 +253,4 @@ def _contrast_backward(
         return cast_gradients(grads, query, key, bank, temperature_tensor)
 
 
-def _define_losses(operands: Operands) -> Tensor:
-    query, query_ids, key, key_ids, bank, tensor, number, negatives, normalize, _ = operands
-    return reference.contrastive_loss(
-        query, query if key is None else key, query_ids=query_ids, key_ids=query_ids if key_ids is None else key_ids,
-        temperature=number if tensor is None else tensor, negatives=negatives, normalize=normalize, bank=bank,
-        reduction="none",
-    )  # fmt: skip
-
-
-register_autograd(_contrast, _contrast_backward, _define_losses)
+register_autograd(_contrast, _contrast_backward, define_losses)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fgfast.ids import Ids
+from fgfast.reference import contrast as reference
 
 
 class Operands(NamedTuple):
@@ -36,3 +37,13 @@ class Operands(NamedTuple):
         """The arguments of a custom op: query, its 3 ids, key, its 3 ids, bank, temperature tensor, options."""
         key_ids = (None, None, None) if self.key_ids is None else self.key_ids
         return self.query, *self.query_ids, self.key, *key_ids, *self[4:]
+
+
+def define_losses(operands: Operands) -> Tensor:
+    """The losses [M] by the definition."""
+    query, query_ids, key, key_ids, bank, tensor, number, negatives, normalize, _ = operands
+    return reference.contrastive_loss(
+        query, query if key is None else key, query_ids=query_ids, key_ids=query_ids if key_ids is None else key_ids,
+        temperature=number if tensor is None else tensor, negatives=negatives, normalize=normalize, bank=bank,
+        reduction="none",
+    )  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fgfast.ids import Ids
+from fgfast.ops.contrast.sides import of_tile
 from fgfast.ops.contrast.statistics import RowStatistics
 
 MAX_PAIRS = 1 << 18  # longest list of pairs: 29 MiB while it is built, 6 MiB afterwards
@@ -58,6 +59,10 @@ class Positives(ABC):
     """The positives of a tile."""
 
     @abstractmethod
+    def sums(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum and number of the positive logits of each row of a tile that has all rows."""
+
+    @abstractmethod
     def collect(self, logits: Tensor, statistics: RowStatistics, mirrored: bool) -> None:
         """Add sums and counts of positive logits to their rows and, if ``mirrored``, to their columns."""
 
@@ -70,9 +75,13 @@ class Positives(ABC):
 class MaskedPositives(Positives):
     """Positives as a mask of the tile."""
 
-    rows: slice  # of the full matrix
-    columns: slice
+    rows: slice | None  # of the full matrix; None: all
+    columns: slice | None
     mask: Tensor  # bool
+
+    def sums(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """See the base class."""
+        return torch.where(self.mask, logits, logits.new_zeros(())).sum(1), self.mask.sum(1, dtype=logits.dtype)
 
     def collect(self, logits: Tensor, statistics: RowStatistics, mirrored: bool) -> None:
         """See the base class."""
@@ -83,10 +92,10 @@ class MaskedPositives(Positives):
 
     def subtract(self, logits: Tensor, row_weight: Tensor, column_weight: Tensor | None) -> None:
         """See the base class."""
-        weight = row_weight[self.rows, None]
+        weight = of_tile(row_weight, self.rows).unsqueeze(1)
         if column_weight is not None:
-            weight = weight + column_weight[self.columns]
-        logits.sub_(torch.where(self.mask, weight, 0))
+            weight = weight + of_tile(column_weight, self.columns)
+        logits.sub_(torch.where(self.mask, weight, logits.new_zeros(())))
 
 
 @dataclass
@@ -96,6 +105,14 @@ class ListedPositives(Positives):
     row: Tensor  # int64 [P], of the full matrix
     column: Tensor
     flat: Tensor  # positions in the flattened tile
+
+    def sums(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """See the base class."""
+        zero, positive_logits = logits.new_zeros(len(logits)), logits.view(-1)[self.flat]
+        return (
+            zero.index_add(0, self.row, positive_logits),
+            zero.index_add(0, self.row, torch.ones_like(positive_logits)),
+        )
 
     def collect(self, logits: Tensor, statistics: RowStatistics, mirrored: bool) -> None:
         """See the base class."""

@@ -1,21 +1,31 @@
-r"""The contrast with the columns of all ranks: blocks of keys are passed around a ring, logits are computed by tiles.
+r"""The contrast with the columns of all ranks: blocks of keys are passed around a ring.
 
 Rank r starts with its own keys and sends them to rank r + 1 while it works on them; after W blocks every row has been
-compared with every column. Backward sends the keys around again together with the gradient accumulated so far, which
-is back at its rank after W steps. Each rank holds two blocks of keys; no tensor of size rows x all columns exists.
+compared with every column. Backward sends the keys around again, and a step behind them the gradient accumulated so
+far, which is back at its rank after W steps: it is on its way while the next block is computed. Keys travel in their
+dtype, gradients in float32 (float64 for float64). Each rank holds two blocks of keys and, in backward, three of
+gradients; no tensor of size rows x all columns exists, and no memory grows with the number of ranks.
+
+The backend is that of a single process: the kernels (``fgfast.kernels.contrast.blocks``) launched once per block, or
+tiles in plain PyTorch (:mod:`fgfast.ops.contrast.blocks`). Ranks that were called differently learn so before the first
+transfer (:class:`fgfast.ops.contrast.exchange.Ring`).
 """
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fgfast.backend import BACKENDS, check_triton
 from fgfast.ids import Ids
-from fgfast.ops.contrast import sides, tiled
-from fgfast.ops.contrast.autograd import cast_gradients, register_autograd
-from fgfast.ops.contrast.exchange import Ring, process_group, wait
+from fgfast.ops.contrast import blocks as tiled_blocks
+from fgfast.ops.contrast.autograd import cast_gradients, forget_zero_vectors, register_autograd
+from fgfast.ops.contrast.checks import NEGATIVES, PRECISIONS, REDUCTIONS
+from fgfast.ops.contrast.exchange import Ring, process_group
 from fgfast.ops.contrast.operands import Operands
-from fgfast.ops.contrast.statistics import RowStatistics
-from fgfast.tensors import accumulation, exact
+from fgfast.ops.registration import operation
+from fgfast.tensors import FLOATS, exact, readable
 
 
 def global_ids(ids: Ids, group: "dist.ProcessGroup | None" = None) -> Ids:
@@ -40,7 +50,7 @@ def global_ids(ids: Ids, group: "dist.ProcessGroup | None" = None) -> Ids:
         tensor([0, 0])
     """
     image = ids.image.to(torch.int64)
-    if image.device.type == "cpu" and len(image) and image.min() < 0:
+    if readable(image) and len(image) and image.min() < 0:
         raise ValueError(f"ids.image holds the image id {image.min().item()}: number the images from 0.")
     if not dist.is_available() or not dist.is_initialized():
         return ids._replace(image=image)
@@ -50,86 +60,95 @@ def global_ids(ids: Ids, group: "dist.ProcessGroup | None" = None) -> Ids:
     return ids._replace(image=image + counts[: dist.get_rank(group)].sum())
 
 
-def _make_block(key: Tensor, ids: Ids) -> list[Tensor]:
+def _make_block(key: Tensor, *ids: Tensor) -> list[Tensor]:
     """The tensors that are sent around: keys and their ids."""
     return [key.contiguous(), *(i.to(torch.int64).contiguous() for i in ids)]
 
 
-@torch.library.custom_op("fgfast::ring_contrast", mutates_args=())
+def _form_ring(
+    group: str, operands: Operands, key: Tensor, reduction: str, backend: str, need_key: bool = False
+) -> tuple[Ring, int, Any]:
+    """The ring, the number of columns of the longest block, and the module that computes with blocks.
+
+    What a single rank might refuse is checked after the exchange: the ranks would wait for it in vain.
+    """
+    query, tensor = operands.query, operands.temperature_tensor
+    choices = {
+        "query.dtype": (query.dtype, FLOATS),
+        "negatives": (operands.negatives, NEGATIVES),
+        "normalize": (operands.normalize, (False, True)),
+        "precision": (operands.precision, PRECISIONS),
+        "reduction": (reduction, REDUCTIONS),
+        "backend": (backend, BACKENDS),
+        "key.requires_grad": (need_key, (False, True)),
+    }
+    temperature = operands.temperature if tensor is None else tensor
+    ring = Ring(process_group(group), key, choices, {"temperature": temperature})
+    longest = max(*ring.counts, 0 if operands.bank is None else len(operands.bank))
+    if backend != "triton":
+        return ring, longest, tiled_blocks
+    from fgfast.kernels.contrast import blocks
+
+    check_triton("query", query)
+    return ring, longest, blocks
+
+
+@operation("ring_contrast")
 def _ring_contrast(
     query: Tensor, query_image: Tensor, query_part: Tensor, query_view: Tensor,
     key: Tensor, key_image: Tensor, key_part: Tensor, key_view: Tensor,
     bank: Tensor | None, temperature_tensor: Tensor | None, temperature: float,
-    negatives: str, normalize: bool, precision: str, group: str,
+    negatives: str, normalize: bool, precision: str, reduction: str, backend: str, group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss, log2-sum-exp2 and positives of the local rows [M] with the columns of all ranks of the named group."""
-    dtype = accumulation(query.dtype)
-    with exact(query.device, precision):
-        scale = tiled.logit_scale(temperature_tensor, temperature, dtype)
-        rows = sides.make_side(query, Ids(query_image, query_part, query_view), normalize, dtype, negatives)
-        statistics = RowStatistics.zeros(rows, tiled.has_bounded_logits(scale, normalize))
+    """Loss, log2-sum-exp2 and positives of the local rows [M] with the columns of all ranks of the named group.
+
+    The ranks must agree about ``reduction`` too, which is not applied here.
+    """
+    operands = Operands.from_flat(
+        query, query_image, query_part, query_view, key, key_image, key_part, key_view, bank, temperature_tensor,
+        temperature, negatives, normalize, precision,
+    )  # fmt: skip
+    block = _make_block(key, key_image, key_part, key_view)
+    ring, longest, blocks = _form_ring(group, operands, key, reduction, backend)
+    with exact(query.device, precision), torch.cuda.device_of(query):
+        losses = blocks.Losses(longest, *operands)
         if bank is not None:
-            columns = sides.make_side(bank, None, normalize, dtype)
-            tiled.forward_tiles(tiled.LogitTiles(rows, columns, scale, negatives), statistics)
-        ring = Ring(process_group(group), key)
-        block = _make_block(key, Ids(key_image, key_part, key_view))
-        for step in range(ring.size):
-            last = step == ring.size - 1
-            arriving, transfers = (block, []) if last else ring.start(block, step)
-            columns = sides.make_side(block[0], Ids(*block[1:]), normalize, dtype, negatives)
-            tiled.forward_tiles(tiled.LogitTiles(rows, columns, scale, negatives), statistics)
-            wait(transfers)
-            block = arriving
-        return statistics.finish()
+            losses.add(bank, None)
+        ring.pass_around(block, lambda arrived: losses.add(arrived[0], Ids(*arrived[1:])))
+        loss, lse, count = losses.finish()
+        return loss, lse, count
 
 
-@torch.library.custom_op("fgfast::ring_contrast_backward", mutates_args=())
+@operation("ring_contrast_backward")
 def _ring_contrast_backward(
     grad: Tensor, lse: Tensor, count: Tensor, needs: list[bool],
     query: Tensor, query_image: Tensor, query_part: Tensor, query_view: Tensor,
     key: Tensor, key_image: Tensor, key_part: Tensor, key_view: Tensor,
     bank: Tensor | None, temperature_tensor: Tensor | None, temperature: float,
-    negatives: str, normalize: bool, precision: str, group: str,
+    negatives: str, normalize: bool, precision: str, reduction: str, backend: str, group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key, bank and temperature, empty where ``needs`` is False."""
     need_query, need_key, need_bank, need_temperature = needs
-    dtype = accumulation(query.dtype)
-    with exact(query.device, precision):
-        scale = tiled.logit_scale(temperature_tensor, temperature, dtype)
-        coefficients = tiled.Coefficients.make(grad, lse, count)
-        rows = sides.make_side(query, Ids(query_image, query_part, query_view), normalize, dtype, negatives)
-        d_query = query.new_zeros(query.shape, dtype=dtype) if need_query or need_temperature else None
-        d_bank = None
+    operands = Operands.from_flat(
+        query, query_image, query_part, query_view, key, key_image, key_part, key_view, bank, temperature_tensor,
+        temperature, negatives, normalize, precision,
+    )  # fmt: skip
+    block = _make_block(key, key_image, key_part, key_view)
+    ring, longest, blocks = _form_ring(group, operands, key, reduction, backend, need_key)
+    d_bank = d_key = None
+    with exact(query.device, precision), torch.cuda.device_of(query):
+        gradients = blocks.Gradients((grad, lse, count), need_query, need_temperature, longest, *operands)
         if bank is not None:
-            bank_side = sides.make_side(bank, None, normalize, dtype)
-            d_bank = bank.new_zeros(bank.shape, dtype=dtype) if need_bank else None
-            tiled.backward_tiles(tiled.LogitTiles(rows, bank_side, scale, negatives), coefficients, d_query, d_bank)
+            d_bank = gradients.add(bank, None, need_bank)
             if d_bank is not None:
-                tiled.finish_gradient(bank_side, d_bank, scale)
-        ring = Ring(process_group(group), key)
-        key_ids = Ids(key_image, key_part, key_view)
-        block = _make_block(key, key_ids)
-        d_key = key.new_zeros(key.shape, dtype=dtype) if need_key else None
-        for step in range(ring.size):
-            last = step == ring.size - 1
-            arriving, transfers = (block, []) if last else ring.start(block, step)
-            columns = sides.make_side(block[0], Ids(*block[1:]), normalize, dtype, negatives)
-            tiled.backward_tiles(tiled.LogitTiles(rows, columns, scale, negatives), coefficients, d_query, d_key)
-            wait(transfers)
-            if d_key is not None:
-                (d_key,), transfers = ring.start([d_key], step)
-                wait(transfers)
-            block = arriving
+                d_bank = gradients.finish_columns(bank, None, d_bank)
+        d_key = ring.pass_around(block, lambda arrived: gradients.add(arrived[0], Ids(*arrived[1:]), need_key))
         if d_key is not None:
-            tiled.finish_gradient(sides.make_side(key, key_ids, normalize, dtype), d_key, scale)
-        d_temperature = None
-        if d_query is not None:
-            if need_temperature and temperature_tensor is not None:
-                d_temperature = tiled.temperature_gradient(
-                    tiled.sum_inner_products(rows, d_query), scale, temperature_tensor
-                )
-            tiled.finish_gradient(rows, d_query, scale)
-        grads = [d_query if need_query else None, d_key, d_bank, d_temperature]
+            d_key = gradients.finish_columns(key, operands.key_ids, d_key)
+        d_query, d_temperature = gradients.finish()
+        grads = [d_query, d_key, d_bank, d_temperature]
+        if normalize and backend == "triton":
+            grads[:3] = [forget_zero_vectors(g, x) for g, x in zip(grads[:3], (query, key, bank), strict=True)]
         return cast_gradients(grads, query, key, bank, temperature_tensor)
 
 
@@ -142,7 +161,7 @@ def _refuse(operands: Operands) -> Tensor:
 register_autograd(_ring_contrast, _ring_contrast_backward, _refuse)
 
 
-@torch.library.custom_op("fgfast::group_sum", mutates_args=())
+@operation("group_sum")
 def _group_sum(x: Tensor, group: str) -> Tensor:
     """Sum of x over the ranks of the named group."""
     x = x.clone()
@@ -155,10 +174,12 @@ def _(x: Tensor, group: str) -> Tensor:
     return torch.empty_like(x)
 
 
-def ring_contrast(operands: Operands, weight: Tensor | None, reduction: str, group: "dist.ProcessGroup") -> Tensor:
+def ring_contrast(
+    operands: Operands, weight: Tensor | None, reduction: str, group: "dist.ProcessGroup", backend: str
+) -> Tensor:
     """``contrastive_loss`` over a group: world size x local sum / global divisor; "none" gives the local losses."""
-    # Reaches the "torch" backend on every rank: tiled.forward_tiles on each block of keys.
-    loss, _, count = _ring_contrast(*operands.flat(), group.group_name)
+    # Reaches kernels.contrast.blocks (triton) or ops.contrast.blocks (torch) with each block of keys.
+    loss, _, count = _ring_contrast(*operands.flat(), reduction, backend, group.group_name)
     valid = count > 0
     if weight is not None:
         loss = torch.where(valid, loss * weight.to(loss.dtype), 0)

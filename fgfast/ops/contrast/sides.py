@@ -1,5 +1,6 @@
 """The rows and the columns of the logit matrix, read tile by tile, and the comparison of their ids."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,31 +29,44 @@ class Side:
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def load(self, tile: slice, scale: float | Tensor | None = None) -> Tensor:
+    def identify(self, tile: slice) -> tuple[Ids, Tensor | None]:
+        """The ids of a tile, and which of its vectors are present."""
+        assert self.ids is not None
+        return Ids(*(i[tile] for i in self.ids)), None if self.present is None else self.present[tile]
+
+    def load(self, tile: slice | None = None, scale: float | Tensor | None = None) -> Tensor:
         """The vectors [n, D] of a tile as the products need them: normalised, times scale, absent ones zero."""
-        loaded = self.vectors[tile].to(self.dtype)
-        factor: float | Tensor | None = None if self.inverse_norms is None else self.inverse_norms[tile, None]
+        loaded = of_tile(self.vectors, tile).to(self.dtype)
+        factor: float | Tensor | None = None
+        if self.inverse_norms is not None:
+            factor = of_tile(self.inverse_norms, tile).unsqueeze(1)
         if scale is not None:
             factor = scale if factor is None else factor * scale
         if factor is not None:
             loaded = loaded * factor
         if self.present is not None:
-            loaded = torch.where(self.present[tile, None], loaded, 0)
+            loaded = torch.where(of_tile(self.present, tile)[:, None], loaded, 0)
         return loaded
 
-    def backpropagate(self, tile: slice, grad: Tensor) -> None:
-        """Turn the gradient [n, D] of the loaded tile into that of ``vectors``, in place."""
+    def backpropagate(self, tile: slice | None, grad: Tensor, loaded: Tensor | None = None) -> None:
+        """Turn the gradient [n, D] of the tile, ``loaded`` anew if need be, into that of ``vectors``, in place."""
         if self.inverse_norms is not None:
-            loaded = self.load(tile)
-            inverse = self.inverse_norms[tile, None]
+            loaded = self.load(tile) if loaded is None else loaded
+            inverse = of_tile(self.inverse_norms, tile).unsqueeze(1)
             dot = (loaded * grad).sum(1, keepdim=True)
-            below_eps = inverse >= 1 / EPS  # where the norm is a constant
-            dot = torch.where(below_eps, 0, dot)
-            if self.vectors.dtype == torch.float16:  # which cannot hold 1 / EPS
-                inverse = torch.where(below_eps, 0, inverse)
+            if inverse.device.type != "cpu" or not (inverse.numel() and float(inverse.max()) < 0.5 / EPS):
+                below_eps = inverse >= 1 / EPS  # where the norm is a constant
+                dot = torch.where(below_eps, 0, dot)
+                if self.vectors.dtype == torch.float16:  # which cannot hold 1 / EPS
+                    inverse = torch.where(below_eps, 0, inverse)
             grad.addcmul_(loaded, dot, value=-1).mul_(inverse)
         if self.present is not None:
-            grad.copy_(torch.where(self.present[tile, None], grad, 0))
+            grad.copy_(torch.where(of_tile(self.present, tile)[:, None], grad, 0))
+
+
+def of_tile(x: Tensor, tile: slice | None) -> Tensor:
+    """The entries of a tile; None means all."""
+    return x if tile is None else x[tile]
 
 
 def make_side(
@@ -66,29 +80,24 @@ def make_side(
     """Norms, presence and, on the CPU if ``with_ranges``, ranges of image ids of the vectors [N, D]."""
     inverse_norms = None
     if normalize:
-        inverse_norms = vectors.new_empty(len(vectors), dtype=dtype)
-        for tile in tiles(len(vectors), tile_size(vectors)):
-            inverse_norms[tile] = _invert_norms(vectors[tile].to(dtype))
+        of_tiles = [_invert_norms(vectors[tile].to(dtype)) for tile in tiles(len(vectors), tile_size(vectors))]
+        inverse_norms = of_tiles[0] if len(of_tiles) == 1 else torch.cat([vectors.new_empty(0, dtype=dtype), *of_tiles])
     if ids is None:
         return Side(vectors, None, inverse_norms, None, None, None, dtype)
-    present: Tensor | None = ids.part >= 0
     ranges = None
-    if vectors.device.type == "cpu":
-        assert present is not None
-        if with_ranges:
-            ranges = _image_ranges(ids.image.to(torch.int64), present, tile_size(vectors, negatives))
-        if present.all():
-            present = None
-    absent_bias = None
-    if present is not None:
-        absent_bias = torch.where(present, 0, vectors.new_full((), -torch.inf, dtype=dtype))
+    if with_ranges and vectors.device.type == "cpu":
+        ranges = _image_ranges(ids.image.to(torch.int64), ids.part >= 0, tile_size(vectors, negatives))
+    if vectors.device.type == "cpu" and (not len(vectors) or int(ids.part.min()) >= 0):
+        return Side(vectors, ids, inverse_norms, None, None, ranges, dtype)
+    present = ids.part >= 0
+    absent_bias = torch.where(present, 0, vectors.new_full((), -torch.inf, dtype=dtype))
     return Side(vectors, ids, inverse_norms, present, absent_bias, ranges, dtype)
 
 
 def _invert_norms(x: Tensor) -> Tensor:
     """1 / max(norm, EPS) [N] of every finite x [N, D]."""
     norm = torch.linalg.vector_norm(x, dim=1)
-    if (x.device.type == "cpu" and norm.isfinite().all()) or not x.shape[1]:
+    if not x.numel() or (x.device.type == "cpu" and float(norm.max()) < math.inf):
         return norm.clamp_(min=EPS).reciprocal_()
     factor = shrinking(largest(x))
     return torch.linalg.vector_norm(x * factor, dim=1).clamp_(min=EPS).reciprocal_() * factor[:, 0]
@@ -135,21 +144,17 @@ def may_overlap(rows: Side, row_tile: slice, columns: Side, column_tile: slice, 
 
 
 def compare_ids(
-    rows: Side, row_tile: slice, columns: Side, column_tile: slice, negatives: str
+    rows: Ids, row_present: Tensor | None, columns: Ids, column_present: Tensor | None, negatives: str
 ) -> tuple[Tensor, Tensor]:
-    """Which columns of a tile are positives of which rows, and which are masked out for them: bool [m, n] each."""
-    row_ids, column_ids = rows.ids, columns.ids
-    assert row_ids is not None
-    assert column_ids is not None
-    same_image = row_ids.image[row_tile, None] == column_ids.image[column_tile]
-    masked_out = (row_ids.part[row_tile, None] == column_ids.part[column_tile]).logical_and_(same_image)
-    same_view = row_ids.view[row_tile, None] == column_ids.view[column_tile]
-    positive = masked_out & ~same_view
-    if rows.present is not None:
-        positive &= rows.present[row_tile, None]
-    if columns.present is not None:
-        positive &= columns.present[column_tile]
+    """Which columns are positives of which rows, and which are masked out for them: bool [m, n] each."""
+    same_image, same_part, same_view = (r.unsqueeze(1) == c for r, c in zip(rows, columns, strict=True))
+    same_part &= same_image
+    masked_out = same_part & same_view
+    positive = same_part.logical_xor_(masked_out)
+    if row_present is not None:
+        positive &= row_present[:, None]
+    if column_present is not None:
+        positive &= column_present
     if negatives == "other_images":
         return positive, same_image.logical_and_(~positive)
-    masked_out &= same_view
     return positive, masked_out.logical_or_(~same_image) if negatives == "same_image" else masked_out

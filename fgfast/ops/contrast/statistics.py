@@ -25,15 +25,18 @@ class RowStatistics:
         zero = rows.vectors.new_zeros(len(rows), dtype=rows.dtype)
         return cls(None if bounded else torch.full_like(zero, -torch.inf), zero, zero.clone(), zero.clone())
 
+    def losses(self) -> Tensor:
+        """Losses [M] in nats of the rows that have a positive."""
+        mean_positive = self.positive / self.count
+        if self.maximum is not None:
+            return (self.total.log2() + (self.maximum - mean_positive)) * LN2
+        # The sum relative to the positives: a loss far below the rounding error of the logits is not lost.
+        of_positive = torch.exp2(mean_positive)
+        return ((self.total - of_positive) / of_positive).log1p()
+
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Loss [M] in nats, log2-sum-exp2 [M], positives [M]: all of them 0 for a row without a positive."""
-        valid = self.count > 0
-        mean_positive = self.positive / self.count.clamp(min=1)
-        # The sum relative to the positives: a loss far below the rounding error of the logits is not lost.
-        if self.maximum is None:
-            lse, of_positive = self.total.log2(), torch.exp2(mean_positive)
-            loss = ((self.total - of_positive) / of_positive).log1p()
-        else:
-            lse = self.total.log2() + self.maximum
-            loss = (self.total.log2() + (self.maximum - mean_positive)) * LN2
-        return torch.where(valid, loss, 0), torch.where(valid, lse, 0), self.count
+        valid, lse = self.count > 0, self.total.log2()
+        if self.maximum is not None:
+            lse += self.maximum
+        return torch.where(valid, self.losses(), 0), torch.where(valid, lse, 0), self.count

@@ -89,7 +89,7 @@ class LogitTiles:
         logits = torch.mm(query, key.T, out=self.buffer[: height * width].view(height, width))
         positives: Positives | None = None
         if ids_are_compared:
-            positive, masked_out = compare_ids(rows, row_tile, columns, column_tile, self.negatives)
+            positive, masked_out = compare_ids(*rows.identify(row_tile), *columns.identify(column_tile), self.negatives)
             logits.masked_fill_(masked_out, -torch.inf)
             positives = MaskedPositives(row_tile, column_tile, positive)
         elif self.pairs is not None:

@@ -1,5 +1,6 @@
 """Checks of what k-means is given, and its pixels, weights and centroids as views of one shape."""
 
+import math
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any, Protocol
@@ -125,7 +126,7 @@ def match_centroids(name: str, centroids: Tensor | Array, batch: int, channels: 
 
 
 def check_finite(name: str, x: Tensor) -> None:
-    if values_checked(x) and not bool(x.isfinite().all()):
+    if values_checked(x) and x.numel() and not all(map(math.isfinite, torch.stack(x.aminmax()).tolist())):
         raise ValueError(f"{name} holds a number that is not finite: give finite centroids.")
 
 

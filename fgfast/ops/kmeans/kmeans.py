@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fgfast.backend import check_triton, preference, resolve
-from fgfast.ops.derivatives import register_vmap
 from fgfast.ops.kmeans.checks import (
     BACKENDS,
     METRICS,
@@ -31,6 +30,7 @@ from fgfast.ops.kmeans.checks import (
     seed_tensor,
 )
 from fgfast.ops.kmeans.lloyd import lloyd
+from fgfast.ops.registration import operation
 from fgfast.pixels.init import start
 from fgfast.pixels.options import KMeansOptions
 from fgfast.pixels.pyramid import Pyramid
@@ -85,7 +85,7 @@ def _outputs(
     )
 
 
-@torch.library.custom_op("fgfast::kmeans", mutates_args=())
+@operation("kmeans")
 def _kmeans(
     xs: list[Tensor],
     n_clusters: int,
@@ -125,7 +125,7 @@ def _kmeans(
         for b in starts:
             part = slice(b, b + starts.step)
             maps = [m[part] for m in xs]
-            source = Dense(maps[0].flatten(2)) if size is None else Pyramid(maps, (size[0], size[1]), first is None)
+            source = Dense(maps[0].flatten(2)) if size is None else Pyramid(maps, (size[0], size[1]))
             w, c = (None if t is None else t[part] for t in (weight, first))
             result = _solve(source, w, seed, options._replace(first=c))
             for out, value in zip(outs, result, strict=True):
@@ -143,7 +143,7 @@ def _(  # type: ignore[no-untyped-def]
 # fmt: on
 
 
-register_vmap(_kmeans)
+_kmeans.loop_in_vmap()
 
 
 def kmeans(

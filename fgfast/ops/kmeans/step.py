@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from fgfast.backend import check_triton, preference, resolve
-from fgfast.ops.derivatives import register_vmap
 from fgfast.ops.kmeans.checks import (
     METRICS,
     Array,
@@ -19,6 +18,7 @@ from fgfast.ops.kmeans.checks import (
     groups,
     match_centroids,
 )
+from fgfast.ops.registration import operation
 from fgfast.pixels.source import Dense, middle, tiles, unit
 from fgfast.reference import kmeans as reference
 from fgfast.tensors import accumulation, check_weight, exact, transformed
@@ -55,7 +55,7 @@ def assign_tiles(
     return labels, sums, counts.float(), inertia.float()
 
 
-@torch.library.custom_op("fgfast::kmeans_step", mutates_args=())
+@operation("kmeans_step")
 def _kmeans_step(
     x: Tensor,
     centroids: Tensor,
@@ -106,7 +106,7 @@ def _(
     return _step_outputs(x, centroids)
 
 
-register_vmap(_kmeans_step)
+_kmeans_step.loop_in_vmap()
 
 
 def kmeans_step(

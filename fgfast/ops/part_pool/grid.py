@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from fgfast.backend import check_triton, preference, resolve
-from fgfast.ops.derivatives import register_vmap
 from fgfast.ops.part_pool.tiled import majority_grid
+from fgfast.ops.registration import operation
 from fgfast.reference import part_pool as reference
 from fgfast.tensors import as_size, check_ids, check_integers, check_whole, shape_error, transformed
 
@@ -16,7 +16,7 @@ def check_n_parts(n_parts: int) -> None:
         raise ValueError(f"n_parts is {n_parts}: give at least 1.")
 
 
-@torch.library.custom_op("fgfast::labels_to_grid", mutates_args=())
+@operation("labels_to_grid")
 def _labels_to_grid(labels: Tensor, height: int, width: int, n_parts: int, backend: str = "torch") -> Tensor:
     if backend == "triton":
         from fgfast.kernels.part_pool import launch as kernels
@@ -30,7 +30,7 @@ def _(labels: Tensor, height: int, width: int, n_parts: int, backend: str = "tor
     return labels.new_empty(labels.shape[0], height, width, dtype=torch.int64)
 
 
-register_vmap(_labels_to_grid)
+_labels_to_grid.loop_in_vmap()
 
 
 def labels_to_grid(labels: Tensor, size: int | tuple[int, int], n_parts: int, *, backend: str | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from fgfast.backend import check_triton, preference, resolve
 from fgfast.ops.derivatives import gradients, needs_definition
 from fgfast.ops.part_pool.grid import check_n_parts, labels_to_grid
 from fgfast.ops.part_pool.tiled import empty_gradient, majority_grid, one_hot, pool, tiles
+from fgfast.ops.registration import operation
 from fgfast.reference import part_pool as reference
 from fgfast.tensors import (
     accumulation,
@@ -30,7 +31,7 @@ class PartPool(NamedTuple):
     area: Tensor
 
 
-@torch.library.custom_op("fgfast::part_pool", mutates_args=())
+@operation("part_pool")
 def _part_pool(
     features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, mean: bool, backend: str = "torch"
 ) -> tuple[Tensor, Tensor]:
@@ -53,7 +54,7 @@ def _(
     return pooled, features.new_empty(shape, dtype=accumulation(features.dtype))
 
 
-@torch.library.custom_op("fgfast::part_pool_backward", mutates_args=())
+@operation("part_pool_backward")
 def part_pool_backward(
     grad: Tensor,
     labels: Tensor,
@@ -156,7 +157,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
 _part_pool.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("fgfast::part_pool_map", mutates_args=())
+@operation("part_pool_map")
 def _part_pool_map(
     features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, mean: bool, backend: str = "torch"
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -29,6 +30,9 @@ struct alignas(16) uint4 {
 using cudaStream_t = void*;
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
+extern "C" {
+inline cudaError_t emulated_error = cudaSuccess;  // the last error; a test may set it
+}
 
 namespace emulated {
 
@@ -52,7 +56,6 @@ inline std::vector<unsigned> exchanged;
 inline Barrier whole;
 inline const std::function<void()>* body = nullptr;
 inline unsigned running = 0;
-inline bool stuck = false;
 
 inline void wait(Barrier& barrier) {
     const unsigned generation = barrier.generation;
@@ -138,7 +141,7 @@ inline void launch(const std::function<void()>& kernel, dim3 blocks, unsigned n,
             block = dim3(x, y);
             shared.assign(shared.size(), 0xABABABABABABABABu);
             if (!run_block(n, random)) {
-                stuck = true;
+                emulated_error = 1;
                 return;
             }
         }
@@ -166,5 +169,7 @@ template <typename T>
 T __ldg(const T* at) {
     return *at;
 }
-inline cudaError_t cudaGetLastError() { return emulated::stuck ? 1 : cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return "threads of a block wait for each other"; }
+inline cudaError_t cudaGetLastError() { return std::exchange(emulated_error, cudaSuccess); }
+inline const char* cudaGetErrorString(cudaError_t error) {
+    return error == 1 ? "threads of a block wait for each other" : "an error before the launch";
+}
