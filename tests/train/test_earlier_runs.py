@@ -60,7 +60,8 @@ def test_an_interrupted_run_resumes(earlier: Path, birds: Path) -> None:
     run = earlier / "stopped"
     before = {p: p.read_bytes() for p in run.glob("parts_*/*/*.png")}
     name, config = read_run(run)
-    pretrain(name, replace(config, data=str(birds), out=str(run), resume=True))
+    with torch.backends.mkldnn.flags(enabled=False):  # whose backward writes past its memory with AVX2 (torch 2.14.1)
+        pretrain(name, replace(config, data=str(birds), out=str(run), resume=True))
     losses = [row["loss"] for row in read_metrics(run / "metrics.jsonl")[0]]
     assert losses == pytest.approx(EXPECTED["losses"], rel=1e-3)  # three steps of float32 on another processor
     assert len(before) == 12
