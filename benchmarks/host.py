@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ def pretend(arch: str) -> Stopwatch:
                 setattr(module, function, lambda _: False)  # as on a GPU
     watch = Stopwatch()
     kernel.run = watch.wrap("triton", kernel.run)
-    setattr(Operation, "__call__", watch.wrap("operation", Operation.__call__))  # noqa: B010
+    mock.patch.object(Operation, "__call__", watch.wrap("operation", Operation.__call__)).start()
     modules = [module for name, module in sys.modules.items() if name.startswith("fgfast.ops")]
     for operation in {value for module in modules for value in vars(module).values() if isinstance(value, Operation)}:
         operation.run = watch.wrap("run", operation.run)

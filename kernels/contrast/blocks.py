@@ -20,7 +20,7 @@ class Losses:
     def __init__(
         self, longest: int, query: Tensor, query_ids: Ids, key: Tensor, key_ids: Ids, bank: Tensor | None, *options: Any
     ):
-        launch.check_sizes(query, key, bank)
+        launch.check_sizes(query=query, key=key, bank=bank)
         self.problem = launch.Problem("forward", query, query_ids, *options)
         self.sums = launch.Losses(self.problem, 1 + self.problem.splits(len(query), longest))
 
@@ -45,7 +45,7 @@ class Gradients:
         query: Tensor, query_ids: Ids, key: Tensor, key_ids: Ids, bank: Tensor | None,
         temperature_tensor: Tensor | None, *options: Any,
     ):  # fmt: skip
-        launch.check_sizes(query, key, bank)
+        launch.check_sizes(query=query, key=key, bank=bank)
         grad, lse, count = upstream
         self.problem = launch.Problem(
             "gradient", query, query_ids, temperature_tensor, *options, (grad.to(torch.float32), lse, count)

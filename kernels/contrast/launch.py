@@ -225,13 +225,13 @@ def _channels(d: int, most: int) -> int:
     return min(max(triton.next_power_of_2(d), 16), most)
 
 
-def check_sizes(query: Tensor, key: Tensor | None, bank: Tensor | None) -> None:
+def check_sizes(**vectors: Tensor | None) -> None:
     """Raise for more channels or vectors than the kernels can index.
 
     Raises:
         ValueError: D over 8,192, or 2^31 vectors.
     """
-    for name, x in (("query", query), ("key", key), ("bank", bank)):
+    for name, x in vectors.items():
         if x is not None and x.shape[1] > LARGEST_D:
             raise ValueError(
                 f"{name} has {x.shape[1]} channels and the Triton kernels take {LARGEST_D}: choose backend 'torch'."
@@ -303,7 +303,7 @@ def forward(
     temperature_tensor: Tensor | None, temperature: float, negatives: str, normalize: bool, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, log2-sum-exp2 and number of positives of each query, float32 [M]; key None means the query itself."""
-    check_sizes(query, key, bank)
+    check_sizes(query=query, key=key, bank=bank)
     with on_device_of(query):
         problem = Problem("forward", query, query_ids, temperature_tensor, temperature, negatives, normalize, precision)
         keys = problem.rows if key is None else problem.prepare(key, key_ids)
@@ -396,7 +396,7 @@ def backward(
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of query, key, bank and temperature, None where ``needs`` is False."""
     need_query, need_key, need_bank, need_temperature = needs
-    check_sizes(query, key, bank)
+    check_sizes(query=query, key=key, bank=bank)
     if len(query) == 0:
         zeros = zip(needs, (query, key, bank, temperature_tensor), strict=True)
         return [torch.zeros_like(x) if need and x is not None else None for need, x in zeros]

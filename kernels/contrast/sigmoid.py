@@ -21,12 +21,11 @@ from fgfast.kernels.common import AotCase, interpreted, launch_options, on_devic
 from fgfast.kernels.configs import architectures_for, table
 from fgfast.kernels.contrast.kernels import INFINITY, LOG2E, _add_product, _indices, _load_vectors, _multiply
 from fgfast.kernels.contrast.launch import (
-    LARGEST_D,
-    LARGEST_N,
     SPLIT_BYTES,
     TileShape,
     _channels,
     arithmetic,
+    check_sizes,
     programs_wanted,
     tile,
 )
@@ -177,18 +176,9 @@ def _on_device(factors: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack([x.to(torch.float32) for x in moved])
 
 
-def _check_sizes(x: Tensor) -> None:
-    """Raise for more channels or vectors than the kernels can index."""
-    for size, most, what in ((x.shape[1], LARGEST_D, "channels"), (x.shape[0], LARGEST_N, "rows")):
-        if size > most:
-            raise ValueError(
-                f"image_features has {size} {what} and the Triton kernels take {most}: choose backend 'torch'."
-            )
-
-
 def forward(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, paired: bool) -> Tensor:
     """The losses of the images over a block of texts, float32 [N]; text i belongs to image i if ``paired``."""
-    _check_sizes(image)
+    check_sizes(image_features=image, text_features=text)
     if not len(image) or not len(text):
         return image.new_zeros(len(image), dtype=torch.float32)
     with on_device_of(image):

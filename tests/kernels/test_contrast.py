@@ -221,6 +221,6 @@ def test_bad_input_is_one_clear_error() -> None:
     with pytest.raises(ValueError, match=r"query has 8193 channels and the Triton kernels take 8192"):
         field.loss(query=wide, key=wide)
     with pytest.raises(ValueError, match=r"key has 2147483648 rows and the Triton kernels take \d+"):
-        kernels.check_sizes(wide[:, :4], torch.zeros(1, 4).expand(2**31, 4), None)
+        kernels.check_sizes(query=wide[:, :4], key=torch.zeros(1, 4).expand(2**31, 4))
     with pytest.raises(TypeError, match=r"query has dtype torch\.float64"):
         field.loss(query=field.query.double(), key=field.key.double())

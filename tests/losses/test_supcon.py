@@ -36,6 +36,12 @@ def test_distributed_loss_wrapper_takes_it_and_gives_the_value_of_the_peer(
     assert_same(wrapped(losses.SupConLoss()), wrapped(pml.SupConLoss()), X)
 
 
+def test_a_function_may_reduce_the_losses() -> None:
+    """Also in a subclass of pytorch-metric-learning's base class, which keeps a reducer of its own as a module."""
+    loss = subclass.SupConLoss(reducer=lambda *_: torch.tensor(7.0))
+    assert loss(X, Y) == 7
+
+
 def test_its_class_depends_on_whether_pytorch_metric_learning_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(losses.SupConLoss()) is subclass.SupConLoss
     monkeypatch.delitem(sys.modules, "pytorch_metric_learning.losses")

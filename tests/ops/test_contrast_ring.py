@@ -38,16 +38,16 @@ def field(images: list[int]) -> tuple[list[Tensor], list[int]]:
 
 
 def evaluate(parts: list[Tensor], ids: Ids, case: dict[str, Any], group: Any = None) -> list[Tensor]:
-    """Loss, and the gradients of query, key, temperature and bank, in the dtype of ``parts``."""
+    """Loss and gradients of query, key, temperature and bank, in the dtype of ``parts``; ``stored``: of the bank."""
     case = dict(case)
     query, key = parts[0].clone().requires_grad_(), parts[1].clone().requires_grad_()
     compiled = case.pop("compiled", False) and group is not None
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     temperature = torch.tensor(case.pop("temperature", 0.1), dtype=wide, requires_grad=True)
-    bank = None
+    bank, stored = None, case.pop("stored", query.dtype)
     if case.pop("bank", False):
-        bank = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(query.dtype)
-        bank.requires_grad_()
+        bank = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        bank = bank.to(stored).to(query.dtype).requires_grad_()
 
     def run(query: Tensor, key: Tensor) -> Tensor:
         return contrastive_loss(

@@ -1,5 +1,6 @@
 """Transfers between the ranks of a process group: every rank sends to the next one and receives from the previous."""
 
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -37,12 +38,13 @@ class Ring:
         choices, numbers = {"dtype": (columns.dtype, FLOATS), **(choices or {})}, numbers or {}
         row = torch.tensor(
             [len(columns), columns.shape[1], *(values.index(value) for value, values in choices.values())]
-            + [int(isinstance(x, Tensor)) for x in numbers.values()] + [0] * len(numbers),
+            + [int(isinstance(x, Tensor)) for x in numbers.values()]
+            + [0 if isinstance(x, Tensor) else struct.unpack("q", struct.pack("d", x))[0] for x in numbers.values()],
             device=columns.device,
         )  # fmt: skip
-        for i, x in enumerate(reversed(numbers.values()), 1):  # their bits: reading them would be another sync
-            given = x.detach() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
-            row[-i] = given.to(torch.float64).view(torch.int64)
+        for i, x in enumerate(reversed(numbers.values()), 1):
+            if isinstance(x, Tensor):  # its bits are copied, as reading it would be another sync
+                row[-i] = x.detach().to(torch.float64).view(torch.int64)
         rows = row.new_empty(self.size, len(row))
         dist.all_gather(list(rows.unbind()), row, group=group)
         received: list[list[int]] = rows.tolist()
@@ -92,7 +94,7 @@ def _describe(received: list[int], choices: dict[str, Choice], numbers: list[str
     for (name, (_, values)), index in zip(choices.items(), indices, strict=True):
         described[name] = repr(values[index])
     for name, is_tensor, of_number in zip(numbers, kinds, bits, strict=True):
-        number = torch.tensor(of_number).view(torch.float64).item()
+        (number,) = struct.unpack("d", struct.pack("q", of_number))
         described[name] = f"tensor({number})" if is_tensor else str(number)
     return described
 
