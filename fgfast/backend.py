@@ -53,6 +53,11 @@ def _check_available(name: str, source: str) -> str:
     return name
 
 
+def is_automatic() -> bool:
+    """Whether neither :func:`use_backend` nor FGFAST_BACKEND has chosen a backend."""
+    return _chosen == "auto"
+
+
 def check_chosen() -> None:
     """Raise ValueError or RuntimeError if the backend that FGFAST_BACKEND names does not exist or cannot run."""
     _check_available(_chosen, "FGFAST_BACKEND")

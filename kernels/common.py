@@ -7,6 +7,7 @@ float32 outputs and converts them afterwards (:func:`output_dtype`). Compiled ke
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,15 @@ class AotCase(NamedTuple):
     shared: int = 0  # KiB of shared memory that its row allows; 0 for the limit of the architecture
 
 
+class Constant(tl.constexpr):
+    """A global constant of kernels. Triton compares it with itself at every launch, here without a new constexpr."""
+
+    def __ne__(self, other: object) -> bool:
+        return self.value != getattr(other, "value", other)  # type: ignore[no-any-return]
+
+    __hash__ = tl.constexpr.__hash__
+
+
 COMPILER: tuple[int, ...] = tuple(int(n) for n in triton.__version__.split(".")[:2])
 MOST_REGISTERS = 255  # per thread on an NVIDIA GPU
 
@@ -50,6 +60,22 @@ def launch_options(warps: int, stages: int, registers: int = 0) -> dict[str, int
     return {"num_warps": warps, "num_stages": stages, **budget}
 
 
+def cdiv(a: int, b: int) -> int:
+    """A / b, rounded up; of triton's own each call takes microseconds, as it is written for kernels too."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two >= n, 1 for 0.
+
+    Example:
+        >>> [power_of_2(n) for n in (0, 1, 2, 3, 64, 65)]
+        [1, 1, 2, 4, 64, 128]
+    """
+    return 1 << max(0, n - 1).bit_length()
+
+
+@cache
 def interpreted() -> bool:
     """Whether Triton runs kernels as Python on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -17,12 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fgfast.kernels.common import AotCase, on_device_of, output_dtype
+from fgfast.kernels.common import AotCase, Constant, on_device_of, output_dtype, power_of_2
 from fgfast.kernels.configs import processors
 
 PROGRAMS = 8  # at most, per multiprocessor
-NO_GRADIENT, ABSOLUTE, POSITIVE, GIVEN = (tl.constexpr(i) for i in range(4))
-NOISE, DRAWN, SWAP, ZERO = (tl.constexpr(i) for i in range(4))
+NO_GRADIENT, ABSOLUTE, POSITIVE, GIVEN = (Constant(i) for i in range(4))
+NOISE, DRAWN, SWAP, ZERO = (Constant(i) for i in range(4))
 KINDS = {"absolute": ABSOLUTE, "positive": POSITIVE, "given": GIVEN}
 CHANGES = {"noise": NOISE, "swap": SWAP, "zero": ZERO}
 
@@ -138,7 +138,7 @@ def perturb_kernel(
 
 def _launch(channels: int) -> dict[str, int]:
     """Lanes and warps of a program, with at most 8 lanes per thread."""
-    block = max(32, triton.next_power_of_2(channels))
+    block = max(32, power_of_2(channels))
     return {"BLOCK": block, "num_warps": max(1, block // 256)}
 
 

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fgfast.backend import is_automatic
 from fgfast.ids import Ids
 from fgfast.losses.common import (
     arange_like,
@@ -18,7 +20,8 @@ from fgfast.losses.common import (
 from fgfast.losses.infonce import contrast_with_bank
 from fgfast.losses.memory_bank import MemoryBank
 from fgfast.ops.contrast import contrastive_loss
-from fgfast.tensors import accumulation, unit_vectors
+from fgfast.ops.contrast.contrast import BREAK_EVEN
+from fgfast.tensors import accumulation, unit_vectors, without_autocast
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -31,6 +34,9 @@ class NTXentLoss(nn.Module):
 
     averaged over the 2 B vectors, j being the other view of i. With a memory bank only the bank holds negatives, and
     only the first view is a query (MoCo).
+
+    On a CPU up to 65,536 logits are formed and differentiated as the formula stands, unless a backend is chosen: where
+    vectors are few, fewer calls are faster.
 
     Args:
         temperature: T, at least 1e-8.
@@ -85,6 +91,17 @@ class NTXentLoss(nn.Module):
                 self.memory_bank.enqueue(unit_vectors(out1.detach(), accumulation(out1.dtype)))
             return loss
         both = torch.cat([out0, out1])
+        if group is None and both.device.type == "cpu" and 0 < len(both) ** 2 <= BREAK_EVEN and is_automatic():
+            return _by_formula(both, self.temperature)
         view = arange_like(len(both), both)  # each vector is a view of its own, which is as good as two views
         ids = ids_over_ranks(Ids(view % max(len(out0), 1), torch.zeros_like(view), view), group)
         return contrastive_loss(both, both, query_ids=ids, key_ids=ids, temperature=self.temperature, group=group)
+
+
+def _by_formula(both: Tensor, temperature: float) -> Tensor:
+    """NT-Xent of two views [2 B, D], one after the other, with its logits in memory."""
+    with without_autocast(both.device):
+        unit = unit_vectors(both, accumulation(both.dtype))
+        row = arange_like(len(unit), unit)
+        logits = (unit @ unit.T / temperature).masked_fill(row[:, None] == row, -torch.inf)
+        return F.cross_entropy(logits, row.roll(len(row) // 2))

@@ -67,7 +67,7 @@ class Gradients:
 
     def finish_columns(self, x: Tensor, ids: Ids | None, total: Tensor) -> Tensor:
         """dL/dx [T, D] of a block from the sum of what ``add`` returned for it on all ranks."""
-        return launch.finish(self.problem, self.problem.prepare(x, ids), total[:, None])
+        return launch.finish(self.problem, (self.problem.prepare(x, ids), total[:, None]))[0]
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of the query [M, D] and of the temperature, None where they are not needed."""

@@ -33,7 +33,7 @@ def _signature(kernel: Any, dtype: str, constexprs: dict[str, Any]) -> dict[str,
             types[name] = "constexpr"
         elif name in ("x", "y"):
             types[name] = f"*{dtype}:16"
-        elif "stride" not in name and (name in ("low", "high") or name.endswith(("image", "part", "view"))):
+        elif "stride" not in name and name.endswith(("low", "high", "image", "part", "view")):
             types[name] = "*i64:16"
         elif name in ("N", "X", "Y", "D") or name.endswith("stride_n"):
             types[name] = "i32:16"
@@ -88,10 +88,11 @@ def aot_cases() -> Iterator[AotCase]:
             rare = dtype == "fp16" or block < 128
             yield _case(f"prepare {dtype} {block}", device_side.prepare, dtype, prepare, rare=rare)
         for splits in (1, 4):
-            finish = common | {"SPLITS": splits, "BLOCK": FINISH_ROWS, "BLOCK_D": 128}
+            small = {"UPCAST": False, "BLOCK": FINISH_ROWS, "BLOCK_D": 128}
             rare = dtype == "fp16" or splits == 1
+            finish = small | {"NORMALIZE": True, "X_SPLITS": splits, "Y_SPLITS": 1}
             yield _case(f"finish {dtype} {splits}", device_side.finish, dtype, finish, rare=rare)
-            inner = {key: value for key, value in finish.items() if key != "NORMALIZE"}
+            inner = small | {"SPLITS": splits}
             yield _case(f"inner {dtype} {splits}", device_side.inner, dtype, inner, rare=rare, registers=MOST_REGISTERS)
     for bounded in (True, False):
         join = {"BOUNDED": bounded, "BLOCK_SLOTS": 16, "BLOCK": JOIN_ROWS}

@@ -17,16 +17,16 @@ Arguments that belong together are tuples: vectors (x, stride_n, stride_d), ids 
 import triton
 import triton.language as tl
 
-from fgfast.kernels.common import upcast
+from fgfast.kernels.common import Constant, upcast
 
-EPS = tl.constexpr(1e-12)
-CLAMPED = tl.constexpr(0.999999e12)  # an inverse at or above this is 1 / EPS, a constant without gradient
-ABSENT = tl.constexpr(-1.0)
-LN2 = tl.constexpr(0.6931471805599453)
-LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-(2**63))
-HIGHEST = tl.constexpr(2**63 - 1)
-INFINITY = tl.constexpr(float("inf"))
+EPS = Constant(1e-12)
+CLAMPED = Constant(0.999999e12)  # an inverse at or above this is 1 / EPS, a constant without gradient
+ABSENT = Constant(-1.0)
+LN2 = Constant(0.6931471805599453)
+LOG2E = Constant(1.4426950408889634)
+LOWEST = Constant(-(2**63))
+HIGHEST = Constant(2**63 - 1)
+INFINITY = Constant(float("inf"))
 
 
 @triton.jit
@@ -137,17 +137,12 @@ def _multiply(
 
 
 @triton.jit
-def prepare(
-    x, x_stride_n, x_stride_d, image, part, stride_image, stride_part, inverse, low, high,
-    grad, stride_grad, lse, count, of_exp, of_positive, of_lse, N, D,
-    NORMALIZE: tl.constexpr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+def _prepare_side(
+    vectors, ids, inverse, low, high, block, N, D,
+    NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Inverse norms [N]; low and high [blocks], the range of image ids of each block; gradient coefficients of rows.
-
-    dL/ds_ij = of_exp_i 2^(s'_ij - of_lse_i) - [j in P_i] of_positive_i. For bounded logits 2^-lse is part of of_exp. A
-    row without a positive gets of_exp 0, of_lse inf and of_positive 0.
-    """
-    block = tl.program_id(0)
+    """Inverse norms and range of image ids of a block of one side; ``ids``: image, part and their strides."""
+    image, part, stride_image, stride_part = ids
     n, exists = _indices(block, N, BLOCK)
     present = exists
     if part is not None:
@@ -159,21 +154,47 @@ def prepare(
     if NORMALIZE:
         squares = tl.zeros([BLOCK], tl.float32)
         for start in range(0, D, BLOCK_D):
-            tile = _load_vectors((x, x_stride_n, x_stride_d), n, present, start, D, BLOCK_D, UPCAST).to(tl.float32)
+            tile = _load_vectors(vectors, n, present, start, D, BLOCK_D, UPCAST).to(tl.float32)
             squares += tl.sum(tile * tile, 1)
         value = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(squares), EPS))  # rounded correctly, as the error bound needs
     tl.store(inverse + n, tl.where(present, value, ABSENT), mask=exists)
-    if grad is not None:
-        positives = tl.load(count + n, mask=exists, other=0.0)
-        valid = positives > 0
-        g = tl.load(grad + n * stride_grad, mask=valid, other=0.0)
-        row_lse = tl.load(lse + n, mask=valid, other=INFINITY)
-        if BOUNDED:
-            tl.store(of_exp + n, g * tl.exp2(-row_lse), mask=exists)
-        else:
-            tl.store(of_exp + n, g, mask=exists)
-            tl.store(of_lse + n, row_lse, mask=exists)
-        tl.store(of_positive + n, g / tl.maximum(positives, 1.0), mask=exists)
+
+
+@triton.jit
+def prepare(
+    x, x_stride_n, x_stride_d, x_image, x_part, x_stride_image, x_stride_part, x_inverse, x_low, x_high, X,
+    y, y_stride_n, y_stride_d, y_image, y_part, y_stride_image, y_stride_part, y_inverse, y_low, y_high, Y,
+    grad, stride_grad, lse, count, of_exp, of_positive, of_lse, D,
+    NORMALIZE: tl.constexpr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Inverse norms [N]; low and high [blocks], the range of image ids of each block; gradient coefficients of rows.
+
+    The first programs are for x, the others for y (or None): one launch for both. With ``grad`` x holds the rows:
+    dL/ds_ij = of_exp_i 2^(s'_ij - of_lse_i) - [j in P_i] of_positive_i. For bounded logits 2^-lse is part of of_exp. A
+    row without a positive gets of_exp 0, of_lse inf and of_positive 0.
+    """
+    block, blocks = tl.program_id(0), tl.cdiv(X, BLOCK)
+    if block >= blocks:
+        if y is not None:
+            vectors, ids = (y, y_stride_n, y_stride_d), (y_image, y_part, y_stride_image, y_stride_part)
+            _prepare_side(
+                vectors, ids, y_inverse, y_low, y_high, block - blocks, Y, D, NORMALIZE, BLOCK, BLOCK_D, UPCAST
+            )
+    else:
+        vectors, ids = (x, x_stride_n, x_stride_d), (x_image, x_part, x_stride_image, x_stride_part)
+        _prepare_side(vectors, ids, x_inverse, x_low, x_high, block, X, D, NORMALIZE, BLOCK, BLOCK_D, UPCAST)
+        if grad is not None:
+            n, exists = _indices(block, X, BLOCK)
+            positives = tl.load(count + n, mask=exists, other=0.0)
+            valid = positives > 0
+            g = tl.load(grad + n * stride_grad, mask=valid, other=0.0)
+            row_lse = tl.load(lse + n, mask=valid, other=INFINITY)
+            if BOUNDED:
+                tl.store(of_exp + n, g * tl.exp2(-row_lse), mask=exists)
+            else:
+                tl.store(of_exp + n, g, mask=exists)
+                tl.store(of_lse + n, row_lse, mask=exists)
+            tl.store(of_positive + n, g / tl.maximum(positives, 1.0), mask=exists)
 
 
 @triton.jit
@@ -560,22 +581,18 @@ def inner(
 
 
 @triton.jit
-def finish(
-    x, x_stride_n, x_stride_d, inverse, temperature, scale, raw, out, X, D,
+def _finish_side(
+    vectors, inverse, scale, raw, out, block, N, D,
     NORMALIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dL/dx [X, D] from raw [X, SPLITS, D]: sum over the splits, divide by T, and back through the normalisation.
-
-    For the unit vector u = x inverse: dL/dx = inverse (g - u <u, g>). ``out`` may be raw.
-    """
-    vectors = (x, x_stride_n, x_stride_d)
-    n, exists = _indices(tl.program_id(0), X, BLOCK)
+    """The gradients of a block of one side."""
+    n, exists = _indices(block, N, BLOCK)
     factor, present = _load_inverse(inverse, n, exists)
     along = tl.zeros([BLOCK], tl.float32)
     if NORMALIZE:
         along = _dot_gradient(vectors, n, present, raw, D, SPLITS, BLOCK, BLOCK_D, UPCAST)
         along = tl.where(factor < CLAMPED, along * factor * factor, 0.0)
-    factor *= _logit_scale(temperature, scale) * LN2
+    factor *= scale
     for start in range(0, D, BLOCK_D):
         g = _sum_splits(raw, n, present, start, D, SPLITS, BLOCK_D)
         if NORMALIZE:
@@ -583,3 +600,30 @@ def finish(
         g = tl.where(present[:, None], g * factor[:, None], 0.0)
         d = start + tl.arange(0, BLOCK_D)
         tl.store(out + n[:, None] * D + d[None, :], g.to(out.dtype.element_ty), mask=exists[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def finish(
+    x, x_stride_n, x_stride_d, x_inverse, x_raw, x_out, X, y, y_stride_n, y_stride_d, y_inverse, y_raw, y_out, Y,
+    temperature, scale, D, NORMALIZE: tl.constexpr, X_SPLITS: tl.constexpr, Y_SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dL/dx [X, D] from raw [X, SPLITS, D]: sum over the splits, divide by T, and back through the normalisation.
+
+    For the unit vector u = x inverse: dL/dx = inverse (g - u <u, g>). ``out`` may be raw. The first programs are for x,
+    the others for y (or None).
+    """
+    block, blocks = tl.program_id(0), tl.cdiv(X, BLOCK)
+    scale = _logit_scale(temperature, scale) * LN2
+    if block >= blocks:
+        if y is not None:
+            vectors = (y, y_stride_n, y_stride_d)
+            _finish_side(
+                vectors, y_inverse, scale, y_raw, y_out, block - blocks, Y, D, NORMALIZE, Y_SPLITS, BLOCK, BLOCK_D,
+                UPCAST,
+            )  # fmt: skip
+    else:
+        vectors = (x, x_stride_n, x_stride_d)
+        _finish_side(
+            vectors, x_inverse, scale, x_raw, x_out, block, X, D, NORMALIZE, X_SPLITS, BLOCK, BLOCK_D, UPCAST
+        )

@@ -3,9 +3,10 @@ r"""Triton kernels of the contrastive loss: the host side, which :mod:`fgfast.op
 .. math:: \ell_i = \log \sum_{j \in P_i \cup N_i \cup \text{bank}} e^{s_{ij}} - \frac{1}{|P_i|} \sum_{j \in P_i}
           s_{ij}, \qquad s_{ij} = \langle q_i, k_j \rangle / T, \qquad q\,[M, D],\ k\,[T, D],\ \text{bank}\,[Q, D]
 
-Forward: ``prepare`` for each operand (inverse norms, ranges of image ids), then ``forward``, in which a program keeps
-rows and loops over columns. Backward: ``prepare`` again, then for each gradient ``gradient``, in which a program keeps
-the vectors it computes gradients of and recomputes the tiles, and ``finish`` (1/T and the normalisation). The part of
+Forward: ``prepare`` for query and key in one launch and for a bank (inverse norms, ranges of image ids), then
+``forward``, in which a program keeps rows and loops over columns. Backward: ``prepare`` again, then for each gradient
+``gradient``, in which a program keeps the vectors it computes gradients of and recomputes the tiles, and ``finish``
+(1/T and the normalisation), in one launch for query and key. The part of
 dL/dT due to a row is the inner product of the row with its own gradient (``inner``). Where query is key and logits are
 bounded, one ``gradient`` covers both sides. If there are few rows, the columns are divided into splits, one program
 each, whose results are added in a fixed order. No atomics are used: results are deterministic.
@@ -24,11 +25,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from fgfast.ids import Ids
-from fgfast.kernels.common import MOST_REGISTERS, interpreted, launch_options, on_device_of, output_dtype
+from fgfast.kernels.common import (
+    MOST_REGISTERS,
+    cdiv,
+    interpreted,
+    launch_options,
+    on_device_of,
+    output_dtype,
+    power_of_2,
+)
 from fgfast.kernels.configs import Row, config, processors
 from fgfast.kernels.contrast import kernels as device_side
 from fgfast.tensors import BOUNDED, LOG2E
@@ -101,20 +109,33 @@ class Side:
     high: Tensor
 
     def arguments(self) -> tuple[Any, ...]:
-        """The arguments of the kernels for this side."""
+        """The arguments of ``forward`` and ``gradient`` for this side."""
         ids = (None, None, None, 0, 0, 0) if self.ids is None else (*self.ids, *(i.stride(0) for i in self.ids))
         return self.x, *self.x.stride(), self.inverse, *ids
+
+    def to_prepare(self) -> tuple[Any, ...]:
+        """The arguments of ``prepare`` for this side."""
+        of_ids: tuple[Any, ...] = (None, None, 0, 0)
+        if self.ids is not None:
+            image, part, _ = self.ids
+            of_ids = (image, part, image.stride(0), part.stride(0))
+        return self.x, *self.x.stride(), *of_ids, self.inverse, self.low, self.high, len(self.x)
+
+
+NOT_PREPARED = (None, 0, 0, None, None, 0, 0, None, None, None, 0)  # ``Side.to_prepare`` without a side
 
 
 class Problem:
     """What all launches of one call share: the rows, the temperature, the options and the tile sizes.
 
-    ``kernel`` is "forward" or "gradient"; ``upstream``: dL/dloss, log2-sum-exp2 and positives of the rows [M] each.
+    ``kernel`` is "forward" or "gradient"; ``upstream``: dL/dloss, log2-sum-exp2 and positives of the rows [M] each;
+    ``key``: columns to prepare in the launch that prepares the rows, with their ids.
     """
 
     def __init__(
         self, kernel: str, query: Tensor, query_ids: Ids, temperature_tensor: Tensor | None, temperature: float,
         negatives: str, normalize: bool, precision: str, upstream: tuple[Tensor, Tensor, Tensor] | None = None,
+        key: tuple[Tensor, Ids] | None = None,
     ):  # fmt: skip
         self.negatives, self.normalize = negatives, normalize
         self.number, self.pointer = temperature, None
@@ -128,33 +149,36 @@ class Problem:
         kind = arithmetic(query.dtype, precision)
         self.precision = "tf32" if kind == "tf32" else "ieee"
         self.tile = tile(kernel, query.device, kind, query.shape[1])
-        self.coefficients = self._coefficients(query, upstream)
-        self.rows = self.prepare(query, query_ids, upstream)
+        self.coefficients: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+        if upstream is not None:
+            values = query.new_empty(2 if self.bounded else 3, len(query), dtype=torch.float32).unbind()
+            self.coefficients = (*values, None)[:3]  # type: ignore[assignment]
+        self.rows = self._side(query, query_ids)
+        self.keys = self.rows if key is None else self._side(*key)
+        self._prepare(self.rows, None if key is None else self.keys, upstream)
 
-    def _coefficients(
-        self, query: Tensor, upstream: tuple[Tensor, Tensor, Tensor] | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if upstream is None:
-            return None, None, None
-        values = query.new_empty(2 if self.bounded else 3, len(query), dtype=torch.float32)
-        return values[0], values[1], None if self.bounded else values[2]
+    def _side(self, x: Tensor, ids: Ids | None) -> Side:
+        """A side that is not prepared."""
+        n = len(x)
+        ranges = x.new_empty(2, 0 if ids is None else cdiv(n, self.tile.y), dtype=torch.int64)
+        return Side(x, ids, x.new_empty(n, dtype=torch.float32), *ranges.unbind())
 
-    def prepare(self, x: Tensor, ids: Ids | None, upstream: tuple[Tensor, Tensor, Tensor] | None = None) -> Side:
-        """Norms and ranges of x; with ``upstream`` (for the rows) also the coefficients."""
-        n, d = x.shape
-        blocks = triton.cdiv(n, self.tile.y)
-        inverse = x.new_empty(n, dtype=torch.float32)
-        low, high = x.new_empty(2, blocks if ids is not None else 0, dtype=torch.int64)
-        side = Side(x, ids, inverse, low, high)
-        of_ids = (None, None, 0, 0) if ids is None else (ids.image, ids.part, ids.image.stride(0), ids.part.stride(0))
-        grad, lse, count = (None, None, None) if upstream is None else upstream
-        if n:
-            device_side.prepare[(blocks,)](
-                x, *x.stride(), *of_ids, inverse, low, high, grad, 0 if grad is None else grad.stride(0), lse, count,
-                *(self.coefficients if upstream is not None else (None, None, None)), n, d,
-                NORMALIZE=self.normalize, BOUNDED=self.bounded, BLOCK=self.tile.y, BLOCK_D=_channels(d, 128),
-                UPCAST=interpreted(), num_warps=4,
+    def _prepare(self, x: Side, y: Side | None, upstream: tuple[Tensor, Tensor, Tensor] | None) -> None:
+        block, d = self.tile.y, x.x.shape[1]
+        grad, lse, count = upstream or (None, None, None)
+        programs = cdiv(len(x.x), block) + (0 if y is None else cdiv(len(y.x), block))
+        if programs:
+            device_side.prepare[(programs,)](
+                *x.to_prepare(), *(NOT_PREPARED if y is None else y.to_prepare()), grad,
+                0 if grad is None else grad.stride(0), lse, count,
+                *(self.coefficients if upstream else (None, None, None)), d, NORMALIZE=self.normalize,
+                BOUNDED=self.bounded, BLOCK=block, BLOCK_D=_channels(d, 128), UPCAST=interpreted(), num_warps=4,
             )  # fmt: skip
+
+    def prepare(self, x: Tensor, ids: Ids | None) -> Side:
+        """Norms and ranges of x."""
+        side = self._side(x, ids)
+        self._prepare(side, None, None)
         return side
 
     def splits(self, rows: int, columns: int, width: int = 0) -> int:
@@ -163,9 +187,7 @@ class Problem:
         ``width``: float32 numbers that each split stores per row.
         """
         rows = max(rows, 1)
-        count = min(
-            programs_wanted(self.rows.x.device) // triton.cdiv(rows, self.tile.x), triton.cdiv(columns, self.tile.y)
-        )
+        count = min(programs_wanted(self.rows.x.device) // cdiv(rows, self.tile.x), cdiv(columns, self.tile.y))
         if width:
             count = min(count, SPLIT_BYTES // (4 * rows * width))
         return max(count, 1)
@@ -203,13 +225,13 @@ def groups_and_splits(rows: int, row_bytes: int, tile: TileShape, programs: int)
         >>> groups_and_splits(65_536, 512, TileShape(128, 128, 32, 256, True, 8, 2), 264)
         (64, 4)
     """
-    blocks = triton.cdiv(rows, tile.x)
-    if blocks * triton.cdiv(rows, tile.y) < TRIANGULAR_TILES * programs:
+    blocks = cdiv(rows, tile.x)
+    if blocks * cdiv(rows, tile.y) < TRIANGULAR_TILES * programs:
         return None
     slots = (SPLIT_BYTES + rows * row_bytes) // (12 * rows)
     for splits in range(1, programs + 1):
-        blocks_per_group = 2 * triton.cdiv(blocks, 2 * (programs // splits))
-        groups = triton.cdiv(blocks, blocks_per_group)
+        blocks_per_group = 2 * cdiv(blocks, 2 * (programs // splits))
+        groups = cdiv(blocks, blocks_per_group)
         if groups + splits <= slots and 8 * groups * splits >= 7 * programs:
             return groups, splits
     return None
@@ -222,7 +244,7 @@ def on_device(temperature: Tensor) -> bool:
 
 def _channels(d: int, most: int) -> int:
     """Channels of a tile: the power of two >= d, at least 16 (the smallest product) and at most ``most``."""
-    return min(max(triton.next_power_of_2(d), 16), most)
+    return min(max(power_of_2(d), 16), most)
 
 
 def check_sizes(**vectors: Tensor | None) -> None:
@@ -269,7 +291,7 @@ class Losses:
             return
         if self.partial is not None and self.used + splits > len(self.partial):
             self._join_used()
-        device_side.forward[(self.groups if triangular else triton.cdiv(m, problem.tile.x), splits)](
+        device_side.forward[(self.groups if triangular else cdiv(m, problem.tile.x), splits)](
             *problem.rows.arguments(), *columns.arguments(), columns.low, columns.high, problem.pointer, problem.scale,
             *self.results, self.partial, self.used, m, len(columns.x), d, TRIANGULAR=triangular, SPLITS=splits,
             **problem.options(forward_registers(problem.tile.registers, problem.bounded, triangular)),
@@ -291,7 +313,7 @@ class Losses:
         """Loss, log2-sum-exp2 and number of positives of each row, float32 [M]."""
         loss, lse, count = self.results
         if self.partial is not None and len(loss):
-            device_side.join[(triton.cdiv(len(loss), JOIN_ROWS),)](
+            device_side.join[(cdiv(len(loss), JOIN_ROWS),)](
                 self.partial, loss, lse, count, self.used, len(loss), BOUNDED=self.problem.bounded, BLOCK_SLOTS=16,
                 BLOCK=JOIN_ROWS, num_warps=4,
             )  # fmt: skip
@@ -305,8 +327,11 @@ def forward(
     """Loss, log2-sum-exp2 and number of positives of each query, float32 [M]; key None means the query itself."""
     check_sizes(query=query, key=key, bank=bank)
     with on_device_of(query):
-        problem = Problem("forward", query, query_ids, temperature_tensor, temperature, negatives, normalize, precision)
-        keys = problem.rows if key is None else problem.prepare(key, key_ids)
+        problem = Problem(
+            "forward", query, query_ids, temperature_tensor, temperature, negatives, normalize, precision,
+            key=_together(key, key_ids),
+        )  # fmt: skip
+        keys = problem.keys
         grid = problem.triangular_grid() if key is None else None
         groups, splits = grid or (0, problem.splits(len(query), len(keys.x)))
         of_bank = 0 if bank is None or len(bank) == 0 else problem.splits(len(query), len(bank))
@@ -339,7 +364,7 @@ class GradientSum:
         problem, (n, d) = self.problem, self.x.x.shape
         if n == 0:
             return
-        device_side.gradient[(triton.cdiv(n, problem.tile.x), self.splits)](
+        device_side.gradient[(cdiv(n, problem.tile.x), self.splits)](
             *self.x.arguments(), *y.arguments(), *problem.coefficients, y.low, y.high, problem.pointer, problem.scale,
             self.raw, n, len(y.x), d, X_ROWS=x_rows, Y_ROWS=y_rows, ADD=self.launched, SPLITS=self.splits,
             **problem.options(problem.tile.registers),
@@ -354,34 +379,43 @@ class GradientSum:
         x, (n, d) = self.x, self.x.x.shape
         rows = x.x.new_empty(n, dtype=torch.float32)
         if n:
-            device_side.inner[(triton.cdiv(n, FINISH_ROWS),)](
-                x.x, *x.x.stride(), x.inverse, self.raw, rows, n, d, **(_small_options(d, self.splits) | INNER)
+            device_side.inner[(cdiv(n, FINISH_ROWS),)](
+                x.x, *x.x.stride(), x.inverse, self.raw, rows, n, d,
+                SPLITS=self.splits, **(_small_options(d) | INNER),
             )  # fmt: skip
         return rows.sum()
 
     def finish(self) -> Tensor:
         """dL/dx [X, D]; nothing can be added after it."""
-        return finish(self.problem, self.x, self.raw)
+        return finish(self.problem, (self.x, self.raw))[0]
 
 
-def _small_options(d: int, splits: int) -> dict[str, Any]:
+def _small_options(d: int) -> dict[str, Any]:
     """Keyword arguments of ``inner`` and ``finish``."""
-    return {
-        "SPLITS": splits, "BLOCK": FINISH_ROWS, "BLOCK_D": _channels(d, 128), "UPCAST": interpreted(), "num_warps": 4
-    }  # fmt: skip
+    return {"BLOCK": FINISH_ROWS, "BLOCK_D": _channels(d, 128), "UPCAST": interpreted(), "num_warps": 4}
 
 
-def finish(problem: Problem, x: Side, raw: Tensor) -> Tensor:
-    """dL/dx [X, D] from T dL/d(unit vector), raw [X, splits, D] float32, which it may overwrite."""
-    n, splits, d = raw.shape
-    dtype = output_dtype(x.x.dtype)
-    out = raw.view(n, d) if splits == 1 and dtype == raw.dtype else raw.new_empty(n, d, dtype=dtype)
-    if n:
-        device_side.finish[(triton.cdiv(n, FINISH_ROWS),)](
-            x.x, *x.x.stride(), x.inverse, problem.pointer, problem.scale, raw, out, n, d, NORMALIZE=problem.normalize,
-            **_small_options(d, splits),
+def finish(problem: Problem, *raws: tuple[Side, Tensor]) -> list[Tensor]:
+    """dL/dx [X, D] of one or two sides from T dL/d(unit vector), raw [X, splits, D] float32; it may overwrite these."""
+    results, arguments, programs = [], [], 0
+    for x, raw in raws:
+        n, splits, d = raw.shape
+        dtype = output_dtype(x.x.dtype)
+        out = raw.view(n, d) if splits == 1 and dtype == raw.dtype else raw.new_empty(n, d, dtype=dtype)
+        results.append(out)
+        arguments += [x.x, *x.x.stride(), x.inverse, raw, out, n]
+        programs += cdiv(n, FINISH_ROWS)
+    if programs:
+        absent = () if len(raws) > 1 else (None, 0, 0, None, None, None, 0)
+        device_side.finish[(programs,)](
+            *arguments, *absent, problem.pointer, problem.scale, d, NORMALIZE=problem.normalize,
+            X_SPLITS=raws[0][1].shape[1], Y_SPLITS=raws[-1][1].shape[1], **_small_options(d),
         )  # fmt: skip
-    return out
+    return results
+
+
+def _together(key: Tensor | None, ids: Ids | None) -> tuple[Tensor, Ids] | None:
+    return None if key is None or ids is None else (key, ids)
 
 
 def temperature_gradient(inner: Tensor, temperature: Tensor) -> Tensor:
@@ -403,12 +437,12 @@ def backward(
     with on_device_of(query):
         problem = Problem(
             "gradient", query, query_ids, temperature_tensor, temperature, negatives, normalize, precision,
-            (grad.to(torch.float32), lse, count),
+            (grad.to(torch.float32), lse, count), _together(key, key_ids),
         )  # fmt: skip
-        rows = problem.rows
-        keys = rows if key is None else problem.prepare(key, key_ids)
+        rows, keys = problem.rows, problem.keys
         of_bank = None if bank is None or len(bank) == 0 else problem.prepare(bank, None)
-        d_query = d_key = d_bank = d_temperature = None
+        d_bank = d_temperature = None
+        unfinished: list[GradientSum] = []
         if need_query or need_temperature:
             both_sides = key is None and need_query
             twice = both_sides and problem.bounded  # in one launch
@@ -424,9 +458,13 @@ def backward(
                 d_temperature = temperature_gradient(inner, temperature_tensor)
             if both_sides and not twice:
                 of_rows.add(keys, False, True)
-            d_query = of_rows.finish() if need_query else None
+            if need_query:
+                unfinished.append(of_rows)
         if need_key and key is not None:
-            d_key = columns_gradient(problem, keys).finish()
+            unfinished.append(columns_gradient(problem, keys))
+        found = finish(problem, *((one.x, one.raw) for one in unfinished)) if unfinished else []
+        d_query = found[0] if need_query else None
+        d_key = found[-1] if need_key and key is not None else None
         if need_bank and bank is not None:
             d_bank = torch.zeros_like(bank) if of_bank is None else columns_gradient(problem, of_bank).finish()
     return [d_query, d_key, d_bank, d_temperature]

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fgfast.kernels.common import AotCase, interpreted, launch_options, on_device_of
+from fgfast.kernels.common import AotCase, cdiv, interpreted, launch_options, on_device_of
 from fgfast.kernels.configs import architectures_for, table
 from fgfast.kernels.contrast.kernels import INFINITY, LOG2E, _add_product, _indices, _load_vectors, _multiply
 from fgfast.kernels.contrast.launch import (
@@ -153,8 +153,8 @@ def _plan(kernel: str, x: Tensor, y: Tensor, width: int) -> tuple[tuple[int, int
     """Grid and options of a launch whose splits store ``width`` numbers per row of x."""
     (n, d), kind = x.shape, arithmetic(x.dtype, "ieee")
     shape = tile("sigmoid gradient" if (kernel, kind) == ("gradient", "ieee") else kernel, x.device, kind, d)
-    blocks = triton.cdiv(n, shape.x)
-    splits = min(programs_wanted(x.device) // blocks, triton.cdiv(len(y), shape.y), SPLIT_BYTES // (4 * n * width))
+    blocks = cdiv(n, shape.x)
+    splits = min(programs_wanted(x.device) // blocks, cdiv(len(y), shape.y), SPLIT_BYTES // (4 * n * width))
     splits = max(splits, 1)
     return (blocks, splits), _options(shape, d, splits) | launch_options(shape.warps, shape.stages, shape.registers)
 

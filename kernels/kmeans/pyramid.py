@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
-from fgfast.kernels.common import MOST_REGISTERS, interpreted, launch_options, on_device_of, output_dtype, wide
+from fgfast.kernels.common import MOST_REGISTERS, cdiv, interpreted, launch_options, on_device_of, output_dtype, wide
 from fgfast.kernels.configs import Row, config, row_kind
 from fgfast.kernels.kmeans import pyramid_kernels as device_side
 from fgfast.kernels.kmeans.launch import GRAM, SAMPLES, choose_samples, inner_products
@@ -86,7 +85,7 @@ class Levels:
             raise ValueError(f"A side of {longest} is too long for the Triton kernels ({LONGEST}): choose 'torch'.")
         self.row = config("kmeans_pyramid", x.device, row_kind(x.dtype))
         self.pad = min(self.row.tiles["BLOCK_D"], power(max(d for d, _, _ in self.sizes)))
-        self.padded = tuple(triton.cdiv(d, self.pad) * self.pad for d, _, _ in self.sizes)
+        self.padded = tuple(cdiv(d, self.pad) * self.pad for d, _, _ in self.sizes)
         self.DP = sum(self.padded)
         self.known: dict[str, Any] = {
             "LEVELS": len(maps),
@@ -110,7 +109,7 @@ class Levels:
 
     def squares(self, mu: Tensor) -> Tensor:
         """|x_n - mu|^2 [B, N] for mu [B, DP]; not finite where a pixel is not finite."""
-        tiles = sum(triton.cdiv(h * w, GRAM_TILE) for _, h, w in self.sizes)
+        tiles = sum(cdiv(h * w, GRAM_TILE) for _, h, w in self.sizes)
         products = torch.empty(self.batch, 4, self.cells, dtype=torch.float32, device=self.device)
         device_side.grams[(self.batch * tiles,)](
             self.xs, self.strides, self.sizes, mu, products, tiles, self.cells, self.DP,
@@ -119,7 +118,7 @@ class Levels:
         )  # fmt: skip
         out = torch.empty(self.batch, self.pixels, dtype=torch.float32, device=self.device)
         block = min(256, power(self.pixels))
-        tiles = triton.cdiv(self.pixels, block)
+        tiles = cdiv(self.pixels, block)
         device_side.squares[(self.batch * tiles,)](
             self.sizes, products, out, *self.size, tiles, self.cells, LEVELS=len(self.xs), BLOCK_N=block
         )
@@ -129,7 +128,7 @@ class Levels:
         """Pixels index [B, m] minus mu [B, DP] as [B, m, D]; values that are not finite become 0."""
         count, blocks = index.shape[1], self.DP // self.pad
         out = torch.empty(self.batch, count, self.channels, dtype=output_dtype(dtype), device=self.device)
-        device_side.rows[(self.batch * triton.cdiv(count, 16) * blocks,)](
+        device_side.rows[(self.batch * cdiv(count, 16) * blocks,)](
             self.xs, self.strides, self.sizes, index.contiguous(), mu, out, *self.size, count, blocks, self.DP,
             self.channels, **self.known, BLOCK=16, BLOCK_D=self.pad,
         )  # fmt: skip
@@ -156,14 +155,14 @@ class Adder:
         most, itemsize = held_channels(levels.row, self.KP), levels.dtype.itemsize
         self.blocks = blocks(levels.row, self.KP)
         self.BLOCK_S = min(self.blocks["BLOCK_S"], levels.pad)
-        self.chunks = tuple(min(triton.cdiv(d, self.BLOCK_S), most // self.BLOCK_S) for d, _, _ in levels.sizes)
+        self.chunks = tuple(min(cdiv(d, self.BLOCK_S), most // self.BLOCK_S) for d, _, _ in levels.sizes)
         splits = []
         for (_, h, w), chunks in zip(levels.sizes, self.chunks, strict=True):
             size = h * w * itemsize
             wanted = size * chunks * self.BLOCK_S // UNIT_BYTES
             splits.append(max(1, min(wanted, h, int(PARTIAL_FRACTION * size / (8 * clusters)))))
         self.splits = tuple(splits)
-        groups = (triton.cdiv(d, c * self.BLOCK_S) for (d, _, _), c in zip(levels.sizes, self.chunks, strict=True))
+        groups = (cdiv(d, c * self.BLOCK_S) for (d, _, _), c in zip(levels.sizes, self.chunks, strict=True))
         self.units = sum(s * g for s, g in zip(self.splits, groups, strict=True))
         self.parts = tuple(
             torch.empty(levels.batch, s, clusters, d, dtype=torch.float32, device=levels.device)
@@ -188,10 +187,10 @@ def count_programs(
     sizes: Sequence[tuple[int, ...]], spans: Sequence[int], height: int, rows: int, device: torch.device
 ) -> Tensor:
     """How many programs of ``score`` each strip of rows waits for, int32 [strips]; as in `_pixel_rows`."""
-    strip = torch.arange(triton.cdiv(height, rows), device=device)
+    strip = torch.arange(cdiv(height, rows), device=device)
     total = torch.zeros_like(strip)
     for (_, h, w), span in zip(sizes, spans, strict=True):
-        program = torch.arange(triton.cdiv(h * w, span), device=device)
+        program = torch.arange(cdiv(h * w, span), device=device)
         top, bottom = program * span // w, (((program + 1) * span).clamp_max(h * w) - 1) // w
         low = ((2 * top - 1).clamp_min(0) * height // (2 * h) - 1).clamp_min(0)
         high = ((2 * bottom + 3) * height // (2 * h) + 1).clamp_max(height - 1)
@@ -216,7 +215,7 @@ class Solver:
         self.shifted = levels.dtype == torch.float32 and not self.cosine
         height, width = levels.size
         self.rows = max(1, STRIP // width)
-        self.strips = triton.cdiv(height, self.rows)
+        self.strips = cdiv(height, self.rows)
         self.adder = Adder(levels, clusters)
         self.tile_sizes = self.adder.blocks
         itemsize = levels.dtype.itemsize
@@ -225,7 +224,7 @@ class Solver:
             cells * max(1, UNIT_BYTES // (cells * size[0] * itemsize))
             for (cells, _), size in zip(self.tiles, levels.sizes, strict=True)
         )
-        self.programs = sum(triton.cdiv(h * w, s) for (_, h, w), s in zip(levels.sizes, self.spans, strict=True))
+        self.programs = sum(cdiv(h * w, s) for (_, h, w), s in zip(levels.sizes, self.spans, strict=True))
         self.needed = count_programs(levels.sizes, self.spans, height, self.rows, levels.device)
         self.BLOCK_M = min(self.tile_sizes["BLOCK_M"], levels.pad)
         self.blocks = levels.DP // self.BLOCK_M

@@ -6,9 +6,8 @@ from itertools import product
 from typing import Any
 
 import torch
-import triton
 
-from fgfast.kernels.common import MOST_REGISTERS, AotCase
+from fgfast.kernels.common import MOST_REGISTERS, AotCase, cdiv
 from fgfast.kernels.configs import Row, architectures_for, row_kind, table
 from fgfast.kernels.kmeans import pyramid_kernels as device_side
 from fgfast.kernels.kmeans.pyramid import GRAM_TILE, blocks, held_channels, kmeans, score_tile
@@ -57,7 +56,7 @@ def aot_cases() -> Iterator[AotCase]:
                 "LEVELS": 2, "FLATS": (flat, flat), "WIDE": False, "COSINE": cosine, "WEIGHTED": weighted, "KP": KP,
                 "UNIT": not (weighted or cosine), "PRECISION": "ieee", "UPCAST": False, "PAD": t["BLOCK_D"],
                 "BLOCK_C": BLOCK_C, "BLOCKS_C": (BLOCK_C, 16), "BLOCK_S": BLOCK_S, "BLOCK_X": BLOCK_C, "START": False,
-                "CHUNKS": tuple(min(triton.cdiv(d, BLOCK_S), held_channels(row, KP) // BLOCK_S) for d, _, _ in SIZES),
+                "CHUNKS": tuple(min(cdiv(d, BLOCK_S), held_channels(row, KP) // BLOCK_S) for d, _, _ in SIZES),
                 "LENGTHS": False, "SHIFT": kind == "fp32" and not cosine, "FARTHEST": True,
                 "BLOCK_N": row_blocks["BLOCK_N"],
             }  # fmt: skip

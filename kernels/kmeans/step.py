@@ -11,10 +11,18 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from fgfast.kernels.common import MOST_REGISTERS, interpreted, launch_options, on_device_of, output_dtype, wide
+from fgfast.kernels.common import (
+    MOST_REGISTERS,
+    cdiv,
+    interpreted,
+    launch_options,
+    on_device_of,
+    output_dtype,
+    power_of_2,
+    wide,
+)
 from fgfast.kernels.configs import Row, config, processors, row_kind
 from fgfast.kernels.kmeans import fused, tiles
 from fgfast.kernels.kmeans.centroids import prepare_centroids_kernel, update_centroids_kernel
@@ -28,7 +36,7 @@ UPDATE_BLOCKS: dict[str, Any] = {"BLOCK": 1024, "BLOCK_K": 16}
 
 def power(n: int, least: int = 16) -> int:
     """The smallest power of two that is at least n and at least ``least``."""
-    return max(least, triton.next_power_of_2(n))
+    return max(least, power_of_2(n))
 
 
 def kinds(dtype: torch.dtype, aligned: bool, flat: bool) -> tuple[str, ...]:
@@ -51,7 +59,7 @@ def tile(row: Row, channels: int, clusters: int, narrow: bool = False) -> dict[s
     t["BLOCK_S"] = min(t["BLOCK_S"], power(channels))
     t["BLOCK_D"] = min(t["BLOCK_D"], t["BLOCK_S"])
     t["BLOCK_K"] = power(clusters)
-    t["CHUNKS"] = max(1, triton.cdiv(channels, t["BLOCK_S"]))
+    t["CHUNKS"] = max(1, cdiv(channels, t["BLOCK_S"]))
     sums = t["CHUNKS"] * t["BLOCK_S"] * t["BLOCK_K"]
     # Half precision splits factors into two bfloat16; with small tiles that leaves too few registers for addresses.
     scarce = narrow and t["BLOCK_N"] == 16 and not row.kind.startswith("fp32")
@@ -60,7 +68,7 @@ def tile(row: Row, channels: int, clusters: int, narrow: bool = False) -> dict[s
         t |= {"HELD": 0, "BLOCK_N": 32, "BLOCK_S": min(64, t["BLOCK_S"])}
         t["BLOCK_D"] = min(16 if row.kind.startswith("fp32") else 32, t["BLOCK_S"])
         t["BLOCK_K"] = min(64, t["BLOCK_K"])
-        t["CHUNKS"] = triton.cdiv(channels, t["BLOCK_S"])
+        t["CHUNKS"] = cdiv(channels, t["BLOCK_S"])
         return t
     if sums > 16 << 10:
         t["BLOCK_N"] = min(32, t["BLOCK_N"])
@@ -82,8 +90,8 @@ def step_blocks(t: dict[str, int], plain: bool) -> dict[str, int]:
 
 def splits(batch: int, tiles: int, affordable: int, processors: int) -> int:
     """Programs per problem: the smallest number for which the waves of programs take the fewest tiles in total."""
-    most = max(1, min(tiles, affordable, triton.cdiv(4 * processors, max(1, batch))))
-    return min(range(1, most + 1), key=lambda s: (triton.cdiv(batch * s, processors) * triton.cdiv(tiles, s), s))
+    most = max(1, min(tiles, affordable, cdiv(4 * processors, max(1, batch))))
+    return min(range(1, most + 1), key=lambda s: (cdiv(batch * s, processors) * cdiv(tiles, s), s))
 
 
 def sum_registers(dtype: torch.dtype, unit: bool) -> int:
@@ -153,16 +161,16 @@ class Solver:
         row = config("kmeans_step", x.device, *kinds(x.dtype, aligned, flat))
         self.tile = t = tile(row, self.D, clusters, flat and (self.cosine or weight is not None))
         self.DP = t["CHUNKS"] * t["BLOCK_S"]
-        self.KP = triton.cdiv(clusters, t["BLOCK_K"]) * t["BLOCK_K"]
+        self.KP = cdiv(clusters, t["BLOCK_K"]) * t["BLOCK_K"]
         check_centroids(self.KP, self.DP)
         short = t["BLOCK_N"] * across + t["BLOCK_S"] * x.stride(1) < 1 << 31
         self.strides = (x.stride(0), x.stride(1), 0 if flat else down, across)
         self.width = self.N if flat else width
-        n_tiles = triton.cdiv(self.N, t["BLOCK_N"])
+        n_tiles = cdiv(self.N, t["BLOCK_N"])
         affordable = int(PARTIAL_FRACTION * self.N * x.element_size() / (8 * clusters))
         self.splits = splits(self.batch, n_tiles, affordable, processors(x.device))
-        self.program_tiles = triton.cdiv(n_tiles, self.splits)
-        self.splits = max(1, triton.cdiv(n_tiles, max(1, self.program_tiles)))
+        self.program_tiles = cdiv(n_tiles, self.splits)
+        self.splits = max(1, cdiv(n_tiles, max(1, self.program_tiles)))
         self.single = self.splits == 1 and bool(t["HELD"])  # one program per problem, in one launch
         self.atomic = not deterministic and self.splits > 1 and bool(t["HELD"])
         self.common = {
@@ -216,7 +224,7 @@ class Solver:
         if self.totals is not out:
             size = self.K * self.D
             block = min(1024, power(size))
-            tiles.reduce_rows[(self.batch * triton.cdiv(size, block),)](
+            tiles.reduce_rows[(self.batch * cdiv(size, block),)](
                 *out, done, *self.totals, size, self.K, self.splits, LLOYD=lloyd, BLOCK=block
             )
         if move is not None and not self.single:

@@ -19,9 +19,9 @@ in registers (:mod:`fgfast.kernels.kmeans.fused`). If K x D numbers do not fit t
 import triton
 import triton.language as tl
 
-from fgfast.kernels.common import upcast
+from fgfast.kernels.common import Constant, upcast
 
-EPS = tl.constexpr(1e-12)
+EPS = Constant(1e-12)
 
 # ---------------------------------------------------------------- functions called by several kernels
 

@@ -22,10 +22,18 @@ from itertools import product
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from fgfast.kernels.common import MOST_REGISTERS, AotCase, interpreted, on_device_of, output_dtype, wide
+from fgfast.kernels.common import (
+    MOST_REGISTERS,
+    AotCase,
+    cdiv,
+    interpreted,
+    on_device_of,
+    output_dtype,
+    power_of_2,
+    wide,
+)
 from fgfast.kernels.configs import Row, architecture, architectures_for, config, processors, row_kind, table
 from fgfast.kernels.part_pool.kernels import backward_kernel, forward_kernel, grid_kernel, join_kernel, map_kernel
 from fgfast.kernels.tune import TuneCase
@@ -55,8 +63,8 @@ def _split(pixels: int, block: int, programs: int, least: int, device: torch.dev
     """(chunk, splits): pixels per program, at least about ``least``, and programs per image and block of channels."""
     wanted = -(-2 * processors(device) // max(1, programs))
     splits = max(1, min(wanted, pixels // least))
-    chunk = max(block, triton.cdiv(triton.cdiv(pixels, splits), block) * block)
-    return chunk, max(1, triton.cdiv(pixels, chunk))
+    chunk = max(block, cdiv(cdiv(pixels, splits), block) * block)
+    return chunk, max(1, cdiv(pixels, chunk))
 
 
 def _blocks(row: Row, channels: int, parts: int, flat: bool) -> dict[str, int]:
@@ -64,9 +72,9 @@ def _blocks(row: Row, channels: int, parts: int, flat: bool) -> dict[str, int]:
 
     Pixels are halved where gaps between rows require an offset per pixel in registers, channels too for many parts.
     """
-    block_k = min(MOST_PARTS, max(16, triton.next_power_of_2(parts)))
+    block_k = min(MOST_PARTS, max(16, power_of_2(parts)))
     most_d = row.tiles["BLOCK_D"] // (2 if _many(parts, flat) else 1)
-    block_d = min(most_d, max(16, triton.next_power_of_2(channels)))
+    block_d = min(most_d, max(16, power_of_2(channels)))
     return {"BLOCK_D": block_d, "BLOCK_P": row.tiles["BLOCK_P"] // (1 if flat else 2), "BLOCK_K": block_k}
 
 
@@ -98,7 +106,7 @@ def pool(features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, 
             UPCAST=interpreted(), **blocks, **_forward_row(row, n_parts, flat).launch,
         )  # fmt: skip
         if splits > 1:
-            join_kernel[(batch * triton.cdiv(channels, JOIN_D) * triton.cdiv(n_parts, blocks["BLOCK_K"]),)](
+            join_kernel[(batch * cdiv(channels, JOIN_D) * cdiv(n_parts, blocks["BLOCK_K"]),)](
                 sums, areas, pooled, area, batch, channels, n_parts, splits,
                 MEAN=mean, BLOCK_D=JOIN_D, BLOCK_K=blocks["BLOCK_K"],
             )  # fmt: skip
@@ -122,7 +130,7 @@ def _grid(features: Tensor, parts: int, blocks: dict[str, int]) -> tuple[int, in
         raise ValueError(
             f"An image has {height * width} pixels and the Triton kernels take {MOST_PIXELS}: choose backend 'torch'."
         )
-    tiles = batch * triton.cdiv(channels, blocks["BLOCK_D"]) * triton.cdiv(parts, blocks["BLOCK_K"])
+    tiles = batch * cdiv(channels, blocks["BLOCK_D"]) * cdiv(parts, blocks["BLOCK_K"])
     # Partial sums are written and read: 8 K bytes per channel, against at least 256 K for the pixels of a channel.
     return tiles, *_split(height * width, blocks["BLOCK_P"], tiles, max(1024, 128 * parts), features.device)
 
@@ -137,14 +145,14 @@ def pool_map(
     pixels, (rows, columns) = height * width, labels.shape[1:]
     tallest, widest = _longest(rows, height), _longest(columns, width)
     votes = _grid_blocks(n_parts, widest, pixels, row.warps)
-    passes = triton.cdiv(pixels, votes["BLOCK_J"]) * triton.cdiv(n_parts, votes["BLOCK_V"])
+    passes = cdiv(pixels, votes["BLOCK_J"]) * cdiv(n_parts, votes["BLOCK_V"])
     flat = _flat(features, weight)
-    steps = passes * tallest * triton.cdiv(widest, votes["BLOCK_X"])
+    steps = passes * tallest * cdiv(widest, votes["BLOCK_X"])
     group_blocks = flat and _group_blocks(features, labels, n_parts, blocks, steps)
     if not group_blocks:
         grid = labels_to_grid(labels, height, width, n_parts, torch.int32)
         return (*pool(features, grid, n_parts, weight, mean), grid)
-    groups = triton.cdiv(triton.cdiv(channels, blocks["BLOCK_D"]), group_blocks)
+    groups = cdiv(cdiv(channels, blocks["BLOCK_D"]), group_blocks)
     grid = labels.new_empty(groups, batch, height, width, dtype=torch.int32)
     pooled = features.new_empty(batch, n_parts, channels, dtype=output_dtype(features.dtype))
     area = features.new_empty(batch, n_parts, dtype=torch.float32)
@@ -174,9 +182,9 @@ def _group_blocks(features: Tensor, labels: Tensor, parts: int, blocks: dict[str
     batch, channels = features.shape[:2]
     if not features.numel() or parts > MOST_VOTED or _grid(features, parts, blocks)[2] > 1:
         return 0
-    d_blocks = triton.cdiv(channels, blocks["BLOCK_D"])
-    count = triton.cdiv(d_blocks, min(d_blocks, triton.cdiv(2 * processors(features.device), batch)))
-    reread = (triton.cdiv(d_blocks, count) - 1) * labels.numel() * labels.element_size()
+    d_blocks = cdiv(channels, blocks["BLOCK_D"])
+    count = cdiv(d_blocks, min(d_blocks, cdiv(2 * processors(features.device), batch)))
+    reread = (cdiv(d_blocks, count) - 1) * labels.numel() * labels.element_size()
     return 0 if steps > MOST_VOTE_STEPS or 20 * reread > features.numel() * features.element_size() else count
 
 
@@ -199,7 +207,7 @@ def pool_backward(
     row = config("part_pool", device, row_kind(grad.dtype))
     flat = _flat(labels, weight, out)
     blocks = _blocks(row, channels, n_parts, flat)
-    tiles = batch * triton.cdiv(channels, blocks["BLOCK_D"])
+    tiles = batch * cdiv(channels, blocks["BLOCK_D"])
     chunk, splits = _split(pixels, blocks["BLOCK_P"], tiles, max(256, 64 * n_parts), device)
     with on_device_of(grad):
         backward_kernel[(tiles * splits,)](
@@ -221,7 +229,7 @@ def labels_to_grid(labels: Tensor, height: int, width: int, n_parts: int, dtype:
     cells, tallest, widest = height * width, _longest(rows, height), _longest(columns, width)
     blocks = _grid_blocks(n_parts, widest, cells)
     with on_device_of(labels):
-        grid_kernel[(batch * triton.cdiv(cells, blocks["BLOCK_J"]),)](
+        grid_kernel[(batch * cdiv(cells, blocks["BLOCK_J"]),)](
             labels, grid, cells, rows, columns, n_parts, height, width, tallest, widest, *labels.stride(),
             **blocks, **GRID.launch,
         )  # fmt: skip
@@ -231,14 +239,14 @@ def labels_to_grid(labels: Tensor, height: int, width: int, n_parts: int, dtype:
 def _longest(length: int, cells: int) -> int:
     """The largest number of positions in an adaptive-pooling cell along one side, or one more."""
     cells = max(1, cells)
-    return triton.cdiv(length, cells) + (length % cells > 0)
+    return cdiv(length, cells) + (length % cells > 0)
 
 
 def _grid_blocks(parts: int, widest: int, cells: int, warps: int = 4) -> dict[str, int]:
     """A tile of votes [cells, pixels across, parts] with at most 512 counters per warp."""
-    block_v = min(32, triton.next_power_of_2(parts))
-    block_x = min(64, triton.next_power_of_2(max(1, widest)))
-    block_j = max(1, min(triton.next_power_of_2(cells), 512 * warps // (block_v * block_x)))
+    block_v = min(32, power_of_2(parts))
+    block_x = min(64, power_of_2(max(1, widest)))
+    block_j = max(1, min(power_of_2(cells), 512 * warps // (block_v * block_x)))
     return {"BLOCK_J": block_j, "BLOCK_X": block_x, "BLOCK_V": block_v}
 
 

@@ -53,7 +53,7 @@ def test_addresses_beyond_32_bits(stride_n: int, stride_d: int, monkeypatch: pyt
     }  # fmt: skip
     partial = torch.zeros(2, 3, n)
     device_side.prepare[(1,)](
-        x, stride_n, stride_d, ids, ids, 1, 1, values, low, high, None, 0, None, None, None, None, None, n, d,
+        x, stride_n, stride_d, ids, ids, 1, 1, values, low, high, n, *kernels.NOT_PREPARED, None, 0, *[None] * 5, d,
         NORMALIZE=True, BOUNDED=True, BLOCK=16, BLOCK_D=16, UPCAST=True,
     )  # fmt: skip
     values.fill_(1)
