@@ -136,3 +136,6 @@ def _tile_cases(
                 "BOUNDED": bounded, "X_ROWS": "x" in sides, "Y_ROWS": "y" in sides, "ADD": False,
             }  # fmt: skip
             yield _case(f"{full} {sides}", device_side.gradient, dtype, flags, row.warps, row.stages, archs, rare)
+        if row.whole:  # a block of columns of another rank; without WHOLE the flag has no effect
+            flags = fixed | {"BOUNDED": bounded, "X_ROWS": True, "Y_ROWS": False, "ADD": True}
+            yield _case(f"{full} x added", device_side.gradient, dtype, flags, row.warps, row.stages, archs, rare)

@@ -507,6 +507,10 @@ def gradient(
         x_tile = _load_vectors(of_x, x_n, present, 0, D, BLOCK_D, UPCAST)
     raw += split.to(tl.int64) * D
     acc = tl.zeros([BLOCK_X, BLOCK_D if WHOLE else 1], tl.float32)
+    if WHOLE and ADD:  # loaded first: after the loop the sum would need the registers of a second tile
+        before = tl.arange(0, BLOCK_D)
+        at_before = raw + (x_n * SPLITS)[:, None] * D + before[None, :]
+        acc = tl.load(at_before, mask=exists[:, None] & (before < D)[None, :], other=0.0)
 
     per_split = tl.cdiv(tl.cdiv(Y, BLOCK_Y), SPLITS)
     begin = split * per_split
@@ -538,10 +542,7 @@ def gradient(
     if WHOLE:
         d = tl.arange(0, BLOCK_D)
         at = raw + (x_n * SPLITS)[:, None] * D + d[None, :]
-        mask = exists[:, None] & (d < D)[None, :]
-        if ADD:
-            acc += tl.load(at, mask=mask, other=0.0)
-        tl.store(at, acc, mask=mask)
+        tl.store(at, acc, mask=exists[:, None] & (d < D)[None, :])
 
 
 @triton.jit

@@ -108,6 +108,9 @@ def sigmoid_gradient(
         x_tile = _load_vectors(of_x, x_n, exists, 0, D, BLOCK_D, UPCAST)
     at_row = raw + (x_n * SPLITS + split)[:, None] * D
     acc = tl.zeros([BLOCK_X, BLOCK_D if WHOLE else 1], tl.float32)
+    if WHOLE and ADD:  # loaded first: after the loop the sum would need the registers of a second tile
+        before = tl.arange(0, BLOCK_D)
+        acc = tl.load(at_row + before[None, :], mask=exists[:, None] & (before < D)[None, :], other=0.0)
     of_scale = tl.zeros([BLOCK_X], tl.float32)
     of_bias = of_scale
     per_split = tl.cdiv(tl.cdiv(Y, BLOCK_Y), SPLITS)
@@ -139,11 +142,7 @@ def sigmoid_gradient(
             tl.debug_barrier()  # the next block reads values written by other threads of this program
     if WHOLE:
         d = tl.arange(0, BLOCK_D)
-        mask = exists[:, None] & (d < D)[None, :]
-        at = at_row + d[None, :]
-        if ADD:
-            acc += tl.load(at, mask=mask, other=0.0)
-        tl.store(at, acc, mask=mask)
+        tl.store(at_row + d[None, :], acc, mask=exists[:, None] & (d < D)[None, :])
     if sums is not None:
         tl.store(sums + split.to(tl.int64) * X + x_n, of_scale, mask=exists)
         tl.store(sums + (split + SPLITS).to(tl.int64) * X + x_n, of_bias, mask=exists)
@@ -243,20 +242,24 @@ def aot_cases() -> Iterator[AotCase]:
                 constexprs: dict[str, Any] = _options(shape, row.channels, 1) | {
                     "PAIRED": True, "UPCAST": False, "x_stride_d": 1, "y_stride_d": 1,
                 }  # fmt: skip
-                constexprs |= {"ADD": False} if kernel is sigmoid_gradient else {}
-                yield _case(kernel, name, arch, row_name, row, shape, dtype, constexprs)
+                if kernel is sigmoid_forward:
+                    yield _case(kernel, name, arch, row_name, row, shape, dtype, constexprs)
+                    continue
+                for add in (False, True) if shape.whole else (False,):  # without WHOLE the flag has no effect
+                    of_ranks = constexprs | {"ADD": add, "PAIRED": not add}
+                    yield _case(kernel, name, arch, row_name, row, shape, dtype, of_ranks)
 
 
 def _case(
     kernel: Any, name: str, arch: str, row_name: str, row: Any, shape: TileShape, dtype: str, constexprs: dict[str, Any]
 ) -> AotCase:  # fmt: skip
-    tuned = "tuned" in row_name
+    tuned, added = "tuned" in row_name, constexprs.get("ADD", False)
     types = dict.fromkeys(("x", "y"), f"*{dtype}:16") | dict.fromkeys(("factors", "out", "raw", "sums"), "*fp32:16")
     sizes = ("X", "Y", "D", "x_stride_n", "y_stride_n")
     types |= dict.fromkeys(sizes, "i32:16") | dict.fromkeys(constexprs, "constexpr")
     return AotCase(
-        f"contrast {kernel.__name__.replace('_', ' ')} {arch} {dtype} D{row.channels}{' tuned' * tuned}", kernel,
-        {n: types[n] for n in kernel.arg_names if n in types}, constexprs, row.warps, row.stages,
-        architectures_for(f"contrast {name}", arch, row), dtype == "fp16", tuned, row.registers,
+        f"contrast {kernel.__name__.replace('_', ' ')} {arch} {dtype} D{row.channels}{' added' * added}"
+        f"{' tuned' * tuned}", kernel, {n: types[n] for n in kernel.arg_names if n in types}, constexprs, row.warps,
+        row.stages, architectures_for(f"contrast {name}", arch, row), dtype == "fp16", tuned, row.registers,
         row.shared,
     )  # fmt: skip
