@@ -103,7 +103,15 @@ class TrainConfig:
     model_args: str = ""
     """Additional arguments of the timm model, such as "channels=(32,64,128,256),output_stride=16"."""
     init: str = "none"
-    """Initial weights: "none" (random), "timm" (pretrained, downloaded), a file of weights or a run folder."""
+    """Initial weights: "none" (random), "timm" (pretrained, downloaded), a run folder, or a file of timm, torchvision,
+    transformers, lightly, efficientnet_pytorch, MoCo, DINO, solo-learn or VISSL (position embeddings are resampled)."""
+    mean: str = ""
+    """Mean of each channel of the images, as in "0.5,0.5,0.5" for values in [0, 1]; by default what the initial weights
+    were trained with, ImageNet's for random ones."""
+    std: str = ""
+    """Standard deviation of each channel, like --mean."""
+    interpolation: Literal["", "bilinear", "bicubic"] = ""
+    """How images are resized; by default what the initial weights were trained with, bilinear for random ones."""
     size: Annotated[int, Range(16)] = 64
     """Side of the training views in pixels."""
     epochs: Count = 100
@@ -112,8 +120,8 @@ class TrainConfig:
     """Total number of encoder passes over images; if above 0, it replaces --epochs (equal passes, equal compute)."""
     batch_size: Annotated[int, Range(2)] = 128
     """Images per step and process."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Optimiser: fused AdamW, or fused SGD with momentum 0.9."""
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
+    """Optimiser: fused AdamW, fused SGD with momentum 0.9, or LARS (SGD with a rate per matrix, for large batches)."""
     lr: Weight = 1e-3
     """Peak learning rate; it is not scaled by the batch size."""
     weight_decay: Weight = 1e-4
@@ -162,6 +170,10 @@ class TrainConfig:
             return self.lr * (step + 1) / warm
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
+    def weight_decay_at(self, step: int, total: int) -> float:
+        """The weight decay of a step, from 0: constant, unless a method has a schedule."""
+        return self.weight_decay
+
 
 _SWITCHES = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
 C = TypeVar("C", bound="DataclassInstance")
@@ -198,7 +210,8 @@ def with_values(config: C, values: dict[str, Any], source: str) -> C:
         hint, shown = hints[key], shorten(repr(value))
         choices = get_args(hint)
         if choices and value not in choices:
-            raise UserError(f"{source} sets {name} = {shown}: choose one of {', '.join(map(str, choices))}.")
+            listed = ", ".join(str(choice) for choice in choices if choice != "")
+            raise UserError(f"{source} sets {name} = {shown}: choose one of {listed}.")
         if hint is float and type(value) is int:
             value = float(value)
         if key == "save_every" and type(value) is int:  # as earlier versions wrote it
@@ -239,6 +252,8 @@ def validate(config: TrainConfig) -> None:
     if config.unlabelled and not config.takes_unlabelled:
         raise UserError("--unlabelled adds images that supervised training cannot use: leave it out.")
     check_ranges(config)
+    channel_values("--mean", config.mean, Range(0, 1))
+    channel_values("--std", config.std, Range(0, open=True))
     Interval.parse(str(config.save_every))
     config.check()
 
@@ -247,6 +262,28 @@ def check_text(name: str, value: str) -> None:
     """Raise a UserError for a text that no file name and no config.toml can hold."""
     if re.search("[\0\ud800-\udfff]", value):  # Python's stand-ins for bytes that are no UTF-8
         raise UserError(f"{name} is {shorten(repr(value))}, which is not valid UTF-8: give another name.")
+
+
+def channel_values(name: str, text: str, wanted: Range) -> tuple[float, float, float] | None:
+    """The numbers of the three channels in a text, or None for an empty text.
+
+    Raises:
+        UserError: there are not three, or one is no number or out of range.
+
+    Example:
+        >>> channel_values("--mean", "0.5, 0.5,.5", Range(0, 1))
+        (0.5, 0.5, 0.5)
+    """
+    if not text:
+        return None
+    try:
+        red, green, blue = (float(part) for part in text.split(","))
+    except ValueError:
+        shown = shorten(repr(text))
+        raise UserError(f"{name} is {shown}: give three numbers, one per channel, as in 0.5,0.5,0.5.") from None
+    for value in (red, green, blue):
+        check_range(f"A number of {name}", value, wanted)
+    return red, green, blue
 
 
 def flag(name: str) -> str:

@@ -1,5 +1,6 @@
 """Files of a run folder, written atomically: a crash leaves the previous file in place."""
 
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -19,10 +20,11 @@ from fgfast.checksum import (
     seal_zip,
     verify,
 )  # fmt: skip
+from fgfast.data.normalise import IMAGENET, InputStats
 from fgfast.errors import UserError
 from fgfast.files import write_atomic
 from fgfast.formats import read_toml
-from fgfast.models.weights import load_dictionary
+from fgfast.models.checkpoints import load_dictionary
 
 log = logging.getLogger("fgfast")
 
@@ -64,23 +66,33 @@ def save_encoder(
     encoder: nn.Module | Mapping[str, Tensor],
     model: str,
     before_rename: Callable[[], object] = lambda: None,
+    *,
+    stats: InputStats = IMAGENET,
+    created_with: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a timm network as safetensors; ``timm.create_model(model, checkpoint_path=...)`` loads it.
+    """Write a timm network as safetensors; ``timm.create_model(model, checkpoint_path=..., num_classes=0)`` loads it.
+
+    The metadata of the file name the network ("timm_model"), its arguments for timm as JSON ("timm_args"), such as the
+    size that it was built for, and its input statistics.
 
     Args:
         path: the file.
         encoder: the network or its state dict.
         model: timm's name of the network.
         before_rename: see :func:`~fgfast.files.write_atomic`.
+        stats: how images are resized and normalised for the network.
+        created_with: its arguments for timm; by default those of a network that :class:`Backbone` has built.
     """
     from safetensors.torch import save
 
+    args = getattr(encoder, "created_with", {}) if created_with is None else created_with
     state = encoder.state_dict() if isinstance(encoder, nn.Module) else encoder
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    texts = {"timm_model": model, "timm_args": json.dumps(dict(args), default=list), **stats.texts()}
 
     def write(partial: Path) -> None:
         # save_file would hide the error of a full disk
-        partial.write_bytes(save(tensors, {"format": "pt", "timm_model": model, KEY: BLANK}))
+        partial.write_bytes(save(tensors, {"format": "pt", **texts, KEY: BLANK}))
         seal_safetensors(partial)
 
     write_atomic(path, write, durable=True, before_rename=before_rename)
@@ -92,6 +104,9 @@ def save_newest(
     encoder: nn.Module | Mapping[str, Tensor],
     model: str,
     confirm: Callable[[], object] = lambda: None,
+    *,
+    stats: InputStats = IMAGENET,
+    created_with: Mapping[str, Any] | None = None,
 ) -> None:
     """Save a checkpoint as last.pt and its encoder, and keep the last.pt before it, if it is whole, as previous.pt.
 
@@ -104,11 +119,13 @@ def save_newest(
         encoder: the network to export, or its state dict.
         model: timm's name of the network.
         confirm: called before the first file is replaced; all stay as they are if it fails.
+        stats: how images are resized and normalised for the network.
+        created_with: its arguments for timm, see :func:`save_encoder`.
     """
 
     def before_rename() -> None:
         whole = _is_whole(run / LAST)  # a damaged one must not replace the previous one
-        save_encoder(run / ENCODER, encoder, model, confirm)
+        save_encoder(run / ENCODER, encoder, model, confirm, stats=stats, created_with=created_with)
         if whole:
             _keep_last(run)
 

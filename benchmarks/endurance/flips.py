@@ -114,7 +114,7 @@ def _flip(path: Path, place: int) -> None:
 
 
 def _reading(path: Path) -> Callable[[], Any]:
-    from fgfast.models.weights import read_checkpoint
+    from fgfast.models.checkpoints import read_checkpoint
     from fgfast.run import load_checkpoint
 
     return partial(read_checkpoint, path) if path.name == ENCODER else partial(load_checkpoint, path, METHOD)

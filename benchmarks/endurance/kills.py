@@ -14,8 +14,8 @@ import torch
 
 from benchmarks.endurance.processes import TIMEOUT, Aim, Case, Ended, start, warm_up
 from benchmarks.endurance.report import Part, markdown
+from fgfast.methods.base import METHODS
 
-METHODS = ("color", "jigsaw", "lodisc", "mocov3", "particle", "simclr", "srgan", "supervised", "synthpair")
 CASES = (*((name, ()) for name in METHODS), ("particle", (("parts", "online"),)), ("particle", (("rounds", 2),)))
 MEASURED = ("images_per_s", "passes_per_s", "data_wait", "memory_mb")  # differ between equal runs
 # These differ, or are compared otherwise
@@ -199,7 +199,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 def differences(reference: Path, run: Path, method: str) -> list[str]:
     """What differs between a resumed run and an uninterrupted one, in a few words each."""
-    from fgfast.models.weights import read_checkpoint
+    from fgfast.models.checkpoints import read_checkpoint
     from fgfast.run import load_checkpoint
 
     a, b = (load_checkpoint(folder / "last.pt", method) for folder in (reference, run))

@@ -1,16 +1,16 @@
 """The commands of ``fgfast``: the arguments of each and the function that it calls."""
 
-import contextlib
 import dataclasses
 import json
 import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from fgfast.claim import is_claim
+from fgfast.cli.evaluate import evaluate_run
+from fgfast.cli.finished import finished
 from fgfast.cli.parse import parse, parse_method, parse_settings
 from fgfast.config import read_toml
 from fgfast.errors import UserError
@@ -65,25 +65,10 @@ def _pretrain(argv: list[str]) -> None:
         check_folder(Path(config.out))
     run = pretrain(name, config)
     if is_first():
-        with _finished(run, f"its figures: fgfast pictures {run} --data {config.data} draws them"):
+        with finished(run, f"its figures: fgfast pictures {run} --data {config.data} draws them"):
             draw_run(run, Path(config.data), device=choose_device(config.device))
-        with _finished(run, f"its report: fgfast report {run} writes it"):
+        with finished(run, f"its report: fgfast report {run} writes it"):
             print(write_report(run))
-
-
-@contextlib.contextmanager
-def _finished(run: Path, rest: str) -> Iterator[None]:
-    """What follows the work of a command: if it fails, that is said, and the work stays finished.
-
-    The traceback is printed too if it is none of the failures that are expected, but a bug.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, UserError | OSError | ModuleNotFoundError):
-            traceback.print_exc()
-        reason = str(error).rstrip(".") or type(error).__name__
-        print(f"fgfast: {run} is complete without {rest} ({reason}).", file=sys.stderr)
 
 
 def _discover(argv: list[str]) -> None:
@@ -110,6 +95,8 @@ def _discover(argv: list[str]) -> None:
         """A cluster with over border x sqrt(area) border pixels is background (CNN); by default the run's, or 0."""
         position: float | None = None
         """Variance of the appended pixel coordinates, relative to the features (CNN); by default the run's, or 0."""
+        ids: Literal["image", "set"] | None = None
+        """Ids of each image on their own, or the same in every image of the set; by default the run's, or image."""
         image_size: int = 0
         """Side to which the full image is resized, ignoring its aspect ratio; 0 is twice the training size."""
         map_size: int = 64
@@ -147,80 +134,8 @@ def _discover(argv: list[str]) -> None:
         run=f"{args.run.name}, {args.checkpoint}", threads=config.threads,
         network=f"{config.model} {config.model_args}",
     )  # fmt: skip
-    print(discover(encoder, images, args.out, clustering, discovery))
-
-
-def _eval(argv: list[str]) -> None:
-    """Evaluate the encoder of a run on a labelled data set."""
-    import tyro
-
-    from fgfast.evaluate.mlp import ClassWeights
-
-    @dataclass
-    class Args:
-        protocol: Annotated[Literal["knn", "linear", "parts", "mlp", "finetune", "retrieval"], tyro.conf.Positional]
-        """With a frozen encoder: knn, linear, parts (linear, on true parts), mlp, retrieval; training it: finetune."""
-        run: Annotated[Path, tyro.conf.Positional]
-        """Run folder."""
-        data: Path
-        """Labelled data set."""
-        checkpoint: Literal["init", "last"] = "last"
-        """Weights to use: before training (init) or after it (last)."""
-        set: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
-        """Override a setting of the run: name=value, such as drop=3 for srgan; may be repeated."""
-        json: bool = False
-        """Print the score as JSON."""
-        device: str = "auto"
-        """auto, cpu, cuda or cuda:N; auto uses CUDA if available."""
-        stages: str | None = None
-        """finetune: number of final stages (ViT: blocks) to train, 0 for none, or all (default 1)."""
-        epochs: int | None = None
-        """mlp: largest number of epochs (default 100); finetune: number of epochs (default 20)."""
-        hidden: int | None = None
-        """mlp: width of the hidden layer (default 256)."""
-        patience: int | None = None
-        """mlp: stop after this many epochs without improvement on a held-out tenth (default 5)."""
-        lr: float | None = None
-        """mlp (default 0.0003), finetune (default 0.0001): learning rate of Adam."""
-        weight_decay: float | None = None
-        """mlp (default 0), finetune (default 0.0005): weight decay of Adam."""
-        batch_size: int | None = None
-        """mlp (default 16), finetune (default 32): images per step."""
-        class_weights: ClassWeights | None = None
-        """mlp, finetune: weight classes by their inverse frequency, or in proportion to it (default none)."""
-        seed: int | None = None
-        """mlp, finetune: random seed (default 0)."""
-
-    args = parse(Args, argv, "eval", _eval.__doc__)
-    from fgfast.evaluate.options import OPTIONS, parse_options
-    from fgfast.evaluate.protocols import evaluate
-    from fgfast.report.html import write_report
-    from fgfast.train.distributed import choose_device
-
-    names = sorted({f.name for kind in OPTIONS.values() for f in dataclasses.fields(kind)})
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    options = parse_options(args.protocol, given, f"fgfast eval {args.protocol}")
-    device = choose_device(args.device)
-    score = evaluate(
-        args.run, args.protocol, args.data, checkpoint=args.checkpoint, device=device, options=options,
-        settings=parse_settings(args.set),
-    )  # fmt: skip
-    print(score.images, file=sys.stderr)
-    if args.json:
-        print(json.dumps(score.row()))
-    else:
-        more = "".join(
-            f", {name} {score.more[key]:.2%}"
-            for name, key in (("rank 5", "rank5"), ("mAP", "map"))
-            if key in score.more
-        )
-        print(
-            f"{args.protocol} {'rank 1' if more else 'top-1'} of {args.run} ({args.checkpoint}): {score.top1:.2%} "
-            f"(95% interval {score.low:.2%} to {score.high:.2%}, {len(score.correct)} images){more}, "
-            f"macro-F1 {score.macro_f1:.2%}, weighted-F1 {score.weighted_f1:.2%}"
-        )
-    with _finished(args.run, f"a new report: fgfast report {args.run} writes it"):
-        write_report(args.run)
+    shared = (args.ids or getattr(config, "ids", "image")) == "set"
+    print(discover(encoder, images, args.out, clustering, discovery, shared=shared))
 
 
 def _pictures(argv: list[str]) -> None:
@@ -366,6 +281,6 @@ def _info(argv: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "generate": _generate, "pretrain": _pretrain, "discover": _discover, "pictures": _pictures, "eval": _eval,
+    "generate": _generate, "pretrain": _pretrain, "discover": _discover, "pictures": _pictures, "eval": evaluate_run,
     "upscale": _upscale, "compare": _compare, "report": _report, "demo": _demo, "info": _info,
 }  # fmt: skip

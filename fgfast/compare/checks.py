@@ -36,6 +36,8 @@ def check_run(entry: Entry, config: TrainConfig, protocols: Sequence[tuple[str, 
             method.check_training_set(images)
             Length(method, len(images), 1).of(config)
         for name, options in protocols:
-            check_protocol(cast(Protocol, name), method.encoder, config, Path(config.data), options)
+            splits = check_protocol(cast(Protocol, name), method.encoder, config, Path(config.data), options)
+            if name == "parts" and splits.images.masks is None:
+                raise UserError("parts gives no top-1 without part masks: run fgfast eval parts on each run.")
     except UserError as error:
         raise UserError(f"{entry.label} on {config.data}: {error}") from error

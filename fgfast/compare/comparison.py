@@ -26,8 +26,7 @@ from fgfast.compare.table import format_table
 from fgfast.config import Range, TrainConfig, check_range, validate
 from fgfast.data.layouts import open_images
 from fgfast.errors import UserError
-from fgfast.evaluate.finetune import FinetuneOptions
-from fgfast.evaluate.mlp import MLPOptions
+from fgfast.evaluate.keypoints import KeypointOptions
 from fgfast.evaluate.options import Protocol, parse_protocols
 from fgfast.files import check_folder, clear_leftovers, write_atomic
 from fgfast.info import require
@@ -112,10 +111,11 @@ class Comparison:
 
     def _check_stored_rows(self) -> None:
         """Refuse to mix stored rows and tuning of other settings with new ones in a table."""
-        from fgfast.methods.run_folder import read_run
+        from fgfast.methods.run_folder import read_run, resolve_stats
         from fgfast.train.resume import ANY_TIME, check_options
 
-        stored = self._rows()
+        stored, complete = self._rows(), self._complete()
+        grows = any(_key(*job) not in complete for job in product(self.entries, self.data, self.seeds))
         if self.lrs:
             read_tuning(self.out)  # a damaged file is found here
         for entry, data, seed in product(self.entries, self.data, self.seeds):
@@ -131,6 +131,8 @@ class Comparison:
             before = Path(read_run(run)[1].data)
             if before.is_dir() and before.resolve() != data.resolve():
                 raise UserError(f"{run} was trained on {before}, not on {data}: give another --out.")
+            if grows and config.init == "timm":  # earlier versions used other input statistics than new runs would
+                config = resolve_stats(replace(config, resume=False))[0]
             tuned = ("lr",) if self.lrs and entry.trained else ()
             check_options(run, config, may_change=(*ANY_TIME, *tuned))
 
@@ -193,7 +195,7 @@ class Comparison:
         device, scores = choose_device(config.device), {}
         for label in (label for label in self.scored if not row.get(label)):
             name, options = self.scored[label]
-            if isinstance(options, MLPOptions | FinetuneOptions) and "seed" not in label:
+            if options is not None and not isinstance(options, KeypointOptions) and "seed" not in label:
                 options = replace(options, seed=config.seed)
             protocol = cast(Protocol, name)
             score = evaluate(run, protocol, data, checkpoint=entry.checkpoint, device=device, options=options)

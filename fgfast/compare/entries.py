@@ -23,7 +23,7 @@ class Entry:
 
     @classmethod
     def parse(cls, text: str) -> "Entry":
-        """Read an entry.
+        """Read an entry; a comma before a text without "=" belongs to the value before it, as in mean=0.5,0.5,0.5.
 
         Raises:
             UserError: the text is not of the form, or the method does not exist.
@@ -33,7 +33,13 @@ class Entry:
             {'parts': 'truth'}
         """
         name, _, rest = text.partition(":")
-        pairs = [p.partition("=") for p in rest.split(",") if p]
+        pieces: list[str] = []
+        for piece in filter(None, rest.split(",")):
+            if "=" in piece or not pieces:
+                pieces.append(piece)
+            else:
+                pieces[-1] += f",{piece}"
+        pairs = [p.partition("=") for p in pieces]
         if any(not sign for _, sign, _ in pairs):
             raise UserError(f"--methods got {text!r}: give name:setting=value,setting=value.")
         if name not in UNTRAINED:

@@ -65,7 +65,7 @@ def build_pipeline(
                     size=[side, side],
                     roi_start=put(f"low{v}"),
                     roi_end=put(f"high{v}"),
-                    interp_type=types.INTERP_LINEAR,
+                    interp_type=types.INTERP_CUBIC if spec.interpolation == "bicubic" else types.INTERP_LINEAR,
                     antialias=True,
                 )
             )

@@ -7,7 +7,7 @@ Source: IEC 61966-2-1 (sRGB) and CIE 15 (Lab).
 import torch
 from torch import Tensor
 
-from fgfast.data.normalise import denormalise, normalise
+from fgfast.data.normalise import IMAGENET, InputStats, denormalise, normalise
 
 _WHITE = (0.95047, 1.0, 1.08883)
 _TO_XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
@@ -83,11 +83,12 @@ def lightness(rgb: Tensor) -> Tensor:
     return (116 * _root(r * red + g * green + b * blue) - 16).unsqueeze(-3)
 
 
-def to_grey(images: Tensor) -> Tensor:
+def to_grey(images: Tensor, stats: InputStats = IMAGENET) -> Tensor:
     """Normalised images converted to grey: L / 100 in all three channels, normalised again.
 
     Args:
-        images: float [..., 3, H, W], normalised with ImageNet's statistics.
+        images: float [..., 3, H, W], normalised.
+        stats: the statistics that they are normalised with.
 
     Returns:
         The same shape.
@@ -96,4 +97,4 @@ def to_grey(images: Tensor) -> Tensor:
         >>> bool((denormalise(to_grey(torch.rand(1, 3, 2, 2))).std(1) < 1e-6).all())
         True
     """
-    return normalise(lightness(denormalise(images).clamp(0, 1)) / 100)
+    return normalise(lightness(denormalise(images, stats).clamp(0, 1)) / 100, stats)

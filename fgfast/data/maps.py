@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 
@@ -26,11 +26,17 @@ WRITER = "`fgfast discover` (masks that came with a set: restore them; of the ca
 
 
 class MapsInfo(TypedDict):
-    """The content of maps.json; a size of [0, 0] stands for maps of different sizes."""
+    """The content of maps.json; a size of [0, 0] stands for maps of different sizes.
+
+    ``parts`` are the names of the ids; ``absent`` says what a pixel without an id is: the background (the default), or
+    one whose part is not known.
+    """
 
     n_parts: int
     size: tuple[int, int]
     run: NotRequired[str]
+    parts: NotRequired[list[str]]
+    absent: NotRequired[Literal["background", "unknown"]]
 
 
 def map_path(maps: Path, rel: str) -> Path:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fgfast.data.normalise import denormalise
+from fgfast.data.normalise import IMAGENET, InputStats, denormalise
 from fgfast.data.palette import label_colours
 from fgfast.tensors import shape_error
 
@@ -49,11 +49,12 @@ def to_pixels(values: Tensor) -> NDArray[np.uint8]:
     return (x.nan_to_num(0.0) * 255).round().clamp(0, 255).byte().movedim(-3, -1).contiguous().numpy()
 
 
-def to_uint8(image: Tensor | NDArray[Any]) -> NDArray[np.uint8]:
+def to_uint8(image: Tensor | NDArray[Any], stats: InputStats = IMAGENET) -> NDArray[np.uint8]:
     """Convert an image to uint8 [H, W, 3].
 
     Args:
-        image: float tensor [3, H, W], normalised with ImageNet's mean and std, or uint8 [H, W, 3] or [3, H, W].
+        image: normalised float tensor [3, H, W], or uint8 [H, W, 3] or [3, H, W].
+        stats: the statistics that a float tensor is normalised with; in a method ``self.encoder.stats``.
 
     Returns:
         uint8 [H, W, 3].
@@ -67,7 +68,7 @@ def to_uint8(image: Tensor | NDArray[Any]) -> NDArray[np.uint8]:
         (2, 4, 3)
     """
     if isinstance(image, Tensor) and image.is_floating_point():
-        return to_pixels(denormalise(image.detach().float()))
+        return to_pixels(denormalise(image.detach().float(), stats))
     array = image.cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
     if array.dtype == np.uint8 and array.ndim == 3:
         if array.shape[-1] == 3:
@@ -85,14 +86,16 @@ def overlay(
     labels: Tensor | NDArray[np.integer[Any]],
     alpha: float = 0.55,
     n_parts: int | None = None,
+    stats: InputStats = IMAGENET,
 ) -> NDArray[np.uint8]:
     """Draw an id map over an image: parts tinted, their borders almost opaque; pixels without a part unchanged.
 
     Args:
-        image: normalised float tensor [3, H, W] (ImageNet's mean and std), or uint8 [H, W, 3] or [3, H, W].
+        image: normalised float tensor [3, H, W], or uint8 [H, W, 3] or [3, H, W].
         labels: integer [h, w], -1 = absent; resized to the image by nearest neighbour.
         alpha: opacity of the colours, 0 (only the image) to 1 (only the colours).
         n_parts: number of ids; None takes the largest label + 1. The colour of an id does not depend on it.
+        stats: see :func:`to_uint8`.
 
     Returns:
         uint8 [H, W, 3].
@@ -107,7 +110,7 @@ def overlay(
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha is {alpha}: give a number from 0 to 1.")
-    pixels = to_uint8(image)
+    pixels = to_uint8(image, stats)
     ids = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"labels is {ids.dtype} {ids.shape}: give an id map, integer [h, w].")

@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fgfast.data.normalise import Triple
 from fgfast.data.sampling import Draw
-
-Triple = tuple[float, float, float]
 
 _CHUNK_VALUES = 2**18
 _GREY = np.array([0.299, 0.587, 0.114])

@@ -87,11 +87,16 @@ def brighten(images: Tensor, factor: Tensor, mean: tuple[float, ...], std: tuple
     Returns:
         The same shape.
 
+    Raises:
+        ValueError: the statistics are of another number of channels.
+
     Example:
         >>> brighten(torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1, 1), torch.full((3,), 1.5), (0.5,), (0.5,)).flatten()
         tensor([-1.0000,  0.5000,  1.0000])
     """
     channels, width = images.shape[1], images.shape[3]
+    if (len(mean), len(std)) != (channels, channels):
+        raise ValueError(f"mean and std have {len(mean)} and {len(std)} numbers: give {channels}, one per channel.")
     centre, scale = (torch.tensor(v * width, dtype=images.dtype).to(images.device) for v in (mean, std))
     black, white = -centre / scale, (1 - centre) / scale  # [w C]: the values of a row, for a long inner loop
     gain = factor.to(images.dtype).view(-1, 1, 1)

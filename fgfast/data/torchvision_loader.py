@@ -144,7 +144,7 @@ class _Batches(Dataset):
         views, labels = [], []
         for v, (crop, draw) in enumerate(zip(spec.crops, draws, strict=True)):
             warped = [warp_labels(m, boxes[i : i + 1, v], crop.size) for i, m in enumerate(maps)] if spec.masks else []
-            cropped = torch.stack([_crop(x, draw, i, crop.size) for i, x in enumerate(images)])
+            cropped = torch.stack([_crop(x, draw, i, crop.size, spec.interpolation) for i, x in enumerate(images)])
             pixels, view_labels = rearrange(cropped.permute(0, 2, 3, 1), draw, torch.cat(warped) if warped else None)
             views.append(self._stack([_change_colours(x, draw, i) for i, x in enumerate(pixels.permute(0, 3, 1, 2))]))
             labels += [] if view_labels is None else [view_labels]
@@ -153,7 +153,7 @@ class _Batches(Dataset):
         if spec.whole is not None:
             windows = plan.whole_windows(rows)
             pairs = zip(images, windows, strict=True)
-            whole = self._stack([_crop_and_resize(image, window, spec.whole) for image, window in pairs])
+            whole = self._stack([_crop_and_resize(x, window, spec.whole, spec.interpolation) for x, window in pairs])
             if spec.whole_masks:
                 full = np.concatenate([windows / np.concatenate([sizes, sizes], 1), np.zeros((len(rows), 1))], 1)
                 box = torch.from_numpy(full.astype(np.float32))
@@ -184,14 +184,15 @@ class _Batches(Dataset):
         return F.normalize(batch, mean, std).contiguous(memory_format=torch.channels_last)
 
 
-def _crop_and_resize(image: Tensor, window: np.ndarray, size: int) -> Tensor:
+def _crop_and_resize(image: Tensor, window: np.ndarray, size: int, interpolation: str) -> Tensor:
     y, x, h, w = (round(float(value)) for value in window)
-    return F.resized_crop(image, y, x, max(1, h), max(1, w), [size, size], InterpolationMode.BILINEAR, antialias=True)
+    mode = InterpolationMode(interpolation)
+    return F.resized_crop(image, y, x, max(1, h), max(1, w), [size, size], mode, antialias=True)
 
 
-def _crop(image: Tensor, draw: Draw, i: int, size: int) -> Tensor:
+def _crop(image: Tensor, draw: Draw, i: int, size: int, interpolation: str) -> Tensor:
     """The window of view ``i``, resized and perhaps flipped, uint8 [3, size, size]."""
-    view = _crop_and_resize(image, draw.window[i], size)
+    view = _crop_and_resize(image, draw.window[i], size, interpolation)
     return F.horizontal_flip(view) if draw.flip[i] else view
 
 

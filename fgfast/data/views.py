@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from fgfast.data.normalise import IMAGENET_MEAN, IMAGENET_STD
+from fgfast.data.normalise import IMAGENET_MEAN, IMAGENET_STD, InputStats, Triple
 from fgfast.data.transforms import Transform
 from fgfast.tensors import shape_error, values_checked
 
@@ -20,9 +20,9 @@ class Crop:
     """One random view of an image: a window, resized and perhaps flipped, and random changes of its pixels.
 
     The order is fixed: window, ``TrimBorder``, flip, ``PatchSwap``, ``BlockShuffle``, ``Holes``, ``PasteOnWhite``,
-    ``Gamma``, brightness, contrast, saturation, hue, grey, blur, solarise, normalise. The resize is bilinear with
-    antialiasing (torchvision v2's default; the PARTICLE release used bicubic). An id map undergoes the same window,
-    flip and moves as its view.
+    ``Gamma``, brightness, contrast, saturation, hue, grey, blur, solarise, normalise. The resize is antialiased; its
+    interpolation and the normalisation are those of the ``ViewSpec``. An id map undergoes the same window, flip and
+    moves as its view.
 
     Args:
         size: side of the square view in pixels, >= 1.
@@ -133,9 +133,11 @@ class ViewSpec:
         mean: mean of each channel for values in [0, 1].
         std: standard deviation of each channel for values in [0, 1].
         patch: a window at the original resolution and its downscaled copy; None for none.
+        interpolation: how the crops and the unaugmented view are resized, "bilinear" or "bicubic".
 
     Raises:
-        ValueError: nothing to deliver, or ``whole_masks`` or ``center`` without ``whole``.
+        ValueError: nothing to deliver, ``whole_masks`` or ``center`` without ``whole``, or statistics that
+            :meth:`InputStats.check` refuses.
 
     Example:
         >>> ViewSpec(crops=(Crop(), Crop(solarize=0.2)), masks=True).needs_maps
@@ -147,9 +149,10 @@ class ViewSpec:
     whole: int | None = None
     whole_masks: bool = False
     center: float | None = None
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
     patch: Patch | None = None
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
         """Refuse a specification that delivers nothing or contradicts itself."""
@@ -165,6 +168,19 @@ class ViewSpec:
             raise ValueError(f"ViewSpec.center is {self.center}: give a fraction in (0, 1].")
         if self.masks and not self.crops:
             raise ValueError("ViewSpec.masks asks for id maps of crops: give at least one crop.")
+        try:
+            InputStats(self.mean, self.std, self.interpolation).check()
+        except ValueError as error:
+            raise ValueError(f"ViewSpec.{error}") from None
+
+    def with_stats(self, stats: InputStats) -> ViewSpec:
+        """The same views, resized and normalised for a network with these statistics.
+
+        Example:
+            >>> ViewSpec(whole=8).with_stats(InputStats((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic")).mean
+            (0.5, 0.5, 0.5)
+        """
+        return replace(self, **stats._asdict())
 
     @property
     def without_box(self) -> list[int]:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fgfast.data.imageset import ImageSet
 from fgfast.data.loader import make_loader
-from fgfast.data.views import ViewSpec
+from fgfast.data.normalise import IMAGENET, InputStats
+from fgfast.data.views import Crop, ViewSpec
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone
 from fgfast.ops.part_pool import part_pool
@@ -33,6 +34,8 @@ def extract(
     maps: Path | None = None,
     group: "ProcessGroup | None" = None,
     lenient: bool = False,
+    stats: InputStats | None = None,
+    crops: tuple[Crop, ...] = (),
 ) -> tuple[Tensor, Tensor]:
     """Features and classes of every image that can be read, in the order of the set.
 
@@ -52,6 +55,10 @@ def extract(
         group: processes that call this at the same time, with equal arguments, and share the work; or None. Batches
             then hold other images, which changes features by roundings.
         lenient: leave out missing images too, and any number of broken ones.
+        stats: how images are resized and normalised; None is as the :class:`Backbone` in ``encoder`` takes them, and
+            with ImageNet's statistics if there is none.
+        crops: random views of each image, the same at every call; ``encoder`` then maps (image, view, view, ...) to
+            features [B, D].
 
     Returns:
         Features float32 [N, D] and classes int64 [N], both on the CPU; of all images, and the same on every rank.
@@ -60,9 +67,9 @@ def extract(
         UserError: no image can be read, or a feature is not finite; in a group on every rank.
     """
     ranks = ranks_of(group, torch.device(device))
-    own = on_all(
-        ranks, lambda: _extract(encoder, images, size, batch_size, ranks, center, threads, loader, maps, lenient)
-    )
+    spec = ViewSpec(crops=crops, whole=size, center=center, whole_masks=maps is not None)
+    spec = spec.with_stats(stats or stats_of(encoder))
+    own = on_all(ranks, lambda: _extract(encoder, images, spec, batch_size, ranks, threads, loader, maps, lenient))
     features, targets, order = (torch.cat(parts) for parts in zip(*gather(ranks, own), strict=True))
     if not len(features):
         raise UserError(f"No image under {images.root} could be read: check the data folder.")
@@ -72,13 +79,23 @@ def extract(
     return features[in_order], targets[in_order]
 
 
+def stats_of(encoder: object) -> InputStats:
+    """The input statistics of the backbone that a module is or contains; ImageNet's if there is none.
+
+    Example:
+        >>> stats_of(nn.Sequential(Backbone("test_resnet"), nn.Flatten())) == stats_of(None)
+        True
+    """
+    modules = encoder.modules() if isinstance(encoder, nn.Module) else ()
+    return next((module.stats for module in modules if isinstance(module, Backbone)), IMAGENET)
+
+
 def _extract(
-    encoder: Callable[..., Tensor], images: ImageSet, size: int, batch_size: int, ranks: Ranks, center: float | None,
+    encoder: Callable[..., Tensor], images: ImageSet, spec: ViewSpec, batch_size: int, ranks: Ranks,
     threads: int | None, loader: str, maps: Path | None, lenient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Features, classes and positions of this rank's images."""
     device = ranks.device
-    spec = ViewSpec(whole=size, center=center, whole_masks=maps is not None)
     batches = make_loader(
         images, spec, batch_size, shuffle=False, maps=maps, device=str(device), threads=threads, rank=ranks.rank,
         world=ranks.world, backend=loader, lenient=lenient,
@@ -89,9 +106,8 @@ def _extract(
     rows, targets, order = [], [], []
     try:
         for batch in batches:
-            assert batch.whole is not None  # the spec asks for it
             valid = batch.valid.cpu()
-            inputs = (batch.whole,) if maps is None else (batch.whole, batch.whole_labels)
+            inputs = [x for x in (batch.whole, batch.whole_labels, *batch.views) if x is not None]
             rows.append(encoder(*inputs).float()[valid.to(device)].cpu())
             targets.append(batch.target.cpu()[valid])
             order.append(batch.index.cpu()[valid])

@@ -1,6 +1,5 @@
 """Fine-tuning of the last stages of an encoder, or all of it, with labels."""
 
-import logging
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +16,8 @@ from fgfast.data.views import Crop, ViewSpec
 from fgfast.errors import UserError
 from fgfast.evaluate.features import extract
 from fgfast.evaluate.mlp import ClassWeights, class_weights
+from fgfast.evaluate.resume import Progress
 from fgfast.models.backbone import Backbone
-from fgfast.run import read_state, save_checkpoint
-
-log = logging.getLogger("fgfast")
 
 
 @dataclass(frozen=True)
@@ -145,8 +142,8 @@ def finetune(
     trainable = unfreeze(encoder, o.stages)
     crop = Crop(size=config.size, scale=(config.crop_scale, 1.0), jitter=(0.2, 0.2, 0.2, 0.02))
     loader = make_loader(
-        fit, ViewSpec(crops=(crop,)), o.batch_size, seed=o.seed, device=device, threads=config.threads,
-        backend=config.loader,
+        fit, ViewSpec(crops=(crop,)).with_stats(encoder.stats), o.batch_size, seed=o.seed, device=device,
+        threads=config.threads, backend=config.loader,
     )  # fmt: skip
     call = {**asdict(o), "start": start, "data": str(fit.root.resolve()), "pictures": len(fit)}
     with torch.random.fork_rng():
@@ -155,17 +152,14 @@ def finetune(
         optimizer = torch.optim.Adam([*trainable, *head.parameters()], lr=o.lr, weight_decay=o.weight_decay, fused=True)
         criterion = nn.CrossEntropyLoss(None if weight is None else weight.to(device))
         modules = nn.ModuleList([encoder, head])
+        progress = Progress(state_file, call, modules, optimizer, loader)
         try:
-            for epoch in range(_resume(state_file, call, modules, optimizer, loader), o.epochs):
-                loss = _train_epoch(encoder, head, criterion, optimizer, loader, config.amp == "bf16")
+            for epoch in range(progress.load()["epoch"], o.epochs):
+                loss = train_epoch(encoder, head, criterion, optimizer, loader, config.amp == "bf16")
                 if not np.isfinite(loss):
                     raise UserError(f"The loss is not finite after epoch {epoch + 1} of fine-tuning: lower --lr.")
-                if state_file is not None and epoch + 1 < o.epochs:
-                    state = {
-                        "modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1,
-                        "what": call, "loader": loader.state_dict(), "rng": torch.get_rng_state(),
-                    }  # fmt: skip
-                    save_checkpoint(state_file, state)
+                if epoch + 1 < o.epochs:
+                    progress.save(epoch + 1)
         finally:
             loader.close()
     predicted, truth = extract(
@@ -174,10 +168,11 @@ def finetune(
     return predicted.argmax(1), truth
 
 
-def _train_epoch(
-    encoder: Backbone, head: nn.Linear, criterion: nn.Module, optimizer: torch.optim.Optimizer, loader: Any, amp: bool
-) -> float:
-    """One epoch; returns the sum of the losses, which is finite only if all of them are."""
+def train_epoch(
+    encoder: nn.Module, head: nn.Linear, criterion: nn.Module, optimizer: torch.optim.Optimizer, loader: Any,
+    amp: bool = False,
+) -> float:  # fmt: skip
+    """One epoch of what is trainable in both networks; returns the sum of the losses, finite if all are."""
     total = torch.zeros((), device=head.weight.device)
     for batch in loader:
         valid = batch.valid
@@ -189,26 +184,3 @@ def _train_epoch(
         optimizer.step()
         total += loss.detach()
     return float(total)
-
-
-def _resume(
-    state_file: Path | None, call: dict[str, Any], modules: nn.Module, optimizer: torch.optim.Optimizer, loader: Any
-) -> int:
-    """Load the state of an interrupted call with the same options; returns the number of epochs done.
-
-    A damaged state is left out with a warning.
-    """
-    if state_file is None or not state_file.is_file():
-        return 0
-    try:
-        state = read_state(state_file)
-    except UserError:
-        log.warning("%s is cut or damaged: fine-tuning starts from the beginning.", state_file)
-        return 0
-    if state.get("what") != call:
-        return 0
-    modules.load_state_dict(state["modules"])
-    optimizer.load_state_dict(state["optimizer"])
-    loader.load_state_dict(state["loader"])
-    torch.set_rng_state(state["rng"])
-    return int(state["epoch"])

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgfast.tensors import shape_error
+from fgfast.evaluate.checks import check_split
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def knn_predict(
         Predicted classes int64 [M] on the device of ``test_x``.
 
     Raises:
-        ValueError: wrong shapes, no training row, k < 1 or temperature <= 0.
+        ValueError: wrong shapes, a feature that is not finite, no training row, k < 1 or temperature <= 0.
 
     Example:
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -45,15 +45,9 @@ def knn_predict(
 
     Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021 (their eval_knn).
     """
-    if train_x.ndim != 2 or test_x.ndim != 2 or train_x.shape[1] != test_x.shape[1]:
-        raise ValueError(
-            f"train_x and test_x: expected shapes [N, D] and [M, D], got {list(train_x.shape)} and "
-            f"{list(test_x.shape)}."
-        )
+    check_split(train_x, train_y, test_x)
     if not len(train_x):
         raise ValueError("train_x has no rows: give at least one.")
-    if train_y.shape != train_x.shape[:1]:
-        raise shape_error("train_y", f"[{len(train_x)}]", train_y)
     if k < 1 or temperature <= 0:
         raise ValueError(f"k is {k} and temperature {temperature}: give k >= 1 and a temperature above 0.")
     device = test_x.device

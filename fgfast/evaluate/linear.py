@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fgfast.errors import UserError
-from fgfast.tensors import shape_error
+from fgfast.evaluate.checks import check_split
 
 
 def linear_probe(
@@ -32,7 +32,7 @@ def linear_probe(
 
     Raises:
         UserError: all training rows have the same class.
-        ValueError: wrong shapes, or no positive C.
+        ValueError: wrong shapes, a feature that is not finite, or no positive C.
 
     Example:
         >>> x = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
@@ -42,13 +42,7 @@ def linear_probe(
     Source: the evaluation of Saha and Maji, "PARTICLE: Part Discovery and Contrastive Learning for Fine-grained
     Recognition", ICCV workshops 2023, which uses scikit-learn's LogisticRegression with C = 1.
     """
-    if train_x.ndim != 2 or test_x.ndim != 2 or train_x.shape[1] != test_x.shape[1]:
-        raise ValueError(
-            f"train_x and test_x: expected shapes [N, D] and [M, D], got {list(train_x.shape)} and "
-            f"{list(test_x.shape)}."
-        )
-    if train_y.shape != train_x.shape[:1]:
-        raise shape_error("train_y", f"[{len(train_x)}]", train_y)
+    check_split(train_x, train_y, test_x)
     grid = [float(C)] if isinstance(C, int | float) else sorted(float(c) for c in C)
     if not grid or grid[0] <= 0:
         raise ValueError(f"C is {C}: give one or more positive numbers.")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fgfast.errors import UserError
+from fgfast.evaluate.checks import check_split
 
 ClassWeights = Literal["none", "inverse", "frequency"]
 
@@ -87,18 +88,20 @@ def mlp_probe(
 
     Raises:
         UserError: a class has no row.
+        ValueError: wrong shapes, or a feature that is not finite.
 
     Source: the downstream classifier of Al Breiki, Ridzuan and Grandhe, "Self-Supervised Learning for Fine-Grained
     Image Classification", 2021. Differences: the release's encoder is in training mode in the first epoch, in which
     its BatchNorm statistics drift; here the split is by class, stopping by the loss, and features are standardised.
     """
+    check_split(train_x, train_y, test_x)
     o = options or MLPOptions()
     y = train_y.cpu()
     weight = class_weights(y.numpy(), classes, o.class_weights)
     mean, spread = train_x.float().mean(0), train_x.float().std(0, correction=0)
     spread = torch.where(spread < 1e-6 * mean.abs().clamp(min=1), 1, spread)
     x, test = (((t.float() - mean) / spread).cpu() for t in (train_x, test_x))
-    held = torch.from_numpy(tenth_of_each_class(y.numpy(), o.seed))
+    held = torch.from_numpy(part_of_each_class(y.numpy(), o.seed))
     with torch.random.fork_rng():
         torch.manual_seed(o.seed)
         net = nn.Sequential(nn.Linear(x.shape[1], o.hidden), nn.ReLU(), nn.Linear(o.hidden, len(classes)))
@@ -124,11 +127,11 @@ def mlp_probe(
         return net(test).argmax(1)
 
 
-def tenth_of_each_class(targets: np.ndarray, seed: int) -> np.ndarray:
-    """Mask of a random tenth of the rows of each class, at least one of two or more, bool [N]."""
+def part_of_each_class(targets: np.ndarray, seed: int, fraction: float = 0.1) -> np.ndarray:
+    """Mask of a random part of the rows of each class, at least one of two or more and never all, bool [N]."""
     held = np.zeros(len(targets), bool)
     order = np.random.default_rng(seed).permutation(len(targets))
     for c in np.unique(targets):
         members = order[targets[order] == c]
-        held[members[: max(1, round(len(members) / 10)) if len(members) > 1 else 0]] = True
+        held[members[: min(max(1, round(fraction * len(members))), len(members) - 1)]] = True
     return held

@@ -5,16 +5,29 @@ from typing import Any, Literal, get_args
 
 from fgfast.config import Range, check_range, parse_values, with_values
 from fgfast.errors import UserError
+from fgfast.evaluate.few_shot import SegmentationOptions
 from fgfast.evaluate.finetune import FinetuneOptions
+from fgfast.evaluate.keypoints import KeypointOptions
+from fgfast.evaluate.linear_sgd import LCROptions, LoDiscOptions
 from fgfast.evaluate.mlp import MLPOptions
+from fgfast.evaluate.sweep import SweepOptions
+from fgfast.formats import shorten
 
-Protocol = Literal["knn", "linear", "parts", "mlp", "finetune", "retrieval"]
-Options = MLPOptions | FinetuneOptions
-OPTIONS: dict[str, type[Options]] = {"mlp": MLPOptions, "finetune": FinetuneOptions}
+Protocol = Literal["knn", "linear", "parts", "mlp", "finetune", "retrieval", "segmentation"]
+Options = (
+    MLPOptions | FinetuneOptions | SegmentationOptions | KeypointOptions | SweepOptions | LCROptions | LoDiscOptions
+)
+OPTIONS: dict[str, type[Options]] = {
+    "mlp": MLPOptions, "finetune": FinetuneOptions, "segmentation": SegmentationOptions, "parts": KeypointOptions,
+}  # fmt: skip
 """The options of the protocols that have any."""
+RECIPES: dict[str, type[Options]] = {kind.recipe: kind for kind in (SweepOptions, LCROptions, LoDiscOptions)}
+"""The options of linear by recipe; the default recipe, logistic, has none."""
+_COMPARED = [name for name in get_args(Protocol) if name != "segmentation"]  # that give a top-1
 _RANGES = {
     "epochs": Range(1), "patience": Range(1), "hidden": Range(1), "batch_size": Range(2), "seed": Range(0),
-    "weight_decay": Range(0), "lr": Range(0, open=True),
+    "weight_decay": Range(0), "lr": Range(0, open=True), "n_labelled": Range(2), "folds": Range(2), "every": Range(1),
+    "val": Range(0, 0.9, open=True), "background": Range(-1, 254),
 }  # fmt: skip
 
 
@@ -29,11 +42,21 @@ def parse_options(protocol: str, values: dict[str, Any], source: str) -> Options
     Raises:
         UserError: the protocol does not have an option, or a value cannot be used.
     """
-    if protocol not in OPTIONS:
+    kind = OPTIONS.get(protocol)
+    if protocol == "linear":
+        recipe = values.get("recipe", "logistic")
+        if recipe not in ("logistic", *RECIPES):
+            choices = ", ".join(("logistic", *RECIPES))
+            raise UserError(f"{source} sets recipe = {shorten(repr(recipe))}: choose one of {choices}.")
+        kind, values = RECIPES.get(recipe), {name: value for name, value in values.items() if name != "recipe"}
+        if kind is None and values:
+            name = next(iter(values))
+            raise UserError(f"{source} sets {name!r}, which recipe=logistic does not have: choose another recipe.")
+    if kind is None:
         if values:
             raise UserError(f"{source}: the protocol {protocol} has no option {next(iter(values))!r}: leave it out.")
         return None
-    default = OPTIONS[protocol]()
+    default = kind()
     texts = {k: v for k, v in values.items() if isinstance(v, str)}
     options = with_values(default, values | parse_values(default, texts, source), source)
     for name, wanted in _RANGES.items():
@@ -50,7 +73,8 @@ def options_text(options: Options | None) -> str:
     if options is None:
         return ""
     default = type(options)()
-    names = [f.name for f in fields(options) if getattr(options, f.name) != getattr(default, f.name)]
+    names = ["recipe"] if hasattr(options, "recipe") else []
+    names += [f.name for f in fields(options) if getattr(options, f.name) != getattr(default, f.name)]
     return ",".join(f"{name}={getattr(options, name)}" for name in names)
 
 
@@ -80,11 +104,13 @@ def parse_protocols(texts: list[str]) -> dict[str, tuple[str, Options | None]]:
             entries[-1][1][key] = value
     protocols: dict[str, tuple[str, Options | None]] = {}
     for name, values in entries:
-        if name not in get_args(Protocol):
-            raise UserError(f"There is no protocol {name!r}: choose one of {', '.join(get_args(Protocol))}.")
+        if name == "segmentation":
+            raise UserError("segmentation gives no top-1 to compare: run fgfast eval segmentation on each run.")
+        if name not in _COMPARED:
+            raise UserError(f"There is no protocol {name!r}: choose one of {', '.join(_COMPARED)}.")
         options = parse_options(name, values, "--protocols")
         text = options_text(options)
         protocols[f"{name}:{text}" if text else name] = name, options
     if not protocols:
-        raise UserError(f"--protocols is empty: give {', '.join(get_args(Protocol))}.")
+        raise UserError(f"--protocols is empty: give {', '.join(_COMPARED)}.")
     return protocols

@@ -44,8 +44,8 @@ def score_discovery(
     test = test.subset(np.sort(np.random.default_rng(0).permutation(len(test))[:n_images]))
     size, n_parts = 2 * config.size, getattr(config, "n_parts", 15)
     loader = make_loader(
-        test, ViewSpec(whole=size, whole_masks=True), 32, shuffle=False, maps=images.masks, device=device,
-        threads=config.threads, backend=config.loader,
+        test, ViewSpec(whole=size, whole_masks=True).with_stats(encoder.stats), 32, shuffle=False, maps=images.masks,
+        device=device, threads=config.threads, backend=config.loader,
     )  # fmt: skip
     found, true = [], []  # id maps
     try:

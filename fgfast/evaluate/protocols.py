@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,18 @@ from fgfast.data.splits import Splits, labelled_splits
 from fgfast.errors import UserError
 from fgfast.evaluate.bootstrap import accuracy_interval
 from fgfast.evaluate.features import PartFeatures, extract
+from fgfast.evaluate.few_shot import SegmentationOptions
 from fgfast.evaluate.finetune import FinetuneOptions, finetune, last_stages
+from fgfast.evaluate.keypoints import KeypointOptions, check_keypoints, discover_shared, score_keypoints
 from fgfast.evaluate.knn import knn_predict
 from fgfast.evaluate.linear import linear_probe
+from fgfast.evaluate.linear_sgd import SGDOptions, sgd_probe
 from fgfast.evaluate.mlp import MLPOptions, class_weights, mlp_probe
 from fgfast.evaluate.options import OPTIONS, Options, Protocol, options_text
 from fgfast.evaluate.retrieval import retrieve
 from fgfast.evaluate.scores import read_scores, store_score
+from fgfast.evaluate.segmentation import segment
+from fgfast.evaluate.sweep import SweepOptions, sweep_probe
 from fgfast.files import check_folder
 from fgfast.info import require
 from fgfast.methods.base import leave_out
@@ -45,27 +51,30 @@ class Score:
 
     protocol: Protocol
     checkpoint: Checkpoint
-    correct: np.ndarray  # bool [test images]
+    correct: np.ndarray  # bool [test images]; empty for a protocol that classifies no images
     low: float  # 95% bootstrap interval of top-1 over the test images
     high: float
     n_train: int
     macro_f1: float = float("nan")  # mean F1 over the classes that occur or are predicted
     weighted_f1: float = float("nan")  # the same, weighted by the number of images of each class
     options: str = ""  # options that differ from the protocol's defaults, "name=value,name=value"
-    more: dict[str, Any] = field(default_factory=dict)  # of some protocols: rank5 and map; settings (all options)
+    more: dict[str, Any] = field(default_factory=dict)  # rank5 and map; miou, deviation, ...; settings (all options)
     images: str = ""  # one line on what was read of the data set, and what was left out
 
     @property
     def top1(self) -> float:
-        """Fraction of the test images that are classified correctly, 0 to 1."""
-        return float(self.correct.mean())
+        """Fraction of the test images that are classified correctly, 0 to 1; NaN if none is classified."""
+        return float(self.correct.mean()) if len(self.correct) else float("nan")
 
     def row(self) -> dict[str, Any]:
         """The score as plain values."""
+        classified = {
+            "top1": self.top1, "low": self.low, "high": self.high, "macro_f1": self.macro_f1,
+            "weighted_f1": self.weighted_f1, "n": len(self.correct),
+        } if len(self.correct) else {}  # fmt: skip
         return {
-            "protocol": self.protocol, "checkpoint": self.checkpoint, "top1": self.top1,
-            "low": self.low, "high": self.high, "macro_f1": self.macro_f1, "weighted_f1": self.weighted_f1,
-            "n": len(self.correct), "n_train": self.n_train, "options": self.options, **self.more,
+            "protocol": self.protocol, "checkpoint": self.checkpoint, **classified, "n_train": self.n_train,
+            "options": self.options, **self.more,
         }  # fmt: skip
 
 
@@ -87,8 +96,9 @@ def _part_features(
 def _classify(
     protocol: Protocol, encoder: Backbone, config: TrainConfig, fit: ImageSet, test: ImageSet, device: torch.device,
     options: Options | None,
-) -> tuple[Tensor, Tensor, int]:  # fmt: skip
-    """Predicted and true classes of the test images from frozen features, and the number of training images."""
+) -> tuple[Tensor, Tensor, int, dict[str, float]]:  # fmt: skip
+    """What :func:`_predict` returns, from frozen features."""
+    more: dict[str, float] = {}
     features_of = _part_features if protocol == "parts" else _features
     train_x, train_y = features_of(encoder, fit, config, device)
     test_x, truth = features_of(encoder, test, config, device)
@@ -96,20 +106,53 @@ def _classify(
         predicted = knn_predict(train_x, train_y, test_x, k=KNN_K, n_classes=len(fit.classes))
     elif isinstance(options, MLPOptions):
         predicted = mlp_probe(train_x, train_y, test_x, fit.classes, options)
+    elif isinstance(options, SweepOptions):
+        predicted, *chosen = sweep_probe(train_x, train_y, test_x, options, device)
+        more = dict(zip(("l2", "val_top1"), chosen, strict=True))
     else:
         predicted = linear_probe(train_x, train_y, test_x)
-    return predicted, truth, len(train_x)
+    return predicted, truth, len(train_x), more
 
 
-def _splits(config: TrainConfig, data: Path) -> Splits:
-    """The labelled images, after a check that there are some to score and two classes to tell apart."""
+def _predict(
+    protocol: Protocol, encoder: Backbone, config: TrainConfig, fit: ImageSet, test: ImageSet, device: torch.device,
+    options: Options | None, state_file: Path | None,
+) -> tuple[Tensor, Tensor, int, dict[str, float]]:  # fmt: skip
+    """Predicted and true classes of the test images, the number of training images, and further scores."""
+    if protocol == "retrieval":
+        x, y = _features(encoder, test, config, device)
+        if len(x) < 2:
+            raise UserError(f"One test image of {test.root} can be read: retrieval needs two or more.")
+        result = retrieve(x.to(device), y)
+        queries = result.has_match
+        if not queries.any():
+            raise UserError(f"No class of {test.root} has two test images that can be read: retrieval needs them.")
+        rank5, precision = (float(v[queries].double().mean()) for v in (result.rank5, result.precision))
+        return result.nearest[queries], y[queries], 0, {"rank5": rank5, "map": precision}
+    if isinstance(options, FinetuneOptions):
+        predicted, truth = finetune(
+            encoder, fit, test, config, options, device=device, state_file=state_file,
+            start=weights_digest(encoder.net),
+        )  # fmt: skip
+        return predicted, truth, len(fit), {}
+    if isinstance(options, SGDOptions):
+        probe = sgd_probe(
+            encoder, fit, test, config, options, device=device, state_file=state_file,
+            start=weights_digest(encoder.net),
+        )  # fmt: skip
+        return probe.logits.argmax(1), probe.truth, len(fit), {"top5": probe.top5(), "epoch": probe.epoch}
+    return _classify(protocol, encoder, config, fit, test, device, options)
+
+
+def _splits(config: TrainConfig, data: Path, classes: int = 2) -> Splits:
+    """The labelled images, after a check that there are some to score and enough classes to tell apart."""
     splits = labelled_splits(replace(config, data=str(data)))
     if len(splits.scored()) == 0:
         raise UserError(
             f"{data} has no test images to score on: give a set with a test split, or train with --holdout."
         )
     n = len(np.unique(splits.training().targets))
-    if n < 2:
+    if n < classes:
         raise UserError(f"{data} has training images of {n} class{'es' * (n != 1)}: scores need two classes or more.")
     return splits
 
@@ -119,33 +162,40 @@ def check_protocol(
 ) -> Splits:
     """The images to fit classifiers on and those to score, after all checks that need no features.
 
+    Segmentation checks masks when it draws the labelled images, before it trains.
+
     Args:
         protocol: the protocol.
         encoder: the network; its weights do not matter.
         config: configuration of the run.
         data: a labelled set.
-        options: options of "mlp" and "finetune".
+        options: options of the protocol, as of ``parse_options``.
 
     Raises:
         UserError: this protocol cannot score this network on these images.
     """
     require("sklearn")
-    splits = _splits(config, data)
+    splits = _splits(config, data, classes=1 if protocol == "segmentation" else 2)
     fit, test = splits.training(), splits.scored()
     if protocol == "retrieval":
         if len(test) < 2:
             raise UserError(f"{data} has one test image: retrieval needs two or more.")
         if np.bincount(test.targets).max() < 2:
             raise UserError(f"No class of {data} has two test images: retrieval needs two or more of a class.")
-    if protocol == "parts":
-        if fit.masks is None:
-            raise UserError(f"{data} has no part masks: choose another protocol than parts.")
+    if protocol == "parts" and fit.masks is None:
+        check_keypoints(fit, test, data, options if isinstance(options, KeypointOptions) else KeypointOptions())
+    elif protocol == "parts":
+        assert fit.masks is not None
+        if options not in (None, KeypointOptions()):
+            raise UserError(f"{data} has part masks, which parts takes: leave out {options_text(options)}.")
         read_maps_info(fit.masks)
         encoder.map_side(config.size)
-    if options is not None:
+    if isinstance(options, MLPOptions | FinetuneOptions):
         class_weights(fit.targets, fit.classes, options.class_weights)
     if isinstance(options, FinetuneOptions):
         last_stages(encoder, options.stages)
+    if isinstance(options, SweepOptions) and np.bincount(fit.targets).max() < 2:
+        raise UserError(f"No class of {data} has two training images, one to choose L2 on: choose recipe=logistic.")
     return splits
 
 
@@ -157,14 +207,17 @@ def evaluate(
 
     Args:
         run: run folder.
-        protocol: "knn": cosine, k = 20, votes weighted by exp(similarity / 0.07). "linear": logistic regression.
-            "parts": the same on the concatenated averages over each true part; for sets with part masks.
+        protocol: "knn": cosine, k = 20, votes weighted by exp(similarity / 0.07). "linear": logistic regression, or a
+            linear classifier by another recipe.
+            "parts": the same on the concatenated averages over each true part, for sets with part masks; for sets with
+            key points alone, scores of the parts of the run, see ``score_keypoints``.
             "mlp": a classifier with one hidden layer on the features. "finetune": trains the last stages of the encoder
-            and a new classifier. "retrieval": every test image is a query for the other ones.
+            and a new classifier. "retrieval": every test image is a query for the other ones. "segmentation": trains
+            the encoder and a decoder on a few images with part masks; mIoU.
         data: a labelled set.
         checkpoint: "init" (before training) or "last".
         device: where the networks run.
-        options: options of "mlp" and "finetune"; None takes their defaults.
+        options: options of the protocol, as of ``parse_options``; None takes the defaults.
         settings: options that replace those of the run, as text.
 
     Returns:
@@ -179,35 +232,41 @@ def evaluate(
     splits = check_protocol(protocol, encoder, config, data, options)
     fit, test = splits.training(), splits.scored()
     check_folder(run)
+    if isinstance(options, KeypointOptions) and fit.masks is not None:
+        options = None
+    key = hashlib.sha1(os.fsencode(f"{options}{settings or ''}{data.resolve()}")).hexdigest()[:8]
+    scratch = run / f"{protocol}-{checkpoint}-{key}"  # of the maps of an evaluation, which are not part of the run
     state_file = None
+    if isinstance(options, FinetuneOptions | SegmentationOptions | SGDOptions):
+        state_file = run / f"{scratch.name}.pt"
     more: dict[str, Any] = {} if options is None else {"settings": asdict(options)}
-    if protocol == "retrieval":
-        x, y = _features(encoder, test, config, device)
-        if len(x) < 2:
-            raise UserError(f"One test image of {data} can be read: retrieval needs two or more.")
-        result = retrieve(x, y)
-        queries = result.has_match
-        if not queries.any():
-            raise UserError(f"No class of {data} has two test images that can be read: retrieval needs them.")
-        predicted, truth, n_train = result.nearest[queries], y[queries], 0
-        rank5, precision = (float(v[queries].double().mean()) for v in (result.rank5, result.precision))
-        more = {"rank5": rank5, "map": precision}
-    elif isinstance(options, FinetuneOptions):
-        key = hashlib.sha1(os.fsencode(f"{options}{settings or ''}{data.resolve()}")).hexdigest()[:8]
-        state_file = run / f"finetune-{checkpoint}-{key}.pt"
-        predicted, truth = finetune(
+    if isinstance(options, SegmentationOptions):
+        segmented = segment(
             encoder, fit, test, config, options, device=device, state_file=state_file,
             start=weights_digest(encoder.net),
         )  # fmt: skip
-        n_train = len(fit)
+        score = Score(
+            protocol, checkpoint, np.zeros(0, bool), float("nan"), float("nan"), segmented.n_labelled,
+            options=options_text(options), more=more | segmented.row(),
+        )  # fmt: skip
+    elif isinstance(options, KeypointOptions):
+        maps, background = Path(options.maps), options.background
+        if not options.maps:
+            used = splits.images.subset(np.isin(splits.images.paths, [*fit.paths, *test.paths]))
+            maps, background = discover_shared(encoder, config, used, scratch), 0 if encoder.is_vit else -1
+        score = Score(
+            protocol, checkpoint, np.zeros(0, bool), float("nan"), float("nan"), len(fit),
+            options=options_text(options), more=more | score_keypoints(fit, test, maps, background),
+        )  # fmt: skip
     else:
-        predicted, truth, n_train = _classify(protocol, encoder, config, fit, test, device, options)
-    score = score_predictions(protocol, checkpoint, predicted, truth, n_train, options_text(options), more)
+        predicted, truth, n_train, ranked = _predict(protocol, encoder, config, fit, test, device, options, state_file)
+        score = score_predictions(protocol, checkpoint, predicted, truth, n_train, options_text(options), more | ranked)
     score = replace(score, images=splits.describe())
     changed = {"set": ",".join(f"{k}={v}" for k, v in sorted(settings.items()))} if settings else {}
     store_score(run, {**score.row(), "data": data.name, "path": str(data.resolve()), **changed})
     if state_file is not None:
         state_file.unlink(missing_ok=True)  # only now: until the score is stored, it saves the training
+    shutil.rmtree(scratch, ignore_errors=True)
     return score
 
 

@@ -4,12 +4,13 @@ from fgfast.losses.clip import CLIPLoss
 from fgfast.losses.detcon import DetConBLoss, DetConSLoss
 from fgfast.losses.dino import DINOLoss
 from fgfast.losses.infonce import InfoNCELoss
+from fgfast.losses.koleo import KoLeoLoss
 from fgfast.losses.ntxent import NTXentLoss
 from fgfast.losses.part_contrast import PartContrastiveLoss
 from fgfast.losses.siglip import SigLIPLoss
 from fgfast.losses.supcon import SupConLoss
 
 __all__ = [
-    "CLIPLoss", "DINOLoss", "DetConBLoss", "DetConSLoss", "InfoNCELoss", "NTXentLoss", "PartContrastiveLoss",
-    "SigLIPLoss", "SupConLoss",
+    "CLIPLoss", "DINOLoss", "DetConBLoss", "DetConSLoss", "InfoNCELoss", "KoLeoLoss", "NTXentLoss",
+    "PartContrastiveLoss", "SigLIPLoss", "SupConLoss",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fgfast.config import TrainConfig
 from fgfast.errors import UserError
+from fgfast.methods.input_stats import input_stats
 from fgfast.models.backbone import Backbone, parse_model_args
 from fgfast.models.weights import encoder_state, load_encoder, load_tensors
 from fgfast.ranks import gather, on_all, ranks_of
@@ -79,6 +80,10 @@ class Method(nn.Module):
         """The views that the data pipeline delivers in each batch."""
         raise NotImplementedError(f"{type(self).__name__} does not implement views().")
 
+    def normalised_views(self) -> "ViewSpec":
+        """:meth:`views`, resized and normalised for the encoder: what loaders are given."""
+        return self.views().with_stats(self.encoder.stats)
+
     def forward(self, batch: "Batch") -> dict[str, Tensor]:
         """Losses of a batch: "loss" is minimised, the other entries are only logged."""
         raise NotImplementedError(f"{type(self).__name__} does not implement forward().")
@@ -140,8 +145,8 @@ class Method(nn.Module):
             if not len(images):
                 return [0.0] * len(names), 0
             loader = make_loader(
-                images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:most])), self.views(),
-                batch_size, shuffle=False, seed=seed, device=device, threads=config.threads,
+                images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:most])),
+                self.normalised_views(), batch_size, shuffle=False, seed=seed, device=device, threads=config.threads,
                 rank=ranks.rank, world=ranks.world, backend=config.loader, lenient=True,
             )  # fmt: skip
             sums, count = torch.zeros(len(names), dtype=torch.float64), 0
@@ -175,10 +180,14 @@ class Method(nn.Module):
         from fgfast.data.panels import Panel, to_uint8
 
         rows = [
-            [Panel(to_uint8(view[i]), f"view {v + 1}") for v, view in enumerate(batch.views)]
+            [Panel(to_uint8(view[i], self.encoder.stats), f"view {v + 1}") for v, view in enumerate(batch.views)]
             for i in range(min(8, len(batch)))
         ]
         return {"views": rows}
+
+    def set_pictures(self, images: "ImageSet", run: Path) -> "dict[str, list[list[Panel]]]":
+        """Further figures for ``fgfast pictures``, which need more images than a batch: by default none."""
+        return {}
 
     def check_training_set(self, images: "ImageSet") -> None:
         """Raise a UserError if the method cannot train on ``images``; called before anything is written."""
@@ -200,8 +209,7 @@ class Method(nn.Module):
     @classmethod
     def stored_encoder(cls, config: TrainConfig, checkpoint: dict[str, Any]) -> Backbone:
         """The encoder stored in a checkpoint of a run with ``config``."""
-        args = parse_model_args(config.model_args)
-        encoder = Backbone(config.model, size=config.size, args=args, grey=config.grey_input)
+        encoder = new_encoder(config)
         load_tensors(encoder.net, encoder_state(checkpoint), "The weights of the checkpoint")
         return encoder
 
@@ -212,12 +220,17 @@ def leave_out(what: str, reason: str) -> None:
     log.warning("%s: %s", what, reason)
 
 
-def build_encoder(config: TrainConfig) -> Backbone:
-    """The backbone of a configuration, with the weights of ``--init`` loaded."""
-    encoder = Backbone(
-        config.model, size=config.size, args=parse_model_args(config.model_args), pretrained=config.init == "timm",
-        grey=config.grey_input,
+def new_encoder(config: TrainConfig, kind: Callable[..., Backbone] = Backbone, *, pretrained: bool = False) -> Backbone:
+    """The backbone of a configuration, of class ``kind``, with random weights or those of timm."""
+    return kind(
+        config.model, size=config.size, args=parse_model_args(config.model_args), pretrained=pretrained,
+        grey=config.grey_input, stats=input_stats(config),
     )  # fmt: skip
+
+
+def build_encoder(config: TrainConfig, kind: Callable[..., Backbone] = Backbone) -> Backbone:
+    """The backbone of a configuration, of class ``kind``, with the weights of ``--init`` loaded."""
+    encoder = new_encoder(config, kind, pretrained=config.init == "timm")
     if config.init not in ("timm", "none"):
         load_encoder(encoder.net, Path(config.init))
     return encoder
@@ -240,4 +253,7 @@ def method_class(name: str) -> type[Method]:
     )  # fmt: skip
 
 
-METHODS = ("color", "jigsaw", "lodisc", "mocov3", "particle", "simclr", "srgan", "supervised", "synthpair")
+METHODS = (
+    "byol", "color", "detcon", "dino", "jigsaw", "lcr", "lodisc", "mocov2", "mocov3", "particle", "simclr", "simsiam",
+    "srgan", "supervised", "synthpair",
+)  # fmt: skip

@@ -135,8 +135,8 @@ class Color(Method):
 
         def count() -> Tensor:
             loader = make_loader(
-                images, ViewSpec(whole=c.size), c.batch_size, shuffle=False, device=device, threads=c.threads,
-                rank=ranks.rank, world=ranks.world, backend=c.loader, lenient=True,
+                images, ViewSpec(whole=c.size).with_stats(self.encoder.stats), c.batch_size, shuffle=False,
+                device=device, threads=c.threads, rank=ranks.rank, world=ranks.world, backend=c.loader, lenient=True,
             )  # fmt: skip
             counts = torch.zeros(len(self.classes), dtype=torch.float64, device=device)
             try:
@@ -155,7 +155,7 @@ class Color(Method):
     def colours(self, images: Tensor) -> Tensor:
         """Mean colour of every 4 x 4 pixels of normalised images [B, 3, S, S], in ab, [B * (S / 4)^2, 2]."""
         side = images.shape[-1] // STRIDE
-        small = F.adaptive_avg_pool2d(denormalise(images).clamp(0, 1), side)
+        small = F.adaptive_avg_pool2d(denormalise(images, self.encoder.stats).clamp(0, 1), side)
         return rgb_to_lab(small)[:, 1:].permute(0, 2, 3, 1).reshape(-1, 2)
 
     def logits(self, images: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class Color(Method):
         """The input of the encoder, the predicted colours (annealed mean), and the image."""
         from fgfast.data.panels import Panel, to_uint8
 
-        shown = batch.views[0][:8]
+        shown, stats = batch.views[0][:8], self.encoder.stats
         was_training = self.training
         self.eval()
         try:
@@ -198,13 +198,13 @@ class Color(Method):
         finally:
             self.train(was_training)
         ab = F.interpolate(ab, shown.shape[-2:], mode="bilinear")
-        predicted = lab_to_rgb(torch.cat([lightness(denormalise(shown).clamp(0, 1)), ab], 1))
-        grey = to_grey(shown)
+        predicted = lab_to_rgb(torch.cat([lightness(denormalise(shown, stats).clamp(0, 1)), ab], 1))
+        grey = to_grey(shown, stats)
         rows = [
             [
-                Panel(to_uint8(grey[i]), "grey"),
+                Panel(to_uint8(grey[i], stats), "grey"),
                 Panel(to_uint8((255 * predicted[i]).round().byte()), "predicted colours"),
-                Panel(to_uint8(image), "image"),
+                Panel(to_uint8(image, stats), "image"),
             ]
             for i, image in enumerate(shown)
         ]

@@ -15,6 +15,7 @@ from fgfast.errors import UserError
 from fgfast.losses.over_ranks import count_valid, mean_valid, rank_and_world
 from fgfast.methods.base import Method, Progress, build_encoder
 from fgfast.methods.permutations import permutation_set
+from fgfast.models.probe import SizeError
 
 if TYPE_CHECKING:
     from fgfast.data.imageset import ImageSet
@@ -140,14 +141,14 @@ class Jigsaw(Method):
         try:
             features = self.encoder.features(blank)
             # A ViT takes its CLS token: with patch tokens only, the CLS that is evaluated would get no gradient.
-            most = 1 if self.encoder.is_vit else min(features.shape[-2:])
+            most = 1 if self.encoder.is_vit else self.encoder.to_map(features, (self.side, self.side)).shape[-1]
             self.cells = self.cells or min(2, most)
             if self.cells > most:
                 raise UserError(f"--cells is {self.cells}: {self.config.model} has {most} cells per side, lower it.")
             return self.tile_features(blank)
-        except (RuntimeError, AssertionError, ValueError) as error:
+        except SizeError as error:
             raise UserError(
-                f"{self.config.model} does not take tiles of {self.side} pixels ({error}): "
+                f"{self.config.model} does not take tiles of {self.side} pixels ({error.reason}): "
                 "raise --size, lower --grid, or choose another --model."
             ) from error
         finally:
@@ -199,8 +200,6 @@ class Jigsaw(Method):
     @torch.no_grad()
     def puzzles(self, batch: "Batch") -> tuple[Tensor, Tensor]:
         """Permuted tiles [B * T, 3, side, side] and the index of the permutation of each image [B]."""
-        from fgfast.data.normalise import IMAGENET_MEAN, IMAGENET_STD
-
         c, device = self.config, self.permutations.device
         if self.training:
             rank, world = rank_and_world(self.group)
@@ -210,7 +209,7 @@ class Jigsaw(Method):
             draws = tuple(map(np.concatenate, zip(*of_images, strict=True)))
         label, corner, factor = (torch.from_numpy(x).to(device, non_blocking=True) for x in draws)
         tiles = cut_tiles(self.uncut_images(batch), c.grid, self.side, self.permutations[label], corner)
-        return brighten(tiles, factor.flatten(), IMAGENET_MEAN, IMAGENET_STD), label
+        return brighten(tiles, factor.flatten(), self.encoder.stats.mean, self.encoder.stats.std), label
 
     def logits(self, tiles: Tensor) -> Tensor:
         """Logits [B, n_permutations] of puzzles [B * T, 3, side, side]."""
@@ -240,16 +239,16 @@ class Jigsaw(Method):
             predicted = self.permutations[self.logits(tiles).argmax(1)]
         finally:
             self.train(was_training)
-        grid, places = self.config.grid, self.config.grid**2
+        grid, places, stats = self.config.grid, self.config.grid**2, self.encoder.stats
         as_seen = torch.arange(places, device=predicted.device).expand(len(predicted), -1)
         shuffled = join_tiles(tiles, grid, as_seen)
         solved = join_tiles(tiles, grid, predicted.argsort(1))  # position p shows the tile predicted to come from p
         correct = (predicted == self.permutations[label]).sum(1).tolist()
         rows = [
             [
-                Panel(to_uint8(image), "image"),
-                Panel(to_uint8(shuffled[i]), "as the network sees it"),
-                Panel(to_uint8(solved[i]), f"predicted order: {correct[i]} of {places} right"),
+                Panel(to_uint8(image, stats), "image"),
+                Panel(to_uint8(shuffled[i], stats), "as the network sees it"),
+                Panel(to_uint8(solved[i], stats), f"predicted order: {correct[i]} of {places} right"),
             ]
             for i, image in enumerate(self.uncut_images(batch)[:8])
         ]

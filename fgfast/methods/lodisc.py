@@ -63,10 +63,11 @@ class LoDisc(MoCoV3):
 
     def __init__(self, config: LoDiscConfig) -> None:
         super().__init__(config)
-        if config.drop_tokens and not self.encoder.is_vit:
-            raise UserError(f"--drop-tokens needs a ViT, which {config.model} is not: leave it out.")
-        side = config.size // self.encoder.patch if self.encoder.is_vit else self.encoder.map_side(config.size)
-        patches = side**2
+        if config.drop_tokens:
+            self.encoder.check_dropping()
+        if self.encoder.is_vit:
+            self.encoder.check_attention()
+        patches = self.encoder.map_side(config.size) ** 2
         if config.keep * patches < 1 - 1e-9:
             raise UserError(f"--keep is {config.keep} of {patches} patches: give at least {1 / patches:.4g}.")
         if not config.project:
@@ -140,15 +141,15 @@ class LoDisc(MoCoV3):
         from fgfast.data.panels import Panel, to_uint8
         from fgfast.ops.mask import STRATEGIES
 
-        shown = (batch.views[0] if batch.whole is None else batch.whole)[:8]
-        rows = [[Panel(to_uint8(x), "image")] for x in shown]
+        shown, stats = (batch.views[0] if batch.whole is None else batch.whole)[:8], self.encoder.stats
+        rows = [[Panel(to_uint8(x, stats), "image")] for x in shown]
         was_training = self.target.training
         self.target.eval()
         try:
             for strategy in STRATEGIES:
                 _, pivotal = self.pivots(shown, strategy=strategy)
                 for row, kept in zip(rows, mask_images(shown, pivotal.mask), strict=True):
-                    row.append(Panel(to_uint8(kept), strategy))
+                    row.append(Panel(to_uint8(kept, stats), strategy))
         finally:
             self.target.train(was_training)
         return {"kept": rows} | super().pictures(batch)

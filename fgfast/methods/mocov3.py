@@ -34,6 +34,17 @@ class MoCoV3Config(TrainConfig):
     """Do not train the patch embedding of a ViT, which makes its training more stable."""
 
 
+def byol_views(config: TrainConfig) -> "ViewSpec":
+    """The BYOL pair of crops: flip, colour jitter, grey 0.2, blur 1.0 and 0.1, solarise 0 and 0.2."""
+    from fgfast.data.views import Crop, ViewSpec
+
+    sigma = (0.1, max(0.2, 2.0 * config.size / 224))
+    common: dict[str, Any] = {
+        "size": config.size, "scale": (config.crop_scale, 1.0), "grayscale": 0.2, "blur_sigma": sigma,
+    }  # fmt: skip
+    return ViewSpec(crops=(Crop(blur=1.0, **common), Crop(blur=0.1, solarize=0.2, **common)))
+
+
 class MoCoV3(Method):
     """Contrast of online queries with momentum keys of the batch, symmetric in the views, without a queue.
 
@@ -55,10 +66,11 @@ class MoCoV3(Method):
         super().__init__()
         self.config = config
         self.encoder = build_encoder(config)
-        if self.encoder.is_vit and config.freeze_patch_embed:
-            self.encoder.net.patch_embed.requires_grad_(False)
+        embedding = self.encoder.patch_embedding
+        if embedding is not None and config.freeze_patch_embed:
+            embedding.requires_grad_(False)
         dim, hidden, out = self.encoder.dim, config.hidden, config.projection
-        deep = (dim, hidden, hidden, out) if self.encoder.is_vit else (dim, hidden, out)
+        deep = (dim, hidden, hidden, out) if embedding is not None else (dim, hidden, out)
         options: dict[str, Any] = {"bias": False, "dropout": config.dropout, "last_norm": True}
         self.projector = MLP(deep, **options)
         self.predictor = MLP((out, hidden, out), **options)
@@ -66,14 +78,8 @@ class MoCoV3(Method):
         self.target_projector = momentum_copy(self.projector)
 
     def views(self) -> "ViewSpec":
-        """The BYOL pair: grey 0.2, blur 1.0 and 0.1, solarise 0 and 0.2."""
-        from fgfast.data.views import Crop, ViewSpec
-
-        sigma = (0.1, max(0.2, 2.0 * self.config.size / 224))
-        common: dict[str, Any] = {
-            "size": self.config.size, "scale": (self.config.crop_scale, 1.0), "grayscale": 0.2, "blur_sigma": sigma,
-        }  # fmt: skip
-        return ViewSpec(crops=(Crop(blur=1.0, **common), Crop(blur=0.1, solarize=0.2, **common)))
+        """The pair of BYOL."""
+        return byol_views(self.config)
 
     def queries(self, batch: "Batch") -> tuple[Tensor, ...]:
         """Predictions for both views, [B, projection] each."""

@@ -1,7 +1,8 @@
 """Contrastive objectives that methods build on: SimCLR, MoCo v2, SimSiam and BYOL, from pooled features to a loss.
 
 An objective holds heads and momentum copies; the encoder, its features and the queue belong to the method. The same
-objective can therefore be applied to images and to images decoded from their features.
+objective can therefore be applied to images and to images decoded from their features. :class:`ObjectiveMethod` is the
+method that does nothing else.
 """
 
 from typing import TYPE_CHECKING, Protocol
@@ -12,21 +13,23 @@ from torch import Tensor, nn
 
 from fgfast.ids import Ids
 from fgfast.losses.over_ranks import mean_valid
+from fgfast.methods.base import Method, build_encoder
 from fgfast.methods.simclr import nt_xent
 from fgfast.models.heads import MLP, cosine_momentum, momentum_copy, update_momentum
+from fgfast.models.statistics import KeyQueue
 from fgfast.ops.contrast import contrastive_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from fgfast.config import TrainConfig
     from fgfast.data.views import Batch
     from fgfast.methods.base import Progress
     from fgfast.models.backbone import Backbone
-    from fgfast.models.statistics import KeyQueue
 
 
 class Heads(Protocol):
-    """The options that an objective reads."""
+    """The options that objectives read; not every one reads the temperature and the momentum."""
 
     hidden: int
     projection: int
@@ -81,23 +84,27 @@ class MoCoBase(Base):
 
     The release shuffles batches among GPUs to keep BatchNorm from leaking information between queries and keys; here
     each encoder sees complete batches. The decay is constant. Source: Chen et al., 2020 (arXiv 2003.04297).
+
+    Attributes:
+        norm: norm of the projector's hidden layer.
     """
 
     n_online_views = 1
     has_queue = True
+    norm = "batch"
 
     def __init__(self, encoder: "Backbone", config: Heads) -> None:
         super().__init__()
         self.temperature, self.momentum = config.temperature, config.momentum
-        self.projector = MLP((encoder.dim, config.hidden, config.projection))
+        self.projector = MLP((encoder.dim, config.hidden, config.projection), self.norm)
         self.target, self.target_projector = momentum_copy(encoder), momentum_copy(self.projector)
 
     def forward(self, features: Tensor, batch: "Batch", queue: "KeyQueue | None" = None) -> Tensor:
         """InfoNCE in one direction."""
         assert queue is not None  # has_queue
-        query = self.projector(features).float()
+        query = at_least_float32(self.projector(features))
         with torch.no_grad():
-            key = self.target_projector(self.target(batch.views[1])).float()
+            key = at_least_float32(self.target_projector(self.target(batch.views[1])))
         part, zero = torch.where(batch.valid, 0, -1), torch.zeros_like(batch.index)
         bank = queue.keys.clone()  # the backward pass reads it after the push
         loss = contrastive_loss(
@@ -112,6 +119,12 @@ class MoCoBase(Base):
         """Update the momentum copies."""
         update_momentum(self.target, encoder, self.momentum)
         update_momentum(self.target_projector, self.projector, self.momentum)
+
+
+class MoCoV2Base(MoCoBase):
+    """:class:`MoCoBase` with the released projector, which has no norm."""
+
+    norm = "none"
 
 
 class SimSiamBase(Base):
@@ -167,5 +180,49 @@ BASES: dict[str, type[Base]] = {"simclr": SimCLRBase, "moco": MoCoBase, "simsiam
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
-    """Cosines [B] of rows [B, D], in float32."""
-    return F.cosine_similarity(x.float(), y.float(), dim=1)
+    """Cosines [B] of rows [B, D], in float32 or float64."""
+    return F.cosine_similarity(at_least_float32(x), at_least_float32(y), dim=1)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """The tensor in float32, or float64 if it is that.
+
+    Example:
+        >>> at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class ObjectiveMethod(Method):
+    """An objective on the pooled features of the encoder, with a queue of keys if it needs one.
+
+    Args:
+        config: the options, with a ``queue`` if the objective has one.
+        base: the objective.
+        encoder: the encoder; None builds it from the options.
+    """
+
+    def __init__(self, config: "TrainConfig", base: type[Base], encoder: "Backbone | None" = None) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = build_encoder(config) if encoder is None else encoder
+        self.base = base(self.encoder, config)
+        self.queue: KeyQueue | None = None
+        if base.has_queue:
+            self.queue = KeyQueue(config.queue, config.projection)  # type: ignore[attr-defined]
+        self.passes_per_image = base.passes
+
+    def set_group(self, group: "ProcessGroup | None") -> None:
+        """Compute losses over the images of all ranks."""
+        super().set_group(group)
+        self.base.group = group
+
+    def forward(self, batch: "Batch") -> dict[str, Tensor]:
+        """The loss of the objective."""
+        features = self.encoder(torch.cat(batch.views[: self.base.n_online_views]))
+        return {"loss": self.base(features, batch, self.queue)}
+
+    def after_step(self, progress: "Progress") -> None:
+        """Update the momentum copies."""
+        self.base.after_step(self.encoder, progress)

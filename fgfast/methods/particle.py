@@ -13,11 +13,15 @@ from fgfast.errors import UserError
 from fgfast.losses import DINOLoss, PartContrastiveLoss
 from fgfast.losses.over_ranks import sample_images
 from fgfast.methods.base import Method, Progress, build_encoder
+from fgfast.methods.part_sources import BY_NETWORK, STORED, Parts, count_parts, make_source, true_masks
 from fgfast.methods.simclr import nt_xent
+from fgfast.models.backbone import is_vit
 from fgfast.models.heads import MLP, DINOHead, cosine_momentum, momentum_copy, update_momentum
 from fgfast.parts.clustering import ClusteringConfig, check_pixels, cluster_keys, cluster_pyramid, grid_labels
-from fgfast.parts.discover import DiscoveryConfig
+from fgfast.parts.clusters import Clusters
+from fgfast.parts.keypoints import check_points
 from fgfast.parts.rounds import Rounds
+from fgfast.parts.sources import DiscoveryConfig
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -31,15 +35,19 @@ if TYPE_CHECKING:
 class PARTICLEConfig(TrainConfig):
     """Options of PARTICLE."""
 
-    parts: Literal["discovered", "online", "truth", "grid", "random"] = "discovered"
-    """Source of the id maps: clusters found before each round, or in each step; the masks of the data set; fixed grid
-    cells; or random ids."""
+    parts: Parts = "discovered"
+    """Source of the id maps: clusters found before each round, or in each step (online); masks of the data set (truth);
+    cells of its key points; segments of even colour (felzenszwalb); foreground and background by the network's own
+    attention (saliency); fixed grid cells; or random ids."""
+    ids: Literal["image", "set"] = "image"
+    """Ids of discovered parts: of each image on their own, or clustered once more so that an id means the same in every
+    image of the set."""
     maps: str = ""
     """Folder of id maps written by fgfast discover, for --parts discovered; no parts are discovered then."""
     rounds: Count = 1
     """Rounds of training; before each one, parts are discovered with the current network."""
     n_parts: Annotated[int, Range(2, 254)] = 15
-    """Clusters per image (ViT: foreground parts; 5 in the paper)."""
+    """Clusters per image (ViT: foreground parts; 5 in the paper); for felzenszwalb, the largest segments."""
     max_parts: Natural = 10
     """Parts sampled per image and view; 0 takes all."""
     negatives: Literal["all", "same_image", "other_images"] = "all"
@@ -85,6 +93,9 @@ class PARTICLEConfig(TrainConfig):
         """Refuse maps that are not used, and settings of the clustering that exclude each other."""
         if self.maps and self.parts != "discovered":
             raise UserError(f"--maps needs --parts discovered, not {self.parts}: leave one of them out.")
+        if self.ids == "set" and (self.maps or self.parts != "discovered"):
+            given = "--maps" if self.maps else f"--parts {self.parts}"
+            raise UserError(f"--ids set is for parts that are discovered, not for {given}: leave one of them out.")
         self.clustering.check()
 
     @property
@@ -127,7 +138,8 @@ class PARTICLE(Method):
     parts that are absent from a view are masked out, and the mean is taken over the rows with a positive. ``--preset
     paper`` has the released settings. Not reproduced, as mistakes of the release: ids drawn for absent parts, which
     become positives of each other; solarise at 0.5 for images in 0..255 (128 here); a warm-up that is computed and
-    never applied; momentum capped in early steps. Also left out: the dense CRF of the ViT recipe, as its package no
+    never applied; momentum capped in early steps. Crops are resized bilinearly unless the weights
+    say otherwise (released: bicubic). Also left out: the dense CRF of the ViT recipe, as its package no
     longer builds; its drop path of 0.1 (give ``--model-args drop_path_rate=0.1``); the constant momentum of the CNN
     recipe, which rises to 1 here. Give the weights from which the authors start by ``--init PATH``.
 
@@ -144,15 +156,19 @@ class PARTICLE(Method):
         config.check()
         self.config = config
         self.encoder = build_encoder(config)
-        self.n_parts = self._count_parts()
+        self.n_parts = count_parts(config, self.encoder.is_vit)
         if config.parts in ("discovered", "online") and not config.maps and not self.encoder.is_vit:
             check_pixels(config.n_parts, config.map_size if config.parts == "discovered" else self.online_size)
         with_copy = config.target == "momentum"
+        made_by_network = config.parts in BY_NETWORK and not config.maps
+        if self.encoder.is_vit and (made_by_network or config.parts == "online"):
+            self.encoder.check_attention()
+        if made_by_network or config.parts == "online":
+            self.encoder.check_side(self.discover_size, "--discover-size")
         if self.encoder.is_vit and not with_copy:
             raise UserError("A ViT is trained by DINO too, which needs a momentum copy: leave --target self out.")
-        discovery = (self.discover_size / config.size) ** 2  # a pass over the full image, in passes over a view
-        self.passes_per_image = (4 if with_copy else 2) + (discovery if config.parts == "online" else 0)
-        self.passes_to_prepare = discovery if config.parts == "discovered" and not config.maps else 0
+        self.passes_per_image = (4 if with_copy else 2) + (self.discovery_passes if config.parts == "online" else 0)
+        self.passes_to_prepare = self.discovery_passes if made_by_network else 0
         dim, head = self.encoder.dim, config.projection
         projector = MLP((self.encoder.map_dim, config.hidden, head), config.norm)
         predictor = MLP((head, config.hidden, head), config.norm) if with_copy else None
@@ -174,7 +190,10 @@ class PARTICLE(Method):
             self.discover_size, config.map_size, "the images shown", config.seed, config.threads, config.loader,
             network=f"{config.model} {config.model_args}",
         )  # fmt: skip
-        self.rounds = Rounds(config.clustering, how, partial(build_encoder, replace(config, init="none")))
+        self.rounds = Rounds(
+            partial(make_source, config, self.n_parts), how, partial(build_encoder, replace(config, init="none")),
+            looks=config.parts in BY_NETWORK,
+        )  # fmt: skip
 
     @classmethod
     def paper(cls, model: str | None) -> PARTICLEConfig:
@@ -184,30 +203,7 @@ class PARTICLE(Method):
         model = model or "resnet50"
         if not timm.is_model(model):
             return PARTICLEConfig(model=model)  # building the encoder raises the error
-        is_vit = model.startswith(("vit_", "deit"))
-        return PARTICLEConfig(model=model, preset="paper", **_PAPER[is_vit])  # type: ignore[arg-type]
-
-    def _count_parts(self) -> int:
-        config = self.config
-        if config.parts == "grid":
-            return config.grid**2
-        if config.parts == "truth":
-            from fgfast.data.maps import read_maps_info
-
-            return int(read_maps_info(self._true_masks())["n_parts"])
-        if config.parts == "discovered" and config.maps:
-            from fgfast.data.maps import read_maps_info
-
-            return int(read_maps_info(Path(config.maps))["n_parts"])
-        return config.n_parts + int(self.encoder.is_vit and config.parts == "discovered")
-
-    def _true_masks(self) -> Path:
-        from fgfast.data.layouts import open_images
-
-        masks = open_images(Path(self.config.data)).masks
-        if masks is None:
-            raise UserError(f"{self.config.data} has no part masks: choose another --parts than truth.")
-        return masks
+        return PARTICLEConfig(model=model, preset="paper", **_PAPER[is_vit(model)])  # type: ignore[arg-type]
 
     def get_extra_state(self) -> dict[str, Any]:
         """The epoch, on which DINO's teacher temperature depends, and the round with a digest of its first weights."""
@@ -237,9 +233,7 @@ class PARTICLE(Method):
         common: dict[str, Any] = {"size": c.size, "scale": (c.crop_scale, 1.0), "blur_sigma": sigma}
         crops = (Crop(blur=1.0, **common), Crop(blur=0.1, solarize=0.2, **common))
         online = c.parts == "online"
-        return ViewSpec(
-            crops=crops, masks=c.parts in ("discovered", "truth"), whole=self.discover_size if online else None
-        )
+        return ViewSpec(crops=crops, masks=c.parts in (*STORED, "truth"), whole=self.discover_size if online else None)
 
     @property
     def online_size(self) -> int:
@@ -251,17 +245,27 @@ class PARTICLE(Method):
         """Side of the full image in discovery in pixels."""
         return self.config.discover_size or 2 * self.config.size
 
+    @property
+    def discovery_passes(self) -> float:
+        """A pass over the full image, in passes over a view."""
+        return (self.discover_size / self.config.size) ** 2
+
     def check_training_set(self, images: "ImageSet") -> None:
-        """Refuse images without a label for --parts truth, as they have no masks."""
+        """Refuse images without a label for --parts truth, as they have no masks, and a set without a visible point."""
         if self.config.parts == "truth" and (images.targets < 0).any():
             raise UserError("--parts truth has no masks of images without a label: choose other --parts.")
+        if self.config.parts == "keypoints":
+            check_points(images)
+        if self.passes_to_prepare:
+            source = self.rounds.make(self.encoder, self.rounds.config)
+            self.passes_to_prepare = self.discovery_passes * source.passes(len(images))
 
     def prepare(self, images: "ImageSet", run: Path, round_: int) -> Path | None:
-        """Discover the parts of a round, or return the masks of the data set."""
+        """Make the id maps of a round, or return the masks of the data set."""
         c = self.config
         if c.parts == "truth":
-            return self._true_masks()
-        if c.parts != "discovered":
+            return true_masks(c.data)
+        if c.parts not in STORED:
             return None
         if c.maps:
             return Path(c.maps)
@@ -269,7 +273,7 @@ class PARTICLE(Method):
 
     def figure_maps(self, images: "ImageSet", run: Path, scratch: Path) -> Path | None:
         """The masks of the data set, the given maps, or those of the round, which are found again if they are lost."""
-        if self.config.parts == "discovered" and not self.config.maps:
+        if self.config.parts in STORED and not self.config.maps:
             return self.rounds.for_figures(self.encoder, images, run, scratch)
         return self.prepare(images, run, 0)
 
@@ -278,7 +282,7 @@ class PARTICLE(Method):
         from fgfast.data.views import warp_labels
 
         c = self.config
-        if c.parts in ("discovered", "truth"):
+        if c.parts in (*STORED, "truth"):
             return batch.labels
         side = batch.views[0].shape[-1]
         if c.parts == "random":
@@ -362,16 +366,22 @@ class PARTICLE(Method):
 
     def pictures(self, batch: "Batch") -> "dict[str, list[list[Panel]]]":
         """Images and the parts that the current network finds in them, and views beside their parts."""
-        from fgfast.data.panels import Panel, in_rows, overlay, to_uint8
+        from fgfast.data.panels import in_rows
+        from fgfast.methods.part_pictures import SHOWN, beside, views_with_parts
 
-        def beside(image: Tensor, labels: Tensor, caption: str) -> list[Panel]:
-            return [Panel(to_uint8(image), caption), Panel(overlay(image, labels), f"parts of the {caption}")]
-
-        shown = range(min(8, len(batch)))
+        stats = self.encoder.stats
         figures: dict[str, list[list[Panel]]] = {}
         if batch.whole is not None:
-            parts = self.cluster(batch.whole, self.config.map_size)
-            figures["parts"] = in_rows([p for i in shown for p in beside(batch.whole[i], parts[i], "image")], 4)
-        views = list(enumerate(zip(batch.views, self.labels(batch), strict=True), start=1))
-        figures["views"] = [[p for v, (x, ids) in views for p in beside(x[i], ids[i], f"view {v}")] for i in shown]
-        return figures
+            found = zip(batch.whole[:SHOWN], self.cluster(batch.whole[:SHOWN], self.config.map_size), strict=True)
+            figures["parts"] = in_rows([p for image, ids in found for p in beside(image, ids, "image", stats)], 4)
+        return figures | {"views": views_with_parts(batch, self.labels(batch), stats)}
+
+    def set_pictures(self, images: "ImageSet", run: Path) -> "dict[str, list[list[Panel]]]":
+        """The best examples of parts with ``--ids set``, found by the network that found the parts of the run."""
+        if self.config.ids == "image":
+            return {}
+        from fgfast.methods.part_pictures import best_examples
+
+        source = self.rounds.source(self.encoder, run)
+        assert isinstance(source, Clusters)  # --parts discovered
+        return {"part examples": best_examples(source, images)}

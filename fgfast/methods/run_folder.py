@@ -8,11 +8,14 @@ from typing import Any, Literal
 import torch
 
 from fgfast.config import TrainConfig, parse_values, with_values
+from fgfast.data.normalise import IMAGENET, InputStats
 from fgfast.errors import UserError
 from fgfast.methods.base import METHODS, Method, method_class
+from fgfast.methods.input_stats import stats_of_weights
 from fgfast.models.backbone import Backbone
+from fgfast.models.input_stats import stats_from_texts
 from fgfast.models.weights import load_tensors
-from fgfast.run import load_checkpoint, load_newest, read_options
+from fgfast.run import has_checkpoint, load_checkpoint, load_newest, read_options
 
 log = logging.getLogger("fgfast")
 
@@ -22,6 +25,8 @@ Checkpoint = Literal["init", "last"]
 def read_run(run: Path) -> tuple[str, TrainConfig]:
     """The method's name and the configuration of a run folder.
 
+    Input statistics that it does not name are ImageNet's: earlier versions used them for every network.
+
     Raises:
         UserError: the folder is not a run folder, or its config.toml names no method.
     """
@@ -29,7 +34,41 @@ def read_run(run: Path) -> tuple[str, TrainConfig]:
     if name not in METHODS:
         wrong = f"has method = {name!r}" if name else "names no method"
         raise UserError(f"{run / 'config.toml'} {wrong}: correct it to one of {', '.join(METHODS)}.")
-    return name, with_values(method_class(name).Config(), values, str(run / "config.toml"))
+    config = with_values(method_class(name).Config(), values, str(run / "config.toml"))
+    return name, _with_stats(config, stats_from_texts(vars(config), f"In {run / 'config.toml'} "))
+
+
+def _with_stats(config: TrainConfig, stats: InputStats) -> TrainConfig:
+    return with_values(config, {**stats.texts()}, "The input statistics")
+
+
+def complete_stats(config: TrainConfig, run: TrainConfig) -> TrainConfig:
+    """The configuration with input statistics as given, else those of a run.
+
+    Raises:
+        UserError: one does not have its form.
+    """
+    return _with_stats(config, stats_from_texts(vars(config), "--", stats_from_texts(vars(run), "--")))
+
+
+def resolve_stats(config: TrainConfig) -> tuple[TrainConfig, str]:
+    """The configuration with all input statistics: as given, else those of the run that it resumes or of its weights.
+
+    Returns:
+        The configuration; and a sentence for the log if the statistics are not ImageNet's or not those of the weights.
+
+    Raises:
+        UserError: a statistic does not have its form, or the run or the weights cannot be read.
+    """
+    run = Path(config.out)
+    if config.resume and has_checkpoint(run):
+        return complete_stats(config, read_run(run)[1]), ""
+    of_weights, why = stats_of_weights(config)
+    stats = stats_from_texts(vars(config), "--", of_weights)
+    note = "" if config.init == "none" or stats == of_weights == IMAGENET else f"input statistics: {stats} ({why})"
+    if note and stats != of_weights:
+        note = f"input statistics as given: {stats}, where the weights had {of_weights} ({why})"
+    return _with_stats(config, stats), note
 
 
 def load_run_encoder(

@@ -16,6 +16,7 @@ from fgfast.data.normalise import normalise
 from fgfast.errors import UserError
 from fgfast.losses.over_ranks import count_valid, mean_valid
 from fgfast.methods.base import Method, Progress
+from fgfast.methods.input_stats import input_stats
 from fgfast.models.backbone import Backbone
 from fgfast.models.srgan import Discriminator, Generator, SRGANEncoder, check_fixed
 from fgfast.models.weights import load_encoder, load_tensors
@@ -93,8 +94,8 @@ class SRGAN(Method):
         generator      |x - t|^2 + 0.006 |V(x) - V(t)|^2 - 0.001 log D(x)
         discriminator  - log D(t) - log(1 - D(x))
 
-    V is the final feature map of ``--perceptual`` (of a VGG the one before its last pooling) for images normalised with
-    ImageNet's statistics; without a network the term is left out, with a warning. One optimiser holds both networks.
+    V is the final feature map of ``--perceptual`` (of a VGG the one before its last pooling) for images normalised as
+    that network wants; without a network the term is left out, with a warning. One optimiser holds both networks.
     The sum of the losses trains each network by its own loss: Adam's step of a parameter depends only on the gradient
     of that parameter, the discriminator's loss sees x detached, and the generator's loss sees the weights of the
     discriminator detached.
@@ -137,6 +138,7 @@ class SRGAN(Method):
         self.generator = Generator(config.width, config.blocks)
         self.discriminator = Discriminator(config.width, config.fixed_flatten)
         self.adversarial = config.gan_share >= 1
+        self.stats = input_stats(config)
         self._perceptual: list[Backbone] = []  # in a list, not as a submodule, as it is neither trained nor stored
         encoder = self.encoder
         if config.init != "none":
@@ -154,7 +156,7 @@ class SRGAN(Method):
     def encoder(self) -> Backbone:  # type: ignore[override]
         """The encoder, which shares the weights of the network that is trained."""
         network = self.generator if self.config.features == "generator" else self.discriminator
-        return SRGANEncoder(network, self.config.drop).train(self.training)
+        return SRGANEncoder(network, self.config.drop, self.stats).train(self.training)
 
     @classmethod
     def stored_encoder(cls, config: TrainConfig, checkpoint: dict[str, Any]) -> Backbone:
@@ -280,7 +282,8 @@ def load_perceptual_network(text: str, size: int) -> Backbone:
         return load_run_encoder(Path(text), "last", torch.device("cpu"))[0]
     if Path(text).is_file():
         raise UserError(f"--perceptual {text} is a file of weights: give its network too, such as vgg19={text}.")
-    network = Backbone(name, size=size, pretrained=not sign)
+    stats = input_stats(TrainConfig(model=name, init=file if sign else "timm"))
+    network = Backbone(name, size=size, pretrained=not sign, stats=stats)
     if sign:
         load_encoder(network.net, Path(file))
     return network
@@ -288,4 +291,4 @@ def load_perceptual_network(text: str, size: int) -> Backbone:
 
 def perceptual_map(network: Backbone, x: Tensor) -> Tensor:
     """The final feature map [B, D, h, w] of images in [0, 1]; of a VGG the one before its last pooling."""
-    return network.pyramid(normalise(x), 2)[1 if network.name.startswith("vgg") else 0]
+    return network.pyramid(normalise(x, network.stats), 2)[1 if network.name.startswith("vgg") else 0]

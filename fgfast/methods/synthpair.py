@@ -271,11 +271,11 @@ class SynthPair(Method):
             perturbed = self.perturb_features(r[: len(batch)], maps, self.base(r, batch, self.queue(0)))
         with torch.no_grad():
             decoded, decoded_again = self.decoder(r.float()), self.decoder(perturbed.features)
-        panels = []
+        panels, stats = [], self.encoder.stats
         for i in range(min(8, len(batch))):
             panels += [
-                Panel(to_uint8(x[i]), "view"),
-                Panel(to_uint8(decoded[i]), "decoded"),
-                Panel(to_uint8(decoded_again[i]), f"decoded, {perturbed.mask[i].float().mean():.0%} perturbed"),
+                Panel(to_uint8(x[i], stats), "view"),
+                Panel(to_uint8(decoded[i], stats), "decoded"),
+                Panel(to_uint8(decoded_again[i], stats), f"decoded, {perturbed.mask[i].float().mean():.0%} perturbed"),
             ]
         return {"decoded": in_rows(panels, 6)} | super().pictures(batch)

@@ -1,1 +1,1 @@
-"""Networks: timm backbones, heads, momentum copies, decoders, and loading of weights."""
+"""Networks: timm backbones, heads, momentum copies, decoders, and loading of weights in any library's layout."""

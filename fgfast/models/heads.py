@@ -17,7 +17,7 @@ class MLP(nn.Module):
 
     Args:
         dims: widths from input to output, at least two.
-        norm: "batch" (SimCLR, BYOL, DeepMind's DetCon) or "layer" (PARTICLE).
+        norm: "batch" (SimCLR, BYOL, DeepMind's DetCon), "layer" (PARTICLE) or "none" (MoCo v2).
         bias: whether the linear layers have biases.
         dropout: probability of zeroing an entry after each hidden layer.
         last_norm: end with a BatchNorm without affine parameters (MoCo v3).
@@ -36,7 +36,8 @@ class MLP(nn.Module):
         for i, (before, after) in enumerate(itertools.pairwise(dims)):
             layers.append(nn.Linear(before, after, bias=bias))
             if i < len(dims) - 2:
-                layers.append(nn.BatchNorm1d(after) if norm == "batch" else nn.LayerNorm(after))
+                if norm != "none":
+                    layers.append(nn.BatchNorm1d(after) if norm == "batch" else nn.LayerNorm(after))
                 layers.append(nn.ReLU(inplace=True))
                 if dropout:
                     layers.append(nn.Dropout(dropout))

@@ -4,9 +4,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from fgfast.data.normalise import denormalise
+from fgfast.data.normalise import IMAGENET, InputStats, denormalise
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone
+from fgfast.models.probe import Layout
 
 FIXED = (81, 96)  # range of sides that are 6 after four halvings
 
@@ -121,13 +122,15 @@ class Trunk(nn.Module):
     Args:
         network: a generator or a discriminator.
         drop: number of its last blocks to leave out; the layers after the blocks are always left out.
+        stats: the statistics that images are normalised with, which the networks themselves do without.
 
     Raises:
         UserError: no block would be left.
     """
 
-    def __init__(self, network: Generator | Discriminator, drop: int = 0) -> None:
+    def __init__(self, network: Generator | Discriminator, drop: int = 0, stats: InputStats = IMAGENET) -> None:
         super().__init__()
+        self.stats = stats
         kept = len(network.blocks) - drop
         if not 0 <= drop < len(network.blocks):
             kind = type(network).__name__.lower()
@@ -142,7 +145,7 @@ class Trunk(nn.Module):
         self, x: Tensor, intermediates_only: Literal[True] = True, norm: bool = False
     ) -> list[Tensor]:
         """The feature map after every layer, first to last."""
-        x, maps = denormalise(x), []
+        x, maps = denormalise(x, self.stats), []
         for layer in self.layers:
             x = layer(x)
             maps.append(x)
@@ -163,6 +166,7 @@ class SRGANEncoder(Backbone):
     Args:
         network: a generator or a discriminator, whose modules it shares.
         drop: number of its last blocks to leave out.
+        stats: the statistics that images are normalised with.
 
     Example:
         >>> import torch
@@ -171,8 +175,8 @@ class SRGANEncoder(Backbone):
         True
     """
 
-    def __init__(self, network: Generator | Discriminator, drop: int = 0) -> None:
+    def __init__(self, network: Generator | Discriminator, drop: int = 0, stats: InputStats = IMAGENET) -> None:
         nn.Module.__init__(self)  # that of Backbone builds a timm network
-        self.net = Trunk(network, drop)
-        self.name, self.dim, self.is_vit, self.grey = "srgan", self.net.num_features, False, False
-        self.map_dim = self.dim
+        trunk = Trunk(network, drop, stats)
+        self._adopt("srgan", trunk, Layout("map", trunk.num_features, trunk.num_features, 0, 1), size=0)
+        self.grey, self.stats = False, stats

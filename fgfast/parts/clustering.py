@@ -9,6 +9,7 @@ from torch import Tensor
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone
 from fgfast.ops.kmeans import kmeans
+from fgfast.ops.part_pool import part_pool
 
 MIN_SALIENCY = 0.065  # mean saliency above which a cluster is foreground in an image
 MIN_VOTES = 0.75  # fraction of the images of a group in which a foreground cluster must be foreground
@@ -75,11 +76,34 @@ def cluster_pyramid(
 
     Source: Saha and Maji, "PARTICLE: Part Discovery and Contrastive Learning for Fine-grained Recognition", 2023.
     """
+    return pyramid_clusters(encoder, images, config, size=size, n_iter=n_iter, seed=seed)[0]
+
+
+@torch.no_grad()
+def pyramid_clusters(
+    encoder: Backbone, images: Tensor, config: ClusteringConfig, *, size: int, n_iter: int = 20, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """As :func:`cluster_pyramid`, with the mean features of each part less those of its image, float32 [B, K, D].
+
+    They are differences of centroids, so of hypercolumns without coordinates; NaN for a cluster without a pixel.
+    """
     maps = [m.float() for m in encoder.pyramid(images, config.levels)]
+    width = sum(m.shape[1] for m in maps)
     if config.position:
         maps.append(coordinate_map(maps, config.position))
-    labels = kmeans(maps, config.n_parts, size=(size, size), n_iter=n_iter, metric=config.metric, seed=seed).labels
-    return remove_background(labels, config.n_parts, config.border) if config.border else labels
+    found = kmeans(maps, config.n_parts, size=(size, size), n_iter=n_iter, metric=config.metric, seed=seed)
+    labels = remove_background(found.labels, config.n_parts, config.border) if config.border else found.labels
+    means = found.centroids[..., :width]
+    share = found.counts / found.counts.sum(1, keepdim=True)
+    return labels, nan_where_absent(means - torch.einsum("bk,bkd->bd", share, means)[:, None], labels)
+
+
+def nan_where_absent(vectors: Tensor, labels: Tensor) -> Tensor:
+    """Vectors [B, K, D] of the parts of id maps [B, H, W] with NaN for parts without a pixel."""
+    ids = torch.where(labels < 0, vectors.shape[1], labels).flatten(1)
+    area = torch.zeros(len(vectors), vectors.shape[1] + 1, device=vectors.device)
+    area.scatter_add_(1, ids, torch.ones_like(ids, dtype=area.dtype))
+    return torch.where(area[:, :-1, None] > 0, vectors, torch.nan)
 
 
 def coordinate_map(maps: list[Tensor], scale: float) -> Tensor:
@@ -141,7 +165,9 @@ def cluster_keys(encoder: Backbone, images: Tensor, *, n_parts: int, seed: int =
 
 
 @torch.no_grad()
-def discover_group(encoder: Backbone, images: Tensor, *, n_parts: int, stride: int | None, seed: int = 0) -> Tensor:
+def discover_group(
+    encoder: Backbone, images: Tensor, *, n_parts: int, stride: int | None, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """Parts with common ids for a group of images, by two stages of k-means on the keys of a ViT.
 
     The first stage clusters the normalised keys of the full group; the number of clusters is at the elbow of the
@@ -160,6 +186,8 @@ def discover_group(encoder: Backbone, images: Tensor, *, n_parts: int, stride: i
     Returns:
         Labels int64 [G, h, w]: 0 is background, 1..n_parts are parts. With fewer foreground pixels than parts, the full
         images are clustered into parts.
+        The mean of the normalised keys of each part less that of its image, float32 [G, n_parts + 1, D]; NaN for the
+        background, and for a part without a pixel.
     """
     last = encoder.keys(images, stride=stride)
     keys = torch.nn.functional.normalize(last.keys.float(), dim=1).permute(0, 2, 3, 1)  # [G, h, w, D]
@@ -182,7 +210,9 @@ def discover_group(encoder: Backbone, images: Tensor, *, n_parts: int, stride: i
     parts = kmeans(flat[foreground.flatten()], n_parts, n_iter=50, n_init=3, metric="cosine", seed=seed).labels
     out = torch.zeros_like(labels)
     out[foreground] = parts + 1
-    return out
+    without_background = torch.where(out > 0, out, -1)
+    means = part_pool(keys.permute(0, 3, 1, 2), without_background, n_parts + 1).pooled
+    return out, nan_where_absent(means - keys.mean((1, 2))[:, None], without_background)
 
 
 def _cluster_to_elbow(x: Tensor, seed: int) -> Tensor:

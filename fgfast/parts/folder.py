@@ -24,10 +24,12 @@ from fgfast.data.maps import map_path, read_maps_info, write_maps_info
 from fgfast.errors import UserError
 from fgfast.files import clear_leftovers, write_atomic
 from fgfast.formats import read_json
+from fgfast.run import UnreadableError, read_state, save_checkpoint
 
 log = logging.getLogger("fgfast")
 
 STARTED = "begun.json"  # marks a folder whose maps are incomplete
+CENTROIDS = "centroids.pt"  # of shared ids, beside the maps
 FORMAT = 1  # one more when the same weights, images and options give other maps than before
 _EARLIER = "is of an earlier version of fgfast, which did not record the images of its maps: they are not compared."
 _SIGNATURE, _END = b"\x89PNG\r\n\x1a\n", b"IEND"
@@ -93,7 +95,7 @@ def is_whole(path: Path, side: int) -> bool:
     return start == len(content)
 
 
-def open_maps(out: Path, images: ImageSet, origin: Origin, *, own: bool) -> np.ndarray | None:
+def open_maps(out: Path, images: ImageSet, origin: Origin, *, own: bool, again: bool = False) -> np.ndarray | None:
     """Open a folder for writing: whatever is no map of ``origin`` is removed, and begun.json is written.
 
     Args:
@@ -101,6 +103,7 @@ def open_maps(out: Path, images: ImageSet, origin: Origin, *, own: bool) -> np.n
         images: the images.
         origin: what the maps come from.
         own: the folder is one of a run: maps of another origin are removed instead of refused, and lost images skipped.
+        again: the maps of ``origin`` are made again too, as what they depend on is lost.
 
     Returns:
         The images that need a map, bool [N]; None if the folder is complete.
@@ -118,6 +121,9 @@ def open_maps(out: Path, images: ImageSet, origin: Origin, *, own: bool) -> np.n
                 "give another --out, or remove it."
             )
         log.warning("%s holds maps of other weights, images or settings: they are made again.", out)
+        record = None
+    if record is not None and again:
+        log.warning("%s has lost the centroids of its shared ids: its maps are made again.", out)
         record = None
     if record is not None and "digest" not in record:
         if "size" not in record and origin.common:
@@ -138,6 +144,20 @@ def open_maps(out: Path, images: ImageSet, origin: Origin, *, own: bool) -> np.n
     text = json.dumps(begun | {"bytes": sizes.tolist()})
     write_atomic(out / STARTED, lambda p: p.write_text(text))
     return needed
+
+
+def save_centroids(out: Path, origin: Origin, centroids: torch.Tensor) -> None:
+    """Write the centroids of the shared ids of ``origin``."""
+    save_checkpoint(out / CENTROIDS, {"digest": origin.digest, "centroids": centroids})
+
+
+def read_centroids(out: Path, digest: str) -> torch.Tensor | None:
+    """The centroids [K, D] of the shared ids of an origin; None if they are lost, damaged or of another one."""
+    try:
+        state = read_state(out / CENTROIDS)
+    except UnreadableError:
+        return None
+    return state["centroids"] if state.get("digest") == digest else None
 
 
 def close_maps(out: Path, origin: Origin) -> None:

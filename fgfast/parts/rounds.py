@@ -14,9 +14,9 @@ from fgfast.data.maps import map_path, read_maps_info
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone
 from fgfast.models.weights import load_encoder
-from fgfast.parts.clustering import ClusteringConfig
-from fgfast.parts.discover import DiscoveryConfig, describe_origin, discover
-from fgfast.parts.folder import holds_earlier, is_complete, is_whole, weights_digest
+from fgfast.parts.discover import write_maps
+from fgfast.parts.folder import holds_earlier, is_complete, is_whole, read_centroids, weights_digest
+from fgfast.parts.sources import DiscoveryConfig, Source
 from fgfast.ranks import on_all, on_first, ranks_of, share_first
 from fgfast.run import save_encoder
 
@@ -33,16 +33,18 @@ class Rounds:
     """The round whose maps a run trains on, and the weights that made them; stored in its checkpoints.
 
     Args:
-        clustering: how images are clustered.
-        config: sizes, seed and loader of the discovery.
+        make: makes the source of the maps from a network and the settings of a folder.
+        config: sizes, seed and loader.
         build: builds the encoder, with any weights.
+        looks: whether the source looks at the network; otherwise the maps of the first round serve all.
         round: the round that was prepared last, -1 before the first; None if a checkpoint of version 0.1 was loaded.
         start: :func:`weights_digest` of the encoder at the start of the round; empty if it is not known.
     """
 
-    clustering: ClusteringConfig
+    make: Callable[[Backbone, DiscoveryConfig], Source]
     config: DiscoveryConfig
     build: Callable[[], Backbone]
+    looks: bool = True
     round: int | None = -1
     start: str = ""
 
@@ -72,13 +74,17 @@ class Rounds:
         device = next(encoder.parameters()).device
         ranks, out = ranks_of(group, device), run / f"parts_{round_}"
         config = self.config._replace(run=f"{run.name}, round {round_}")
+        if not self.looks:
+            return write_maps(
+                self.make(encoder, config._replace(run=run.name)), images, run / "parts_0", group=group, own=True
+            )
         if self.round is None:
             self.round = round_
         elif self.round != round_:
             self.round, self.start = round_, weights_digest(encoder.net)
             if round_:
-                on_first(ranks, lambda: save_encoder(out / WEIGHTS, encoder.net, encoder.name))
-        origin = describe_origin(encoder, images, self.clustering, config, self.start)
+                on_first(ranks, lambda: save_encoder(out / WEIGHTS, encoder.net, encoder.name, stats=encoder.stats))
+        origin = self.make(encoder, config).origin(images, self.start)
         if share_first(ranks, lambda: bool(self.start) and is_complete(out, images, origin)):
             return out
         if share_first(ranks, lambda: not self.start and holds_earlier(out, images)):
@@ -86,13 +92,14 @@ class Rounds:
                 log.warning("%s is of an earlier version of fgfast, which kept no weights: it is used as it is.", out)
             return out
         first = on_all(ranks, lambda: self._encoder_of_start(encoder, run, device))
-        return discover(first, images, out, self.clustering, config, group=group, own=True)
+        return write_maps(self.make(first, config), images, out, group=group, own=True)
 
     def _encoder_of_start(self, encoder: Backbone, run: Path, device: torch.device) -> Backbone:
         if self.start and weights_digest(encoder.net) == self.start:
             return encoder
         kept = run / f"parts_{self.round}" / WEIGHTS if self.round else run / "init.pt"
         first = self.build()
+        first.stats = encoder.stats
         try:
             load_encoder(first.net, kept)
         except UserError as error:
@@ -117,6 +124,8 @@ class Rounds:
             scratch: folder for new maps.
         """
         start = weights_digest(encoder.net) if self.round == -1 else self.start
+        source = self.make(encoder, self.config)
+        made_by = f"weights {start[:12]}" if self.looks else source.describe()
         if self.round is None:  # the newest of an earlier version
             folders = sorted(run.glob("parts_[0-9]*"), key=lambda path: (len(path.name), path.name), reverse=True)
         else:
@@ -125,7 +134,26 @@ class Rounds:
             with contextlib.suppress(UserError):  # a folder that is not complete
                 info = read_maps_info(out)
                 whole = (is_whole(map_path(out, rel), info["size"][0]) for rel in images.paths)
-                if f"weights {start[:12]}" in info["run"] and all(whole):
+                if made_by in info["run"] and all(whole):
                     return out
         log.warning("%s has no parts of these weights for the figures: they are found for the images shown.", run)
-        return discover(encoder, images, scratch, self.clustering, self.config)
+        return write_maps(source, images, scratch)
+
+    def source(self, encoder: Backbone, run: Path) -> Source:
+        """The source of the round as it labelled the images of the run, with the centroids of its shared ids.
+
+        Args:
+            encoder: the encoder of a checkpoint.
+            run: run folder.
+
+        Raises:
+            UserError: the weights of the start of the round, the maps or the centroids are lost.
+        """
+        device = next(encoder.parameters()).device
+        out = run / f"parts_{max(0, self.round or 0)}"
+        source = self.make(self._encoder_of_start(encoder, run, device) if self.start else encoder, self.config)
+        if source.shared:
+            source.centroids = read_centroids(out, read_maps_info(out).get("digest", ""))
+            if source.centroids is None:
+                raise UserError(f"{out} has lost the centroids of its shared ids: train again in another folder.")
+        return source

@@ -53,13 +53,17 @@ def draw_run(run: Path, data: Path, *, checkpoint: Checkpoint = "last", device: 
     suffix = "" if checkpoint == "last" else f"-{checkpoint}"
     written: list[Path] = []
     reasons = []
-    try:
-        for title, rows in _method_pictures(method, images, shown, run, device).items():
-            slug = title.replace(" ", "-") + suffix
-            path = run / f"{slug}.png" if title == "parts" else run / "pictures" / f"{slug}.png"
-            written.append(write_grid(rows, path, description=f"{title} ({name}, {checkpoint})"))
-    except UserError as error:
-        reasons.append(f"The images of the method are left out: {error}")
+    for what, draw in (
+        ("images of the method", lambda: _method_pictures(method, images, shown, run, device)),
+        ("figures of the set", lambda: method.set_pictures(shown, run)),
+    ):
+        try:
+            for title, rows in draw().items():
+                slug = title.replace(" ", "-") + suffix
+                path = run / f"{slug}.png" if title == "parts" else run / "pictures" / f"{slug}.png"
+                written.append(write_grid(rows, path, description=f"{title} ({name}, {checkpoint})"))
+        except UserError as error:
+            reasons.append(f"The {what} are left out: {error}")
     try:
         path = run / "pictures" / f"neighbours{suffix}.png"
         written.append(_draw_neighbours(method.encoder, shown, config.size, path, device, config.threads))
@@ -75,7 +79,7 @@ def _method_pictures(
     method: Method, images: ImageSet, shown: ImageSet, run: Path, device: torch.device
 ) -> dict[str, list[list[Panel]]]:
     """The figures of a method, by title."""
-    config, spec = method.config, method.views()
+    config, spec = method.config, method.normalised_views()
     sample = shown.subset(np.sort(np.random.default_rng(0).permutation(len(shown))[:SHOWN]))
     if spec.masks:  # only the training images have stored id maps
         sample = images.train_set()

@@ -22,7 +22,12 @@ from fgfast.train.log import read_metrics
 CHECKPOINTS = {"init": "before", "last": "after"}  # column heads of the results
 PROTOCOLS = {
     "knn": "kNN", "linear": "Linear probe", "parts": "Linear probe of true parts", "mlp": "MLP",
-    "finetune": "Fine-tuning", "retrieval": "Retrieval, rank 1",
+    "finetune": "Fine-tuning", "retrieval": "Retrieval, rank 1", "segmentation": "Segmentation, mIoU",
+}  # fmt: skip
+KEY_POINTS = {
+    "nmi": "Parts under key points, NMI", "ari": "Parts under key points, ARI",
+    "keypoint_error": "Key points from parts, error in sides of the box (less is better)",
+    "box_iou": "All parts together, IoU with the box",
 }  # fmt: skip
 REMEDY = "repair or remove it"
 ALT = {"parts": "Images with the discovered parts painted over them, one colour per part"}
@@ -89,25 +94,33 @@ def _percent(fraction: object) -> str:
     return f"{100 * fraction:.1f}" if isinstance(fraction, int | float) and math.isfinite(fraction) else ""
 
 
+def _scores(row: dict[str, Any]) -> dict[str, float | None]:
+    """The numbers of a row, by the name of the line that shows them."""
+    if "nmi" in row:
+        return {name: row.get(key) for key, name in KEY_POINTS.items()}
+    return {PROTOCOLS.get(row["protocol"], row["protocol"]): row.get("top1", row.get("miou"))}
+
+
 def _add_results(page: Page, rows: list[dict[str, Any]]) -> None:
-    """Fill the table: a line per protocol and data set, a cell per checkpoint; the last of repeated rows is shown."""
+    """Fill the table: a line per score and data set, a cell per checkpoint; the last of repeated rows is shown."""
     lines: dict[tuple[str, str, str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        key = str(row["protocol"]), str(row.get("options", "")), str(row.get("data", "")), str(row.get("path", ""))
-        lines.setdefault(key, {})[str(row["checkpoint"])] = row
+        for name, value in _scores(row).items():
+            key = name, str(row.get("options", "")), str(row.get("data", "")), str(row.get("path", ""))
+            lines.setdefault(key, {})[str(row["checkpoint"])] = row | {"shown": value}
     seen = {str(row["checkpoint"]) for row in rows}
     ordered = [name for name in CHECKPOINTS if name in seen] + sorted(seen - set(CHECKPOINTS))
     page.checkpoints = [CHECKPOINTS.get(name, name) for name in ordered]
     several_sets = len({key[2:] for key in lines}) > 1
-    for (protocol, options, data, _), by_checkpoint in lines.items():
-        name = PROTOCOLS.get(protocol, protocol) + (f" ({options.replace(',', ', ')})" if options else "")
+    for (name, options, data, _), by_checkpoint in lines.items():
+        name += f" ({options.replace(',', ', ')})" if options else ""
         name += f", {data}" if several_sets and data else ""
         line: dict[str, Any] = {"name": name, "cells": [], "gain": "", "n": ""}
         for row in (by_checkpoint.get(checkpoint, {}) for checkpoint in ordered):
             low, high = _percent(row.get("low")), _percent(row.get("high"))
-            line["cells"].append((_percent(row.get("top1")), (low, high) if low and high else None))
+            line["cells"].append((_percent(row.get("shown")), (low, high) if low and high else None))
             line["n"] = row.get("n", line["n"])
-        before, after = (by_checkpoint.get(checkpoint, {}).get("top1") for checkpoint in CHECKPOINTS)
+        before, after = (by_checkpoint.get(checkpoint, {}).get("shown") for checkpoint in CHECKPOINTS)
         if before is not None and after is not None:
             line["gain"] = f"{100 * (after - before):+.1f}"
             page.gains = True
@@ -129,6 +142,9 @@ def _add_summary(page: Page, rows: list[dict[str, Any]]) -> None:
                 f"first {100 * knn[0]:.1f} %, best {100 * max(knn):.1f} %",
             )
         )
+    rank = [v for v in plots.series(rows, "effective_rank")[1].tolist() if math.isfinite(v)]
+    if rank:
+        page.summary.append(("Effective rank", f"{rank[-1]:.1f}", f"of the features; first {rank[0]:.1f}"))
     loss = [v for v in plots.series(rows, "loss")[1].tolist() if math.isfinite(v)]
     if loss:
         page.summary.append(("Loss", f"{loss[-1]:.3g}", f"first {loss[0]:.3g}"))
@@ -194,9 +210,9 @@ def _read_config(page: Page, path: Path) -> None:
 def write_report(run: Path) -> Path:
     """Write RUN/report.html from the files of a run folder.
 
-    The report reads config.toml, metrics.jsonl, eval.json (a list of {"protocol", "checkpoint", "top1", "low", "high",
-    "n"}, accuracies 0 to 1), parts.png and pictures/*.png; a missing file is left out. The page is self-contained:
-    images are embedded, and it has no scripts and no links. It is written atomically.
+    The report reads config.toml, metrics.jsonl, eval.json (a list of {"protocol", "checkpoint", "top1", "miou" or the
+    scores on key points, "low", "high", "n"}, 0 to 1), parts.png and pictures/*.png; a missing file is left out. The
+    page is self-contained: images are embedded, and it has no scripts and no links. It is written atomically.
 
     Args:
         run: the run folder.

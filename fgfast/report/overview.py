@@ -72,7 +72,7 @@ def draw_overview() -> Image.Image:
     torch.manual_seed(0)
     encoder = Backbone("resnet18", size=SIDE, args={"output_stride": 8}).eval()
     pixels = draw_image()
-    image = normalise(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255)
+    image = normalise(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255, encoder.stats)
     labels = cluster(encoder, image)
     n_parts = int(labels.max()) + 1
     colours = label_colours(n_parts) / 255
@@ -95,7 +95,7 @@ def draw_overview() -> Image.Image:
     add_panel(figure, overlay(pixels, labels), 420, 60, 370, 370)
     panels = []
     for i, top in enumerate((60, 250)):
-        panels.append(add_panel(figure, overlay(views[i][0], ids[i]), 820, top, 180, 180))
+        panels.append(add_panel(figure, overlay(views[i][0], ids[i], stats=encoder.stats), 820, top, 180, 180))
         bars = add_panel(figure, vectors[i, :, :DIMENSIONS].numpy(), 1010, top, 150, 180, cmap="PuOr", vmin=-2, vmax=2)
         bars.hlines(np.arange(1, n_parts) - 0.5, -0.5, DIMENSIONS - 0.5, color="white", linewidth=4)
         bars.barh(range(n_parts), -2.5, left=-1, color=colours, height=0.8)

@@ -26,7 +26,7 @@ DRAWN = 1e100  # axes overflow beyond about 1e300
 # Keys of metrics.jsonl that are not terms of the loss.
 NOT_LOSS = frozenset({
     "step", "epoch", "round", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_mb", "ema", "knn",
-    "passes_per_s", "weight_decay", "time", "seconds", "skipped",
+    "effective_rank", "uniformity", "alignment", "passes_per_s", "weight_decay", "time", "seconds", "skipped",
 })  # fmt: skip
 
 
@@ -98,14 +98,15 @@ def _plot(axes: Axes, rows: Sequence[Row], keys: Sequence[str], *, scale: float 
 
 
 def curves(rows: Sequence[Row]) -> Figure | None:
-    """Draw training curves: loss, its terms, kNN accuracy, learning rate, gradient norm, speed, data wait, memory.
+    """Draw training curves: loss, its terms, kNN accuracy, health, learning rate, gradient norm, speed, wait, memory.
 
     Only quantities that the rows hold get a panel. Noisy ones are smoothed over a 25th of the run, with the raw values
     behind in a faint colour.
 
     Args:
         rows: rows of metrics.jsonl: "step" and any of "loss", further loss terms, "lr", "grad_norm", "images_per_s",
-            "data_wait" (fraction of the step time, 0 to 1), "memory_mb", "ema", "knn" (accuracy, 0 to 1).
+            "data_wait" (fraction of the step time, 0 to 1), "memory_mb", "ema", "knn" (accuracy, 0 to 1),
+            "effective_rank", "uniformity", "alignment".
 
     Returns:
         The figure, or None if there is nothing to draw.
@@ -119,6 +120,8 @@ def curves(rows: Sequence[Row]) -> Figure | None:
         ("Loss", "", ["loss"], 1.0, True),
         ("Loss terms", "", loss_terms(rows), 1.0, True),
         ("kNN accuracy", "%", ["knn"], 100.0, False),
+        ("Effective rank of the features", "1: collapse", ["effective_rank"], 1.0, False),
+        ("Uniformity, alignment", "both 0: collapse", ["uniformity", "alignment"], 1.0, False),
         ("Learning rate", "", ["lr"], 1.0, False),
         ("Gradient norm", "before clipping", ["grad_norm"], 1.0, True),
         ("Speed", "images/s", ["images_per_s"], 1.0, True),

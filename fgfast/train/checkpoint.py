@@ -5,6 +5,7 @@ Keys of last.pt:
     method, optimizer          state dicts, with the buffers of the first rank
     loader                     position in the data, see Loader.state_dict
     rng, cuda_rng              random state of what is drawn for the images of all ranks at once (one process: of all)
+    input                      input statistics of the encoder, as texts
     skipped, skipped_in_a_row  steps whose loss was not finite
     ranks                      of each of several ranks: its random states, its buffers that differ from the first's
     images_per_step            batch size x number of ranks

@@ -12,6 +12,8 @@ Keys of metrics.jsonl, one JSON object per line (a number that is not finite is 
 
 Lines of an evaluation have step, epoch and:
     knn                    online kNN top-1, 0 to 1
+    effective_rank         of the features of training images, from 1 (collapse) to their width
+    uniformity, alignment  of these features, from 0 (collapse) downwards; of two views of an image, 0 to 4
     held_out_NAME          a term of the method on held-out images, in evaluation mode
     psnr, ssim             srgan: of generated windows of held-out images (dB; -1 to 1)
     psnr_bicubic, ...      srgan: the same of bicubic enlargement
@@ -218,6 +220,10 @@ class RunLog:
             self._show(row)
             return
         scores = [f"online kNN top-1 {_shown(row, 'knn', '.1%')}"] if "knn" in row else []
+        if "effective_rank" in row:
+            scores.append(f"effective rank {_shown(row, 'effective_rank', '.1f')}")
+            scores.append(f"uniformity {_shown(row, 'uniformity', '.2f')}")
+            scores.append(f"alignment {_shown(row, 'alignment', '.2f')}")
         if "psnr" in row:
             scores.append(f"PSNR {_shown(row, 'psnr', '.2f')} dB (bicubic {_shown(row, 'psnr_bicubic', '.2f')})")
             scores.append(f"SSIM {_shown(row, 'ssim', '.3f')} (bicubic {_shown(row, 'ssim_bicubic', '.3f')})")

@@ -9,20 +9,25 @@ from torch import Tensor, nn
 
 from fgfast.config import TrainConfig
 from fgfast.errors import UserError
+from fgfast.train.lars import LARS
 
 LAG = 4  # steps after which the host reads a verdict
 MAX_SKIPPED_IN_A_ROW = 10
 
 
 def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Fused AdamW or SGD (momentum 0.9) over the trainable parameters; vectors and scalars get no weight decay."""
+    """AdamW, SGD or LARS (momentum 0.9) over the trainable parameters; vectors and scalars get no weight decay.
+
+    All are fused, as :class:`FiniteGuard` needs it.
+    """
     params = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    if config.optimizer == "sgd":
-        sgd = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)
+    if config.optimizer != "adamw":
+        kind = LARS if config.optimizer == "lars" else torch.optim.SGD
+        sgd = kind(groups, lr=config.lr, momentum=0.9, fused=True)
         _add_momentum(sgd)
         sgd.register_load_state_dict_post_hook(_add_momentum)
         return sgd

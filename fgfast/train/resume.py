@@ -16,7 +16,7 @@ from fgfast.errors import UserError
 from fgfast.files import clear_leftovers, is_leftover, write_atomic
 from fgfast.info import versions
 from fgfast.methods.base import METHODS, Method
-from fgfast.methods.run_folder import read_run
+from fgfast.methods.run_folder import complete_stats, read_run
 from fgfast.ranks import Ranks, on_first
 from fgfast.run import has_checkpoint, load_newest, save_checkpoint
 from fgfast.train.length import Length
@@ -214,6 +214,8 @@ def record_resumption(method: Method, resumed: Resumed, images: str = "") -> Non
 def check_options(run: Path, config: TrainConfig, may_change: tuple[str, ...]) -> TrainConfig:
     """Check that ``config`` has the options that the run was started with, except for those that may change.
 
+    Input statistics that it does not give are those of the run.
+
     Returns:
         The options of the run.
 
@@ -221,7 +223,7 @@ def check_options(run: Path, config: TrainConfig, may_change: tuple[str, ...]) -
         UserError: an option differs; the message names it and both values.
     """
     _, before = read_run(run)
-    for name, value in vars(config).items():
+    for name, value in vars(complete_stats(config, before)).items():
         if name not in may_change and getattr(before, name, value) != value:
             raise UserError(
                 f"{run} was started with {flag(name)} {getattr(before, name)}, not {value}: "
@@ -236,7 +238,8 @@ def _start_run(method: Method, run: Path, description: str, images: "Kept | None
         from fgfast.data.kept import store_set
 
         store_set(run / IMAGES, images.images, images.records, images.held_out)
-    save_checkpoint(run / "init.pt", {"name": method.name, "step": 0, "method": method.state_dict()})
+    state = {"name": method.name, "step": 0, "method": method.state_dict(), "input": method.encoder.stats.texts()}
+    save_checkpoint(run / "init.pt", state)
 
 
 def _write_config(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fgfast.data.normalise import IMAGENET, InputStats
 from fgfast.run import save_newest
 from fgfast.train.heartbeat import holding
 
@@ -32,24 +33,26 @@ class CheckpointWriter:
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
-    def save(self, state: dict[str, Any], encoder: nn.Module, model: str) -> None:
+    def save(self, state: dict[str, Any], encoder: nn.Module, model: str, stats: InputStats = IMAGENET) -> None:
         """Copy a state, and start to write it once the checkpoint before it is written.
 
         Args:
             state: tensors and plain values, in dictionaries and lists; it may change when this returns.
             encoder: network to export.
             model: timm's name of the network.
+            stats: how images are resized and normalised for it.
         """
         self.wait()
         copied, weights = copy_to_cpu((state, encoder.state_dict()))
+        how = {"stats": stats, "created_with": getattr(encoder, "created_with", None)}
         # not a daemon: the end of the process waits for it
-        self.thread = threading.Thread(target=self._write, args=(copied, weights, model), name="checkpoint")
+        self.thread = threading.Thread(target=self._write, args=(copied, weights, model), kwargs=how, name="checkpoint")
         self.thread.start()
 
-    def _write(self, state: dict[str, Any], weights: dict[str, Tensor], model: str) -> None:
+    def _write(self, state: dict[str, Any], weights: dict[str, Tensor], model: str, **how: Any) -> None:
         try:
             with holding():
-                save_newest(self.run, state, weights, model, self.confirm)
+                save_newest(self.run, state, weights, model, self.confirm, **how)
         except BaseException as error:  # raised again by check()
             self.error = error
 

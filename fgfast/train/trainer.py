@@ -153,9 +153,9 @@ class Trainer:
 
         c = self.config
         return make_loader(
-            self.kept.images, self.method.views(), c.batch_size, records=self.kept.records, shuffle=True, seed=c.seed,
-            maps=maps, device=self.ranks.device, threads=c.threads, rank=self.ranks.rank, world=self.ranks.world,
-            backend=c.loader,
+            self.kept.images, self.method.normalised_views(), c.batch_size, records=self.kept.records, shuffle=True,
+            seed=c.seed, maps=maps, device=self.ranks.device, threads=c.threads, rank=self.ranks.rank,
+            world=self.ranks.world, backend=c.loader,
         )  # fmt: skip
 
     def _train_round(self, round_: int, end: int, loader: "Loader", run_log: RunLog) -> None:
@@ -203,6 +203,7 @@ class Trainer:
         self.method.before_step(Progress(self.step, total))
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
             terms = self.model(batch)
+        self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay_at(self.step, total)
         grad_norm = self._update(terms["loss"], lr, batch.index, stop=stop)
         self.step += 1
         self.method.after_step(Progress(self.step, total))
@@ -291,18 +292,20 @@ class Trainer:
         return self._scores_are_due() and not share_first(self.ranks, lambda: has_scores(file, self.step))
 
     def _evaluate(self, run_log: RunLog) -> None:
-        """Log online kNN top-1 on the test split (with --holdout: the held-out images) and the method's own scores.
+        """Log online kNN top-1 on the test split (with --holdout: the held-out images), health and the method's scores.
 
         They are only logged: no checkpoint or setting is chosen by them. A signal to stop ends them at once in a run
         with one process, and they are made up for when it is resumed.
         """
+        from fgfast.evaluate.health import online_health
         from fgfast.evaluate.protocols import online_knn
 
         progress(self.step, "computing scores")
         try:
             with first_buffers(self.method, self.ranks), self.random.kept(), self.caught.raised(self.ranks.world == 1):
                 knn = online_knn(self.method.encoder, self.config, self.ranks.device, self.method.group)
-                scores = self.method.scores(self.ranks.device) | ({} if knn is None else {"knn": knn})
+                health = online_health(self.method.encoder, self.config, self.ranks.device, self.method.group)
+                scores = self.method.scores(self.ranks.device) | health | ({} if knn is None else {"knn": knn})
         except KeyboardInterrupt:
             if not self.caught or self.ranks.world > 1:  # the others would wait in the scores
                 raise
@@ -346,15 +349,16 @@ class Trainer:
 
     def _write(self, round_: int, of_ranks: list[RankState]) -> None:
         """Hand the checkpoint to the writer."""
+        encoder = self.method.encoder
         state = {
             "name": self.method.name, "step": self.step, "total": self.length.total, "round": round_,
             "images_per_step": self.config.batch_size * self.ranks.world,
             "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(),
             "loader": {**self.marked[1], "failed": sorted({row for rank in of_ranks for row in rank.failed})},
             "skipped": self.guard.skipped, "skipped_in_a_row": self.guard.skipped_in_a_row,
-            **self.random.store(of_ranks),
+            "input": encoder.stats.texts(), **self.random.store(of_ranks),
         }  # fmt: skip
-        self.writer.save(state, self.method.encoder.net, self.config.model)
+        self.writer.save(state, encoder.net, self.config.model, encoder.stats)
 
 
 def _name_lost(loader: "Loader", run_log: RunLog, named: tuple[int, int]) -> tuple[int, int]:

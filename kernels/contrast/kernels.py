@@ -625,6 +625,4 @@ def finish(
             )  # fmt: skip
     else:
         vectors = (x, x_stride_n, x_stride_d)
-        _finish_side(
-            vectors, x_inverse, scale, x_raw, x_out, block, X, D, NORMALIZE, X_SPLITS, BLOCK, BLOCK_D, UPCAST
-        )
+        _finish_side(vectors, x_inverse, scale, x_raw, x_out, block, X, D, NORMALIZE, X_SPLITS, BLOCK, BLOCK_D, UPCAST)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fgfast.cli import main
-from fgfast.cli.commands import _finished
+from fgfast.cli.finished import finished
 from fgfast.errors import UserError
 from fgfast.evaluate.finetune import FinetuneOptions
 from fgfast.evaluate.mlp import MLPOptions
@@ -100,7 +100,7 @@ def test_a_score_is_printed_and_kept_if_the_report_fails(
 def test_a_bug_after_the_work_shows_its_traceback(
     error: Exception, shown: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with _finished(tmp_path, "its report"):
+    with finished(tmp_path, "its report"):
         raise error
     printed = capsys.readouterr().err
     assert printed.count("Traceback") == shown

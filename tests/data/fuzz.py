@@ -102,7 +102,7 @@ def _read_folders(rng: random.Random, folder: Path) -> None:
             target.symlink_to(rng.choice((path, root, rng.choice(found))))
         elif action == 2:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        elif action == 3 and not target.exists():
+        elif action == 3 and not target.is_symlink() and not target.exists():
             target.write_bytes(rng.randbytes(20))
         if not any(root.iterdir()):
             return

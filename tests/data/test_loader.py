@@ -291,10 +291,16 @@ def test_photographs_are_loaded(photographs: ImageSet) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
 @pytest.mark.parametrize("variant", ["dali_kept", "dali_files"])
-def test_the_gpu_gives_the_same_batches(coded_set: ImageSet, tmp_path: Path, variant: str) -> None:
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_gpu_gives_the_same_batches(coded_set: ImageSet, tmp_path: Path, variant: str, interpolation: str) -> None:
     changed = Crop(size=32, transforms=(Gamma((0.5, 2)), BlockShuffle(4), Holes((5, 20))), **PLAIN)
     spec = ViewSpec(
-        crops=(Crop(size=32, blur=0.5), Crop(size=20), changed), masks=True, whole=16, whole_masks=True, **RAW
+        crops=(Crop(size=32, blur=0.5), Crop(size=20), changed),
+        masks=True,
+        whole=16,
+        whole_masks=True,
+        **RAW,
+        interpolation=interpolation,
     )
     batches = []
     for device in ("cpu", "cuda"):

@@ -1,7 +1,7 @@
 """Fine-tuning: which weights are trained, resuming, and errors."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -9,8 +9,10 @@ import torch
 
 from fgfast.config import TrainConfig
 from fgfast.data.layouts import open_images
+from fgfast.data.loader import Loader
 from fgfast.errors import UserError
-from fgfast.evaluate.finetune import FinetuneOptions, _resume, finetune, stages_of, unfreeze
+from fgfast.evaluate.finetune import FinetuneOptions, finetune, stages_of, unfreeze
+from fgfast.evaluate.resume import Progress
 from fgfast.models.backbone import Backbone
 from fgfast.run import save_checkpoint
 from tests.conftest import TINY
@@ -149,8 +151,9 @@ def test_a_damaged_state_is_left_out_with_a_warning(tmp_path: Path, caplog: pyte
     save_checkpoint(state_file, {"what": {}, "epoch": 3})
     state_file.write_bytes(state_file.read_bytes()[:-100])
     net = torch.nn.Linear(1, 1)
-    assert _resume(state_file, {}, net, torch.optim.Adam(net.parameters()), None) == 0
-    assert caplog.messages == [f"{state_file} is cut or damaged: fine-tuning starts from the beginning."]
+    progress = Progress(state_file, {}, net, torch.optim.Adam(net.parameters()), cast(Loader, None))
+    assert progress.load()["epoch"] == 0
+    assert caplog.messages == [f"{state_file} is cut or damaged: training starts from the beginning."]
 
 
 def test_a_loss_that_is_not_finite_is_refused(drawn: Path) -> None:

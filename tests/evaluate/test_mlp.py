@@ -6,7 +6,7 @@ import torch
 
 from fgfast.errors import UserError
 from fgfast.evaluate.linear import linear_probe
-from fgfast.evaluate.mlp import MLPOptions, class_weights, mlp_probe, tenth_of_each_class
+from fgfast.evaluate.mlp import MLPOptions, class_weights, mlp_probe, part_of_each_class
 
 CASSAVA = (466, 1443, 773, 2658, 316)
 NAMES = ("cbb", "cbsd", "cgm", "cmd", "healthy")
@@ -98,6 +98,6 @@ def test_inverse_weights_favour_the_rare_class() -> None:
 
 def test_a_tenth_of_each_class_is_held_out() -> None:
     targets = np.repeat(np.arange(4), (40, 7, 2, 1))
-    held = tenth_of_each_class(targets, 0)
+    held = part_of_each_class(targets, 0)
     assert np.bincount(targets[held], minlength=4).tolist() == [4, 1, 1, 0]
-    assert not np.array_equal(held, tenth_of_each_class(targets, 1))
+    assert not np.array_equal(held, part_of_each_class(targets, 1))

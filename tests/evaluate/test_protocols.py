@@ -16,8 +16,9 @@ from fgfast.data.layouts import open_images
 from fgfast.errors import UserError
 from fgfast.evaluate import protocols
 from fgfast.evaluate.mlp import MLPOptions
-from fgfast.evaluate.options import parse_protocols
+from fgfast.evaluate.options import parse_options, parse_protocols
 from fgfast.evaluate.protocols import evaluate, score_predictions
+from fgfast.evaluate.sweep import SweepOptions
 from fgfast.methods.simclr import SimCLRConfig
 from fgfast.train.loop import pretrain
 from tests.conftest import TINY
@@ -50,6 +51,9 @@ def test_f1_of_hand_made_predictions() -> None:
     ("protocol", "flags"),
     [
         ("knn", []), ("linear", []), ("parts", []), ("retrieval", []),
+        ("linear", ["--recipe", "sweep", "--standardise", "yes", "--val", "0.3"]),
+        ("linear", ["--recipe", "lcr", "--epochs", "2", "--batch-size", "9", "--augment", "no"]),
+        ("linear", ["--recipe", "lodisc", "--epochs", "2", "--batch-size", "9", "--report", "best"]),
         ("mlp", ["--epochs", "2", "--class-weights", "inverse"]),
         ("finetune", ["--epochs", "1", "--stages", "2", "--class-weights", "frequency", "--seed", "3"]),
     ],
@@ -69,17 +73,32 @@ def test_every_protocol_prints_and_stores_its_scores(
     assert row["options"] == {
         "mlp": "epochs=2,class_weights=inverse",
         "finetune": "stages=2,epochs=1,class_weights=frequency,seed=3",
-    }.get(protocol, "")
+        "sweep": "recipe=sweep,val=0.3,standardise=True",
+        "lcr": "recipe=lcr,epochs=2,batch_size=9,augment=False",
+        "lodisc": "recipe=lodisc,epochs=2,batch_size=9,report=best",
+    }.get(flags[1] if protocol == "linear" and flags else protocol, "")
+    if "sweep" in flags:
+        assert 1e-6 <= row["l2"] <= 1e5
+        assert 0 <= row["val_top1"] <= 1
+    elif protocol == "linear" and flags:
+        assert row["top5"] == 1  # of three classes
+        assert 1 <= row["epoch"] <= 2
+    else:
+        assert not {"l2", "top5", "epoch"} & row.keys()
     if protocol == "retrieval":
         assert row["top1"] <= row["rank5"] <= 1
         assert 0 < row["map"] <= 1
-    stored = [r for r in json.loads((run / "eval.json").read_text()) if r["protocol"] == protocol]
-    assert len(stored) == 1
-    assert row.items() <= stored[0].items()
+
+    def stored() -> list[dict[str, object]]:
+        rows = json.loads((run / "eval.json").read_text())
+        return [r for r in rows if (r["protocol"], r["options"]) == (protocol, row["options"])]
+
+    assert len(stored()) == 1
+    assert row.items() <= stored()[0].items()
     assert main(words) == 0
     assert "macro-F1" in capsys.readouterr().out
-    assert len([r for r in json.loads((run / "eval.json").read_text()) if r["protocol"] == protocol]) == 1
-    assert not list(run.glob("finetune-*.pt"))
+    assert len(stored()) == 1
+    assert not [*run.glob("finetune-*.pt"), *run.glob("linear-*.pt")]
 
 
 def test_parts_need_masks(run: Path, tmp_path: Path) -> None:
@@ -147,6 +166,15 @@ def test_scores_with_other_options_are_stored_too(run: Path, drawn: Path) -> Non
         (["mlp", "--stages", "1"], "'stages', which MLPOptions does not have"),
         (["knn", "--epochs", "1"], "knn has no option 'epochs'"),
         (["mlp", "--class-weights", "odd"], "odd"),
+        (["linear", "--recipe", "odd"], "recipe = 'odd': choose one of logistic, sweep, lcr, lodisc"),
+        (["linear", "--lr", "3"], "'lr', which recipe=logistic does not have: choose another recipe"),
+        (["linear", "--recipe", "sweep", "--lr", "3"], "'lr', which SweepOptions does not have"),
+        (["linear", "--recipe", "lcr", "--val", "0.2"], "'val', which LCROptions does not have"),
+        (["linear", "--recipe", "sweep", "--val", "0"], "val of fgfast eval linear is 0.0: give more than 0"),
+        (["linear", "--recipe", "lodisc", "--report", "first"], "report = 'first': choose one of last, best"),
+        (["linear", "--recipe", "lodisc", "--augment", "maybe"], "augment = 'maybe': give a value of type bool"),
+        (["linear", "--stages", "1"], "'stages', which recipe=logistic does not have"),
+        (["mlp", "--recipe", "sweep"], "'recipe', which MLPOptions does not have"),
     ],
 )
 def test_wrong_arguments_give_one_sentence_and_exit_status_2(
@@ -166,13 +194,17 @@ def test_wrong_arguments_give_one_sentence_and_exit_status_2(
         (["linear,knn,finetune"], ["linear", "knn", "finetune"]),
         (["finetune:stages=all,epochs=5,knn"], ["finetune:stages=all,epochs=5", "knn"]),
         (["finetune:stages=1", "mlp"], ["finetune", "mlp"]),
+        (["linear:recipe=sweep,linear:recipe=logistic"], ["linear:recipe=sweep", "linear"]),
+        (["linear:recipe=lcr,lr=30,report=best,knn"], ["linear:recipe=lcr,report=best", "knn"]),
     ],
 )
 def test_protocols_are_parsed(texts: list[str], labels: list[str]) -> None:
     assert list(parse_protocols(texts)) == labels
 
 
-@pytest.mark.parametrize("text", ["nosuch", "epochs=5", "mlp:epochs", "mlp:epochs=many", "knn:k=3", ""])
+@pytest.mark.parametrize(
+    "text", ["nosuch", "epochs=5", "mlp:epochs", "mlp:epochs=many", "knn:k=3", "linear:lr=1", "linear:recipe=no", ""]
+)
 def test_bad_protocols_are_refused(text: str) -> None:
     with pytest.raises(UserError):
         parse_protocols([text])
@@ -189,16 +221,17 @@ def test_compare_completes_rows_of_an_earlier_table(drawn: Path, tmp_path: Path)
     before = list(csv.DictReader((tmp_path / "compare.csv").open()))
     assert list(before[0])[-4:] == ["linear", "knn", "nmi", "ari"]
     runs = [tmp_path / "runs" / drawn.name / name / "seed0" for name in ("random", "simclr")]
-    full = comparison("linear,knn,mlp:epochs=2", "retrieval", "finetune:epochs=1")
+    full = comparison("linear,knn,mlp:epochs=2", "retrieval", "finetune:epochs=1", "linear:recipe=sweep,val=0.3")
     full.run()
     for run in runs:  # a score that is computed again moves to the end
         protocols = [row["protocol"] for row in json.loads((run / "eval.json").read_text())]
-        assert protocols == ["linear", "knn", "mlp", "retrieval", "finetune"]
+        assert protocols == ["linear", "knn", "mlp", "retrieval", "finetune", "linear"]
     after = list(csv.DictReader((tmp_path / "compare.csv").open()))
     assert [{k: r[k] for k in before[0]} for r in after] == before
-    assert all(0 <= float(r[label]) <= 1 for r in after for label in ("mlp:epochs=2", "retrieval", "finetune:epochs=1"))
+    added = ("mlp:epochs=2", "retrieval", "finetune:epochs=1", "linear:recipe=sweep,val=0.3")
+    assert all(0 <= float(r[label]) <= 1 for r in after for label in added)
     arrays = np.load(runs[1] / "correct.npz")
-    assert set(arrays) == {"linear", "knn", "mlp:epochs=2", "retrieval", "finetune:epochs=1"}
+    assert set(arrays) == {"linear", "knn", *added}
     head = next(line for line in full.table().splitlines() if line.startswith("| method"))
     columns = [c.strip() for c in head.strip("|").split("|")]
     assert columns[2:10] == ["linear", "gain on baseline", "kNN", "mlp:epochs=2", "gain on baseline", "retrieval",
@@ -209,3 +242,24 @@ def test_compare_completes_rows_of_an_earlier_table(drawn: Path, tmp_path: Path)
     full.run()
     assert [(run / "eval.json").stat().st_mtime_ns for run in runs] == written
     assert "linear | gain on baseline | kNN | NMI" in comparison("linear", "knn").table()
+
+
+def test_a_sweep_needs_a_class_with_two_training_images(run: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    for split, count in (("train", 1), ("test", 2)):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (40, 40)).save(tmp_path / split / name / f"{i}.png")
+    with pytest.raises(UserError, match="has two training images, one to choose L2 on"):
+        evaluate(run, "linear", tmp_path, checkpoint="init", device=CPU, options=SweepOptions())
+
+
+def test_the_default_recipe_has_the_row_of_earlier_versions(run: Path, drawn: Path) -> None:
+    keys = {
+        "protocol", "checkpoint", "top1", "low", "high", "macro_f1", "weighted_f1", "n", "n_train", "options",
+    }  # fmt: skip
+    options = parse_options("linear", {"recipe": "logistic"}, "a test")
+    assert options is None
+    assert evaluate(run, "linear", drawn, checkpoint="init", device=CPU, options=options).row().keys() == keys

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import Case, Comparison
@@ -11,6 +12,7 @@ from tests.losses.peers import Cases, lightly, randint, randn
 HALF = "Half precision is computed and returned in float32."
 TEMPERATURE = "A temperature below 0 is refused."
 ABSENT = "Region id -1 is absent."
+ALONE = "A single row, which has no neighbour, gives 0."
 TEACHER = "The teacher gets no gradient."
 
 
@@ -136,7 +138,31 @@ def dino() -> list[Case]:
     return cases.all
 
 
+def koleo() -> list[Case]:
+    """KoLeoLoss."""
+    cases = Cases(losses.KoLeoLoss, lightly.KoLeoLoss)
+    x = randn(0, 9, 6)
+    for b, d in ((2, 6), (9, 1), (200, 16)):  # one pair, many equal rows, usual
+        cases.add(f"x [{b}, {d}]", plain, randn(0, b, d))
+    cases.add("x of two equal rows", plain, torch.cat([x, x[:2]]))
+    cases.add("x with a row of zeros", plain, torch.cat([x, x[:1] * 0]))
+    cases.add("x of one row", plain, x[:1], difference=ALONE)
+    cases.add("x in float16", plain, x.half(), difference=HALF)
+    cases.add("x [B]", plain, x[0], refused=True)
+    for p in (1, 2, 3.5):
+        cases.add(f"p {p}", plain, x, p=p)
+    for eps in (1e-4, 0.1):
+        cases.add(f"eps {eps}", plain, x, eps=eps)
+    return cases.all
+
+
 def comparisons() -> list[Comparison]:
     """The classes of lightly."""
-    found = (("NTXentLoss", ntxent), ("DetConBLoss", detcon_b), ("DetConSLoss", detcon_s), ("DINOLoss", dino))
+    found = (
+        ("NTXentLoss", ntxent),
+        ("DetConBLoss", detcon_b),
+        ("DetConSLoss", detcon_s),
+        ("DINOLoss", dino),
+        ("KoLeoLoss", koleo),
+    )
     return [Comparison(name, "lightly", cases()) for name, cases in found]

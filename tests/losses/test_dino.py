@@ -1,13 +1,17 @@
-"""DINOLoss: values of lightly with warm-up and centre."""
+"""DINOLoss: values of lightly with warm-up and centre, and Sinkhorn by its definition."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fgfast import losses
+from fgfast.losses.dino import sinkhorn
+from tests.examples import examples
 from tests.losses.peers import assert_same, lightly, randn
 
 
@@ -50,3 +54,64 @@ def test_dino_of_valid_images() -> None:
     before = full.center.clone()
     assert full(teacher, student, valid=torch.zeros_like(valid)) == 0
     assert torch.equal(full.center, before)
+
+
+def plain_sinkhorn(logits: Tensor, iterations: int) -> Tensor:
+    """The definition, as a joint distribution of outputs and rows with uniform marginals."""
+    joint = logits.exp() / logits.exp().sum()
+    n, k = joint.shape
+    for _ in range(iterations):
+        joint = joint / joint.sum(0, keepdim=True) / k
+        joint = joint / joint.sum(1, keepdim=True) / n
+    return joint * n
+
+
+@examples(25)
+@given(n=st.integers(1, 9), k=st.integers(1, 7), iterations=st.integers(1, 4), seed=st.integers(0, 2**31))
+def test_sinkhorn_equals_its_definition(n: int, k: int, iterations: int, seed: int) -> None:
+    logits = 3 * randn(seed, n, k)
+    found = sinkhorn(logits, iterations)
+    torch.testing.assert_close(found, plain_sinkhorn(logits, iterations), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.sum(1), torch.ones(n, dtype=torch.float64))
+
+
+def test_sinkhorn_of_large_logits_is_finite() -> None:
+    """Where exp overflows and the rows of an output underflow: the same as with a constant taken off."""
+    logits = randn(0, 6, 5) * 300
+    found = sinkhorn(logits.float())
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, sinkhorn(logits.float() + 2.0**14), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(found.sum(1), torch.ones(6))
+
+
+def test_dino_with_sinkhorn_is_the_cross_entropy_of_its_targets() -> None:
+    """The rows of both teacher views are balanced together; the centre stays as it is, and padding has no effect."""
+    loss = losses.DINOLoss(6, center_mode="sinkhorn", teacher_temp=0.5)
+    teacher, student = [randn(i, 5, 6) for i in range(2)], [randn(i + 9, 5, 6) for i in range(3)]
+    target = plain_sinkhorn(torch.cat(teacher) / 0.5, 3).view(2, 5, 6)
+    log_prob = [(x / 0.1).log_softmax(1) for x in student]
+    expected = -sum((target[t] * log_prob[s]).sum(1).mean() for t in range(2) for s in range(3) if t != s) / 4
+    torch.testing.assert_close(loss(teacher, student), expected, rtol=1e-9, atol=0)
+    assert not loss.center.any()
+    padded = [[torch.cat([x, torch.full((1, 6), torch.nan)]) for x in views] for views in (teacher, student)]
+    valid = torch.arange(6) < 5
+    torch.testing.assert_close(loss(*padded, valid=valid), expected, rtol=1e-9, atol=0)
+    assert loss(*padded, valid=torch.zeros_like(valid)) == 0
+
+
+@pytest.mark.parametrize("mode", ["mean", "sinkhorn"])
+def test_nan_in_padding_reaches_neither_gradient_nor_centre(mode: str) -> None:
+    loss, valid = losses.DINOLoss(6, center_mode=mode), torch.tensor([True, True, False])
+    student = [randn(i, 3, 6).index_fill_(0, torch.tensor(2), torch.nan).requires_grad_() for i in range(2)]
+    loss([x.detach() for x in student], student, valid=valid).backward()
+    for x in student:
+        assert x.grad is not None
+        assert x.grad[:2].abs().min() > 0
+        assert not x.grad[2].any()
+    assert loss.center.isfinite().all()
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.5, "3"])
+def test_a_number_of_iterations_that_is_no_positive_one_is_an_error(number: object) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"sinkhorn_iterations is .*: give"):
+        losses.DINOLoss(4, sinkhorn_iterations=number)  # type: ignore[arg-type]

@@ -38,6 +38,8 @@ CLASSES: dict[str, tuple[Callable[[], nn.Module], Call]] = {
     "DetConSLoss": (losses.DetConSLoss, lambda loss, x: loss(*x.view(2, 20, 10, -1), *MASKS.to(x.device))),
     "SupConLoss": (losses.SupConLoss, lambda loss, x: loss(x, LABELS)),
     "DINOLoss": (lambda: losses.DINOLoss(8), dino),
+    "DINOLoss with Sinkhorn": (lambda: losses.DINOLoss(8, center_mode="sinkhorn"), dino),
+    "KoLeoLoss": (losses.KoLeoLoss, lambda loss, x: loss(x)),
     "CLIPLoss": (losses.CLIPLoss, lambda loss, x: loss(x[:200], x[200:], 1.0)),
     "SigLIPLoss": (losses.SigLIPLoss, lambda loss, x: loss(x[:200], x[200:], 1.0, -1.0)),
     "PartContrastiveLoss": (lambda: losses.PartContrastiveLoss(3, nn.Identity()), parts),

@@ -98,10 +98,15 @@ CASES: dict[str, tuple[Make, Call]] = {
     "SupConLoss against references of the same labels": (
         lambda n, g: [*with_classes(n, g), randn(n, g)], lambda group, *x: supcon(group, *x)
     ),
+    "KoLeoLoss": (lambda n, g: [randn(n, g)], lambda group, x: losses.KoLeoLoss(group=group)(x)),
+    "KoLeoLoss of valid rows": (
+        lambda n, g: [randn(n, g), torch.arange(n) % 3 != 1],
+        lambda group, x, valid: losses.KoLeoLoss(group=group)(x, valid=valid),
+    ),
     "CLIPLoss": (pairs_with_scale, lambda group, *x: losses.CLIPLoss(group=group)(*x)),
     "CLIPLoss, local": (pairs_with_scale, lambda group, *x: losses.CLIPLoss(True, group=group)(*x)),
 }  # fmt: skip
-ONE_VALUE = {"CLIPLoss"}  # the loss of all images on every rank
+ONE_VALUE = {"CLIPLoss", "KoLeoLoss", "KoLeoLoss of valid rows"}  # the loss of all images on every rank
 
 
 def joined(name: str, images: tuple[int, ...]) -> list[Tensor]:
@@ -228,6 +233,7 @@ def group(tmp_path: Path) -> Iterator[Any]:
 
 @pytest.mark.parametrize("make", [
     losses.NTXentLoss, losses.InfoNCELoss, losses.DetConBLoss, losses.DetConSLoss, losses.SupConLoss, losses.CLIPLoss,
+    losses.KoLeoLoss,
     partial(losses.PartContrastiveLoss, 3, nn.Identity()), MemoryBank,
 ])  # fmt: skip
 def test_what_is_no_group_is_refused(make: Callable[..., nn.Module]) -> None:

@@ -20,6 +20,7 @@ PEERS = {c.ours: getattr(pml if c.ours == "SupConLoss" else lightly, c.ours) for
 MISSING = {"NTXentLoss": {"cross_entropy"}}  # it takes logits, which never exist here
 LIGHTLY = {
     "NTXentLoss": {"memory_bank_size": (6, 3)}, "DetConBLoss": {}, "DetConSLoss": {}, "DINOLoss": {"output_dim": 4},
+    "KoLeoLoss": {},
 }  # fmt: skip
 
 

@@ -151,7 +151,7 @@ def test_switches() -> None:
     assert LoDisc(config_for("cnn", project=False, projection=dim))(batch_of())["loss"].isfinite()
     with pytest.raises(UserError, match=f"--projection {dim}"):
         LoDisc(config_for("cnn", project=False))
-    with pytest.raises(UserError, match="--drop-tokens needs a ViT"):
+    with pytest.raises(UserError, match=r"cannot leave out patches .*: leave out --drop-tokens"):
         LoDisc(config_for("cnn", drop_tokens=True))
 
 

@@ -16,7 +16,7 @@ from fgfast.methods.particle import PARTICLE, PARTICLEConfig
 from fgfast.train.loop import pretrain
 from tests.conftest import TINY
 
-SOURCES = ("discovered", "online", "truth", "grid", "random")
+SOURCES = ("discovered", "online", "truth", "keypoints", "felzenszwalb", "saliency", "grid", "random")
 
 
 def config_for(data: Path, out: Path, **values: object) -> PARTICLEConfig:

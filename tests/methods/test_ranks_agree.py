@@ -44,7 +44,8 @@ def train(case: str, rank: int, world: int, group: Any) -> list[dict[str, Tensor
     for step in range(STEPS):
         method.before_step(Progress(step, STEPS))
         optimizer.zero_grad()
-        terms = method(of_rank(joined_batch(step), rank, world))
+        batch = joined_batch(step, getattr(method.config, "local_crops", 0))
+        terms = method(of_rank(batch, rank, world))
         terms["loss"].backward()
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad

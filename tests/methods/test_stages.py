@@ -15,7 +15,8 @@ pytestmark = pytest.mark.slow
 
 # Of 4 steps the last 2 or 3 are those of a later stage: an adversary, pairs of decoded images, another temperature.
 CASES = (
-    "color", "jigsaw", "lodisc sample", "mocov3", "particle random", "simclr", "srgan", "supervised", "synthpair moco",
+    "byol", "color", "jigsaw", "lcr moco", "lodisc sample", "mocov2", "mocov3", "particle random", "simclr", "simsiam",
+    "srgan", "supervised", "synthpair moco",
 )  # fmt: skip
 STEPS = 4
 
@@ -55,7 +56,7 @@ class Run:
         torch.set_rng_state(state["random"])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_goes_on_bit_for_bit_from_every_stage(case: str, optimizer: str) -> None:
     """Weights, buffers and moments after four steps, also when stopped after the first and after the third."""

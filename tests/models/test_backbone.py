@@ -112,14 +112,17 @@ def test_errors_name_unknown_models_and_invalid_arguments() -> None:
     ("args", "reason"),
     [
         ({"output_stride": 5}, "AssertionError"), ({"channels": ()}, "index out of range"),
-        ({"features_only": True}, "no attribute 'num_features'"), ({"in_chans": 1}, "to have 1 channels"),
+        ({"features_only": True}, "no attribute 'forward_features'"), ({"in_chans": 1}, "to have 1 channels"),
         ({"global_pool": ""}, r"features of shape \[1, 96, 2, 2\] instead of \[1, 96\]"),
     ],
 )  # fmt: skip
 def test_arguments_that_timm_or_the_features_refuse_give_the_reason_and_remedy(
     args: dict[str, object], reason: str
 ) -> None:
-    with pytest.raises(UserError, match=rf"could not build 'test_resnet' .*{reason}.*\): correct --model-args\."):
+    with pytest.raises(
+        UserError,
+        match=rf"could not build 'test_resnet' .*{reason}.*\): correct --model-args, or choose another --size\.",
+    ):
         Backbone(TINY, args=args)
 
 

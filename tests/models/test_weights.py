@@ -17,7 +17,9 @@ from torch import nn
 
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone
-from fgfast.models.weights import encoder_state, load_encoder, load_tensors, read_checkpoint
+from fgfast.models.checkpoints import read_checkpoint
+from fgfast.models.matching import flatten
+from fgfast.models.weights import load_encoder, load_tensors
 from fgfast.run import save_checkpoint, save_encoder
 from tests.conftest import TINY
 
@@ -71,10 +73,11 @@ NO_CLASS_POSITION = {"no_embed_class": True}
     ("source", "target", "args", "more"),
     [
         ("resnet34", "resnet18", NARROW, {}),
+        ("resnet101", "resnet50", NARROW, {}),
         ("test_vit", "test_vit", {"depth": 2}, {"depth": 4}),
         ("test_vit", "test_vit", NO_CLASS_POSITION, {"reg_tokens": 1}),
     ],
-    ids=["more blocks in a stage", "deeper", "more tokens"],
+    ids=["more blocks in a stage", "more bottlenecks", "deeper", "more tokens"],
 )
 def test_a_larger_network_is_not_loaded_in_part(
     source: str, target: str, args: dict[str, object], more: dict[str, object]
@@ -253,7 +256,7 @@ def test_weights_without_a_checksum_load_and_those_of_fgfast_with_a_word(
         save_file(tensors, tmp_path / name, {"format": "pt"} | ({"timm_model": "resnet18"} if own else {}))
     else:
         torch.save({"name": "simclr", "method": tensors} if own else tensors, tmp_path / name)
-    assert encoder_state(read_checkpoint(tmp_path / name))["a"].tolist() == [1, 1]
+    assert next(iter(flatten(read_checkpoint(tmp_path / name)).values())).tolist() == [1, 1]
     assert [r.getMessage().partition(", ")[0] for r in caplog.records] == (
         [f"{tmp_path / name} has no checksum"] if own else []
     )

@@ -18,6 +18,7 @@ from fgfast.data.layouts import open_images
 from fgfast.data.maps import map_path, read_maps_info, save_maps
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone
+from fgfast.parts import clusters
 from fgfast.parts import discover as module
 from fgfast.parts.clustering import ClusteringConfig
 from fgfast.parts.discover import DiscoveryConfig, describe_origin, discover
@@ -123,7 +124,7 @@ def test_lost_cut_and_stale_maps_are_made_again(
     images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, group: int, again: set[int]
 ) -> None:
     """Those alone; of a ViT with all that they share ids with. The bytes are those of the first time."""
-    monkeypatch.setattr(module, "GROUP", group)
+    monkeypatch.setattr(clusters, "GROUP", group)
     encoder = network(name=name)
     out = discover(encoder, images, tmp_path / "maps", CLUSTERING, CONFIG)
     before, old = content(out), times(out)
@@ -152,6 +153,14 @@ def test_a_lost_image_changes_no_map(images: ImageSet, tmp_path: Path) -> None:
     kept.rename(file)
     discover(network(), images, out, CLUSTERING, CONFIG, own=True)
     assert times(out) == before
+
+
+def test_maps_are_made_again_although_an_image_of_their_block_is_lost(images: ImageSet, tmp_path: Path) -> None:
+    out = discover(network(), images, tmp_path / "maps", CLUSTERING, CONFIG, own=True)
+    before = content(out)
+    Path(images.files()[2]).unlink()
+    map_path(out, images.paths[3]).unlink()
+    assert content(discover(network(), images, out, CLUSTERING, CONFIG, own=True)) == before
 
 
 def test_leftovers_of_a_kill_are_cleared(images: ImageSet, tmp_path: Path) -> None:

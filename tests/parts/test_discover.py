@@ -10,7 +10,7 @@ from fgfast.data.layouts import open_images
 from fgfast.data.maps import read_map
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone
-from fgfast.parts import discover
+from fgfast.parts import clusters, discover
 from fgfast.parts.clustering import ClusteringConfig
 from tests.conftest import TINY
 
@@ -19,9 +19,9 @@ def test_interrupted_discovery_resumes(drawn: Path, tmp_path: Path, monkeypatch:
     """Existing maps are kept, the others are as without the interruption; other settings need another folder."""
     torch.manual_seed(0)
     encoder, images = Backbone(TINY, size=32, args={"output_stride": 8}), open_images(drawn)
-    real, sizes = discover.cluster_pyramid, []
+    real, sizes = clusters.pyramid_clusters, []
 
-    def stop_at_second_batch(encoder: object, batch: torch.Tensor, config: object, **options: object) -> torch.Tensor:
+    def stop_at_second_batch(encoder: object, batch: torch.Tensor, config: object, **options: object) -> object:
         if sizes == [32]:
             sizes.append(0)
             raise KeyboardInterrupt
@@ -32,7 +32,7 @@ def test_interrupted_discovery_resumes(drawn: Path, tmp_path: Path, monkeypatch:
         config = discover.DiscoveryConfig(image_size=64, map_size=16, run="a test", threads=1)
         return discover.discover(encoder, images, tmp_path / name, ClusteringConfig(n_parts), config)
 
-    monkeypatch.setattr(discover, "cluster_pyramid", stop_at_second_batch)
+    monkeypatch.setattr(clusters, "pyramid_clusters", stop_at_second_batch)
     with pytest.raises(KeyboardInterrupt):
         run("stopped")
     assert not (tmp_path / "stopped" / "maps.json").exists()

@@ -200,3 +200,20 @@ def test_results_on_two_data_sets_are_two_lines(tmp_path: Path) -> None:
     text = read(write_report(tmp_path)).text
     assert "Linear probe, synthetic" in text
     assert "Linear probe, cub" in text
+
+
+def test_scores_on_key_points_are_a_line_each(tmp_path: Path) -> None:
+    scores = {"nmi": 0.25, "ari": 0.125, "keypoint_error": 0.3, "box_iou": None}
+    rows = [
+        {"protocol": "parts", "checkpoint": "init", "options": "", **scores, "n": 12},
+        {"protocol": "parts", "checkpoint": "last", "options": "", **scores, "nmi": 0.5, "n": 12},
+        runs.EVALUATION[0],
+    ]
+    (tmp_path / "eval.json").write_text(json.dumps(rows))
+    text = read(write_report(tmp_path)).text
+    for name in ("NMI", "ARI", "error in sides of the box", "IoU with the box"):
+        assert name in text
+    assert "Linear probe of true parts" not in text
+    assert "25.0" in text
+    assert "+25.0" in text
+    assert "12.5" in text

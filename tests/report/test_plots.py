@@ -25,6 +25,12 @@ def test_curves_have_a_panel_per_logged_quantity() -> None:
     ]  # fmt: skip
 
 
+def test_the_health_of_the_features_has_panels_and_is_no_loss_term() -> None:
+    rows = [{"step": s, "effective_rank": 9.0, "uniformity": -2.0, "alignment": 0.3} for s in (1, 2)]
+    assert titles(rows) == ["Effective rank of the features", "Uniformity, alignment"]
+    assert plots.loss_terms(rows) == []
+
+
 def test_curves_leave_out_quantities_that_are_absent_or_never_finite() -> None:
     assert titles([{"step": 1, "loss": 1.0, "grad_norm": float("nan")}]) == ["Loss"]
     assert titles([]) == []

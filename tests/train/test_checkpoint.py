@@ -197,7 +197,7 @@ def test_a_stop_without_its_checkpoint_is_an_error(
             if progress.step == 2:
                 signal.raise_signal(signal.SIGTERM)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("fgfast.train.saving.save_newest", fail)

@@ -22,7 +22,7 @@ def guarded_step(module: nn.Module, guard: FiniteGuard, x: torch.Tensor, step: i
     guard.optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
 def test_bad_step_has_no_effect(optimizer: str) -> None:
     """Weights, moments and BatchNorm statistics equal those of the same run without the bad batch."""
     good = [torch.randn(6, 4, generator=torch.Generator().manual_seed(i)) for i in range(4)]
@@ -57,6 +57,55 @@ def test_sgd_makes_the_steps_of_pytorch() -> None:
                 optimizer.load_state_dict(optimizer.state_dict())
         ends.append(dict(module.named_parameters()))
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
+
+
+def test_lars_makes_the_steps_of_its_definition() -> None:
+    """In float64, with momentum and weight decay: rates for matrices, none for vectors and a matrix of zeros."""
+    module = net().double()
+    nn.init.zeros_(module.get_submodule("3").weight)  # type: ignore[arg-type]
+    lr, decay = 20.0, 0.01
+    weights = {name: p.detach().clone() for name, p in module.named_parameters()}
+    moments = {name: torch.zeros_like(w) for name, w in weights.items()}
+    optimizer = make_optimizer(module, TrainConfig(optimizer="lars", lr=lr, weight_decay=decay))
+    for step in range(4):
+        x = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        module(x).square().mean().backward()
+        for name, p in module.named_parameters():
+            assert p.grad is not None
+            update = p.grad.clone()
+            if p.ndim > 1:
+                update += decay * weights[name]
+                if weights[name].norm() > 0 and update.norm() > 0:
+                    update *= 0.001 * weights[name].norm() / update.norm()
+            moments[name] = 0.9 * moments[name] + update
+            weights[name] -= lr * moments[name]
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.load_state_dict(optimizer.state_dict())
+        torch.testing.assert_close(dict(module.named_parameters()), weights, rtol=1e-12, atol=1e-12)
+
+
+def test_lars_makes_the_steps_of_timm() -> None:
+    """Without weight decay, which timm adds outside the norm."""
+    from timm.optim import Lars
+
+    ends = []
+    for ours in (True, False):
+        module = net()
+        matrices, vectors = ([p for p in module.parameters() if (p.ndim > 1) == m] for m in (True, False))
+        made: list[torch.optim.Optimizer] = [
+            Lars(matrices, lr=5.0, momentum=0.9, always_adapt=True), torch.optim.SGD(vectors, lr=5.0, momentum=0.9)
+        ]  # fmt: skip
+        if ours:
+            made = [make_optimizer(module, TrainConfig(optimizer="lars", lr=5.0, weight_decay=0.0))]
+        for step in range(4):
+            x = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+            module(x).square().mean().backward()
+            for optimizer in made:
+                optimizer.step()
+                optimizer.zero_grad()
+        ends.append(dict(module.named_parameters()))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-5, atol=1e-6)
 
 
 def test_verdict_is_read_later_and_names_the_batch() -> None:

@@ -20,6 +20,8 @@ log = logging.getLogger("fgfast")
 IDS = np.full(256, 255, np.uint8)
 """Trimap value to id: 1 (pet) is 0, 2 (background) is 1, everything else (3: not classified) is absent."""
 IDS[1], IDS[2] = 0, 1
+MEANING = {"parts": ["pet", "background"], "absent": "unknown"}
+"""The entries of maps.json that say what these ids are."""
 
 
 def read_pets(root: Path) -> ImageSet:
@@ -100,7 +102,7 @@ def _convert_trimaps(trimaps: Path, paths: tuple[str, ...]) -> Path:
 
     with ThreadPoolExecutor() as pool:
         sizes = set(pool.map(convert, paths))
-    write_maps_info(out, 2, sizes.pop() if len(sizes) == 1 else (0, 0), origin)
+    write_maps_info(out, 2, sizes.pop() if len(sizes) == 1 else (0, 0), origin, **MEANING)
     return out
 
 
@@ -109,7 +111,7 @@ def _converted(out: Path, origin: str, paths: tuple[str, ...]) -> bool:
     from fgfast.data.maps import map_sizes, read_maps_info
 
     try:
-        if read_maps_info(out)["run"] != origin:
+        if not ({"run": origin} | MEANING).items() <= read_maps_info(out).items():
             return False
         map_sizes(out, paths)
     except UserError:
