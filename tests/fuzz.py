@@ -1,5 +1,6 @@
 """Damaged inputs for readers: whatever a file holds, a reader returns or raises a UserError, in bounded time."""
 
+import copy
 import json
 import os
 import random
@@ -79,7 +80,7 @@ def damage_json(rng: random.Random, content: bytes) -> bytes:
 def _change(rng: random.Random, value: Any) -> Any:
     """The value with another one at a random place."""
     if not isinstance(value, dict | list) or not value or rng.random() < 0.15:
-        return rng.choice((rng.choice(VALUES), [value], {"a": value}))
+        return rng.choice((copy.deepcopy(rng.choice(VALUES)), [value], {"a": value}))
     keys = list(value) if isinstance(value, dict) else list(range(len(value)))
     key = rng.choice(keys)
     if rng.random() < 0.1:

@@ -5,11 +5,15 @@ import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fgfast.compare import Comparison, Entry
+from fgfast.data.normalise import IMAGENET, InputStats
 from fgfast.errors import UserError
+from fgfast.models.backbone import Backbone
+from fgfast.run import save_encoder
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.slow
@@ -71,6 +75,23 @@ def test_rows_with_other_settings_are_refused(drawn: Path, tmp_path: Path) -> No
         comparison(drawn, tmp_path, methods=["simclr"], seeds=[0], shared=SHARED | {"temperature": 0.5}).run()
     with pytest.raises(UserError, match="--passes"):
         comparison(drawn, tmp_path, methods=["simclr"], seeds=[0], shared=SHARED | {"passes": 72}).run()
+
+
+def test_rows_of_other_input_statistics_are_refused(drawn: Path, tmp_path: Path) -> None:
+    """Those of earlier versions, which used ImageNet's for any weights, cannot stand beside new runs."""
+    half = InputStats((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    save_encoder(tmp_path / "w.safetensors", Backbone(TINY, size=32).net, TINY, stats=half)
+    options: dict[str, Any] = {"methods": ["start"], "baseline": "", "protocols": ["knn"]}
+    options["shared"] = SHARED | {"init": str(tmp_path / "w.safetensors")}
+    comparison(drawn, tmp_path / "out", seeds=[0], **options).run()
+    (file,) = (tmp_path / "out").glob("runs/*/start/seed0/config.toml")
+    kept = [line for line in file.read_text().splitlines() if line.partition(" ")[0] not in InputStats._fields]
+    file.write_text("\n".join(kept))
+    comparison(drawn, tmp_path / "out", seeds=[0], **options).run()  # no new run
+    with pytest.raises(UserError, match=r"was started with --mean 0\.485,0\.456,0\.406, not 0\.5,0\.5,0\.5"):
+        comparison(drawn, tmp_path / "out", seeds=[0, 1], **options).run()
+    as_before = {**options, "shared": options["shared"] | IMAGENET.texts()}
+    comparison(drawn, tmp_path / "out", seeds=[0, 1], **as_before).run()
 
 
 def test_rates_are_tuned_on_held_out_training_images(drawn: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fgfast.compare import store
-from fgfast.compare.comparison import _stack
+from fgfast.compare.comparison import _read_correct
 from fgfast.compare.entries import Entry
 from fgfast.compare.store import (
     read_correct,
@@ -152,8 +152,9 @@ def test_predictions_of_other_images_are_refused(tmp_path: Path) -> None:
     runs, sizes = [tmp_path / "a", tmp_path / "b"], {}
     for run, n in zip(runs, (3, 4), strict=True):
         store_correct(run, "knn", np.ones(n, bool))
+    assert len(_read_correct(runs[0], "knn", sizes)) == 3
     with pytest.raises(UserError, match=r"b has 4 images scored under knn, .*a has 3"):
-        _stack(runs, "knn", sizes)
+        _read_correct(runs[1], "knn", sizes)
 
 
 def test_speeds_that_are_null_or_missing_leave_their_steps_out(tmp_path: Path) -> None:
@@ -169,8 +170,20 @@ def test_speeds_that_are_null_or_missing_leave_their_steps_out(tmp_path: Path) -
 def test_a_column_that_a_file_lacks_is_empty_in_the_table() -> None:
     rows = [{"data": "birds", "method": "simclr", "seed": "0", "knn": "0.5"}]
     entries = [Entry.parse("simclr")]
-    lines = format_table("birds", entries, "", ["knn"], rows, lambda entry, protocol: np.array([[True, False]]))
+    lines = format_table("birds", entries, "", ["knn"], rows, lambda *_: {0: np.array([True, False])})
     assert lines[-2].startswith("| `simclr` | 1 | 50.0 (")
+
+
+@pytest.mark.parametrize(("of_base", "gain"), [({1: [1, 1]}, "-100.0"), ({2: [0, 1]}, "| - |"), ({}, "| - |")])
+def test_gains_are_paired_by_seed(of_base: dict[int, list[int]], gain: str) -> None:
+    """Rows may be missing from compare.csv: of the baseline, or of another seed than of the method."""
+    rows = [{"data": "birds", "method": "simclr", "seed": str(seed)} for seed in (0, 1)]
+    found = {"simclr": {0: [1, 1], 1: [0, 0]}, "random": of_base}
+    lines = format_table(
+        "birds", [Entry.parse("simclr"), Entry.parse("random")], "random", ["linear"], rows,
+        lambda entry, _: {seed: np.array(row, bool) for seed, row in found[entry.label].items()},
+    )  # fmt: skip
+    assert gain in next(line for line in lines if "`simclr`" in line)
 
 
 def test_what_a_kill_has_left_is_cleared_when_a_comparison_goes_on(tmp_path: Path) -> None:

@@ -19,12 +19,11 @@ def evaluate_run(argv: list[str]) -> None:
     import tyro
 
     from fgfast.evaluate.mlp import ClassWeights
+    from fgfast.evaluate.options import OPTIONS, RECIPES, Protocol, parse_options
 
     @dataclass
     class Args:
-        protocol: Annotated[
-            Literal["knn", "linear", "parts", "mlp", "finetune", "retrieval", "segmentation"], tyro.conf.Positional
-        ]
+        protocol: Annotated[Protocol, tyro.conf.Positional]
         """With a frozen encoder: knn, linear, parts (linear, on true parts; on key points: of discovered parts), mlp,
         retrieval; training it: finetune, segmentation (of parts, from a few images with masks)."""
         run: Annotated[Path, tyro.conf.Positional]
@@ -85,7 +84,6 @@ def evaluate_run(argv: list[str]) -> None:
         """segmentation: epochs between two checkpoints (default 5)."""
 
     args = parse(Args, argv, "eval", evaluate_run.__doc__)
-    from fgfast.evaluate.options import OPTIONS, RECIPES, parse_options
     from fgfast.evaluate.protocols import evaluate
     from fgfast.report.html import write_report
     from fgfast.train.distributed import choose_device

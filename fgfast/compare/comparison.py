@@ -131,7 +131,8 @@ class Comparison:
             before = Path(read_run(run)[1].data)
             if before.is_dir() and before.resolve() != data.resolve():
                 raise UserError(f"{run} was trained on {before}, not on {data}: give another --out.")
-            if grows and config.init == "timm":  # earlier versions used other input statistics than new runs would
+            if grows and (config.init == "timm" or Path(config.init).exists()):
+                # earlier versions may have used other input statistics than new runs would
                 config = resolve_stats(replace(config, resume=False))[0]
             tuned = ("lr",) if self.lrs and entry.trained else ()
             check_options(run, config, may_change=(*ANY_TIME, *tuned))
@@ -237,10 +238,11 @@ class Comparison:
         for data in self.data:
             sizes: dict[str, tuple[Path, int]] = {}
 
-            def correct(entry: Entry, protocol: str, data: Path = data, sizes: Any = sizes) -> np.ndarray:
+            def correct(entry: Entry, protocol: str, data: Path = data, sizes: Any = sizes) -> dict[int, np.ndarray]:
                 seeds = [seed for seed in self.seeds if _key(entry, data, seed) in complete]
-                runs = [Path(self.run_config(entry, data, seed).out) for seed in seeds]
-                return _stack(runs, protocol, sizes)
+                return {
+                    seed: _read_correct(Path(self.run_config(entry, data, seed).out), protocol, sizes) for seed in seeds
+                }
 
             lines += format_table(data.name, self.entries, self.baseline, [*self.scored], rows, correct)
         text = "\n".join(lines)
@@ -253,17 +255,16 @@ class Comparison:
         return text
 
 
-def _stack(runs: list[Path], protocol: str, sizes: dict[str, tuple[Path, int]]) -> np.ndarray:
-    """What is correct in several runs, bool [runs, N]; ``sizes`` is N of the first run of each protocol."""
-    rows = [read_correct(run, protocol) for run in runs]
-    for run, row in zip(runs, rows, strict=True):
-        first, size = sizes.setdefault(protocol, (run, len(row)))
-        if len(row) != size:
-            raise UserError(
-                f"{run} has {len(row)} images scored under {protocol}, {first} has {size}: remove the row of the run "
-                "whose test images have changed from compare.csv."
-            )
-    return np.stack(rows)
+def _read_correct(run: Path, protocol: str, sizes: dict[str, tuple[Path, int]]) -> np.ndarray:
+    """What is correct in a run, bool [N]; ``sizes`` is N of the first run of each protocol, which all must have."""
+    correct = read_correct(run, protocol)
+    first, size = sizes.setdefault(protocol, (run, len(correct)))
+    if len(correct) != size:
+        raise UserError(
+            f"{run} has {len(correct)} images scored under {protocol}, {first} has {size}: remove the row of the run "
+            "whose test images have changed from compare.csv."
+        )
+    return correct
 
 
 def _key(entry: Entry, data: Path, seed: int) -> Key:

@@ -9,7 +9,7 @@ from fgfast.evaluate.bootstrap import accuracy_interval, paired_interval
 
 MEANS = ("passes", "seconds", "images_per_s", "data_wait", "nmi", "ari")  # columns whose means the table shows
 
-Correct = Callable[[Entry, str], np.ndarray]  # an entry and a protocol to bool [S, N], one row per seed
+Correct = Callable[[Entry, str], dict[int, np.ndarray]]  # an entry and a protocol to bool [N] of each finished seed
 
 
 def format_table(
@@ -39,9 +39,10 @@ def format_table(
 def _line(entry: Entry, base: Entry | None, protocols: list[str], rows: list[dict[str, str]], correct: Correct) -> str:
     scores = []
     for label in protocols:
-        scores.append(_percent(correct(entry, label)))
+        of_entry = correct(entry, label)
+        scores.append(_percent(np.stack([*of_entry.values()])))
         if label != "knn":
-            scores.append("-" if base in (None, entry) else _gain(correct(entry, label), correct(base, label)))
+            scores.append("-" if base in (None, entry) else _gain(of_entry, correct(base, label)))
     means = {k: np.mean([float(r[k]) for r in rows if r.get(k)] or float("nan")) for k in MEANS}
     parts = "-" if np.isnan(means["nmi"]) else f"{means['nmi']:.3f} / {means['ari']:.3f}"
     cells = [
@@ -59,7 +60,10 @@ def _percent(correct: np.ndarray) -> str:
     return f"{100 * correct.mean():.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def _gain(correct: np.ndarray, base: np.ndarray) -> str:
+def _gain(correct: dict[int, np.ndarray], base: dict[int, np.ndarray]) -> str:
     """The paired difference from the baseline in per cent, with its interval, over the seeds that both have."""
-    n = min(len(correct), len(base))
-    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in paired_interval(correct[:n], base[:n])))
+    both = [seed for seed in correct if seed in base]
+    if not both:
+        return "-"
+    pair = (np.stack([rows[seed] for seed in both]) for rows in (correct, base))
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in paired_interval(*pair)))

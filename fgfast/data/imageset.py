@@ -181,6 +181,10 @@ class ImageSet:
             keypoints=None if self.keypoints is None else self.keypoints[rows],
         )
 
+    def sample(self, n: int, seed: int = 0) -> ImageSet:
+        """At most ``n`` random images, in the order of the set and the same for every call with a seed."""
+        return self.subset(np.sort(np.random.default_rng(seed).permutation(len(self))[:n]))
+
     def train_set(self) -> ImageSet:
         """The labelled images of the training split."""
         return self.subset(self.train & (self.targets >= 0))

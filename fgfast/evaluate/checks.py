@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fgfast.tensors import check_tensor, shape_error
+from fgfast.tensors import check_integers, check_tensor, shape_error
 
 
 def check_finite(**features: Tensor) -> None:
@@ -38,13 +38,16 @@ def check_split(train_x: Tensor, train_y: Tensor, test_x: Tensor) -> None:
 
     Args:
         train_x: [N, D].
-        train_y: [N].
+        train_y: integers [N].
         test_x: [M, D].
 
     Raises:
-        TypeError: a feature matrix is no tensor.
+        TypeError: the features are no tensors, or the labels are no integers.
         ValueError: shapes that do not fit, or a feature that is not finite.
     """
+    check_tensor("train_x", train_x)
+    check_tensor("test_x", test_x)
+    check_integers("train_y", train_y)
     if train_x.ndim != 2 or test_x.ndim != 2 or train_x.shape[1] != test_x.shape[1]:
         raise ValueError(
             f"train_x and test_x: expected shapes [N, D] and [M, D], got {list(train_x.shape)} and "

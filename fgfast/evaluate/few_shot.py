@@ -62,6 +62,9 @@ class MaskClasses:
         return torch.where(flipped[:, None, None], swapped, classes)
 
 
+_OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
+
+
 def mask_classes(maps: Path) -> MaskClasses:
     """The classes of the pixels of a folder of id maps, from its maps.json.
 
@@ -85,7 +88,7 @@ def mask_classes(maps: Path) -> MaskClasses:
 
 def _mirror(name: str) -> str:
     """A name with left for right and right for left."""
-    return re.sub("(?<![a-z])(left|right)(?![a-z])", lambda m: "right" if m[0] == "left" else "left", name)
+    return re.sub("(?<![A-Za-z])(left|right|Left|Right)(?![A-Za-z])", lambda m: _OTHER_SIDE[m[0]], name)
 
 
 @dataclass(frozen=True)

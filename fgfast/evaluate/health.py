@@ -5,21 +5,19 @@ import math
 from functools import cache
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fgfast.config import TrainConfig
 from fgfast.data.splits import pretext_images
-from fgfast.errors import UserError
 from fgfast.evaluate.checks import check_finite
 from fgfast.evaluate.features import extract
-from fgfast.methods.base import leave_out
+from fgfast.methods.base import scoring
 from fgfast.methods.simclr import simclr_views
 from fgfast.models.backbone import Backbone
 from fgfast.ranks import on_all, ranks_of, share_first
-from fgfast.tensors import shape_error
+from fgfast.tensors import check_tensor, shape_error
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,6 +43,7 @@ def effective_rank(x: Tensor) -> float:
         x: float [N, D], N >= 1.
 
     Raises:
+        TypeError: no tensor.
         ValueError: another shape, or a feature that is not finite.
 
     Example:
@@ -63,18 +62,18 @@ def effective_rank(x: Tensor) -> float:
 
 
 @torch.no_grad()
-def uniformity(x: Tensor, t: float = 2.0) -> float:
+def uniformity(x: Tensor) -> float:
     r"""How evenly features spread over the sphere: 0 if all have one direction, and the smaller the more even.
 
-    .. math:: \log \frac{2}{N (N - 1)} \sum_{i < j} \exp(-t \|u_i - u_j\|^2), \qquad u = x / \|x\|
+    .. math:: \log \frac{2}{N (N - 1)} \sum_{i < j} \exp(-2 \|u_i - u_j\|^2), \qquad u = x / \|x\|
 
     Memory is that of a block of rows, not of all pairs.
 
     Args:
         x: float [N, D], N >= 2.
-        t: above 0.
 
     Raises:
+        TypeError: no tensor.
         ValueError: another shape, fewer than two rows, or a feature that is not finite.
 
     Example:
@@ -82,7 +81,7 @@ def uniformity(x: Tensor, t: float = 2.0) -> float:
         -8.0
 
     Source: Wang and Isola, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the
-    Hypersphere", ICML 2020.
+    Hypersphere", ICML 2020, with t = 2.
     """
     _check(x=x)
     if len(x) < 2:
@@ -92,7 +91,7 @@ def uniformity(x: Tensor, t: float = 2.0) -> float:
     for begin in range(0, len(u), CHUNK):
         rows, others = slice(begin, begin + CHUNK), slice(begin, None)
         distance = square[rows, None] + square[others] - 2 * u[rows] @ u[others].T
-        total += (-t * distance).exp().triu(1).sum()
+        total += (-2 * distance).exp().triu(1).sum()
     return math.log(float(total) / (len(u) * (len(u) - 1) / 2))
 
 
@@ -107,6 +106,7 @@ def alignment(x: Tensor, y: Tensor) -> float:
         y: the same shape; row i is the other view of image i.
 
     Raises:
+        TypeError: no tensor.
         ValueError: another shape, or a feature that is not finite.
 
     Example:
@@ -124,6 +124,7 @@ def alignment(x: Tensor, y: Tensor) -> float:
 
 def _check(**features: Tensor) -> None:
     for name, x in features.items():
+        check_tensor(name, x)
         if x.ndim != 2 or not len(x):
             raise shape_error(name, "[N, D] with N >= 1", x)
     check_finite(**features)
@@ -145,28 +146,18 @@ def online_health(
         device: where the network runs.
         group: processes that call this at the same time and share the work; all return the same numbers.
     """
-    ranks = ranks_of(group, device)
-    was_training = encoder.training
-    encoder.eval()
+    ranks, rows = ranks_of(group, device), torch.empty(0)
 
     def features(*views: Tensor) -> Tensor:
         return torch.cat([encoder(view) for view in views], 1)
 
-    try:
+    with scoring(encoder, "The health of the features is left out", ranks):
         images = on_all(ranks, lambda: pretext_images(config))
-        some = images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:MAX_IMAGES]))
-        crops = simclr_views(TrainConfig(size=config.size)).crops
         rows, _ = extract(
-            features, some, config.size, crops=crops, batch_size=max(1, BATCH // ranks.world), device=device,
-            threads=config.threads,
-            loader=config.loader, group=group, lenient=True, stats=encoder.stats,
+            features, images.sample(MAX_IMAGES), config.size, crops=simclr_views(TrainConfig(size=config.size)).crops,
+            batch_size=max(1, BATCH // ranks.world), device=device, threads=config.threads, loader=config.loader,
+            group=group, lenient=True, stats=encoder.stats,
         )  # fmt: skip
-    except (UserError, OSError) as error:  # on every rank: no reason to end the training
-        if ranks.first:
-            leave_out("The health of the features is left out", str(error))
-        return {}
-    finally:
-        encoder.train(was_training)
     if len(rows) < 2:
         return {}
 

@@ -28,8 +28,10 @@ def count_pixels(predicted: Tensor, truth: Tensor, n_classes: int, ignore: int =
         >>> count_pixels(torch.tensor([[[0, 1, 1]]]), torch.tensor([[[0, 0, -1]]]), 2).tolist()
         [[[1, 0], [1, 1], [2, 0]]]
     """
-    if predicted.ndim != 3 or predicted.shape != truth.shape:
-        raise shape_error("predicted and truth", f"{list(truth.shape)} of three dimensions", predicted)
+    if truth.ndim != 3:
+        raise shape_error("truth", "[B, H, W]", truth)
+    if predicted.shape != truth.shape:
+        raise shape_error("predicted", str(list(truth.shape)), predicted)
     batch = len(predicted)
     image = torch.arange(batch, device=truth.device)[:, None, None].expand_as(truth)
     counted = truth != ignore

@@ -36,6 +36,7 @@ def knn_predict(
         Predicted classes int64 [M] on the device of ``test_x``.
 
     Raises:
+        TypeError: the features are no tensors, or the labels are no integers.
         ValueError: wrong shapes, a feature that is not finite, no training row, k < 1 or temperature <= 0.
 
     Example:

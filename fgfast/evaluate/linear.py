@@ -32,6 +32,7 @@ def linear_probe(
 
     Raises:
         UserError: all training rows have the same class.
+        TypeError: the features are no tensors, or the labels are no integers.
         ValueError: wrong shapes, a feature that is not finite, or no positive C.
 
     Example:

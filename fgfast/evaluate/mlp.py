@@ -88,6 +88,7 @@ def mlp_probe(
 
     Raises:
         UserError: a class has no row.
+        TypeError: the features are no tensors, or the labels are no integers.
         ValueError: wrong shapes, or a feature that is not finite.
 
     Source: the downstream classifier of Al Breiki, Ridzuan and Grandhe, "Self-Supervised Learning for Fine-Grained

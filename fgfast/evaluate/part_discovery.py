@@ -40,8 +40,7 @@ def score_discovery(
     images = open_images(data)
     if images.masks is None:
         raise UserError(f"{data} has no part masks to score against: use a synthetic set.")
-    test = images.test_set()
-    test = test.subset(np.sort(np.random.default_rng(0).permutation(len(test))[:n_images]))
+    test = images.test_set().sample(n_images)
     size, n_parts = 2 * config.size, getattr(config, "n_parts", 15)
     loader = make_loader(
         test, ViewSpec(whole=size, whole_masks=True).with_stats(encoder.stats), 32, shuffle=False, maps=images.masks,

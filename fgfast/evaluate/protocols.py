@@ -32,7 +32,7 @@ from fgfast.evaluate.segmentation import segment
 from fgfast.evaluate.sweep import SweepOptions, sweep_probe
 from fgfast.files import check_folder
 from fgfast.info import require
-from fgfast.methods.base import leave_out
+from fgfast.methods.base import scoring
 from fgfast.methods.run_folder import Checkpoint, load_run_encoder
 from fgfast.models.backbone import Backbone
 from fgfast.parts.folder import weights_digest
@@ -300,23 +300,16 @@ def online_knn(
         group: processes that call this at the same time and share the work; all return the same number.
     """
     ranks = ranks_of(group, device)
-    was_training = encoder.training
-    encoder.eval()
-    try:
+    with scoring(encoder, "The online kNN is left out", ranks):
         splits = on_all(ranks, lambda: _splits(config, Path(config.data)))
         x, y, test_x, truth = (
             value
             for images in (splits.training(), splits.scored())
             for value in extract(
-                encoder, images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:MAX_ONLINE])),
-                config.size, device=device, threads=config.threads, loader=config.loader, group=group, lenient=True,
+                encoder, images.sample(MAX_ONLINE), config.size, device=device, threads=config.threads,
+                loader=config.loader, group=group, lenient=True,
             )
         )  # fmt: skip
-    except (UserError, OSError) as error:  # on every rank: no reason to end the training
-        if ranks.first:
-            leave_out("The online kNN is left out", str(error))
-        return None
-    finally:
-        encoder.train(was_training)
-    predicted = knn_predict(x, y, test_x, k=KNN_K, n_classes=len(splits.images.classes))
-    return float((predicted.cpu() == truth).float().mean())
+        predicted = knn_predict(x, y, test_x, k=KNN_K, n_classes=len(splits.images.classes))
+        return float((predicted.cpu() == truth).float().mean())
+    return None

@@ -21,8 +21,8 @@ class Progress:
         file: the file; None keeps nothing.
         call: identifies the call; the state of another call is ignored.
         modules: all networks that are trained.
-        optimizer: its optimizer.
-        loader: the loader of its batches.
+        optimizer: their optimizer.
+        loader: the loader of the batches.
     """
 
     def __init__(

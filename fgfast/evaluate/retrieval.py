@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fgfast.evaluate.checks import check_finite
+from fgfast.tensors import check_integers, check_tensor
 
 BLOCK = 1 << 26  # similarities of a block of queries; each entry of the tables of their classes counts as 16
 COLUMNS = 1 << 12  # columns whose keys are made at once
@@ -30,7 +31,8 @@ def retrieve(x: Tensor, y: Tensor, *, chunk: int = 256) -> Retrieval:
 
     Ranks are counted, not sorted: the rank of an image of the query's class is that among those of its class, plus the
     number of images of other classes that precede it. Memory beyond ``x`` and its normalised copy is that of a block of
-    queries: about 300 MiB, or that of one query, 4 N bytes and 64 per image of its class, if this is more.
+    queries: about 300 MiB for up to 256 of them, or that of one query, 4 N bytes and 64 per image of its class, if this
+    is more.
 
     Args:
         x: float [N, D], N >= 2.
@@ -38,6 +40,7 @@ def retrieve(x: Tensor, y: Tensor, *, chunk: int = 256) -> Retrieval:
         chunk: largest number of queries per block; there are fewer if N or the classes are large.
 
     Raises:
+        TypeError: ``x`` is no tensor, or ``y`` holds no integers.
         ValueError: fewer than two rows, wrong shapes, or a feature that is not finite.
 
     Example:
@@ -48,6 +51,8 @@ def retrieve(x: Tensor, y: Tensor, *, chunk: int = 256) -> Retrieval:
     Source: the evaluation of Shi et al., "LoDisc: Learning Global-Local Discriminative Features for Self-Supervised
     Fine-Grained Visual Recognition", 2024, which uses the output of the predictor as ``x``.
     """
+    check_tensor("x", x)
+    check_integers("y", y)
     if x.ndim != 2 or len(x) < 2 or y.shape != x.shape[:1]:
         raise ValueError(
             f"x and y: expected shapes [N, D] and [N] with N >= 2, got {list(x.shape)} and {list(y.shape)}."

@@ -59,8 +59,8 @@ def sweep_probe(
 
     Raises:
         UserError: fewer than two classes, or no class with two rows.
+        TypeError: the features are no tensors, or the labels are no integers.
         ValueError: shapes that do not fit, or a feature that is not finite.
-        ValueError: wrong shapes, or a feature that is not finite.
 
     Source: the linear evaluation in the prototype of Wang, Liu, Weston, Tian, Li (ECCV 2024), as of Kornblith, Shlens,
     Le, "Do Better ImageNet Models Transfer Better?", CVPR 2019. Differences: a fit starts from that of the next larger

@@ -1,13 +1,13 @@
 """The base class of every method: views in, losses out, and the encoder that is evaluated."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +15,9 @@ from fgfast.config import TrainConfig
 from fgfast.errors import UserError
 from fgfast.methods.input_stats import input_stats
 from fgfast.models.backbone import Backbone, parse_model_args
+from fgfast.models.probe import evaluating
 from fgfast.models.weights import encoder_state, load_encoder, load_tensors
-from fgfast.ranks import gather, on_all, ranks_of
+from fgfast.ranks import Ranks, gather, on_all, ranks_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -145,9 +146,8 @@ class Method(nn.Module):
             if not len(images):
                 return [0.0] * len(names), 0
             loader = make_loader(
-                images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:most])),
-                self.normalised_views(), batch_size, shuffle=False, seed=seed, device=device, threads=config.threads,
-                rank=ranks.rank, world=ranks.world, backend=config.loader, lenient=True,
+                images.sample(most), self.normalised_views(), batch_size, shuffle=False, seed=seed, device=device,
+                threads=config.threads, rank=ranks.rank, world=ranks.world, backend=config.loader, lenient=True,
             )  # fmt: skip
             sums, count = torch.zeros(len(names), dtype=torch.float64), 0
             try:
@@ -159,18 +159,15 @@ class Method(nn.Module):
                 loader.close()
             return sums.tolist(), count
 
-        was_training, group = self.training, self.group
-        self.eval()
+        group, own = self.group, None
         self.set_group(None)  # a forward pass that waits for other ranks would hang if one of them fails
         try:
-            own = on_all(ranks, sum_up)
-        except (UserError, OSError) as error:  # on every rank: no reason to end the training
-            if ranks.first:
-                leave_out(f"The online scores of {self.name} are left out", str(error))
-            return {}
+            with scoring(self, f"The online scores of {self.name} are left out", ranks):
+                own = on_all(ranks, sum_up)
         finally:
             self.set_group(group)
-            self.train(was_training)
+        if own is None:
+            return {}
         sums, counts = zip(*gather(ranks, own), strict=True)
         means = [sum(column) / max(1, sum(counts)) for column in zip(*sums, strict=True)]
         return dict(zip(names, means, strict=True)) if sum(counts) else {}
@@ -214,9 +211,27 @@ class Method(nn.Module):
         return encoder
 
 
+@contextmanager
+def scoring(net: nn.Module, what: str, ranks: Ranks) -> Iterator[None]:
+    """Evaluation mode without gradients, for a score of a run in training.
+
+    Data that cannot be read end the block but not the training, and are logged once in a process.
+
+    Args:
+        net: the network or method; afterwards each of its modules has its own mode again.
+        what: start of the message.
+        ranks: the processes that compute the score; the error must be raised on all of them.
+    """
+    try:
+        with evaluating(net):
+            yield
+    except (UserError, OSError) as error:
+        if ranks.first:
+            _warn_once(what, str(error))
+
+
 @cache
-def leave_out(what: str, reason: str) -> None:
-    """Log why a score is left out, once however often it is asked for."""
+def _warn_once(what: str, reason: str) -> None:
     log.warning("%s: %s", what, reason)
 
 

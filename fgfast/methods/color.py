@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from fgfast.files import digest_of, write_json
 from fgfast.losses.over_ranks import count_valid, mean_valid
 from fgfast.methods.ab_classes import AbClasses, rebalancing_weights
 from fgfast.methods.base import Method, build_encoder
+from fgfast.models.probe import evaluating
 from fgfast.ranks import gather, on_all, on_first, ranks_of, share_first
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Color(Method):
     def prepare(self, images: "ImageSet", run: Path, round_: int) -> Path | None:
         """Measure the prior of the colours, or read it if this run has measured it before on the same images."""
         ranks = ranks_of(self.group, self.classes.centres.device)
-        chosen = images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[: self.config.prior_pictures]))
+        chosen = images.sample(self.config.prior_pictures)
         paths = digest_of([images.banner, *chosen.paths])
         measured = {"pictures": len(chosen), "of": len(images), "size": self.config.size, "images": paths}
         file = run / "colours.json"
@@ -191,12 +191,8 @@ class Color(Method):
         from fgfast.data.panels import Panel, to_uint8
 
         shown, stats = batch.views[0][:8], self.encoder.stats
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             ab = self.classes.annealed_mean(self.logits(shown)).permute(0, 3, 1, 2)
-        finally:
-            self.train(was_training)
         ab = F.interpolate(ab, shown.shape[-2:], mode="bilinear")
         predicted = lab_to_rgb(torch.cat([lightness(denormalise(shown, stats).clamp(0, 1)), ab], 1))
         grey = to_grey(shown, stats)

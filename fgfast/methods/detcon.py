@@ -122,18 +122,18 @@ class DetCon(Method):
         ids = self.sample(area)
         online = self._rows(pooled, ids, self.projector)
         masks = ids.chunk(2)
-        every, valid = (count_valid(v, self.group) for v in (torch.ones_like(batch.valid), batch.valid))
+        n_images, n_valid = (count_valid(v, self.group) for v in (torch.ones_like(batch.valid), batch.valid))
         share: dict[str, Any] = {"gather_distributed": False, "group": self.group}
         if self.target is None:
             loss = DetConSLoss(self.config.temperature, **share)(*online.chunk(2), *masks)
-            return {"loss": loss * every / valid}
+            return {"loss": loss * n_images / n_valid}
         assert self.predictor is not None  # they come with the copy
         assert self.target_projector is not None
         with torch.no_grad():
             target = self._rows(self.pool(self.target, views, labels)[0], ids, self.target_projector)
         predicted = self.predictor(online.flatten(0, 1)).view_as(online)
         loss = DetConBLoss(self.config.temperature, **share)(*predicted.chunk(2), *target.chunk(2), *masks)
-        return {"loss": loss * every / valid}
+        return {"loss": loss * n_images / n_valid}
 
     def pool(self, encoder: Backbone, views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean features [N, K, D] and areas [N, K] of the segments of views [N, 3, S, S] with id maps [N, S, S]."""

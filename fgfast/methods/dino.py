@@ -12,7 +12,7 @@ from fgfast.errors import UserError
 from fgfast.losses import DINOLoss, KoLeoLoss
 from fgfast.methods.base import Method, Progress, build_encoder
 from fgfast.models.heads import DINOHead, cosine_momentum, momentum_copy, update_momentum
-from fgfast.models.probe import evaluating
+from fgfast.models.probe import SizeError, evaluating
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -141,12 +141,9 @@ class DINO(Method):
         try:
             with evaluating(self.encoder):
                 self.encoder(torch.zeros(1, 3, side, side))
-        except MemoryError:
-            raise
-        except Exception as error:  # of various types, such as of a network that is built for one size
-            reason = str(error).rstrip(".") or type(error).__name__
+        except SizeError as error:
             raise UserError(
-                f"{c.model} does not take local crops of {side} x {side} pixels ({reason}): choose another "
+                f"{c.model} does not take local crops of {side} x {side} pixels ({error.reason}): choose another "
                 "--local-size, or give --local-crops 0."
             ) from error
         return side

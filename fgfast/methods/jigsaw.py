@@ -15,7 +15,7 @@ from fgfast.errors import UserError
 from fgfast.losses.over_ranks import count_valid, mean_valid, rank_and_world
 from fgfast.methods.base import Method, Progress, build_encoder
 from fgfast.methods.permutations import permutation_set
-from fgfast.models.probe import SizeError
+from fgfast.models.probe import SizeError, evaluating
 
 if TYPE_CHECKING:
     from fgfast.data.imageset import ImageSet
@@ -133,26 +133,25 @@ class Jigsaw(Method):
                 self.side,
             )
 
-    @torch.no_grad()
     def _try_tile(self) -> Tensor:
         """Features of a blank tile, after ``cells`` is set; raises a UserError if the network does not take tiles."""
         blank = torch.zeros(1, 3, self.side, self.side)
-        self.encoder.eval()
         try:
-            features = self.encoder.features(blank)
-            # A ViT takes its CLS token: with patch tokens only, the CLS that is evaluated would get no gradient.
-            most = 1 if self.encoder.is_vit else self.encoder.to_map(features, (self.side, self.side)).shape[-1]
-            self.cells = self.cells or min(2, most)
-            if self.cells > most:
-                raise UserError(f"--cells is {self.cells}: {self.config.model} has {most} cells per side, lower it.")
-            return self.tile_features(blank)
+            with evaluating(self.encoder):
+                features = self.encoder.features(blank)
+                # A ViT takes its CLS token: with patch tokens only, the CLS that is evaluated would get no gradient.
+                most = 1 if self.encoder.is_vit else self.encoder.to_map(features, (self.side, self.side)).shape[-1]
+                self.cells = self.cells or min(2, most)
+                if self.cells > most:
+                    raise UserError(
+                        f"--cells is {self.cells}: {self.config.model} has {most} cells per side, lower it."
+                    )
+                return self.tile_features(blank)
         except SizeError as error:
             raise UserError(
                 f"{self.config.model} does not take tiles of {self.side} pixels ({error.reason}): "
                 "raise --size, lower --grid, or choose another --model."
             ) from error
-        finally:
-            self.encoder.train()
 
     def tile_features(self, tiles: Tensor) -> Tensor:
         """Features [N, F] of tiles [N, 3, side, side]."""
@@ -232,13 +231,9 @@ class Jigsaw(Method):
         """Images, their tiles as the network sees them, and the tiles in the predicted order."""
         from fgfast.data.panels import Panel, to_uint8
 
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             tiles, label = self.puzzles(batch)
             predicted = self.permutations[self.logits(tiles).argmax(1)]
-        finally:
-            self.train(was_training)
         grid, places, stats = self.config.grid, self.config.grid**2, self.encoder.stats
         as_seen = torch.arange(places, device=predicted.device).expand(len(predicted), -1)
         shuffled = join_tiles(tiles, grid, as_seen)

@@ -11,6 +11,7 @@ from fgfast.errors import UserError
 from fgfast.losses.over_ranks import rank_and_world
 from fgfast.methods.base import Progress
 from fgfast.methods.mocov3 import MoCoV3, MoCoV3Config
+from fgfast.models.probe import evaluating
 from fgfast.ops.mask import PivotalMask, mask_images, pivotal_mask
 
 if TYPE_CHECKING:
@@ -143,13 +144,9 @@ class LoDisc(MoCoV3):
 
         shown, stats = (batch.views[0] if batch.whole is None else batch.whole)[:8], self.encoder.stats
         rows = [[Panel(to_uint8(x, stats), "image")] for x in shown]
-        was_training = self.target.training
-        self.target.eval()
-        try:
+        with evaluating(self.target):
             for strategy in STRATEGIES:
                 _, pivotal = self.pivots(shown, strategy=strategy)
                 for row, kept in zip(rows, mask_images(shown, pivotal.mask), strict=True):
                     row.append(Panel(to_uint8(kept, stats), strategy))
-        finally:
-            self.target.train(was_training)
         return {"kept": rows} | super().pictures(batch)

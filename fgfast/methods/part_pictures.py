@@ -46,11 +46,11 @@ def best_examples(source: Clusters, images: "ImageSet") -> list[list[Panel]]:
         images: the set, of which up to 1,000 images are searched.
     """
     best: dict[int, list[tuple[float, int, np.ndarray]]] = {}  # heaps of cosine, -row and mask
-    rows = np.sort(np.random.default_rng(0).permutation(len(images))[:SEARCHED])
-    for of_block, labels, vectors in source.cluster(images.subset(rows), np.arange(len(rows))):
+    images = images.sample(SEARCHED)
+    for rows, labels, vectors in source.cluster(images, np.arange(len(images))):
         ids, cosine = source.nearest(vectors)
         maps = replace_ids(labels, ids).cpu().numpy()
-        for place, row in enumerate(rows[of_block].tolist()):
+        for place, row in enumerate(rows.tolist()):
             for part in ids[place][cosine[place] > -1].unique().tolist():
                 value = float(cosine[place][ids[place] == part].max())
                 heap = best.setdefault(part, [])

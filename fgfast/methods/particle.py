@@ -17,6 +17,7 @@ from fgfast.methods.part_sources import BY_NETWORK, STORED, Parts, count_parts, 
 from fgfast.methods.simclr import nt_xent
 from fgfast.models.backbone import is_vit
 from fgfast.models.heads import MLP, DINOHead, cosine_momentum, momentum_copy, update_momentum
+from fgfast.models.probe import evaluating
 from fgfast.parts.clustering import ClusteringConfig, check_pixels, cluster_keys, cluster_pyramid, grid_labels
 from fgfast.parts.clusters import Clusters
 from fgfast.parts.keypoints import check_points
@@ -138,10 +139,10 @@ class PARTICLE(Method):
     parts that are absent from a view are masked out, and the mean is taken over the rows with a positive. ``--preset
     paper`` has the released settings. Not reproduced, as mistakes of the release: ids drawn for absent parts, which
     become positives of each other; solarise at 0.5 for images in 0..255 (128 here); a warm-up that is computed and
-    never applied; momentum capped in early steps. Crops are resized bilinearly unless the weights
-    say otherwise (released: bicubic). Also left out: the dense CRF of the ViT recipe, as its package no
-    longer builds; its drop path of 0.1 (give ``--model-args drop_path_rate=0.1``); the constant momentum of the CNN
-    recipe, which rises to 1 here. Give the weights from which the authors start by ``--init PATH``.
+    never applied; momentum capped in early steps. Crops are resized bilinearly unless the weights say otherwise
+    (released: bicubic). Also left out: the dense CRF of the ViT recipe, as its package no longer builds; its drop path
+    of 0.1 (give ``--model-args drop_path_rate=0.1``); the constant momentum of the CNN recipe, which rises to 1 here.
+    Give the weights from which the authors start by ``--init PATH``.
 
     Source: Saha and Maji, "PARTICLE: Part Discovery and Contrastive Learning for Fine-grained Recognition", 2023;
     Henaff et al., "Efficient Visual Pretraining with Contrastive Detection", 2021.
@@ -298,20 +299,15 @@ class PARTICLE(Method):
             full = self.cluster(batch.whole, self.online_size)
         return [warp_labels(full, batch.boxes[:, v], side) for v in range(len(batch.views))]
 
-    @torch.no_grad()
     def cluster(self, images: Tensor | None, size: int) -> Tensor:
         """Parts of full images, int64 [B, size, size] (ViT: its grid), by the momentum encoder if there is one."""
         assert images is not None  # views() asks for them
         c = self.config
         network = self.encoder if self.target is None else self.target
-        was_training = network.training
-        network.eval()
-        try:
+        with evaluating(network):
             if self.encoder.is_vit:
                 return cluster_keys(network, images, n_parts=c.n_parts, seed=c.seed)
             return cluster_pyramid(network, images, c.clustering, size=size, n_iter=10, seed=c.seed)
-        finally:
-            network.train(was_training)
 
     def grid_side(self, side: int) -> int:
         """Side of the final feature map of the encoder for views of ``side`` pixels."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fgfast.models.probe import Layout, evaluating, probe_image, run_features
+from fgfast.models.probe import FeatureLayout, evaluating, probe_image, run_features
 
 
 class _Record(TorchFunctionMode):
@@ -61,7 +61,7 @@ def recording(net: Any) -> Iterator[_Record]:
             module.fused_attn = False
 
 
-def missing_attention(net: Any, layout: Layout, size: int) -> str:
+def missing_attention(net: Any, layout: FeatureLayout, size: int) -> str:
     """Why a network gives no attention of CLS over the patches in every block; "" if it does.
 
     Args:
@@ -110,7 +110,7 @@ def keeping(net: Any, prefix: int, index: Tensor) -> Iterator[None]:
         hook.remove()
 
 
-def missing_dropping(net: Any, layout: Layout, size: int) -> str:
+def missing_dropping(net: Any, layout: FeatureLayout, size: int) -> str:
     """Why a network cannot process a part of its patches; "" if it can.
 
     All patches, in another order, must give the features of the full image.

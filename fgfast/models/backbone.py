@@ -12,7 +12,7 @@ from fgfast.data.normalise import IMAGENET, InputStats
 from fgfast.errors import UserError
 from fgfast.formats import shorten
 from fgfast.models.attention import keeping, missing_attention, missing_dropping, recording
-from fgfast.models.probe import Layout, SizeError, build_network, evaluating, run_features
+from fgfast.models.probe import FeatureLayout, SizeError, build_network, evaluating, run_features
 
 
 class Keys(NamedTuple):
@@ -101,7 +101,7 @@ class Backbone(nn.Module):
     """
 
     net: Any  # timm's networks share no type
-    layout: Layout
+    layout: FeatureLayout
 
     def __init__(
         self, name: str, *, size: int = 64, args: dict[str, Any] | None = None, pretrained: bool = False,
@@ -114,7 +114,7 @@ class Backbone(nn.Module):
         known = stats_of_timm(name) if pretrained and stats is None else None
         self.grey, self.stats = grey, (stats or (known[0] if known else IMAGENET)).check()
 
-    def _adopt(self, name: str, net: nn.Module, layout: Layout, size: int) -> None:
+    def _adopt(self, name: str, net: nn.Module, layout: FeatureLayout, size: int) -> None:
         """Take a network with its layout, which is known for images of ``size``."""
         self.name, self.net, self.layout = name, net, layout
         self.dim: int = layout.dim  # of the pooled features: some networks widen them after the map

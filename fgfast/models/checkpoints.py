@@ -46,7 +46,9 @@ def read_checkpoint(path: Path, *, quiet: bool = False) -> dict[str, Any]:
         UserError: the file is missing or broken, holds no dictionary, or needs code of its own to be read.
     """
     if not path.is_file():
-        raise UserError(f"The weights {path} do not exist: give a file, a run folder, 'timm' or 'none'.")
+        raise UserError(
+            f"The weights {path} do not exist: give a file, a folder of a run or of Hugging Face, 'timm' or 'none'."
+        )
     with path.open("rb") as file:
         try:
             sealed = verify(file, safetensors=_is_safetensors(path, file))

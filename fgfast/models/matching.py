@@ -1,6 +1,5 @@
 """Finding the tensors of a network in a checkpoint: under which prefix, and in which layout."""
 
-import logging
 import math
 import re
 from collections import Counter
@@ -15,9 +14,7 @@ from fgfast.errors import UserError
 from fgfast.models.checkpoints import list_names
 from fgfast.models.layouts import LAYOUTS, TIMM, Layout, Way, count_blocks, describe_names
 
-log = logging.getLogger("fgfast")
-
-# Of several networks in a file the first kind is taken, and the last only if there is no other: by words of the prefix
+# Words of prefixes: of several networks in a file an averaged one is taken first, and one of the others last
 _AVERAGED = {"teacher", "ema"}
 _LESS = {"student", "momentum", "target", "key", "k"}
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # around a part of a network
@@ -26,7 +23,7 @@ _TOKENS = re.compile(
     r"(abs(olute)?_)?pos(ition(al)?)?_emb\w*|(cls|class|dist|reg(ister)?|storage|global)_(tokens?|embeddings?)"
 )
 _RELATIVE = re.compile(r"rel(ative)?_pos")
-_CLOSE = 0.25  # fraction of the names from which on a layout is thought to be meant, and what is wrong in it is said
+_CLOSE = 0.25  # fraction of the names from which on an error says how the file differs from a layout
 _COUNTS = ("num_batches_tracked", "total_ops", "total_params")  # the last two written by profilers into every module
 
 
@@ -118,9 +115,11 @@ def find(net: nn.Module, checkpoint: Mapping[str, Any], source: str) -> Match:
     close = [m for m in matches if m.found >= _CLOSE * min(m.wanted, len(state))]
     first = fitting[0] if fitting else max(close, key=lambda m: (len(m.tensors), -m.rank), default=None)
     if first is None:
+        nearest = max(matches, key=lambda m: m.found, default=None)
+        shapes = f"; {_other_shapes(nearest)}" if nearest and nearest.shapes else ""
         raise UserError(
             f"{source} are in no layout that is known for {network_name(net)} (the file has {len(state)} tensors, such "
-            f"as {list_names([*state])}): give their --model and --model-args."
+            f"as {list_names([*state])}{shapes}): give their {_network_options(net)}."
         )
     for other in fitting[1:]:
         if other.rank == first.rank and not _are_equal(first.tensors, other.tensors):
@@ -241,9 +240,7 @@ def check(net: nn.Module, found: Match, source: str) -> None:
     if not found.fits:
         parts = [f"{list_names(found.missing)} missing"] if found.missing else []
         parts += [f"{list_names(found.left)} left over"] if found.left else []
-        for name, (given, own) in [*found.shapes.items()][:1]:
-            names = " + ".join(map(repr, found.sources[name]))
-            parts += [f"{len(found.shapes)} of another shape, such as {names} {list(given)} instead of {list(own)}"]
+        parts += [_other_shapes(found)] if found.shapes else []
         place = f"under {found.prefix!r} the file has" if found.prefix else "the file has"
         layout = "" if found.layout is TIMM else f" in the layout of {found.layout.name}"
         raise UserError(
@@ -257,6 +254,13 @@ def check(net: nn.Module, found: Match, source: str) -> None:
             f"{source} are not finite in {list_names(infinite)}: "
             "the training that wrote them has diverged, give an earlier checkpoint."
         )
+
+
+def _other_shapes(found: Match) -> str:
+    """How many tensors have another shape than those of the network, and the first of them."""
+    name, (given, own) = next(iter(found.shapes.items()))
+    names = " + ".join(map(repr, found.sources[name]))
+    return f"{len(found.shapes)} of another shape, such as {names} {list(given)} instead of {list(own)}"
 
 
 def _check_computation(net: nn.Module, found: Match, source: str) -> None:
@@ -284,6 +288,11 @@ def network_name(net: nn.Module) -> str:
     return str(getattr(net, "pretrained_cfg", {}).get("architecture") or type(net).__name__)
 
 
+def _network_options(net: nn.Module) -> str:
+    """The options that choose a network."""
+    return getattr(net, "chosen_by", "--model and --model-args")
+
+
 def tensors_of(net: nn.Module) -> dict[str, Tensor]:
     """The tensors of a network or a method by name, without its extra state."""
     return {name: value for name, value in net.state_dict().items() if isinstance(value, Tensor)}
@@ -300,4 +309,6 @@ def _remedy(net: nn.Module, found: Match) -> str:
                 return f"give --size {side * patch[0]}"
         if all(_RELATIVE.search(name) for name in found.shapes):
             return "give the --size that they were trained at, as tables of relative positions are not resampled"
-    return "give its --model and --model-args"
+    layout = found.layout
+    of_library = "" if layout is TIMM else f" ({layout.name} is {layout.networks} in timm)"
+    return f"give its {_network_options(net)}{of_library}"

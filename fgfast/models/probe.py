@@ -18,7 +18,7 @@ class SizeError(UserError):
         super().__init__(f"{name} does not take images of {size[0]} x {size[1]} pixels ({self.reason}): {remedy}.")
 
 
-class Layout(NamedTuple):
+class FeatureLayout(NamedTuple):
     """The features of a network, as one forward pass showed them."""
 
     kind: Literal["map", "channels_last", "tokens", "none"]  # none: there is no single map
@@ -47,7 +47,7 @@ def run_features(net: Any, x: Tensor) -> Any:
     return type(net).forward_features(net, x)
 
 
-def build_network(name: str, size: int, args: dict[str, Any], pretrained: bool) -> tuple[Any, Layout]:
+def build_network(name: str, size: int, args: dict[str, Any], pretrained: bool) -> tuple[Any, FeatureLayout]:
     """A timm network that takes images of ``size``, and its layout.
 
     Networks differ in how they learn the size: some take any, some are built for one, some are built for one and take
@@ -134,7 +134,7 @@ def probe_image(net: Any, side: int) -> Tensor:
     return torch.linspace(-1, 1, 3 * side * side, device=device).view(1, 3, side, side)
 
 
-def read_layout(net: Any, size: int) -> Layout:
+def read_layout(net: Any, size: int) -> FeatureLayout:
     """The layout of the features of a network, from one forward pass in evaluation mode.
 
     The image has the side ``size``, or of two patches for a transformer that takes any multiple of them.
@@ -153,14 +153,14 @@ def read_layout(net: Any, size: int) -> Layout:
             raise ValueError(f"it gives features of shape {list(pooled.shape)} instead of [1, {net.num_features}]")
         dim = pooled.shape[1]
         if not isinstance(features, Tensor):
-            return Layout("none", dim, 0, 0, 1, "it gives several maps")
+            return FeatureLayout("none", dim, 0, 0, 1, "it gives several maps")
         if features.dim() == 4:
             last = _is_channels_last(net, features)
             width, reached = (features.shape[-1], features.shape[2]) if last else features.shape[1::2]
-            return Layout("channels_last" if last else "map", dim, width, 0, side / reached)
+            return FeatureLayout("channels_last" if last else "map", dim, width, 0, side / reached)
         if features.dim() == 3:
             return _read_tokens(net, x, features, dim)
-    return Layout("none", dim, 0, 0, 1, f"its features have the shape {list(features.shape)}")
+    return FeatureLayout("none", dim, 0, 0, 1, f"its features have the shape {list(features.shape)}")
 
 
 def _is_channels_last(net: Any, features: Tensor) -> bool:
@@ -170,9 +170,9 @@ def _is_channels_last(net: Any, features: Tensor) -> bool:
     return features.shape[1] != net.num_features and features.shape[-1] == net.num_features
 
 
-def _read_tokens(net: Any, x: Tensor, features: Tensor, dim: int) -> Layout:
+def _read_tokens(net: Any, x: Tensor, features: Tensor, dim: int) -> FeatureLayout:
     """The layout of tokens [1, T, D]: those after the prefix must be the cells of the last map, row by row."""
-    none = Layout("none", dim, 0, 0, 1)
+    none = FeatureLayout("none", dim, 0, 0, 1)
     if not hasattr(net, "forward_intermediates"):
         return none._replace(why="timm does not give its maps")
     last = net.forward_intermediates(x, indices=1, intermediates_only=True)[-1]
@@ -187,4 +187,4 @@ def _read_tokens(net: Any, x: Tensor, features: Tensor, dim: int) -> Layout:
         torch.allclose(features[:, prefix:], found, rtol=1e-3, atol=1e-4) for found in candidates
     ):
         return none._replace(why="its tokens are not in the order of its map")
-    return Layout("tokens", dim, features.shape[2], prefix, x.shape[-1] / width)
+    return FeatureLayout("tokens", dim, features.shape[2], prefix, x.shape[-1] / width)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fgfast.data.normalise import IMAGENET, InputStats, denormalise
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone
-from fgfast.models.probe import Layout
+from fgfast.models.probe import FeatureLayout
 
 FIXED = (81, 96)  # range of sides that are 6 after four halvings
 
@@ -132,8 +132,11 @@ class Trunk(nn.Module):
         super().__init__()
         self.stats = stats
         kept = len(network.blocks) - drop
+        kind = type(network).__name__.lower()
+        # What errors about weights say of the network, and of the options that choose it
+        self.pretrained_cfg = {"architecture": f"srgan's {kind}"}
+        self.chosen_by = "--width, --blocks, --features and --drop"
         if not 0 <= drop < len(network.blocks):
-            kind = type(network).__name__.lower()
             raise UserError(
                 f"--drop is {drop}: the {kind} has {len(network.blocks)} blocks, give 0 to {len(network.blocks) - 1}."
             )
@@ -178,5 +181,5 @@ class SRGANEncoder(Backbone):
     def __init__(self, network: Generator | Discriminator, drop: int = 0, stats: InputStats = IMAGENET) -> None:
         nn.Module.__init__(self)  # that of Backbone builds a timm network
         trunk = Trunk(network, drop, stats)
-        self._adopt("srgan", trunk, Layout("map", trunk.num_features, trunk.num_features, 0, 1), size=0)
+        self._adopt("srgan", trunk, FeatureLayout("map", trunk.num_features, trunk.num_features, 0, 1), size=0)
         self.grey, self.stats = False, stats

@@ -83,9 +83,10 @@ def cluster_pyramid(
 def pyramid_clusters(
     encoder: Backbone, images: Tensor, config: ClusteringConfig, *, size: int, n_iter: int = 20, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`cluster_pyramid`, with the mean features of each part less those of its image, float32 [B, K, D].
+    """As :func:`cluster_pyramid`, with a vector of each part, float32 [B, K, D].
 
-    They are differences of centroids, so of hypercolumns without coordinates; NaN for a cluster without a pixel.
+    It is the centroid of the part less the mean of the centroids of all pixels of the image, both without the
+    coordinates of ``position``; NaN for a part without a pixel.
     """
     maps = [m.float() for m in encoder.pyramid(images, config.levels)]
     width = sum(m.shape[1] for m in maps)

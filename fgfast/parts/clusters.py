@@ -11,9 +11,10 @@ from torch import Tensor
 from fgfast.data.imageset import ImageSet
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone
+from fgfast.models.probe import evaluating
 from fgfast.ops.kmeans import kmeans
 from fgfast.parts.clustering import ClusteringConfig, check_pixels, discover_group, pyramid_clusters
-from fgfast.parts.sources import BATCH, DiscoveryConfig, Source, evaluating, read_blocks
+from fgfast.parts.sources import BATCH, DiscoveryConfig, Source, read_blocks
 from fgfast.ranks import gather, on_all, ranks_of, share_first
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fgfast.data.imageset import ImageSet
 from fgfast.models.backbone import Backbone
-from fgfast.parts.sources import DiscoveryConfig, Source, evaluating, read_blocks
+from fgfast.models.probe import evaluating
+from fgfast.parts.sources import DiscoveryConfig, Source, read_blocks
 
 
 class Saliency(Source):

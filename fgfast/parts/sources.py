@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -141,17 +140,6 @@ class Source(ABC):
                 content["statistics"] = self.stats.texts()
         run = f"{c.run}, {self.describe(weights)}"
         return Origin(run, self.n_parts, self.side, digest_of(content), self.block, self.common)
-
-
-@contextmanager
-def evaluating(encoder: Backbone) -> Iterator[None]:
-    """The network in evaluation mode, then as it was."""
-    was_training = encoder.training
-    encoder.eval()
-    try:
-        yield
-    finally:
-        encoder.train(was_training)
 
 
 def readable(images: ImageSet, rows: np.ndarray) -> np.ndarray:

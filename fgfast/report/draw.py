@@ -80,7 +80,7 @@ def _method_pictures(
 ) -> dict[str, list[list[Panel]]]:
     """The figures of a method, by title."""
     config, spec = method.config, method.normalised_views()
-    sample = shown.subset(np.sort(np.random.default_rng(0).permutation(len(shown))[:SHOWN]))
+    sample = shown.sample(SHOWN)
     if spec.masks:  # only the training images have stored id maps
         sample = images.train_set()
         sample = sample.subset(np.arange(min(SHOWN, len(sample))))
@@ -103,7 +103,7 @@ def _method_pictures(
 def _draw_neighbours(
     encoder: torch.nn.Module, images: ImageSet, size: int, path: Path, device: torch.device, threads: int
 ) -> Path:
-    searched = images.subset(np.sort(np.random.default_rng(1).permutation(len(images))[:SEARCHED]))
+    searched = images.sample(SEARCHED, seed=1)
     features, targets = extract(encoder, searched, size, device=device, threads=threads)
     n = len(features)
     if n < 2:

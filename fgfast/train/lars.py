@@ -1,6 +1,5 @@
 """LARS: SGD with momentum and a rate for each matrix, for batches of thousands of images."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,14 +17,12 @@ class LARS(torch.optim.SGD):
     with the gradient g, weight decay lambda, momentum mu and eta = :data:`TRUST`. The factor of u is 1 if a norm is 0,
     and for vectors and scalars.
 
-    Args:
-        groups: groups of parameters, each with its "weight_decay".
-        options: options of torch.optim.SGD, such as ``lr``, ``momentum`` and ``fused``.
+    Parameters and options are those of torch.optim.SGD.
 
     Example:
         >>> w = torch.nn.Parameter(torch.eye(2))
         >>> (10 * w).sum().backward()
-        >>> LARS([{"params": [w], "weight_decay": 0.0}], lr=1000.0).step()
+        >>> LARS([w], lr=1000.0).step()
         >>> round((w - torch.eye(2)).norm().item(), 4) == round(2**0.5, 4)  # rate x TRUST x norm of w
         True
 
@@ -33,24 +30,33 @@ class LARS(torch.optim.SGD):
     the norm, as in BYOL and MoCo v3.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], **options: Any) -> None:
-        groups = [{**group, "weight_decay": 0.0, "decay": group["weight_decay"]} for group in groups]
-        super().__init__(groups, **options)
-
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Scale the gradients, in place, and make a step of SGD."""
-        for group in self.param_groups:
-            matrices = [p for p in group["params"] if p.grad is not None and p.ndim > 1]
-            if matrices:
-                _scale_gradients(matrices, group["decay"])
-        return super().step(closure)
+        loss = None
+        if closure is not None:  # not by SGD: its gradients would replace the scaled ones
+            with torch.enable_grad():
+                loss = closure()
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            _scale_gradients([p for p in group["params"] if p.grad is not None], decay)
+            group["weight_decay"] = 0.0  # it is in the gradients
+        try:
+            super().step()
+        finally:
+            for group, decay in zip(self.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
+        return loss
 
 
-def _scale_gradients(matrices: list[Tensor], decay: float) -> None:
-    """Replace the gradient g of each matrix w by TRUST ||w|| / ||u|| u, with u = g + decay w."""
+def _scale_gradients(params: list[Tensor], decay: float) -> None:
+    """Replace the gradient g of each parameter w by u = g + decay w, that of a matrix by TRUST ||w|| / ||u|| u."""
+    if params and decay:
+        torch._foreach_add_([p.grad for p in params if p.grad is not None], params, alpha=decay)
+    matrices = [p for p in params if p.ndim > 1]
+    if not matrices:
+        return
     updates = [p.grad for p in matrices if p.grad is not None]
-    torch._foreach_add_(updates, matrices, alpha=decay)
     weight, update = (torch.stack(torch._foreach_norm(x)) for x in (matrices, updates))
     scale = torch.where((weight > 0) & (update > 0), TRUST * weight / update, 1.0)
     torch._foreach_mul_(updates, list(scale.unbind()))

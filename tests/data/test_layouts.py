@@ -146,6 +146,16 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         open_images(tmp_path / "list.txt")
 
 
+def test_a_sample_is_random_in_the_order_of_the_set_and_the_same_again() -> None:
+    images = ImageSet(Path("set"), tuple(f"{i:02}.png" for i in range(30)), np.zeros(30), ("a",), np.zeros(30, bool))
+    drawn = [images.sample(10, seed).paths for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    for paths in drawn:
+        assert len(set(paths)) == 10
+        assert list(paths) == sorted(paths) != list(images.paths[:10])
+    assert images.sample(40).paths == images.paths
+
+
 def test_photographs_of_birds(photographs: ImageSet) -> None:
     assert len(photographs) == 2889
     assert len(photographs.classes) == 50

@@ -1,6 +1,7 @@
 """Features that are not finite, or do not fit, are refused by every score before it computes anything."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,27 @@ def test_a_probe_refuses_shapes_that_do_not_fit(probe: Callable[..., object]) ->
         probe(GOOD, Y, GOOD[:, :2])
     with pytest.raises(ValueError, match=r"train_y: expected shape \[10\], got \[9\]"):
         probe(GOOD, Y[:9], GOOD)
+
+
+@pytest.mark.parametrize("probe", PROBES.values(), ids=PROBES)
+def test_a_probe_refuses_what_is_no_tensor_or_no_class(probe: Callable[..., object]) -> None:
+    rows: Any = GOOD.tolist()
+    for train, test, name in ((rows, GOOD, "train_x"), (GOOD, rows, "test_x")):
+        with pytest.raises(TypeError, match=rf"^{name} is a list: give a torch\.Tensor"):
+            probe(train, Y, test)
+    with pytest.raises(TypeError, match=r"^train_y has dtype torch\.float32: give integers"):
+        probe(GOOD, Y.float(), GOOD)
+
+
+@pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
+def test_a_score_refuses_what_is_no_tensor(score: Callable[[Any], object]) -> None:
+    with pytest.raises(TypeError, match=r"^[xy] is a list: give a torch\.Tensor"):
+        score(GOOD.tolist())
+
+
+def test_retrieval_refuses_classes_that_are_no_integers() -> None:
+    with pytest.raises(TypeError, match=r"^y has dtype torch\.float32: give integers"):
+        retrieve(GOOD, Y.float())
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

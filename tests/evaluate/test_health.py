@@ -114,6 +114,7 @@ def test_a_collapsed_network_is_seen(
     """The same features for all images: effective rank 1, uniformity and alignment 0, and one warning."""
     torch.manual_seed(0)
     encoder = Backbone(TINY, size=32).train()
+    encoder.net.layer1.eval()  # a part that is frozen
     config = SimCLRConfig(data=str(drawn), out="run", model=TINY, size=32, threads=1, loader="torchvision")
     health.warn_of_collapse.cache_clear()
     with caplog.at_level(logging.WARNING, "fgfast"):
@@ -134,6 +135,7 @@ def test_a_collapsed_network_is_seen(
         "The features of all images of run have one direction (uniformity 0): lower --lr, or check the images."
     ]
     assert encoder.training
+    assert not encoder.net.layer1.training
 
 
 def test_images_that_cannot_be_read_leave_the_health_out(tmp_path: Path) -> None:

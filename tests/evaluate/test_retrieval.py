@@ -1,7 +1,6 @@
 """Retrieval compared with a loop over queries and with scikit-learn, its ties and its memory."""
 
 import math
-import resource
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from fgfast.evaluate import retrieval
 from fgfast.evaluate.retrieval import retrieve
 from tests.examples import examples
+from tests.memory import Memory
 
 
 def by_loop(x: torch.Tensor, y: torch.Tensor) -> list[tuple[int, bool, float]]:
@@ -98,8 +98,6 @@ def test_memory_does_not_grow_with_the_square(monkeypatch: pytest.MonkeyPatch, o
     monkeypatch.setattr(retrieval, "BLOCK", 1 << 18)
     x = torch.randn(6000, 2, generator=torch.Generator().manual_seed(0))
     y = torch.arange(6000) // (3000 if one_class else 5)
-    retrieve(x[:500], y[:500])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert retrieve(x, y, chunk=6000).has_match.all()
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
-    assert grown < 50  # MiB
+    with Memory() as memory:
+        assert retrieve(x, y, chunk=6000).has_match.all()
+    assert memory.peak < 20 * 2**20

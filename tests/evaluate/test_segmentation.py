@@ -154,9 +154,12 @@ def test_a_class_that_the_images_do_not_show_is_left_out_though_it_is_predicted(
     assert mean_iou(count_pixels(predicted, truth, 3).numpy()) == (1 / 2 + 1) / 2
 
 
-def test_maps_of_different_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"expected shape \[1, 2, 3\]"):
-        count_pixels(torch.zeros(1, 3, 2, dtype=torch.int64), torch.zeros(1, 2, 3, dtype=torch.int64), 2)
+def test_maps_of_different_shapes_or_without_a_batch_are_refused() -> None:
+    one, other = (torch.zeros(1, *side, dtype=torch.int64) for side in ((3, 2), (2, 3)))
+    with pytest.raises(ValueError, match=r"^predicted: expected shape \[1, 2, 3\], got \[1, 3, 2\]"):
+        count_pixels(one, other, 2)
+    with pytest.raises(ValueError, match=r"^truth: expected shape \[B, H, W\], got \[3, 2\]"):
+        count_pixels(one[0], one[0], 2)
 
 
 def test_a_network_that_knows_the_truth_scores_1(quadrants: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +211,7 @@ def test_pixels_without_a_known_part_count_nowhere(tmp_path: Path, monkeypatch: 
     ("parts", "mirrored"),
     [
         (["left eye", "tail", "right eye"], (0, 3, 2, 1)), (["left_wing", "right_wing", "left leg"], (0, 2, 1, 3)),
+        (["Left Eye", "Right Eye", "Tail-Right"], (0, 2, 1, 3)),
         (["cleft", "cright", "beak"], (0, 1, 2, 3)),
     ],
 )  # fmt: skip

@@ -1,7 +1,5 @@
 """The kernels on blocks of columns from the ranks of a group: results, launches and memory."""
 
-import gc
-import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,8 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fgfast.ids import Ids
 from fgfast.kernels.common import interpreted
@@ -20,6 +16,7 @@ from fgfast.ops.contrast import contrastive_loss, global_ids, ring
 from fgfast.ops.contrast.exchange import Ring
 from tests import ranks
 from tests.kernels.contrast_fields import CHANNELS, WHOLE, cut
+from tests.memory import Memory
 from tests.ops.test_contrast_ring import IMAGES, evaluate, field, join
 
 pytestmark = [
@@ -72,28 +69,6 @@ def test_kernels_over_ranks_equal_the_definition_of_the_concatenated_batch(world
             for x, y in zip(got, expected, strict=True):
                 largest = y.abs().max().item() if y.numel() else 0.0
                 torch.testing.assert_close(x.double(), y, rtol=0, atol=close * largest)
-
-
-class Memory(TorchDispatchMode):
-    """The most bytes of tensors alive at a time, of those made under this mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for x in tree_leaves(out):
-            storage = x.untyped_storage() if isinstance(x, Tensor) else None
-            if storage is not None and storage._cdata not in given and storage._cdata not in self.alive:
-                self.alive[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.alive.pop, storage._cdata)
-        if sum(self.alive.values()) > self.peak:
-            gc.collect(1)  # the interpreter leaves cycles behind
-            self.peak = max(self.peak, sum(self.alive.values()))
-        return out
 
 
 def simulate(patch: pytest.MonkeyPatch, size: int) -> Memory:

@@ -218,10 +218,20 @@ def test_a_run_gives_initial_weights(run: Path, drawn: Path) -> None:
     for key, value in stored.net.state_dict().items():
         assert torch.equal(loaded[key], value), key
     assert any(not torch.equal(random[k], v) for k, v in loaded.items())
-    with pytest.raises(UserError, match="another network"):
-        SRGAN(config_for(init=str(run), width=8))
-    with pytest.raises(UserError, match="another network"):
-        SRGAN(config_for(init=str(run), features="discriminator"))
+
+
+def test_initial_weights_of_another_srgan_are_refused_with_its_options(run: Path) -> None:
+    """The sentence names tensors that fit but for their shape, and options that srgan has."""
+    remedy = "give (its|their) --width, --blocks, --features and --drop"
+    for options, reason in (
+        ({"width": 8}, r"are of another network .* of srgan's generator: \d+ of another shape, such as 'layers\.0"),
+        (
+            {"features": "discriminator"},
+            r"in no layout that is known for srgan's discriminator .*; \d of another shape, such as 'layers\.0\.",
+        ),
+    ):
+        with pytest.raises(UserError, match=rf"{reason}.* instead of \[.*\]\): {remedy}\.$"):
+            SRGAN(config_for(init=str(run), **options))
 
 
 def test_perceptual_loss(run: Path, drawn: Path, tmp_path: Path) -> None:

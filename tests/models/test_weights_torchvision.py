@@ -125,7 +125,8 @@ def test_a_network_of_another_computation_is_refused(
         (lambda s: s | {"conv_proj.bias": s["conv_proj.bias"].to_sparse()}, r"without values in 'conv_proj\.bias'"),
         (
             lambda s: s | {"conv_proj.bias": torch.zeros(33)},
-            r"1 of another shape, such as 'conv_proj\.bias' \[33\] instead of \[32\]\): give its --model",
+            r"1 of another shape, such as 'conv_proj\.bias' \[33\] instead of \[32\]\): give its --model and "
+            r"--model-args \(torchvision's ViT is vit_\*_patch\*_224 in timm\)\.",
         ),
         (
             lambda s: {k: v for k, v in s.items() if k != "conv_proj.bias"},
