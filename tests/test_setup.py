@@ -133,7 +133,7 @@ def test_another_platform_installs_the_ranges_with_a_notice(checkout: Path) -> N
     assert (status, stderr) == (0, "")
     assert stdout.count("\n") == 1
     assert "There is no lock for Darwin arm64" in stdout
-    assert [call.strip().endswith("-e .[train,dev]") for call in calls if " install " in call] == [True]
+    assert [call.strip().endswith("-e .[train,weights,dev]") for call in calls if " install " in call] == [True]
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,8 @@ def test_the_description_of_a_run_says_what_is_not_used(tmp_path: Path) -> None:
 
 
 def test_the_description_in_config_toml_is_no_option(tmp_path: Path) -> None:
-    config = SupervisedConfig(data="a b", out="c", lr=0.5)
+    of_weights = {"mean": "0.5,0.5,0.5", "std": "0.5,0.5,0.5", "interpolation": "bicubic"}
+    config = SupervisedConfig(data="a b", out="c", lr=0.5, **of_weights)
     text = to_toml(config, "supervised", images='data: "a" \\ [b] = ö; left out: c')
     assert text.startswith('# data: "a"')
     (tmp_path / "config.toml").write_text(text, encoding="utf-8")
