@@ -65,5 +65,5 @@ def _gain(correct: dict[int, np.ndarray], base: dict[int, np.ndarray]) -> str:
     both = [seed for seed in correct if seed in base]
     if not both:
         return "-"
-    pair = (np.stack([rows[seed] for seed in both]) for rows in (correct, base))
-    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in paired_interval(*pair)))
+    ours, theirs = (np.stack([rows[seed] for seed in both]) for rows in (correct, base))
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in paired_interval(ours, theirs)))
