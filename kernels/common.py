@@ -41,7 +41,7 @@ class Constant(tl.constexpr):
     """A global constant of kernels. Triton compares it with itself at every launch, here without a new constexpr."""
 
     def __ne__(self, other: object) -> bool:
-        return self.value != getattr(other, "value", other)  # type: ignore[no-any-return]
+        return self.value != getattr(other, "value", other)
 
     __hash__ = tl.constexpr.__hash__
 
