@@ -7,6 +7,7 @@ depend on, including the version of Triton; ``--recorded FILE`` also reads repor
 """
 
 import argparse
+import ast
 import contextlib
 import csv
 import hashlib
@@ -152,6 +153,28 @@ def _cache_folder() -> Path:
     return base / "aot"
 
 
+@cache
+def _source(kernel: Any) -> str:
+    """The source of a kernel and of all that it calls, and its constants; not where in a file they stand."""
+    import triton.language as tl
+    from triton.runtime.jit import JITFunction
+
+    functions, constants, waiting = {}, {}, [kernel]
+    while waiting:
+        function = waiting.pop()
+        functions[function.fn.__module__, function.fn.__qualname__] = function.src
+        for node in ast.walk(ast.parse(function.src)):
+            value = function.fn.__globals__.get(node.id) if isinstance(node, ast.Name) else None
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                value = getattr(function.fn.__globals__.get(node.value.id), node.attr, None)
+            if isinstance(value, JITFunction) and value.fn.__module__.startswith("fgfast."):
+                if (value.fn.__module__, value.fn.__qualname__) not in functions:
+                    waiting.append(value)
+            elif isinstance(value, tl.constexpr):
+                constants[ast.unparse(node)] = value.value
+    return repr((sorted(functions.values()), sorted(constants.items())))
+
+
 def _key(job: Job) -> str:
     """A hash of Triton's version, the source of the kernel and of all it calls, types, constants and target."""
     import triton
@@ -161,7 +184,7 @@ def _key(job: Job) -> str:
     kinds = sorted(case.signature.items())
     constants = sorted(case.constexprs.items())
     launch = (case.num_warps, case.num_stages, case.registers)
-    parts = (triton.__version__, case.kernel.cache_key, arch, kinds, constants, launch)
+    parts = (triton.__version__, _source(case.kernel), arch, kinds, constants, launch)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -212,12 +235,11 @@ def kernel_of(job: Job) -> str:
 
 
 def reports(wanted: list[Job], workers: int = 2, recorded: Path | None = None) -> dict[Job, Report]:
-    """The report of each job, from the record, from the cache or compiled now, in the given order."""
+    """The report of each job, from the cache, from the record or compiled now, in the given order."""
     path = _cache_folder() / "reports.json"
-    known: dict[str, Any] = {}
+    known: dict[str, Any] = {**_read_record(recorded)} if recorded else {}
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # a damaged cache can be made again
         known |= json.loads(path.read_text())
-    known |= _read_record(recorded) if recorded else {}
     keys = {job: _key(job) for job in wanted}
     missing = {key: job for job, key in keys.items() if key not in known}  # rows may have the same compilation
     for key, report in _compile_all(missing, workers):

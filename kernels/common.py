@@ -61,7 +61,7 @@ def launch_options(warps: int, stages: int, registers: int = 0) -> dict[str, int
 
 
 def cdiv(a: int, b: int) -> int:
-    """A / b, rounded up; of triton's own each call takes microseconds, as it is written for kernels too."""
+    """The ceiling of a / b; a call of Triton's own function, which serves kernels too, takes microseconds."""
     return -(-a // b)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fgfast.ids import Ids
 from fgfast.kernels.contrast import launch
+from fgfast.kernels.contrast.problem import Problem, check_sizes
 
 
 class Losses:
@@ -20,8 +21,8 @@ class Losses:
     def __init__(
         self, longest: int, query: Tensor, query_ids: Ids, key: Tensor, key_ids: Ids, bank: Tensor | None, *options: Any
     ):
-        launch.check_sizes(query=query, key=key, bank=bank)
-        self.problem = launch.Problem("forward", query, query_ids, *options)
+        check_sizes(query=query, key=key, bank=bank)
+        self.problem = Problem("forward", query, query_ids, *options)
         self.sums = launch.Losses(self.problem, 1 + self.problem.splits(len(query), longest))
 
     def add(self, x: Tensor, ids: Ids | None) -> None:
@@ -45,9 +46,9 @@ class Gradients:
         query: Tensor, query_ids: Ids, key: Tensor, key_ids: Ids, bank: Tensor | None,
         temperature_tensor: Tensor | None, *options: Any,
     ):  # fmt: skip
-        launch.check_sizes(query=query, key=key, bank=bank)
+        check_sizes(query=query, key=key, bank=bank)
         grad, lse, count = upstream
-        self.problem = launch.Problem(
+        self.problem = Problem(
             "gradient", query, query_ids, temperature_tensor, *options, (grad.to(torch.float32), lse, count)
         )
         self.need_query, self.temperature = need_query, temperature_tensor if need_temperature else None

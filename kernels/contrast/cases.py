@@ -11,17 +11,9 @@ from fgfast.ids import Ids
 from fgfast.kernels.common import MOST_REGISTERS, AotCase
 from fgfast.kernels.configs import architectures_for, contrast_row, table
 from fgfast.kernels.contrast import kernels as device_side
-from fgfast.kernels.contrast.launch import (
-    CHUNK,
-    FINISH_ROWS,
-    JOIN_ROWS,
-    LARGEST_D,
-    TileShape,
-    arithmetic,
-    backward,
-    forward,
-    forward_registers,
-)
+from fgfast.kernels.contrast import vectors as per_vector
+from fgfast.kernels.contrast.launch import FINISH_ROWS, JOIN_ROWS, backward, forward
+from fgfast.kernels.contrast.problem import CHUNK, LARGEST_D, TileShape, arithmetic, forward_registers
 from fgfast.kernels.tune import TuneCase
 
 
@@ -86,17 +78,17 @@ def aot_cases() -> Iterator[AotCase]:
         for block in (32, 64, 128):
             prepare = common | {"BOUNDED": True, "BLOCK": block, "BLOCK_D": 128}
             rare = dtype == "fp16" or block < 128
-            yield _case(f"prepare {dtype} {block}", device_side.prepare, dtype, prepare, rare=rare)
+            yield _case(f"prepare {dtype} {block}", per_vector.prepare, dtype, prepare, rare=rare)
         for splits in (1, 4):
             small = {"UPCAST": False, "BLOCK": FINISH_ROWS, "BLOCK_D": 128}
             rare = dtype == "fp16" or splits == 1
             finish = small | {"NORMALIZE": True, "X_SPLITS": splits, "Y_SPLITS": 1}
-            yield _case(f"finish {dtype} {splits}", device_side.finish, dtype, finish, rare=rare)
+            yield _case(f"finish {dtype} {splits}", per_vector.finish, dtype, finish, rare=rare)
             inner = small | {"SPLITS": splits}
-            yield _case(f"inner {dtype} {splits}", device_side.inner, dtype, inner, rare=rare, registers=MOST_REGISTERS)
+            yield _case(f"inner {dtype} {splits}", per_vector.inner, dtype, inner, rare=rare, registers=MOST_REGISTERS)
     for bounded in (True, False):
         join = {"BOUNDED": bounded, "BLOCK_SLOTS": 16, "BLOCK": JOIN_ROWS}
-        yield _case(f"join {'bounded' if bounded else 'online'}", device_side.join, "fp32", join)
+        yield _case(f"join {'bounded' if bounded else 'online'}", per_vector.join, "fp32", join)
     for kernel in ("forward", "gradient"):
         rows = list(table(f"contrast {kernel}"))
         for arch, row_name, row in rows:

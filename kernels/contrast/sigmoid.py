@@ -19,16 +19,17 @@ from torch import Tensor
 
 from fgfast.kernels.common import AotCase, cdiv, interpreted, launch_options, on_device_of
 from fgfast.kernels.configs import architectures_for, table
-from fgfast.kernels.contrast.kernels import INFINITY, LOG2E, _add_product, _indices, _load_vectors, _multiply
-from fgfast.kernels.contrast.launch import (
+from fgfast.kernels.contrast.kernels import _add_product, _multiply
+from fgfast.kernels.contrast.problem import (
     SPLIT_BYTES,
     TileShape,
-    _channels,
     arithmetic,
+    channels_of_tile,
     check_sizes,
     programs_wanted,
     tile,
 )
+from fgfast.kernels.contrast.vectors import INFINITY, LOG2E, indices, load_vectors
 
 
 @triton.jit
@@ -69,17 +70,17 @@ def sigmoid_forward(
     scale, bias = tl.load(factors), tl.load(factors + 1)
     of_x, of_y = (x, x_stride_n, x_stride_d), (y, y_stride_n, y_stride_d)
     split = tl.program_id(1)
-    x_n, exists = _indices(tl.program_id(0), X, BLOCK_X)
+    x_n, exists = indices(tl.program_id(0), X, BLOCK_X)
     x_tile = None
     if WHOLE:
-        x_tile = _load_vectors(of_x, x_n, exists, 0, D, BLOCK_D, UPCAST)
+        x_tile = load_vectors(of_x, x_n, exists, 0, D, BLOCK_D, UPCAST)
     total = tl.zeros([BLOCK_X], tl.float32)
     per_split = tl.cdiv(tl.cdiv(Y, BLOCK_Y), SPLITS)
     for j in range(split * per_split, tl.minimum((split + 1) * per_split, tl.cdiv(Y, BLOCK_Y))):
-        y_n, y_exists = _indices(j, Y, BLOCK_Y)
+        y_n, y_exists = indices(j, Y, BLOCK_Y)
         y_tile = None
         if WHOLE:
-            y_tile = _load_vectors(of_y, y_n, y_exists, 0, D, BLOCK_D, UPCAST)
+            y_tile = load_vectors(of_y, y_n, y_exists, 0, D, BLOCK_D, UPCAST)
         _, v, _ = _logit_tile(
             x_tile, of_x, x_n, exists, y_tile, of_y, y_n, y_exists, scale, bias, D,
             PAIRED, BLOCK_X, BLOCK_Y, BLOCK_D, WHOLE, PRECISION, UPCAST,
@@ -102,10 +103,10 @@ def sigmoid_gradient(
     scale, bias, factor = tl.load(factors), tl.load(factors + 1), tl.load(factors + 2)
     of_x, of_y = (x, x_stride_n, x_stride_d), (y, y_stride_n, y_stride_d)
     split = tl.program_id(1)
-    x_n, exists = _indices(tl.program_id(0), X, BLOCK_X)
+    x_n, exists = indices(tl.program_id(0), X, BLOCK_X)
     x_tile = None
     if WHOLE:
-        x_tile = _load_vectors(of_x, x_n, exists, 0, D, BLOCK_D, UPCAST)
+        x_tile = load_vectors(of_x, x_n, exists, 0, D, BLOCK_D, UPCAST)
     at_row = raw + (x_n * SPLITS + split)[:, None] * D
     acc = tl.zeros([BLOCK_X, BLOCK_D if WHOLE else 1], tl.float32)
     if WHOLE and ADD:  # loaded first: after the loop the sum would need the registers of a second tile
@@ -115,10 +116,10 @@ def sigmoid_gradient(
     of_bias = of_scale
     per_split = tl.cdiv(tl.cdiv(Y, BLOCK_Y), SPLITS)
     for j in range(split * per_split, tl.minimum((split + 1) * per_split, tl.cdiv(Y, BLOCK_Y))):
-        y_n, y_exists = _indices(j, Y, BLOCK_Y)
+        y_n, y_exists = indices(j, Y, BLOCK_Y)
         y_tile = None
         if WHOLE:
-            y_tile = _load_vectors(of_y, y_n, y_exists, 0, D, BLOCK_D, UPCAST)
+            y_tile = load_vectors(of_y, y_n, y_exists, 0, D, BLOCK_D, UPCAST)
         s, v, pair = _logit_tile(
             x_tile, of_x, x_n, exists, y_tile, of_y, y_n, y_exists, scale, bias, D,
             PAIRED, BLOCK_X, BLOCK_Y, BLOCK_D, WHOLE, PRECISION, UPCAST,
@@ -134,7 +135,7 @@ def sigmoid_gradient(
             acc = _add_product(acc, w, y_tile, PRECISION)
         else:
             for start in range(0, D, BLOCK_D):
-                part = _load_vectors(of_y, y_n, y_exists, start, D, BLOCK_D, UPCAST)
+                part = load_vectors(of_y, y_n, y_exists, start, D, BLOCK_D, UPCAST)
                 d = start + tl.arange(0, BLOCK_D)
                 mask = exists[:, None] & (d < D)[None, :]
                 at = at_row + d[None, :]
@@ -159,7 +160,7 @@ def _plan(kernel: str, x: Tensor, y: Tensor, width: int) -> tuple[tuple[int, int
 
 
 def _options(shape: TileShape, channels: int, splits: int) -> dict[str, Any]:
-    block_d = _channels(channels, shape.d) if shape.whole else shape.d
+    block_d = channels_of_tile(channels, shape.d) if shape.whole else shape.d
     return {
         "SPLITS": splits, "BLOCK_X": shape.x, "BLOCK_Y": shape.y, "BLOCK_D": block_d, "WHOLE": shape.whole,
         "PRECISION": "ieee", "UPCAST": interpreted(),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fgfast.ids import Ids
-from fgfast.kernels.contrast import launch as kernels
+from fgfast.kernels.contrast import problem as kernels
 from fgfast.ops.contrast import contrastive_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

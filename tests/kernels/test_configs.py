@@ -69,6 +69,35 @@ def test_a_recorded_report_is_used_until_its_kernel_changes(monkeypatch, tmp_pat
     assert len(compiled) == len(jobs)
 
 
+KEYS = """
+from fgfast.kernels import aot
+
+(job,) = [job for job in aot.jobs(("sm_90",), default_only=True, only="contrast join bounded")]
+kernel = aot.cases(job[0])[job[1]].kernel
+names = kernel.fn.__globals__
+
+
+def key():
+    aot._source.cache_clear()
+    return aot._key(job)
+
+
+before = key()
+kernel.starting_line_number += 7
+assert key() == before
+for name, other in (("store_rows", names["indices"]), ("INFINITY", names["LN2"])):
+    kept, names[name] = names[name], other
+    assert key() != before, name
+    names[name] = kept
+assert key() == before
+"""
+
+
+def test_the_key_of_a_report_depends_on_what_a_kernel_reads_and_not_on_where_it_stands():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", KEYS], check=True, env=environment)
+
+
 def test_a_compiler_that_aborts_its_process_fails_only_its_case(monkeypatch):
     class Pool:
         def __init__(self, number):

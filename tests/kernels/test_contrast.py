@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fgfast.ids import Ids
-from fgfast.kernels.contrast import launch as kernels
+from fgfast.kernels.contrast import problem as kernels
 from fgfast.ops.contrast import contrastive_loss
 from tests.examples import examples
 from tests.kernels.contrast_fields import (

@@ -13,7 +13,8 @@ from fgfast.ids import Ids
 from fgfast.kernels.common import interpreted
 from fgfast.kernels.contrast import cases
 from fgfast.kernels.contrast import kernels as device_side
-from fgfast.kernels.contrast import launch as kernels
+from fgfast.kernels.contrast import problem as kernels
+from fgfast.kernels.contrast import vectors as per_vector
 from fgfast.kernels.sanitizer import checked
 from fgfast.ops.contrast import contrastive_loss
 from tests.examples import examples
@@ -52,7 +53,7 @@ def test_addresses_beyond_32_bits(stride_n: int, stride_d: int, monkeypatch: pyt
         "NEGATIVES": "all", "BOUNDED": True, "SPLITS": 1, "CHUNK": 16, "PRECISION": "ieee", "UPCAST": True
     }  # fmt: skip
     partial = torch.zeros(2, 3, n)
-    device_side.prepare[(1,)](
+    per_vector.prepare[(1,)](
         x, stride_n, stride_d, ids, ids, 1, 1, values, low, high, n, *kernels.NOT_PREPARED, None, 0, *[None] * 5, d,
         NORMALIZE=True, BOUNDED=True, BLOCK=16, BLOCK_D=16, UPCAST=True,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fgfast.ids import Ids
 from fgfast.kernels.common import interpreted
-from fgfast.kernels.contrast import launch
+from fgfast.kernels.contrast import launch, problem
 from fgfast.ops.contrast import contrastive_loss, global_ids, ring
 from fgfast.ops.contrast.exchange import Ring
 from tests import ranks
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not interpreted(), reason="ranks on the CPU, as a machine with one GPU has no others"),
 ]
 
-CASES: list[tuple[dict[str, Any], torch.dtype, launch.TileShape, int]] = [  # options, dtype, tile and programs
+CASES: list[tuple[dict[str, Any], torch.dtype, problem.TileShape, int]] = [  # options, dtype, tile and programs
     ({"bank": True}, torch.float32, WHOLE, 1),
     ({"negatives": "other_images", "reduction": "mean_valid"}, torch.float32, CHANNELS, 4),
     ({"negatives": "same_image", "reduction": "sum", "normalize": False, "bank": True}, torch.float32, WHOLE, 4),
@@ -107,8 +107,11 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counter: Counter[str] = Counter()
 
     class Counted:
+        def __init__(self, kernels: Any):
+            self.kernels = kernels
+
         def __getattr__(self, name: str) -> Any:
-            kernel = getattr(device_side, name)
+            kernel = getattr(self.kernels, name)
 
             class Launcher:
                 def __getitem__(self, grid: Any) -> Any:
@@ -117,8 +120,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
             return Launcher()
 
-    device_side = launch.device_side
-    monkeypatch.setattr(launch, "device_side", Counted())
+    for module, name in ((problem, "per_vector"), (launch, "per_vector"), (launch, "device_side")):
+        monkeypatch.setattr(module, name, Counted(getattr(module, name)))
     return counter
 
 

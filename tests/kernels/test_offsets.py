@@ -24,6 +24,8 @@ from fgfast.ids import Ids
 from fgfast.kernels import perturb
 from fgfast.kernels.contrast import kernels as contrast_kernels
 from fgfast.kernels.contrast import launch as contrast
+from fgfast.kernels.contrast import problem
+from fgfast.kernels.contrast import vectors as contrast_vectors
 from fgfast.kernels.kmeans import centroids, fused, pyramid_kernels, tiles
 from fgfast.kernels.kmeans import launch as kmeans
 from fgfast.kernels.kmeans import pyramid as kmeans_pyramid
@@ -38,7 +40,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # of numbers that mean nothing
 ]
-MODULES = (contrast_kernels, centroids, fused, pyramid_kernels, tiles, part_pool_kernels)
+MODULES = (contrast_kernels, contrast_vectors, centroids, fused, pyramid_kernels, tiles, part_pool_kernels)
 FAR = 2**31
 ROOM = 2**46  # bytes from one storage to the next
 LONGEST = kmeans_pyramid.LONGEST
@@ -224,7 +226,7 @@ def test_pooling_of_many_pixels(dtype, n_parts, memory):
 
 @pytest.mark.parametrize("same", [False, True])
 @pytest.mark.parametrize("channels", [64, 300])
-@pytest.mark.parametrize("rows", [contrast.LARGEST_N, 700])
+@pytest.mark.parametrize("rows", [problem.LARGEST_N, 700])
 def test_contrast_of_many_vectors(same, channels, rows, memory):
     """As many as the kernels take, or few far apart."""
     strides = (channels, 1) if rows > 700 else (1, FAR + 64)

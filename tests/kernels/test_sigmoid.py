@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from fgfast.kernels.contrast import launch, sigmoid
+from fgfast.kernels.contrast import problem, sigmoid
 from fgfast.ops.sigmoid import sigmoid_loss
 from tests.examples import examples
 from tests.kernels.contrast_fields import CHANNELS, WHOLE
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def cut(patch: pytest.MonkeyPatch, tile: launch.TileShape, programs: int = 1) -> None:
+def cut(patch: pytest.MonkeyPatch, tile: problem.TileShape, programs: int = 1) -> None:
     """Use this tile, and split columns into at least this many programs."""
     patch.setattr(sigmoid, "tile", lambda *unused: tile)
     patch.setattr(sigmoid, "programs_wanted", lambda device: programs)
@@ -47,7 +47,7 @@ def check(inputs: list[Tensor]) -> None:
     st.sampled_from([1, 9]),
 )
 def test_loss_and_every_gradient_are_those_of_the_definition(
-    seed: int, n: int, d: int, dtype: torch.dtype, factors: tuple[float, float], tile: launch.TileShape, programs: int
+    seed: int, n: int, d: int, dtype: torch.dtype, factors: tuple[float, float], tile: problem.TileShape, programs: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         cut(patch, tile, programs)
@@ -85,7 +85,7 @@ def test_a_loss_far_below_the_rounding_error_of_1_is_not_lost(monkeypatch: pytes
 
 @pytest.mark.parametrize("which", range(4))
 @pytest.mark.parametrize("tile", [WHOLE, CHANNELS], ids=["whole", "channels"])
-def test_nan_anywhere_makes_the_loss_nan(which: int, tile: launch.TileShape, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_anywhere_makes_the_loss_nan(which: int, tile: problem.TileShape, monkeypatch: pytest.MonkeyPatch) -> None:
     cut(monkeypatch, tile)
     inputs = make(3, 20, dtype=torch.float32)
     inputs[which].view(-1)[-1] = torch.nan
@@ -95,7 +95,7 @@ def test_nan_anywhere_makes_the_loss_nan(which: int, tile: launch.TileShape, mon
 
 
 @pytest.mark.parametrize("tile", [WHOLE, CHANNELS], ids=["whole", "channels"])
-def test_blocks_of_texts_add_up_as_over_ranks(tile: launch.TileShape, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_texts_add_up_as_over_ranks(tile: problem.TileShape, monkeypatch: pytest.MonkeyPatch) -> None:
     """The images with two blocks of texts, of which only the first holds their pairs."""
     cut(monkeypatch, tile, programs=3)
     image, text, t, b = (x.to(DEVICE) for x in make(4, 70, dtype=torch.float32))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fgfast.ids import Ids
-from fgfast.tensors import INTEGERS, check_integers, check_tensor, shape_error, untransformed, values_checked
+from fgfast.tensors import check_integers, check_tensor, shape_error, untransformed, values_checked
 
 NEGATIVES = ("all", "other_images", "same_image")
 REDUCTIONS = ("mean", "mean_valid", "sum", "none")
@@ -63,15 +63,19 @@ def check_operands(
         if x.shape[1] != query.shape[1]:
             raise ValueError(f"{name} has {x.shape[1]} channels and query has {query.shape[1]}: they must agree.")
     check_alike(**vectors)
-    device = query.device
-    for side, ids, n in (("query", query_ids, query.shape[0]), ("key", key_ids, key.shape[0])):
+    per_row: dict[str, tuple[Tensor, int]] = {}
+    for side, ids, n in (("query", query_ids, len(query)), ("key", key_ids, len(key))):
         for field, x in zip(Ids._fields, ids, strict=True):
-            if isinstance(x, Tensor) and x.dtype in INTEGERS and x.shape == (n,) and x.device == device:
-                continue  # nearly always: names are not put together for nothing
             check_integers(f"{side}_ids.{field}", x)
-            _check_per_row(f"{side}_ids.{field}", x, n, device)
+            per_row[f"{side}_ids.{field}"] = (x, n)
     if weight is not None:
-        _check_per_row("weight", weight, query.shape[0], device)
+        per_row["weight"] = (weight, len(query))
+    for name, (x, n) in per_row.items():
+        if x.shape != (n,):
+            raise shape_error(name, f"[{n}]", x)
+    for name, (x, _) in per_row.items():
+        if x.device != query.device:
+            raise ValueError(f"{name} is on {x.device} and query on {query.device}: move it there.")
     if isinstance(temperature, Tensor):
         if temperature.dim() != 0 or not temperature.is_floating_point():
             shape = list(temperature.shape)
@@ -84,13 +88,6 @@ def check_operands(
         raise ValueError(f"temperature is {temperature!r}: give a finite number above 0.")
     if values_checked(untransformed(query)):
         _check_values(query_ids, key_ids, temperature, weight)
-
-
-def _check_per_row(name: str, x: Tensor, n: int, device: torch.device) -> None:
-    if x.shape != (n,):
-        raise shape_error(name, f"[{n}]", x)
-    if x.device != device:
-        raise ValueError(f"{name} is on {x.device} and query on {device}: move it there.")
 
 
 def _check_values(query_ids: Ids, key_ids: Ids, temperature: float | Tensor, weight: Tensor | None) -> None:
