@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed
 # One OpenMP thread per worker: two workers with two threads each slow each other down on two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-quick test-full compilers lint bench sanitize lock release-check clean
+.PHONY: demo test test-quick test-full compilers lint bench docs sanitize lock wheel release-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/fgfast demo --out runs/demo
@@ -50,6 +50,14 @@ sanitize: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# The API pages in fgfast/docs, from the docstrings.
+docs: $(INSTALLED)
+	$(BIN)/python -m fgfast.docs
+
+# Source distribution and wheel in dist/, for the Python of .venv.
+wheel: $(INSTALLED)
+	.ci/wheel
 
 # Rewrites .ci/locks, the exact versions that are installed.
 lock:

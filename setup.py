@@ -50,6 +50,14 @@ def architectures(compiler: str) -> list[str]:
 class Build(build_ext):
     """Compiles the .cu file with nvcc, besides the C++ files."""
 
+    def run(self) -> None:
+        """Build, and tag the wheel for every platform if the extension, which is optional, could not be built."""
+        super().run()
+        if not all(Path(self.get_ext_fullpath(ext.name)).is_file() for ext in self.extensions):
+            self.distribution.ext_modules = []
+            if wheel := self.distribution.get_command_obj("bdist_wheel", create=False):
+                wheel.root_is_pure = True  # set from ext_modules before the build
+
     def build_extension(self, ext: Extension) -> None:
         """Build with CUDA if that works, otherwise without."""
         compiler = nvcc()
@@ -97,15 +105,15 @@ def library_folders(compiler: str) -> list[str]:
 
 
 def extension() -> Extension:
-    """The compiled mask sampler; optional, as a machine may have no compiler."""
+    """The compiled mask sampler and k-means; optional, as a machine may have no compiler."""
     import pybind11
 
     flags = [*COMMON, *WARNINGS, "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fvisibility=hidden"]
     extra = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-DFGFAST_SANITIZE"] if SANITIZE else []
     return Extension(
         "fgfast._native",
-        ["csrc/bindings.cpp", "csrc/pivotal_cpu.cpp"],
-        depends=["csrc/pivotal.h", "csrc/pivotal_cuda.cu"],
+        ["csrc/bindings.cpp", "csrc/pivotal_cpu.cpp", "csrc/pyramid_cpu.cpp"],
+        depends=["csrc/pivotal.h", "csrc/pyramid.h", "csrc/threads.h", "csrc/pivotal_cuda.cu"],
         include_dirs=["csrc", pybind11.get_include()],
         extra_compile_args=[*flags, *extra],
         extra_link_args=extra[:1],

@@ -28,7 +28,8 @@ class Ceilings(NamedTuple):
         return max(moved / self.bandwidth, operations / self.rates[dtype]) * 1e3
 
 
-def _median_ms(runs: Sequence[Callable[[], object]], clock: Clock, rounds: int) -> float:
+def median_ms(runs: Sequence[Callable[[], object]], clock: Clock, rounds: int) -> float:
+    """The median time of the runs, taken in turns, after two more."""
     marks = []
     for i in range(rounds + 2):
         start = clock.mark()
@@ -44,7 +45,7 @@ def bandwidth(device: torch.device, clock: Clock, sizes: tuple[int, ...], rounds
     best = 0.0
     for size in sizes:
         pairs = [(torch.rand(size // 4, device=device), torch.empty(size // 4, device=device)) for _ in range(2)]
-        best = max(best, 2 * size / _median_ms([partial(y.copy_, x) for x, y in pairs], clock, rounds) * 1e3)
+        best = max(best, 2 * size / median_ms([partial(y.copy_, x) for x, y in pairs], clock, rounds) * 1e3)
     return best
 
 
@@ -55,7 +56,7 @@ def rate(device: torch.device, clock: Clock, dtype: str, sizes: tuple[int, ...],
         a, b = (torch.randn(n, n, device=device).to(DTYPES[dtype]) for _ in range(2))
         out = torch.empty_like(a)
         with exact(device, "tf32" if dtype == "tf32" else "ieee"):
-            ms = _median_ms([partial(torch.mm, a, b, out=out)], clock, rounds)
+            ms = median_ms([partial(torch.mm, a, b, out=out)], clock, rounds)
         best = max(best, 2 * n**3 / ms * 1e3)
     return best
 

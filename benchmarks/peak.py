@@ -48,7 +48,8 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}: peak memory is measured on Linux.")
 
 
-def _of_cpu(run: Any) -> int:
+def of_cpu(run: Any) -> int:
+    """Bytes that a call adds to the resident set of this process at its peak."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # memory that the set-up freed, and that glibc keeps, must not hide what the run allocates
@@ -81,7 +82,7 @@ def main(name: str, variant: str) -> None:
     chosen: Variant = next(v for v in case.variants if v.name == variant)
     _run_small(case, variant, device)
     inputs, run = case.make(0), chosen.make()
-    print(CudaClock().peak(lambda: run(inputs)) if device.type == "cuda" else _of_cpu(lambda: run(inputs)))
+    print(CudaClock().peak(lambda: run(inputs)) if device.type == "cuda" else of_cpu(lambda: run(inputs)))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 On a GPU: both ceilings, then each case of each operation against eager PyTorch, torch.compile and the installed peers,
 with the table of ``pytest benchmarks --benchmark-only``. Every answer is judged before it is timed. ``--record``
-appends to results/results.csv and redraws the plots. Without a GPU: traffic over the fewest bytes from the interpreter;
-``--record`` writes results/traffic.csv. The exit status is 1 when fgfast gave a wrong answer or failed.
+appends to results/results.csv, redraws the plots and writes the times of the goals' operations into static.csv. Without
+a GPU: traffic over the fewest bytes from the interpreter; ``--record`` writes results/traffic.csv. The exit status is 1
+when fgfast gave a wrong answer or failed.
 """
 
 import argparse
+import importlib.metadata
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -74,8 +76,23 @@ def on_device(device: torch.device, clock: Clock, chosen: argparse.Namespace) ->
 
         drawn = plots.draw(record.read(path), here["device"], chosen.results)
         print("Recorded in", path, *drawn)
+        if device.type == "cuda" and not chosen.only:
+            beside_predicted(device, clock, chosen.results / "static.csv")
     print(*wrong, sep="\n", end="\n" if wrong else "", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def beside_predicted(device: torch.device, clock: Clock, path: Path) -> None:
+    """Write the times of the goals' operations beside the predicted ones, where this device's are predicted."""
+    from benchmarks.static import cases, rates
+    from benchmarks.static import table as predicted
+
+    name = torch.cuda.get_device_name(device)
+    for arch, known in rates.RATES.items():
+        if known.device in name and path.exists():
+            times = predicted.measure(cases.goals(), lambda call: ceilings.median_ms([call], clock, 20))
+            predicted.fill(path, arch, importlib.metadata.version("triton"), times)
+            print("Measured beside predicted in", path)
 
 
 def without_device(chosen: argparse.Namespace) -> int:

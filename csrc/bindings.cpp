@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "pivotal.h"
+#include "pyramid.h"
 
 namespace py = pybind11;
 using fgfast::Images;
@@ -83,10 +84,52 @@ void mask_images(const py::tuple& images, uintptr_t mask, int64_t batch, bool cu
     raise(error);
 }
 
+// (cells of the level, low, fraction)
+fgfast::Axis axis_of(const py::handle& h) {
+    const auto t = h.cast<py::tuple>();
+    return {t[0].cast<int64_t>(), pointer<const int64_t>(t[1].cast<uintptr_t>()),
+            pointer<const float>(t[2].cast<uintptr_t>())};
+}
+
+// Levels: (cells, cells of a problem with padding, channels, rows, columns); shape: (batch, height, width, clusters, lanes)
+fgfast::Pyramid pyramid_of(const py::tuple& levels, const py::tuple& shape) {
+    fgfast::Pyramid p;
+    p.batch = shape[0].cast<int64_t>(), p.height = shape[1].cast<int64_t>(), p.width = shape[2].cast<int64_t>();
+    p.clusters = shape[3].cast<int64_t>(), p.lanes = shape[4].cast<int64_t>();
+    for (const py::handle& h : levels) {
+        const auto t = h.cast<py::tuple>();
+        fgfast::Level level;
+        level.cells = pointer<const float>(t[0].cast<uintptr_t>());
+        level.problem = t[1].cast<int64_t>(), level.channels = t[2].cast<int64_t>();
+        level.rows = axis_of(t[3]), level.columns = axis_of(t[4]);
+        p.levels.push_back(level);
+    }
+    return p;
+}
+
+void label_pyramid(const py::tuple& levels, const py::tuple& shape, const py::tuple& scores, uintptr_t bias,
+                   uintptr_t labels, uintptr_t best, int threads) {
+    fgfast::Pyramid p = pyramid_of(levels, shape);
+    for (size_t i = 0; i < p.levels.size(); ++i) p.levels[i].scores = pointer<const float>(scores[i].cast<uintptr_t>());
+    const py::gil_scoped_release free;
+    fgfast::label_pyramid(p, pointer<const float>(bias), pointer<int64_t>(labels), pointer<float>(best), threads);
+}
+
+bool update_sums(const py::tuple& levels, const py::tuple& shape, uintptr_t labels, uintptr_t before, uintptr_t scale,
+                 uintptr_t norms, int64_t most, uintptr_t counts, uintptr_t mass, uintptr_t carried, uintptr_t sums) {
+    const fgfast::Pyramid p = pyramid_of(levels, shape);
+    const fgfast::Update u{
+        pointer<const int64_t>(labels), pointer<const int64_t>(before), pointer<const float>(scale),
+        pointer<const float>(norms), most, pointer<float>(counts), pointer<float>(mass), pointer<float>(carried),
+        pointer<float>(sums)};
+    const py::gil_scoped_release free;
+    return fgfast::update_sums(p, u);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-    m.doc() = "The compiled mask sampler. fgfast.ops.mask checks what it is given; nothing here does.";
+    m.doc() = "The compiled mask sampler and k-means of pyramids; nothing here checks what it is given.";
 #ifdef FGFAST_CUDA
     m.attr("CUDA") = true;
 #else
@@ -94,4 +137,6 @@ PYBIND11_MODULE(_native, m) {
 #endif
     m.def("pivotal_mask", &pivotal_mask);
     m.def("mask_images", &mask_images);
+    m.def("label_pyramid", &label_pyramid);
+    m.def("update_sums", &update_sums);
 }

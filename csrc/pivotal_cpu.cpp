@@ -1,48 +1,15 @@
 // The mask sampler and the masking of images on the CPU: images are distributed over threads, rows of patches vectorise.
 
-#include <dlfcn.h>
-
-#include <algorithm>
-#include <atomic>
-#include <functional>
 #include <vector>
 
 #include "pivotal.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(FGFAST_SANITIZE)
-#define FGFAST_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define FGFAST_CLONES
-#endif
+#include "threads.h"
 
 namespace fgfast {
 namespace {
 
 constexpr int64_t kAhead = 8192;         // bytes
 constexpr int64_t kScoresAtOnce = 8192;  // of a thread: 32 KiB, which stay in its caches
-constexpr int64_t kRanges = 4;           // for each thread
-
-using Parallel = void(void (*)(void*), void*, unsigned, unsigned);
-
-// Runs work in ``threads`` threads: PyTorch's own, through the OpenMP library that it has loaded. They exist already and
-// may still be spinning after its last operation, so new ones would wait for a core. Without OpenMP one thread runs it all.
-void in_threads(int threads, std::function<void()> work) {
-    static Parallel* const openmp = reinterpret_cast<Parallel*>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    if (openmp == nullptr) return work();
-    openmp([](void* f) { (*static_cast<std::function<void()>*>(f))(); }, &work, unsigned(threads), 0);
-}
-
-// Calls work(begin, end) on disjoint ranges that cover [0, n), in at most ``threads`` threads with at least ``least`` items each.
-// A free thread takes the next range: one that starts late, on a busy machine, leaves more to the others.
-void deal_out(int64_t n, int threads, int64_t least, const std::function<void(int64_t, int64_t)>& work) {
-    const int64_t parts = std::min<int64_t>(threads, n / least);
-    if (parts <= 1) return work(0, n);
-    const int64_t range = std::max<int64_t>(1, n / (kRanges * parts));
-    std::atomic<int64_t> next{0};
-    in_threads(int(parts), [&] {
-        for (int64_t i = next.fetch_add(range); i < n; i = next.fetch_add(range)) work(i, std::min(i + range, n));
-    });
-}
 
 template <int dtype>
 inline float load(const void* base, int64_t i) {

@@ -1,39 +1,86 @@
 // The mask sampler and the masking of images on the GPU.
 //
 // One block per image (and slice of its pixels): scores into shared memory, a radix selection of the k-th largest key
-// there, the mask and the ascending index by ballots, then the pixels, all in one launch. Attention is read once:
-// neighbouring threads take neighbouring patches, and each has the heads of a layer in flight together.
+// there, the mask and the ascending index by ballots, then the pixels, all in one launch. Attention is read once, by
+// tasks of one layer and four neighbouring patches (one where they are not aligned), which have the heads in flight
+// together. The terms of the layers meet in shared memory, where they are added in order.
 
 #include <cuda_runtime.h>
+
+#include <type_traits>
 
 #include "pivotal.h"
 
 namespace fgfast {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
+constexpr int kBlocks = 8;  // resident on a processor: 1,056 images at once on 132 of them
+constexpr int kTermBytes = 24 << 10;  // most shared memory for the terms of the layers of an image
+constexpr int kRun = 4;  // patches of an access
 constexpr int kWarps = kThreads / 32;
 constexpr int kBins = 256;
 
 template <int dtype>
-__device__ __forceinline__ float load(const void* base, int64_t i) {
-    if (dtype == kFloat32) return __ldg(static_cast<const float*>(base) + i);
-    const uint16_t h = __ldg(static_cast<const uint16_t*>(base) + i);
-    return dtype == kFloat16 ? from_float16(h) : from_bfloat16(h);
-}
+using Element = std::conditional_t<dtype == kFloat32, uint32_t, uint16_t>;
 
 template <int dtype>
-__device__ float score_of(const Problem& p, int64_t image, int64_t patch) {
-    const int64_t first = image * p.stride_batch + patch * p.stride_patch;
-    float score = 0.0f;
-    for (int64_t l = 0; l < p.layers; ++l) {
-        float sum = 0.0f;  // 0 + a is a: the order is that of the CPU
-#pragma unroll 4
-        for (int64_t h = 0; h < p.heads; ++h) sum += load<dtype>(p.attention, first + l * p.stride_layer + h * p.stride_head);
-        const float term = log2_of(sum / float(p.heads));
-        score = l == 0 ? term : score + term;
+__device__ __forceinline__ float value_of(Element<dtype> bits) {
+    return dtype == kFloat32 ? float_of(bits) : dtype == kFloat16 ? from_float16(bits) : from_bfloat16(bits);
+}
+
+// Adds the attention of N heads to the sums of V neighbouring patches; the N accesses are in flight together.
+template <int dtype, int V, int N>
+__device__ __forceinline__ void add_heads(const Element<dtype>*& at, int64_t stride, float* sum) {
+    using Wide = std::conditional_t<dtype == kFloat32, uint4, uint64_t>;
+    using Access = std::conditional_t<V == 1, Element<dtype>, Wide>;
+    Access read[N];
+#pragma unroll
+    for (int h = 0; h < N; ++h, at += stride) read[h] = __ldg(reinterpret_cast<const Access*>(at));
+#pragma unroll
+    for (int h = 0; h < N; ++h) {
+        Element<dtype> bits[V];
+        memcpy(bits, &read[h], sizeof(Access));
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[v] += value_of<dtype>(bits[v]);
     }
-    return score;
+}
+
+// Scores of V patches from layer ``first`` to ``last``: the sum over these of log2 of the mean over heads.
+template <int dtype, int V>
+__device__ __forceinline__ void add_layers(const Problem& p, int64_t image, int patch, int first, int last, float* out) {
+    constexpr int kAhead = dtype == kFloat32 && V > 1 ? 6 : 12;
+    const int heads = int(p.heads);
+    const auto* base = static_cast<const Element<dtype>*>(p.attention) + image * p.stride_batch + patch * p.stride_patch;
+    float score[V];
+    for (int l = first; l < last; ++l) {
+        const Element<dtype>* at = base + l * p.stride_layer;
+        float sum[V] = {};  // 0 + a is a: the order is that of the CPU
+        int left = heads;
+#pragma unroll 1
+        for (; left >= kAhead; left -= kAhead) add_heads<dtype, V, kAhead>(at, p.stride_head, sum);
+#pragma unroll 1
+        for (; left >= 4; left -= 4) add_heads<dtype, V, 4>(at, p.stride_head, sum);
+#pragma unroll 1
+        for (; left > 0; --left) add_heads<dtype, V, 1>(at, p.stride_head, sum);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+            const float term = log2_of(sum[v] / float(heads));
+            score[v] = l == first ? term : score[v] + term;
+        }
+    }
+#pragma unroll
+    for (int v = 0; v < V; ++v) out[v] = score[v];
+}
+
+// Terms [rows, patches] in shared memory: each row the scores of as many layers.
+template <int dtype, int V>
+__device__ void fill_terms(const Problem& p, int64_t image, int rows, float* terms) {
+    const int runs = int(p.patches) / V, layers = int(p.layers) / rows;
+    for (int i = threadIdx.x; i < rows * runs; i += kThreads) {
+        const int row = i / runs, patch = i % runs * V;
+        add_layers<dtype, V>(p, image, patch, row * layers, (row + 1) * layers, terms + row * int(p.patches) + patch);
+    }
 }
 
 // The kept-th largest key, and how many keys equal to it are kept: four passes over eight bits each.
@@ -144,19 +191,27 @@ __device__ void mask_any(const Images& im, int vector, const bool* mask, int64_t
     }
 }
 
+// ``rows``: of terms in shared memory, one per layer, or a single one; ``aligned``: runs of patches may be loaded.
 template <int dtype>
-__global__ void __launch_bounds__(kThreads) pivotal_kernel(Problem p, int vector) {
+__global__ void __launch_bounds__(kThreads, kBlocks) pivotal_kernel(Problem p, int rows, bool aligned, int vector) {
     extern __shared__ unsigned char memory[];
     const int n = int(p.patches);
-    uint32_t* key = reinterpret_cast<uint32_t*>(memory);  // [n], scores for "block"
-    bool* chosen = reinterpret_cast<bool*>(key + n);      // [n]
+    float* score = reinterpret_cast<float*>(memory);                // [rows, n], the first row then scores or keys
+    uint32_t* key = reinterpret_cast<uint32_t*>(memory);            // [n]
+    bool* chosen = reinterpret_cast<bool*>(score + int64_t(rows) * n);  // [n]
     __shared__ int bins[kBins], counts[kWarps], best;
     __shared__ double sums[kThreads];
     const int64_t image = blockIdx.x;
     const bool writes = blockIdx.y == 0;  // the other slices make the mask again, from the cache, for their pixels
-    float* score = reinterpret_cast<float*>(key);
+    if (p.strategy != kRandom && aligned) {
+        fill_terms<dtype, kRun>(p, image, rows, score);
+    } else if (p.strategy != kRandom) {
+        fill_terms<dtype, 1>(p, image, rows, score);
+    }
+    __syncthreads();
     for (int i = threadIdx.x; i < n; i += kThreads) {
-        const float s = p.strategy == kRandom ? 0.0f : score_of<dtype>(p, image, i);
+        float s = p.strategy == kRandom ? 0.0f : score[i];
+        for (int row = 1; row < rows; ++row) s += score[row * n + i];
         if (p.strategy == kBlock) {
             score[i] = s;
         } else {
@@ -218,6 +273,13 @@ int widest(const Images& im) {
     return im.size;
 }
 
+// Whether runs of patches may be loaded at once: their stride is 1, and they start where an access may.
+bool runs_of_patches(const Problem& p) {
+    const int size = p.dtype == kFloat32 ? 4 : 2;
+    const uint64_t all = uint64_t(p.patches) | uint64_t(p.stride_layer) | uint64_t(p.stride_batch) | uint64_t(p.stride_head);
+    return p.stride_patch == 1 && all % kRun == 0 && reinterpret_cast<uintptr_t>(p.attention) % (kRun * size) == 0;
+}
+
 // Blocks that share the pixels of an image: enough to fill the device when there are few images.
 unsigned slices_of(const Images& im, int64_t batch) {
     if (im.in == nullptr) return 1;
@@ -237,16 +299,19 @@ const char* outcome() {
 const char* pivotal_cuda(const Problem& p, void* stream) {
     if (p.batch == 0) return nullptr;
     cudaGetLastError();  // an error of someone else's call before is not ours to report
-    const size_t memory = size_t(p.patches) * 5;
+    const bool fits = p.strategy != kRandom && p.layers * p.patches * 4 <= kTermBytes;
+    const int rows = fits ? int(p.layers) : 1;
+    const size_t memory = size_t(p.patches) * size_t(4 * rows + 1);
     const dim3 grid(unsigned(p.batch), slices_of(p.images, p.batch));
     const auto s = static_cast<cudaStream_t>(stream);
     const int vector = widest(p.images);
+    const bool aligned = runs_of_patches(p);
     if (p.dtype == kFloat32) {
-        pivotal_kernel<kFloat32><<<grid, kThreads, memory, s>>>(p, vector);
+        pivotal_kernel<kFloat32><<<grid, kThreads, memory, s>>>(p, rows, aligned, vector);
     } else if (p.dtype == kFloat16) {
-        pivotal_kernel<kFloat16><<<grid, kThreads, memory, s>>>(p, vector);
+        pivotal_kernel<kFloat16><<<grid, kThreads, memory, s>>>(p, rows, aligned, vector);
     } else {
-        pivotal_kernel<kBFloat16><<<grid, kThreads, memory, s>>>(p, vector);
+        pivotal_kernel<kBFloat16><<<grid, kThreads, memory, s>>>(p, rows, aligned, vector);
     }
     return outcome();
 }

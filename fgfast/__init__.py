@@ -16,6 +16,7 @@ from fgfast.losses import (
     PartContrastiveLoss,
     SigLIPLoss,
     SupConLoss,
+    cached_contrast,
 )
 from fgfast.ops.assign_and_pool import assign_and_pool
 from fgfast.ops.contrast import contrastive_loss, global_ids
@@ -59,6 +60,7 @@ __all__ = [
     "SupConLoss",
     "__version__",
     "assign_and_pool",
+    "cached_contrast",
     "contrastive_loss",
     "global_ids",
     "kmeans",

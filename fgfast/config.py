@@ -1,14 +1,11 @@
 """The options of a training run: a flat dataclass for the command line, config.toml and the methods."""
 
 import dataclasses
-import datetime
-import json
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, TypeVar, get_args, get_type_hints
 
 from fgfast import formats
 from fgfast.errors import UserError
@@ -16,6 +13,8 @@ from fgfast.formats import shorten
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+AUTO: Final = "auto"  # an option that follows from others
 
 
 @dataclass(frozen=True)
@@ -105,13 +104,13 @@ class TrainConfig:
     init: str = "none"
     """Initial weights: "none" (random), "timm" (pretrained, downloaded), a run folder, or a file of timm, torchvision,
     transformers, lightly, efficientnet_pytorch, MoCo, DINO, solo-learn or VISSL (position embeddings are resampled)."""
-    mean: str = ""
-    """Mean of each channel of the images, as in "0.5,0.5,0.5" for values in [0, 1]; by default what the initial weights
-    were trained with, ImageNet's for random ones."""
-    std: str = ""
+    mean: str = AUTO
+    """Mean of each channel of the images, as in "0.5,0.5,0.5" for values in [0, 1]; auto takes that with which the
+    initial weights were trained, ImageNet's for random ones."""
+    std: str = AUTO
     """Standard deviation of each channel, like --mean."""
-    interpolation: Literal["", "bilinear", "bicubic"] = ""
-    """How images are resized; by default what the initial weights were trained with, bilinear for random ones."""
+    interpolation: Literal["auto", "bilinear", "bicubic"] = AUTO
+    """How images are resized; auto takes that with which the initial weights were trained, bilinear for random ones."""
     size: Annotated[int, Range(16)] = 64
     """Side of the training views in pixels."""
     epochs: Count = 100
@@ -128,12 +127,32 @@ class TrainConfig:
     """Weight decay; not applied to norms and biases."""
     warmup: Fraction = 0.05
     """Fraction of the steps used for linear warm-up; then the learning rate falls to 0 as half a cosine."""
+    head_warmup: Fraction = 0.0
+    """Fraction of the steps in which the encoder is held and only its heads learn; then its own schedule begins."""
+    encoder_rate: Positive = 1.0
+    """Learning rate of the encoder relative to --lr, which the heads have (try 0.1 or less from pretrained weights)."""
+    layer_decay: Annotated[float, Range(0, 1, open=True)] = 1.0
+    """Learning rate of each layer of the encoder relative to that of the layer after it; 1 gives all the same."""
+    freeze_bn: bool = False
+    """Keep the BatchNorm statistics of the encoder as they are in the initial weights; scales and shifts learn."""
+    stages: str = "all"
+    """Last stages of the encoder (blocks of a ViT) that learn: a number, or all; those before them keep the initial
+    weights and statistics, and need no backward pass."""
+    clean_stats: Natural = 0
+    """Images without augmentation from which the BatchNorm statistics of the encoder are taken again after the last
+    step; 0 keeps those of training."""
+    average: Annotated[float, Range(0, 0.999999)] = 0.0
+    """Decay per step of a moving average of the encoder's weights, which is evaluated and exported in their place; 0
+    takes the weights themselves."""
     clip: Weight = 5.0
     """Largest gradient norm; 0 disables clipping."""
     amp: Literal["bf16", "off"] = "bf16"
     """Autocast of the networks to bfloat16; losses accumulate in float32."""
     crop_scale: Annotated[float, Range(0, 1, open=True)] = 0.2
     """Smallest fraction of the image area that a crop covers."""
+    color_strength: Fraction = 1.0
+    """Colour changes of the views relative to those of the method: strength of jitter, probability of grey and
+    solarise; 0 leaves colours as they are."""
     seed: Natural = 0
     """Seed of the weights, the views and the order of the images."""
     holdout: Annotated[float, Range(0, 0.9)] = 0.0
@@ -146,6 +165,8 @@ class TrainConfig:
     """Data loader; auto uses DALI if available."""
     log_every: Count = 20
     """Steps between rows of metrics.jsonl."""
+    log: Literal["tensorboard", "wandb"] = "tensorboard"
+    """Curves beside metrics.jsonl: TensorBoard, or Weights & Biases too."""
     knn_every: Natural = 10
     """Epochs between evaluations during training (kNN, and scores of the method); 0 disables them."""
     save_every: str = "10m"
@@ -159,6 +180,20 @@ class TrainConfig:
     """Resume from RUN/last.pt if it exists."""
     compile: bool = False
     """Compile the encoder with torch.compile."""
+    micro_batch: Natural = 0
+    """Images that the encoders see at a time, for batches that no card holds: heads and loss see the whole batch, with
+    the same gradients, and the encoder runs once more without a graph; 0 takes all at once."""
+    micro_bn: Literal["refuse", "chunk"] = "refuse"
+    """BatchNorm in training with --micro-batch (that of the encoders) or --accumulate: refuse it, or let it use the
+    statistics of the images that it sees at a time."""
+    accumulate: Count = 1
+    """Parts in which a batch goes through all networks, one after the other, before the step of the optimiser; for
+    methods whose loss is a mean over images on their own."""
+    grad_checkpoint: bool = False
+    """Keep only the inputs of the encoder's stages or blocks in memory, and compute the rest again in the backward
+    pass."""
+    shard: Literal["none", "fsdp"] = "none"
+    """Divide weights, gradients and optimiser states among the ranks (FSDP2), for networks that no card holds."""
 
     def check(self) -> None:
         """Raise a UserError for options that contradict each other."""
@@ -210,8 +245,7 @@ def with_values(config: C, values: dict[str, Any], source: str) -> C:
         hint, shown = hints[key], shorten(repr(value))
         choices = get_args(hint)
         if choices and value not in choices:
-            listed = ", ".join(str(choice) for choice in choices if choice != "")
-            raise UserError(f"{source} sets {name} = {shown}: choose one of {listed}.")
+            raise UserError(f"{source} sets {name} = {shown}: choose one of {', '.join(map(str, choices))}.")
         if hint is float and type(value) is int:
             value = float(value)
         if key == "save_every" and type(value) is int:  # as earlier versions wrote it
@@ -255,6 +289,20 @@ def validate(config: TrainConfig) -> None:
     channel_values("--mean", config.mean, Range(0, 1))
     channel_values("--std", config.std, Range(0, open=True))
     Interval.parse(str(config.save_every))
+    if config.freeze_bn and config.init == "none":
+        raise UserError("--freeze-bn keeps the statistics of initial weights: give them by --init, or leave it out.")
+    if config.stages != "all" and config.init == "none":
+        raise UserError("--stages keeps the initial weights of other stages: give weights by --init, or leave it out.")
+    for name, other in (("--sync-bn", config.sync_bn), ("--clean-stats", config.clean_stats)):
+        if config.freeze_bn and other:
+            raise UserError(f"--freeze-bn keeps the statistics that {name} computes: leave one of them out.")
+    if config.clean_stats == 1:
+        raise UserError("--clean-stats is 1, and one image has no variance: give 2 or more, or leave it out.")
+    for name in ("micro_batch", "accumulate"):
+        if (given := getattr(config, name)) > config.batch_size:
+            raise UserError(f"{flag(name)} is {given}: give at most --batch-size, {config.batch_size}.")
+    if config.micro_batch and config.accumulate > 1:
+        raise UserError("--micro-batch and --accumulate both divide a batch: leave one of them out.")
     config.check()
 
 
@@ -265,7 +313,7 @@ def check_text(name: str, value: str) -> None:
 
 
 def channel_values(name: str, text: str, wanted: Range) -> tuple[float, float, float] | None:
-    """The numbers of the three channels in a text, or None for an empty text.
+    """The numbers of the three channels in a text, or None for "auto".
 
     Raises:
         UserError: there are not three, or one is no number or out of range.
@@ -274,7 +322,7 @@ def channel_values(name: str, text: str, wanted: Range) -> tuple[float, float, f
         >>> channel_values("--mean", "0.5, 0.5,.5", Range(0, 1))
         (0.5, 0.5, 0.5)
     """
-    if not text:
+    if text == AUTO:
         return None
     try:
         red, green, blue = (float(part) for part in text.split(","))
@@ -316,43 +364,3 @@ def check_ranges(config: TrainConfig) -> None:
         value = getattr(config, name)
         for wanted in getattr(hint, "__metadata__", ()):
             check_range(flag(name), value, wanted)
-
-
-def to_toml(config: TrainConfig, method: str, resumed: Sequence[dict[str, Any]] = (), images: str = "") -> str:
-    """The configuration as TOML: the name of the method, the options, and the versions under [environment].
-
-    Args:
-        config: the options.
-        method: the method.
-        resumed: a table for every time that the run was resumed, written to [[environment.resumed]].
-        images: one line on the images of the run, written as a comment.
-    """
-    from fgfast.info import versions
-
-    lines = [f"# {images}"] if images else []
-    lines += [f"method = {_toml_value(method)}"]
-    lines += [f"{f.name} = {_toml_value(getattr(config, f.name))}" for f in dataclasses.fields(config)]
-    lines += ["", "[environment]", *(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in versions().items())]
-    for table in resumed:  # here, because versions of fgfast that know nothing of it skip all of [environment]
-        lines += ["", "[[environment.resumed]]", *(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in table.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _toml_value(value: Any) -> str:
-    """A value as TOML on one line.
-
-    Example:
-        >>> print(_toml_value({"lr": 0.1, "out": "a b", "resume": True}))
-        { "lr" = 0.1, "out" = "a b", "resume" = true }
-    """
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):  # a JSON string, except that TOML forbids one more control character
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, list):
-        return f"[{', '.join(map(_toml_value, value))}]"
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in value.items()) + " }"
-    return repr(value)

@@ -28,6 +28,7 @@ def demo(out: Path = Path("runs/demo"), minutes: float = 5.0, device: str = "aut
     from fgfast.evaluate.part_discovery import score_discovery
     from fgfast.evaluate.protocols import evaluate
     from fgfast.methods.particle import PARTICLEConfig
+    from fgfast.report.confused import draw_confused
     from fgfast.report.draw import draw_run
     from fgfast.report.html import write_report
     from fgfast.train.distributed import choose_device
@@ -52,10 +53,13 @@ def demo(out: Path = Path("runs/demo"), minutes: float = 5.0, device: str = "aut
         table.add_column(column)
     for protocol in ("linear", "knn"):
         scores = [evaluate(run, protocol, data, checkpoint=c, device=torch_device) for c in ("init", "last")]
+        for score in scores:
+            draw_confused(run, data, score.row())
         table.add_row(f"{protocol} top-1", *(f"{s.top1:.1%} ({s.low:.1%} to {s.high:.1%})" for s in scores))
     for key in ("nmi", "ari"):
         agreement = [score_discovery(run, data, checkpoint=c, device=torch_device)[key] for c in ("init", "last")]
         table.add_row(f"agreement of parts with the true ones, {key.upper()}", *(f"{v:.3f}" for v in agreement))
+    draw_run(run, data, checkpoint="init", device=torch_device)
     figures = draw_run(run, data, device=torch_device)
     report = write_report(run)
     console.print(table)

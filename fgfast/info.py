@@ -34,8 +34,8 @@ def versions() -> dict[str, str]:
     return packages | {"device": device, "system": f"{platform.system()} {platform.machine()}"}
 
 
-def require(*modules: str) -> None:
-    """Raise a UserError if a module of the extra "train" is not installed.
+def require(*modules: str, extra: str = "train") -> None:
+    """Raise a UserError if a module of an extra is not installed.
 
     Example:
         >>> require("torch", "nosuch")
@@ -45,7 +45,7 @@ def require(*modules: str) -> None:
     """
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            raise UserError(f"The package {module} is not installed: pip install 'fgfast[train]'.")
+            raise UserError(f"The package {module} is not installed: pip install 'fgfast[{extra}]'.")
 
 
 def info() -> dict[str, Any]:

@@ -108,10 +108,17 @@ def _triton_type(kind: Any) -> Any:
 
 
 def _compile(module: str, name: str, arch: str) -> Report:
+    compiled = compiled_case((module, name, arch))
+    return _amd(compiled) if arch.startswith("gfx") else _nvidia(compiled)
+
+
+def compiled_case(job: Job) -> Any:
+    """What Triton makes of a case: ``asm`` has the machine code, ``metadata`` the shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    module, name, arch = job
     case = cases(module)[name]
     signature = {name: case.signature.get(name, "constexpr") for name in case.kernel.arg_names}
     leaves = {path: kind for i, full in enumerate(signature.values()) for path, kind in _leaves(full, (i,))}
@@ -124,8 +131,7 @@ def _compile(module: str, name: str, arch: str) -> Report:
     is_amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if is_amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     options = launch_options(case.num_warps, case.num_stages, 0 if is_amd else case.registers)
-    compiled = triton.compile(source, target=target, options=options)
-    return _amd(compiled) if is_amd else _nvidia(compiled)
+    return triton.compile(source, target=target, options=options)
 
 
 def _nvidia(compiled: Any) -> Report:

@@ -3,8 +3,9 @@
 :func:`config` chooses a row: rows measured on this architecture (``tuned.py``, written by
 ``python -m fgfast.kernels.tune``) precede those below, rows of this architecture precede default rows, and the first
 with enough channels and shared memory is taken; but a row of a more specific kind ("fp16") always precedes one of a
-more general kind ("half"). Sizes are powers of two. A row that spills with older compilers gives the first Triton
-version it is for (``since``), and is followed by a row for older ones.
+more general kind ("half"). Sizes are powers of two. A row that spills with older or newer compilers gives the first
+Triton version that it is for (``since``) or the first that it is not for (``before``), and is followed by a row for the
+others.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ class Row(NamedTuple):
 
     ``kind`` is "half" (bfloat16 and float16) or "fp32"; for kmeans_step also "half aligned" (rows of pixels or channels
     start at multiples of 16 elements) and "half gaps" (not aligned, with gaps between rows); for the contrast the kind
-    of products: "half", "fp16", "tf32" or "ieee".
+    of products: "half", "bf16", "fp16", "tf32" or "ieee", with " copied" where columns are copied (large problems).
     """
 
     kind: str
@@ -36,6 +37,12 @@ class Row(NamedTuple):
     registers: int = 0  # see launch_options
     channels: int = 0  # most channels, 0 for any number
     since: tuple[int, int] = (0, 0)  # oldest Triton version with which it does not spill
+    before: tuple[int, int] = (99, 0)  # oldest newer version with which it spills
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the row is for the installed version of Triton."""
+        return self.since <= COMPILER < self.before
 
     @property
     def launch(self) -> dict[str, int]:
@@ -45,15 +52,17 @@ class Row(NamedTuple):
 
 def contrast_row(
     kind: str, most: int, x: int, y: int, compared: int, d: int, warps: int, stages: int, shared: int,
-    registers: int = 0, since: tuple[int, int] = (0, 0),
+    registers: int = 0, since: tuple[int, int] = (0, 0), before: tuple[int, int] = (99, 0), *, ahead: bool = False,
 ) -> Row:  # fmt: skip
     """A row for up to ``most`` channels, all in one tile if d equals ``most``.
 
     ``x``: vectors that a program keeps; ``y``: vectors per step; ``compared``: vectors whose ids are compared at a
-    time; ``d``: channels at a time.
+    time; ``d``: channels at a time; ``ahead``: forward multiplies a tile before it sums the one before.
     """
     tiles = {"BLOCK_X": x, "BLOCK_Y": y, "BLOCK_S": compared, "BLOCK_D": d, "WHOLE": int(d == most)}
-    return Row(kind, tiles, warps, stages, shared, registers, most, since)
+    if ahead:
+        tiles["AHEAD"] = 1
+    return Row(kind, tiles, warps, stages, shared, registers, most, since, before)
 
 
 def kmeans_row(
@@ -68,12 +77,13 @@ def kmeans_row(
     return Row(kind, tiles, warps, stages, shared, registers)
 
 
-TRITON_3_8 = (3, 8)
+TRITON_3_8, TRITON_3_9 = (3, 8), (3, 9)
 SMALL_CONTRAST = (
     contrast_row("half", 8192, 32, 32, 32, 64, 4, 1, 48),
     contrast_row("tf32", 8192, 32, 32, 32, 32, 4, 1, 48),
     contrast_row("ieee", 8192, 32, 32, 32, 32, 4, 1, 48),
 )
+RESIDENT = Row("half", {"BLOCK_N": 32, "HELD": 24 << 10}, 8, 3, 227, MOST_REGISTERS, 0, TRITON_3_8)
 
 ROWS: dict[tuple[str, str], tuple[Row, ...]] = {
     # With channel blocks of 256 bytes per pixel, the labels, read once per block, stay below 5% of the traffic.
@@ -103,6 +113,9 @@ ROWS: dict[tuple[str, str], tuple[Row, ...]] = {
         kmeans_row("fp32 gaps", 16, 32, 128, 24 << 10, 64, 4, 2, 48),
     ),
     ("kmeans_step", "sm_90"): (kmeans_row("half aligned", 64, 64, 128, 32 << 10, 128, 8, 4, 99, MOST_REGISTERS),),
+    # A step whose tiles stay in shared memory (fgfast.kernels.kmeans.resident); HELD as above.
+    ("kmeans_resident", "sm_90"): (RESIDENT,),
+    ("kmeans_resident", "sm_100"): (RESIDENT,),
     ("contrast forward", "default"): (
         contrast_row("half", 128, 128, 64, 16, 128, 8, 2, 72),
         contrast_row("half", 256, 64, 64, 16, 256, 8, 2, 99),
@@ -110,7 +123,8 @@ ROWS: dict[tuple[str, str], tuple[Row, ...]] = {
         contrast_row("tf32", 128, 64, 32, 16, 128, 8, 2, 72, 0, TRITON_3_8),
         contrast_row("tf32", 128, 64, 32, 16, 128, 8, 2, 72, MOST_REGISTERS),
         contrast_row("tf32", 8192, 64, 64, 32, 32, 8, 2, 48),
-        contrast_row("ieee", 8192, 64, 64, 16, 16, 8, 2, 48, MOST_REGISTERS),
+        contrast_row("ieee", 8192, 64, 64, 16, 16, 8, 2, 48, MOST_REGISTERS, TRITON_3_8, TRITON_3_9),
+        contrast_row("ieee", 8192, 64, 32, 16, 16, 8, 2, 48, MOST_REGISTERS),
     ),
     ("contrast gradient", "default"): (
         contrast_row("half", 128, 128, 32, 16, 128, 8, 2, 72, MOST_REGISTERS, TRITON_3_8),
@@ -121,18 +135,43 @@ ROWS: dict[tuple[str, str], tuple[Row, ...]] = {
         contrast_row("ieee", 8192, 64, 64, 32, 16, 8, 2, 48, MOST_REGISTERS),
     ),
     ("contrast forward", "sm_90"): (
+        # A tile ahead would spill 8 bytes in float16 where logits are unbounded; with Triton 3.9 also in bfloat16.
+        contrast_row("fp16 copied", 128, 128, 64, 16, 128, 4, 3, 99, 0, TRITON_3_8),
+        contrast_row("half copied", 128, 128, 64, 16, 128, 4, 3, 99, 0, TRITON_3_8, TRITON_3_9, ahead=True),
+        contrast_row("half copied", 128, 128, 64, 16, 128, 4, 3, 99, 0, TRITON_3_9),
+        contrast_row("half copied", 256, 128, 64, 32, 256, 8, 3, 163, MOST_REGISTERS, TRITON_3_8, ahead=True),
         contrast_row("half", 256, 128, 128, 32, 256, 8, 2, 200),
         contrast_row("half", 8192, 128, 128, 32, 64, 8, 3, 99),
+    ),
+    ("contrast forward", "sm_100"): (
+        contrast_row("half", 128, 128, 64, 16, 128, 8, 2, 72, MOST_REGISTERS),
+        contrast_row("half", 256, 64, 64, 16, 256, 8, 2, 99, MOST_REGISTERS),
+        contrast_row("half", 8192, 64, 64, 32, 64, 8, 2, 48, 0, (0, 0), TRITON_3_9),
+        contrast_row("half", 8192, 64, 64, 16, 64, 8, 2, 48),
+        contrast_row("tf32", 128, 64, 32, 16, 128, 8, 2, 72, MOST_REGISTERS),
+        contrast_row("tf32", 8192, 64, 64, 32, 32, 8, 2, 48, 0, (0, 0), TRITON_3_9),
+        contrast_row("tf32", 8192, 64, 64, 16, 32, 8, 2, 48),
     ),
     ("contrast gradient", "sm_90"): (
         # For float16 a tile of all 256 channels, converted to bfloat16, would take too many registers.
         contrast_row("fp16", 128, 128, 64, 32, 128, 8, 3, 99),
         contrast_row("fp16", 8192, 128, 64, 32, 64, 8, 3, 99),
+        # 4 warps and at most 113 KiB: of two programs on a processor one multiplies while the other has exponentials.
+        contrast_row("bf16 copied", 128, 64, 64, 16, 128, 4, 3, 72, MOST_REGISTERS, TRITON_3_8),
+        contrast_row("bf16 copied", 256, 64, 64, 16, 256, 4, 2, 113, MOST_REGISTERS, TRITON_3_8, TRITON_3_9),
+        contrast_row("bf16 copied", 256, 64, 32, 16, 256, 4, 2, 72, MOST_REGISTERS, TRITON_3_9),
         contrast_row("half", 128, 128, 64, 32, 128, 8, 3, 99),
         contrast_row("half", 256, 128, 64, 16, 256, 8, 2, 163, MOST_REGISTERS, TRITON_3_8),
         contrast_row("half", 256, 128, 32, 16, 256, 8, 3, 163, MOST_REGISTERS),
         contrast_row("half", 8192, 128, 64, 32, 64, 8, 3, 99),
     ),
+    # Chunks of dL/ds. The logits of float32 vectors come from a library. On sm_90 two programs fit on a processor with
+    # 128 registers, so that one writes while the other multiplies.
+    ("contrast weights", "default"): (
+        contrast_row("half", 8192, 128, 128, 32, 64, 8, 3, 99, MOST_REGISTERS),
+        contrast_row("fp32", 8192, 64, 64, 32, 32, 4, 1, 48, MOST_REGISTERS),
+    ),
+    ("contrast weights", "sm_90"): (contrast_row("half", 8192, 128, 128, 16, 64, 8, 3, 99, 128),),
     # The gradient of the sigmoid loss has the rows above but for float32, where it keeps one more tile in registers.
     ("contrast sigmoid gradient", "default"): (contrast_row("ieee", 8192, 64, 64, 32, 16, 8, 2, 48, MOST_REGISTERS),),
     ("contrast sigmoid gradient", "gfx942"): SMALL_CONTRAST[-1:],
@@ -179,7 +218,7 @@ def rows(op: str, arch: str) -> Iterator[Row]:
     """The rows of ``op`` for an architecture and the installed compiler, in order of preference."""
     yield from (Row(*row) for row in TUNED.get((op, arch), ()))
     for where in dict.fromkeys((arch, "default")):
-        yield from (row for row in ROWS.get((op, where), ()) if row.since <= COMPILER)
+        yield from (row for row in ROWS.get((op, where), ()) if row.compiles)
 
 
 def choose(op: str, arch: str, shared: int, kinds: tuple[str, ...], channels: int = 0) -> Row | None:
@@ -195,15 +234,8 @@ def choose(op: str, arch: str, shared: int, kinds: tuple[str, ...], channels: in
 
 
 @cache
-def _config(op: str, device: torch.device, kinds: tuple[str, ...], channels: int) -> Row:
-    most = shared_memory(device)
-    row = choose(op, architecture(device), most, kinds, channels)
-    if row is None:
-        raise RuntimeError(
-            f"No tile sizes of {op} for {kinds[-1]} and {channels or 'any'} channels fit the {most} KiB of shared "
-            f"memory of {device}: choose backend 'torch'."
-        )
-    return row
+def _find(op: str, device: torch.device, kinds: tuple[str, ...], channels: int) -> Row | None:
+    return choose(op, architecture(device), shared_memory(device), kinds, channels)
 
 
 def config(op: str, device: torch.device, *kinds: str, channels: int = 0) -> Row:
@@ -212,7 +244,18 @@ def config(op: str, device: torch.device, *kinds: str, channels: int = 0) -> Row
     Raises:
         RuntimeError: no row fits the shared memory of the device.
     """
-    return _forced.get(op) or _config(op, device, kinds, channels)
+    row = _forced.get(op) or _find(op, device, kinds, channels)
+    if row is None:
+        raise RuntimeError(
+            f"No tile sizes of {op} for {kinds[-1]} and {channels or 'any'} channels fit the {shared_memory(device)} "
+            f"KiB of shared memory of {device}: choose backend 'torch'."
+        )
+    return row
+
+
+def find(op: str, device: torch.device, *kinds: str) -> Row | None:
+    """The row of ``op`` for ``device``, None where the table has none."""
+    return _forced.get(op) or _find(op, device, kinds, 0)
 
 
 @contextmanager
@@ -234,14 +277,14 @@ def table(op: str) -> Iterator[tuple[str, str, Row]]:
                 where = "" if arch == "default" else f"{arch} "
                 found = [Row(*row) for row in values]
                 for i, row in enumerate(found):
-                    if row.since <= COMPILER and not any(_hides(other, row) for other in found[:i]):
+                    if row.compiles and not any(_hides(other, row) for other in found[:i]):
                         yield arch, f"{before}{where}row{i}", row
 
 
 def _hides(first: Row, row: Row) -> bool:
     """Whether ``row`` is never chosen because ``first`` precedes it in the same table."""
     enough_channels = (first.channels or row.channels) >= row.channels > 0 or first.channels == row.channels
-    return first.since <= COMPILER and first.kind == row.kind and first.shared <= row.shared and enough_channels
+    return first.compiles and first.kind == row.kind and first.shared <= row.shared and enough_channels
 
 
 def architectures_for(op: str, arch: str, row: Row) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fgfast.kernels.common import AotCase, Constant, on_device_of, output_dtype, power_of_2
 from fgfast.kernels.configs import processors
+from fgfast.kernels.launches import launch
 
 PROGRAMS = 8  # at most, per multiprocessor
 NO_GRADIENT, ABSOLUTE, POSITIVE, GIVEN = (Constant(i) for i in range(4))
@@ -155,7 +156,8 @@ def perturb(
         g, n = (features if x is None else x for x in (gradient, noise))
         low = mask if low_variance is None else low_variance.contiguous().view(torch.uint8)
         with on_device_of(features):
-            perturb_kernel[(min(batch, PROGRAMS * processors(features.device)),)](
+            launch(
+                perturb_kernel, (min(batch, PROGRAMS * processors(features.device)),),
                 features, g, low, features if std is None else std.contiguous(), n, out, mask,
                 batch, channels, count, budget, strength, seed, *features.stride(), *g.stride(), *n.stride(),
                 KIND=NO_GRADIENT if gradient is None else KINDS[importance], LOW=low_variance is not None,

@@ -6,7 +6,8 @@ tensors, and on unordered accesses of two programs to one address.
 
 The model of traffic, per program (programs have separate caches): memory moves in sectors of 32 bytes; a program has a
 cache of 128 KiB for the sectors it used last; a load costs a sector unless it is in the cache, a store costs a sector
-unless the cache already holds a store to it, an atomic always costs both.
+unless the cache already holds a store to it, an atomic always costs both. Without that cache (``requested``), every
+access costs its sectors: the most that L2 and processors exchange where the compiled code keeps no tile between loads.
 """
 
 import inspect
@@ -39,7 +40,7 @@ class MemoryFault(AssertionError):
 
 @dataclass
 class Traffic:
-    """Bytes loaded and stored, and numbers of launches and programs.
+    """Bytes loaded and stored, numbers of launches and programs, and the bytes of all accesses without a cache.
 
     Example:
         >>> Traffic(loads=64, stores=32).bytes
@@ -50,6 +51,7 @@ class Traffic:
     stores: int = 0
     launches: int = 0
     programs: int = 0
+    requested: int = 0
 
     @property
     def bytes(self) -> int:
@@ -138,7 +140,7 @@ class _Monitor:
         tensors += [
             (name, x)
             for name, value in arguments.items()
-            for x in (value if isinstance(value, tuple) else (value,))
+            for x in map(_described, value if isinstance(value, tuple) else (value,))
             if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given
         ]
         memories: dict[int, _Memory] = {}
@@ -226,8 +228,9 @@ class _Monitor:
     def _count(self, access: _Access) -> None:
         ends = access.addresses + np.uint64(access.size - 1)
         touched = np.concatenate([access.addresses, ends]) // np.uint64(SECTOR)
-        chip = self.on_chip
-        for sector in np.unique(touched).tolist():
+        sectors, chip = np.unique(touched).tolist(), self.on_chip
+        self.traffic.requested += SECTOR * len(sectors) * (access.loads + access.stores)
+        for sector in sectors:
             known = chip.pop(sector, None)
             self.traffic.loads += SECTOR * (access.atomic or (access.loads and known is None))
             self.traffic.stores += SECTOR * (access.atomic or (access.stores and not known))
@@ -320,6 +323,11 @@ def checked(*tensors: Tensor) -> Iterator[Traffic]:
     finally:
         for owner, name, original in before:
             setattr(owner, name, original)
+
+
+def _described(argument: Any) -> Any:
+    """The tensor of a tensor descriptor; other arguments as they are."""
+    return getattr(argument, "base", argument)
 
 
 def _wrap(inner: Callable[..., Any], hook: Callable[..., Any]) -> Callable[..., Any]:

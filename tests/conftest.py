@@ -9,9 +9,13 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from fgfast.data.imageset import ImageSet
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is imported
@@ -85,3 +89,19 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fgfast.data.synthetic import generate
 
     return Path(generate(tmp_path_factory.mktemp("drawn") / "set", classes=3, images=36, size=48, seed=0, workers=1))
+
+
+def real_data(name: str) -> Path:
+    """A data set in the folder that FGFAST_TEST_DATA names; without it the test is skipped."""
+    folder = Path(os.environ.get("FGFAST_TEST_DATA") or "/nowhere") / name
+    if not folder.is_dir():
+        pytest.skip(f"FGFAST_TEST_DATA names no folder that holds {name}")
+    return folder
+
+
+@pytest.fixture
+def photographs() -> "ImageSet":
+    """Images of the first 50 species of CUB-200-2011."""
+    from fgfast.data.layouts import open_images
+
+    return open_images(real_data("CUB_200_2011_first50"))

@@ -25,7 +25,8 @@ from fgfast.compare.store import (
     store_tuning,
     training_summary,
 )
-from fgfast.config import check_ranges, to_toml, validate
+from fgfast.config import check_ranges, validate
+from fgfast.config_text import to_toml
 from fgfast.errors import UserError
 from fgfast.evaluate.options import parse_protocols
 from fgfast.evaluate.scores import read_scores, store_score

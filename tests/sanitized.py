@@ -1,4 +1,4 @@
-"""Runs the tests of the mask sampler on an extension built with sanitizers: ``make sanitize``."""
+"""Runs the tests of the compiled code on an extension built with sanitizers: ``make sanitize``."""
 
 import importlib.util
 import sys
@@ -18,7 +18,8 @@ def main(folder: str) -> int:
     import fgfast
 
     sys.modules["fgfast._native"] = fgfast._native = module  # type: ignore[attr-defined]
-    return pytest.main(["-q", "-p", "no:cacheprovider", "-k", "native or large or callers", "tests/ops/test_mask.py"])
+    files = ["tests/ops/test_mask.py", "tests/ops/test_kmeans_native.py"]
+    return pytest.main(["-q", "-p", "no:cacheprovider", "-k", "native or large or callers", *files])
 
 
 if __name__ == "__main__":

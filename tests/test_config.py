@@ -8,8 +8,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fgfast.cli import main
 from fgfast.cli.parse import parse_method
-from fgfast.config import TrainConfig, parse_values, read_toml, to_toml, validate, with_values
+from fgfast.config import TrainConfig, parse_values, read_toml, validate, with_values
+from fgfast.config_text import to_toml
 from fgfast.errors import UserError
 from fgfast.methods.lodisc import LoDiscConfig
 from fgfast.methods.particle import PARTICLEConfig
@@ -50,6 +52,32 @@ def test_resumed_run_takes_its_own_options(tmp_path: Path) -> None:
     _, resumed = parse_method([*words, "--resume"])
     assert (resumed.lr, resumed.epochs, resumed.data, resumed.resume) == (0.5, 9, "d", True)
     assert parse_method(words)[1].lr == TrainConfig.lr
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["simclr"], ["particle", "--preset", "paper", "--out", 'a "b" \\ é', "--lr", "1e-5", "--no-resume"],
+     ["lodisc", "--model", "vit_small_patch8_224", "--sync-bn", "--save-every", "500s", "--model-args", "a=(1,2)"]],
+)  # fmt: skip
+def test_what_show_config_prints_is_read_back(
+    tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same options, those that were given first; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["pretrain", *flags, "--show-config"]) == 0
+    printed = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "f.toml").write_text(printed, encoding="utf-8")
+    assert parse_method([flags[0], "--config", "f.toml"]) == parse_method(flags)
+    changed = printed.partition("# the defaults")[0]
+    assert ("lr = 1e-05" in changed) == ("1e-5" in flags)
+    assert "weight_decay = 0.0001" not in changed
+
+
+def test_show_config_refuses_what_training_would(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "simclr", "--show-config", "--lr", "-1"]) == 2
+    assert main(["pretrain", "simclr", "--show-config", "--accumulate", "500"]) == 2
+    assert capsys.readouterr().out == ""
 
 
 @given(

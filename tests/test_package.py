@@ -1,14 +1,19 @@
 """Guarantees about installing and importing fgfast."""
 
 import ast
+import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import fgfast
 
@@ -27,11 +32,16 @@ SOURCES = sorted(
 )
 
 
-def python(code: str, cwd: Path, **environment: str) -> str:
+def python(code: str, cwd: Path, *options: str, **environment: str) -> str:
     """What ``code`` prints in a fresh interpreter in ``cwd`` that knows the repository only by its installation."""
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FGFAST_BACKEND")}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env={**clean, **environment}, capture_output=True, text=True, check=False
+        [sys.executable, *options, "-c", code],
+        cwd=cwd,
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -98,6 +108,18 @@ def test_the_version_is_that_of_the_installation() -> None:
     assert version("fgfast") == fgfast.__version__
 
 
+@pytest.mark.quick
+def test_the_citation_is_of_this_version() -> None:
+    """Whoever cites a version finds its number, and each reference has what the format asks for."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (citation["title"], citation["version"]) == (project["name"], project["version"])
+    assert (citation["license"], citation["authors"]) == (project["license"], project["authors"])
+    assert citation["cff-version"] == "1.2.0"
+    assert len(citation["references"]) == 4
+    assert all({"type", "title", "authors"} <= reference.keys() for reference in citation["references"])
+
+
 def bare_kernels(tree: ast.AST) -> list[int]:
     """Lines that import the kernels under the name "kernels"."""
     lines = []
@@ -161,45 +183,74 @@ def test_the_editable_installation_maps_the_kernels(tmp_path: Path) -> None:
     assert files == [ROOT / "kernels" / "__init__.py", ROOT / "kernels" / "contrast" / "__init__.py"]
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Built from a copy: setuptools leaves its build/ beside the sources.
-    source = tmp_path_factory.mktemp("source") / "fgfast"
-    source.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("fgfast", "kernels", "csrc"):
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out)]
-    environment = os.environ | {"FGFAST_CUDA": "0"}  # only the C++ part: the files do not depend on CUDA
-    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
+# What .ci/wheel is given: CUDA is left out, as the files of a wheel do not depend on it.
+KINDS = {
+    "native": {},
+    "pure": {"FGFAST_NATIVE": "0"},
+    "without a compiler": {"CC": "false", "CXX": "false"},
+}
+
+
+def build(kind: str, out: Path) -> Path:
+    """The wheel that .ci/wheel puts into a folder, beside the source distribution that it is made from."""
+    environment = os.environ | {"FGFAST_CUDA": "0"} | KINDS[kind]
+    command = [str(ROOT / ".ci" / "wheel"), str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = out.glob("*.whl")
-    return path
+    said, path = done.stdout.splitlines()
+    wheel = Path(path)
+    assert sorted(out.iterdir()) == sorted([wheel, out / f"fgfast-{fgfast.__version__}.tar.gz"])
+    assert said.endswith(wheel.stem.removeprefix(f"fgfast-{fgfast.__version__}-"))
+    return wheel
+
+
+@pytest.fixture(scope="module", params=["native", "pure"])
+def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "native" and shutil.which("g++") is None:
+        pytest.skip("needs a C++ compiler")
+    return build(request.param, tmp_path_factory.mktemp("wheel"))
+
+
+def is_pure(wheel: Path) -> bool:
+    return wheel.name.endswith("-py3-none-any.whl")
 
 
 def test_the_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
-    held = set(zipfile.ZipFile(wheel).namelist())
-    needed = {"kernels/__init__.py", "py.typed", "report/report.html.j2", "examples/pretrain.sbatch"}
-    assert {f"fgfast/{name}" for name in needed} <= held
-    wanted = {path.relative_to(ROOT).as_posix() for path in SOURCES if path.is_relative_to(ROOT / "fgfast")}
-    wanted |= {
-        f"fgfast/{path.relative_to(ROOT).as_posix()}" for path in SOURCES if path.is_relative_to(ROOT / "kernels")
-    }
-    assert wanted - held == set()
-    extra = {name.split("/")[0] for name in held}
-    assert all(name == "fgfast" or name.endswith(".dist-info") for name in extra)
+    with zipfile.ZipFile(wheel) as file:
+        held = {name for name in file.namelist() if ".dist-info/" not in name and not name.endswith("/")}
+        (tags,) = (file.read(name).decode() for name in file.namelist() if name.endswith(".dist-info/WHEEL"))
+    wanted = {"fgfast/py.typed", "fgfast/report/report.html.j2", "fgfast/examples/pretrain.sbatch"}
+    wanted |= {"fgfast/examples/parts.ipynb"}
+    modules = {path.relative_to(ROOT).as_posix() for path in SOURCES} - {"fgfast/docs/__main__.py"}
+    wanted |= {name for name in modules if name.startswith("fgfast/")}
+    wanted |= {f"fgfast/{name}" for name in modules if name.startswith("kernels/")}
+    compiled = {name for name in held if name.endswith(".so")}
+    assert held - compiled == wanted
+    assert len(compiled) == (0 if is_pure(wheel) else 1)
+    assert f"Root-Is-Purelib: {str(is_pure(wheel)).lower()}\n" in tags
+    assert ("manylinux" in wheel.name) == (platform.libc_ver()[0] == "glibc" and not is_pure(wheel))
 
 
-def test_the_wheel_imports_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
-    unpacked, elsewhere = tmp_path / "unpacked", tmp_path / "elsewhere"
+def test_the_installed_wheel_works_elsewhere(wheel: Path, tmp_path: Path) -> None:
+    installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    zipfile.ZipFile(wheel).extractall(unpacked)
-    code = "import fgfast, fgfast.kernels.contrast as c; print(fgfast.__file__); print(c.__file__)"
-    files = python(code, elsewhere, PYTHONPATH=str(unpacked)).split()
-    assert [Path(file) for file in files] == [
-        unpacked / "fgfast" / "__init__.py",
-        unpacked / "fgfast" / "kernels" / "contrast" / "__init__.py",
-    ]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(installed), str(wheel)]
+    assert subprocess.run(command, check=False).returncode == 0
+    code = """
+import json, torch, fgfast, fgfast.kernels.contrast, fgfast.info
+attention = torch.tensor([[[0.1, 0.4, 0.3, 0.2]]])
+assert fgfast.pivotal_mask(attention, keep=0.5).index.tolist() == [[1, 2]]
+backends = fgfast.info.info()["backends"]
+print(json.dumps([fgfast.__file__, fgfast.kernels.contrast.__file__, backends["native"], backends["torch"]]))
+"""
+    # -S: without site, through which the editable installation would stand in for what the wheel lacks.
+    path = os.pathsep.join([str(installed), sysconfig.get_path("purelib")])
+    *files, native, torch = json.loads(python(code, elsewhere, "-S", PYTHONPATH=path))
+    expected = [installed / "fgfast" / "__init__.py", installed / "fgfast" / "kernels" / "contrast" / "__init__.py"]
+    assert [Path(file) for file in files] == expected
+    assert torch == "ready"
+    assert native.startswith("ready") != is_pure(wheel)
+
+
+def test_without_a_compiler_the_wheel_serves_every_platform(tmp_path: Path) -> None:
+    assert is_pure(build("without a compiler", tmp_path))

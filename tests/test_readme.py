@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 PROSE = re.sub(r"^```.*?^```", "", TEXT, flags=re.S | re.M)
 CODE = "\n".join(re.findall(r"^```\w*\n(.*?)^```", TEXT, re.S | re.M) + re.findall(r"(?<!`)`([^`\n]+)`", PROSE))
-COMMAND_LINES = re.findall(r"^(?:\$ )?fgfast ([a-z]\w*)([^#\n]*)", CODE.replace("\\\n", " "), re.M)
+COMMAND_LINES = re.findall(r"^(?:\$ )?fgfast ([a-z][\w-]*)([^#\n]*)", CODE.replace("\\\n", " "), re.M)
 PARSED_EARLIER = ("--config", "--debug")  # options that no help text of a command lists
 PYTHON = re.findall(r"^```python\n(.*?)^```", TEXT, re.S | re.M)
 

@@ -206,10 +206,10 @@ def test_a_folder_that_is_not_an_environment_is_not_removed(checkout: Path) -> N
     assert (checkout / ".venv" / "thesis.txt").exists()
 
 
-def test_without_a_compiler_the_sampler_is_left_out_with_a_notice(checkout: Path) -> None:
+def test_without_a_compiler_the_extension_is_left_out_with_a_notice(checkout: Path) -> None:
     status, stdout, stderr, _ = set_up(checkout, NO_NATIVE="1")
     assert (status, stderr) == (0, "")
-    assert "The compiled mask sampler was not built" in stdout
+    assert "The compiled extension (mask sampler, k-means of pyramids) was not built" in stdout
     assert "install a C++ compiler" in stdout
 
 

@@ -6,15 +6,20 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from fgfast.claim import is_claim
+from fgfast.cli.data import bench_data, shard_data
+from fgfast.cli.embed import embed
 from fgfast.cli.evaluate import evaluate_run
+from fgfast.cli.export import export_encoder
 from fgfast.cli.finished import finished
 from fgfast.cli.parse import parse, parse_method, parse_settings
+from fgfast.cli.parts import discover_parts, draw_pictures
+from fgfast.cli.plan import plan_memory
+from fgfast.cli.settings import settings_text
 from fgfast.config import read_toml
 from fgfast.errors import UserError
-from fgfast.files import check_folder, is_leftover
+from fgfast.files import check_folder
 
 
 def _generate(argv: list[str]) -> None:
@@ -50,7 +55,11 @@ def _generate(argv: list[str]) -> None:
 
 def _pretrain(argv: list[str]) -> None:
     """Train an encoder with one of the methods and write a run folder."""
-    name, config = parse_method(argv)
+    name, config = parse_method([word for word in argv if word != "--show-config"])
+    if "--show-config" in argv:
+        print(settings_text(name, config), end="")
+        return
+    from fgfast.methods.run_folder import Checkpoint
     from fgfast.report.draw import draw_run
     from fgfast.report.html import write_report
     from fgfast.run import has_checkpoint
@@ -66,102 +75,10 @@ def _pretrain(argv: list[str]) -> None:
     run = pretrain(name, config)
     if is_first():
         with finished(run, f"its figures: fgfast pictures {run} --data {config.data} draws them"):
-            draw_run(run, Path(config.data), device=choose_device(config.device))
+            for checkpoint in get_args(Checkpoint):
+                draw_run(run, Path(config.data), checkpoint=checkpoint, device=choose_device(config.device))
         with finished(run, f"its report: fgfast report {run} writes it"):
             print(write_report(run))
-
-
-def _discover(argv: list[str]) -> None:
-    """Discover parts: cluster the pixels of every image with a run's encoder and write id maps."""
-    import tyro
-
-    @dataclass
-    class Args:
-        run: Annotated[Path, tyro.conf.Positional]
-        """Run folder."""
-        data: Path
-        """Data set: an image folder, or a data set in its official layout."""
-        out: Path
-        """Output folder for the id maps."""
-        checkpoint: Literal["init", "last"] = "last"
-        """Weights to use: before training (init) or after it (last)."""
-        n_parts: int | None = None
-        """Clusters per image; by default the run's setting, or 15."""
-        levels: int | None = None
-        """Number of final feature maps in the hypercolumns (CNN); by default the run's setting, or 4."""
-        metric: Literal["euclidean", "cosine"] | None = None
-        """Distance between pixels (CNN); by default the run's setting, or euclidean."""
-        border: float | None = None
-        """A cluster with over border x sqrt(area) border pixels is background (CNN); by default the run's, or 0."""
-        position: float | None = None
-        """Variance of the appended pixel coordinates, relative to the features (CNN); by default the run's, or 0."""
-        ids: Literal["image", "set"] | None = None
-        """Ids of each image on their own, or the same in every image of the set; by default the run's, or image."""
-        image_size: int = 0
-        """Side to which the full image is resized, ignoring its aspect ratio; 0 is twice the training size."""
-        map_size: int = 64
-        """Side of the id maps in pixels."""
-        device: str = "auto"
-        """auto, cpu, cuda or cuda:N; auto uses CUDA if available."""
-
-    args = parse(Args, argv, "discover", _discover.__doc__)
-    from fgfast.config import check_ranges
-    from fgfast.data.layouts import open_images
-    from fgfast.methods.particle import PARTICLEConfig
-    from fgfast.methods.run_folder import load_run_encoder
-    from fgfast.parts.clustering import ClusteringConfig
-    from fgfast.parts.discover import STARTED, DiscoveryConfig, discover
-    from fgfast.train.distributed import choose_device
-
-    given = {name: value for name, value in vars(args).items() if hasattr(PARTICLEConfig, name) and value is not None}
-    check_ranges(PARTICLEConfig(**given))
-    if args.image_size < 0:
-        raise UserError(f"--image-size is {args.image_size}: give at least 0.")
-    files = sorted(args.out.iterdir()) if args.out.is_dir() else []
-    files = [file for file in files if not is_claim(file) and not is_leftover(file)]
-    if files and not any((args.out / name).is_file() for name in ("maps.json", STARTED)):
-        raise UserError(f"{args.out} holds other files, such as {files[0].name}: give another --out.")
-    check_folder(args.out)
-    device = choose_device(args.device)
-    encoder, config = load_run_encoder(args.run, args.checkpoint, device)
-    images = open_images(args.data)
-    names = [f.name for f in dataclasses.fields(ClusteringConfig)]
-    of_run = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    clustering = ClusteringConfig(**of_run | given)
-    discovery = DiscoveryConfig(
-        image_size=args.image_size or 2 * config.size, map_size=args.map_size,
-        run=f"{args.run.name}, {args.checkpoint}", threads=config.threads,
-        network=f"{config.model} {config.model_args}",
-    )  # fmt: skip
-    shared = (args.ids or getattr(config, "ids", "image")) == "set"
-    print(discover(encoder, images, args.out, clustering, discovery, shared=shared))
-
-
-def _pictures(argv: list[str]) -> None:
-    """Draw figures of a run: its parts over images, its views, nearest neighbours."""
-    import tyro
-
-    @dataclass
-    class Args:
-        run: Annotated[Path, tyro.conf.Positional]
-        """Run folder."""
-        data: Path
-        """Data set: an image folder, or a data set in its official layout."""
-        checkpoint: Literal["init", "last"] = "last"
-        """Weights to use: before training (init) or after it (last)."""
-        device: str = "auto"
-        """auto, cpu, cuda or cuda:N; auto uses CUDA if available."""
-
-    args = parse(Args, argv, "pictures", _pictures.__doc__)
-    from fgfast.report.draw import draw_run
-    from fgfast.report.html import write_report
-    from fgfast.train.distributed import choose_device
-
-    check_folder(args.run)
-    for path in draw_run(args.run, args.data, checkpoint=args.checkpoint, device=choose_device(args.device)):
-        print(path)
-    print(write_report(args.run))
 
 
 def _upscale(argv: list[str]) -> None:
@@ -281,6 +198,7 @@ def _info(argv: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "generate": _generate, "pretrain": _pretrain, "discover": _discover, "pictures": _pictures, "eval": evaluate_run,
-    "upscale": _upscale, "compare": _compare, "report": _report, "demo": _demo, "info": _info,
+    "generate": _generate, "shard": shard_data, "data-bench": bench_data, "pretrain": _pretrain, "plan": plan_memory,
+    "discover": discover_parts, "pictures": draw_pictures, "embed": embed, "eval": evaluate_run, "upscale": _upscale,
+    "compare": _compare, "report": _report, "export": export_encoder, "demo": _demo, "info": _info,
 }  # fmt: skip

@@ -3,44 +3,43 @@
 import dataclasses
 import json
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from fgfast.cli.finished import finished
+from fgfast.cli.network import NetworkArgs
 from fgfast.cli.parse import parse, parse_settings
+from fgfast.errors import UserError
 
 if TYPE_CHECKING:
     from fgfast.evaluate.protocols import Score
 
 
 def evaluate_run(argv: list[str]) -> None:
-    """Evaluate the encoder of a run on a labelled data set."""
+    """Evaluate the encoder of a run, or a network without one, on a labelled data set."""
     import tyro
 
     from fgfast.evaluate.mlp import ClassWeights
     from fgfast.evaluate.options import OPTIONS, RECIPES, Protocol, parse_options
 
-    @dataclass
-    class Args:
+    @dataclass(kw_only=True)
+    class Args(NetworkArgs):
         protocol: Annotated[Protocol, tyro.conf.Positional]
-        """With a frozen encoder: knn, linear, parts (linear, on true parts; on key points: of discovered parts), mlp,
-        retrieval; training it: finetune, segmentation (of parts, from a few images with masks)."""
-        run: Annotated[Path, tyro.conf.Positional]
-        """Run folder."""
+        """Frozen encoder: knn, linear, mlp, retrieval, parts (true or, on key points, discovered); else trained."""
+        run: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = None
+        """Run folder, to whose eval.json the score is added; or no run: give --model and --init."""
         data: Path
         """Labelled data set."""
-        checkpoint: Literal["init", "last"] = "last"
-        """Weights to use: before training (init) or after it (last)."""
+        out: Path | None = None
+        """Without a run: folder to whose eval.json the score is added; by default it is only printed."""
         set: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
         """Override a setting of the run: name=value, such as drop=3 for srgan; may be repeated."""
         json: bool = False
         """Print the score as JSON."""
-        device: str = "auto"
-        """auto, cpu, cuda or cuda:N; auto uses CUDA if available."""
         recipe: str | None = None
-        """linear: logistic (regression, the default), sweep (its L2 weight chosen on some of the training images), lcr
-        or lodisc (SGD on views drawn anew in every epoch, as in those papers)."""
+        """linear: logistic (default), sweep (L2 weight chosen on training images), lcr or lodisc (SGD, new views)."""
         val: float | None = None
         """linear, recipe=sweep: fraction of the training images on which the weight is chosen (default 0.2)."""
         standardise: str | None = None
@@ -52,22 +51,19 @@ def evaluate_run(argv: list[str]) -> None:
         report: str | None = None
         """linear, recipe=lcr, lodisc: epoch that is scored, last, or best on the test images (default last)."""
         maps: str | None = None
-        """parts, on a set with key points and no masks: folder of id maps of its images (default: those of the run's
-        clustering, with shared ids)."""
+        """parts, on key points without masks: folder of id maps (default: the run's clustering, with shared ids)."""
         background: int | None = None
         """parts: id of --maps that is background, such as 0 for maps of a ViT (default: only pixels without an id)."""
         stages: str | None = None
         """finetune: number of final stages (ViT: blocks) to train, 0 for none, or all (default 1)."""
         epochs: int | None = None
-        """mlp: largest number of epochs (default 100); finetune (20), segmentation (200), linear (100): number of
-        epochs."""
+        """Number of epochs: mlp (at most; default 100), finetune (20), segmentation (200), linear (100)."""
         hidden: int | None = None
         """mlp: width of the hidden layer (default 256)."""
         patience: int | None = None
         """mlp: stop after this many epochs without improvement on a held-out tenth (default 5)."""
         lr: float | None = None
-        """Learning rate: of Adam in mlp (default 0.0003), finetune (0.0001), segmentation (0.00001); of SGD in linear,
-        recipe=lcr (30) and lodisc (0.5 for 256 images a step)."""
+        """Learning rate: mlp (default 0.0003), finetune (1e-4), segmentation (1e-5), recipe=lcr (30), lodisc (0.5)."""
         weight_decay: float | None = None
         """mlp, linear (default 0), finetune (0.0005): weight decay."""
         batch_size: int | None = None
@@ -84,26 +80,37 @@ def evaluate_run(argv: list[str]) -> None:
         """segmentation: epochs between two checkpoints (default 5)."""
 
     args = parse(Args, argv, "eval", evaluate_run.__doc__)
-    from fgfast.evaluate.protocols import evaluate
+    args.check(args.run)
+    from fgfast.evaluate.protocols import evaluate_encoder
+    from fgfast.evaluate.scores import read_scores
+    from fgfast.report.confused import draw_confused
     from fgfast.report.html import write_report
-    from fgfast.train.distributed import choose_device
 
     kinds = [*OPTIONS.values(), *RECIPES.values()]
     names = ["recipe", *sorted({f.name for kind in kinds for f in dataclasses.fields(kind)})]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     options = parse_options(args.protocol, given, f"fgfast eval {args.protocol}")
-    device = choose_device(args.device)
-    score = evaluate(
-        args.run, args.protocol, args.data, checkpoint=args.checkpoint, device=device, options=options,
-        settings=parse_settings(args.set),
-    )  # fmt: skip
+    if args.run is not None and args.out is not None:
+        raise UserError(f"The scores of a run are stored in its folder {args.run}: leave out --out.")
+    settings = parse_settings(args.set)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = args.run or args.out or Path(scratch)
+        read_scores(out)  # a damaged file is refused before the work
+        network = args.load(args.run, settings)
+        score = evaluate_encoder(
+            network.encoder, network.config, args.protocol, args.data, out, checkpoint=network.checkpoint,
+            network="" if args.run else network.name, options=options, settings=settings,
+        )  # fmt: skip
     print(score.images, file=sys.stderr)
     if args.json:
         print(json.dumps(score.row()))
     else:
-        print(f"{args.protocol} {describe(score, f'{args.run} ({args.checkpoint})')}")
-    with finished(args.run, f"a new report: fgfast report {args.run} writes it"):
-        write_report(args.run)
+        print(f"{args.protocol} {describe(score, network.name)}")
+    if args.run is not None:
+        with finished(args.run, "the figure of its confused classes"):
+            draw_confused(args.run, args.data, score.row())
+        with finished(args.run, f"a new report: fgfast report {args.run} writes it"):
+            write_report(args.run)
 
 
 def describe(score: "Score", of: str) -> str:

@@ -1,16 +1,21 @@
 """Command-line arguments to dataclasses; an argument that does not parse gives an error of one sentence."""
 
 import contextlib
+import inspect
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fgfast.config import TrainConfig, read_toml, with_values
 from fgfast.errors import UserError
 
 T = TypeVar("T")
-CONFIG_HELP = "--config FILE.toml reads options from a file; flags override it, and it overrides the defaults."
+CONFIG_HELP = (
+    "--config FILE.toml reads options from a file; flags override it, and it overrides the defaults. --show-config "
+    "prints all options as such a file, and does nothing else."
+)
 
 
 def parse(
@@ -19,7 +24,7 @@ def parse(
     """Parse the arguments of a command into a dataclass.
 
     Args:
-        kind: the dataclass; the docstrings of its fields are the help text.
+        kind: the dataclass; the docstrings of its fields are the help text, and say what None stands for.
         argv: the arguments after ``fgfast PROG``.
         prog: the command, for help and messages.
         description: what the command does, for its help text.
@@ -30,6 +35,9 @@ def parse(
     """
     import tyro
 
+    for name, parameter in inspect.signature(kind).parameters.items():
+        if parameter.default is None:
+            kind.__annotations__[name] = Annotated[parameter.annotation, tyro.conf.arg(help_behavior_hint="")]
     extra: dict[str, Any] = {} if default is None else {"default": default}
     stderr = io.StringIO()
     try:
@@ -52,11 +60,13 @@ def _first_sentence(error: str) -> str:
     rules = [i for i, line in enumerate(lines) if line and not set(line) - set("─-")]
     if "╭" not in error and len(rules) > 1:  # plain: the title is above the first rule
         lines, rules = lines[2:], [i - 2 for i in rules[1:]]
-    return " ".join(lines[: rules[0]] if rules else lines).strip().rstrip(".") or "The arguments do not parse"
+    text = " ".join(lines[: rules[0]] if rules else lines).strip().rstrip(".") or "The arguments do not parse"
+    optional = re.match(r"Error parsing (\S+): no type matching \{None\}\|(\S+) could .* from \['(.*?)'\]", text)
+    return "{0} got {2!r} and takes {1}".format(*optional.groups()) if optional else text
 
 
-def parse_method(argv: list[str]) -> tuple[str, TrainConfig]:
-    """The name of a method and its configuration, from the arguments of ``fgfast pretrain``.
+def parse_method(argv: list[str], command: str = "pretrain") -> tuple[str, TrainConfig]:
+    """The name of a method and its configuration, from the arguments of ``fgfast pretrain``, or of another command.
 
     Flags override the --config file (or the config.toml of a resumed run), which overrides the preset or defaults.
 
@@ -67,16 +77,16 @@ def parse_method(argv: list[str]) -> tuple[str, TrainConfig]:
 
     if argv[:1] in (["-h"], ["--help"]):
         print(
-            f"usage: fgfast pretrain METHOD --data DIR --out RUN [--config FILE.toml] [options]\n\n"
+            f"usage: fgfast pretrain METHOD --data DIR --out RUN [--config FILE.toml] [--show-config] [options]\n\n"
             f"METHOD is one of {', '.join(METHODS)}; fgfast pretrain METHOD --help lists its options."
         )
         raise SystemExit(0)
     if not argv or argv[0].startswith("-"):
-        raise UserError(f"fgfast pretrain expects a method as its first argument: choose one of {', '.join(METHODS)}.")
+        raise UserError(f"fgfast {command} expects a method as its first argument: choose one of {', '.join(METHODS)}.")
     name, argv = argv[0], argv[1:]
     cls = method_class(name)
-    file, argv = _pop_flag(argv, "--config")
-    out, _ = _pop_flag(argv, "--out")
+    file, argv = pop_flag(argv, "--config")
+    out, _ = pop_flag(argv, "--out")
     run_config = Path(out or "") / "config.toml"
     if file is None and out and "--resume" in argv and run_config.is_file():
         run_method = str(read_toml(run_config).get("method"))
@@ -88,17 +98,17 @@ def parse_method(argv: list[str]) -> tuple[str, TrainConfig]:
     table = read_toml(Path(file)) if file else {}
     if table.pop("method", name) != name:
         raise UserError(f"The config file {file} is for another method: name that method, or give another file.")
-    preset, _ = _pop_flag(argv, "--preset")
+    preset, _ = pop_flag(argv, "--preset")
     default = cls.Config()
     if (preset or table.get("preset")) == "paper":
-        model = _pop_flag(argv, "--model")[0] or table.get("model")
+        model = pop_flag(argv, "--model")[0] or table.get("model")
         default = cls.paper(model if isinstance(model, str) else None)  # another type is refused below
     default = with_values(default, table, f"The config file {file}")
     summary = (cls.Config.__doc__ or "").splitlines()[0]
-    return name, parse(cls.Config, argv, f"pretrain {name}", f"{summary} {CONFIG_HELP}", default)
+    return name, parse(cls.Config, argv, f"{command} {name}", f"{summary} {CONFIG_HELP}", default)
 
 
-def _pop_flag(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
+def pop_flag(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
     """The value of ``flag``, None if absent, and the arguments without the flag and its value."""
     for i, argument in enumerate(argv):
         if argument.startswith(flag + "="):

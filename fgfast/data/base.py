@@ -15,6 +15,7 @@ from fgfast.data.plan import BatchPlan as BatchPlan
 from fgfast.data.plan import check_patch as check_patch
 from fgfast.data.plan import make_plan as make_plan
 from fgfast.data.plan import replace_failed as replace_failed
+from fgfast.data.slices import Slice
 from fgfast.data.views import Batch
 from fgfast.errors import UserError
 
@@ -66,6 +67,7 @@ class Loader(ABC):
         self._changes = 0  # of the failed rows
         self._sorted: tuple[int, list[int]] = 0, []  # the number of changes, and the failed rows then
         self._named: set[int] = set()
+        self._shards_named: set[str] = set()
         self._reading: int | None = None  # the epoch whose batches are being read
         for row, verdict in plan.records.lost.items():  # the caller has named them: Kept.describe
             self._exclude(row, verdict.reason, verdict.passing, quiet=True)
@@ -169,8 +171,12 @@ class Loader(ABC):
             path = self.plan.relative_path(row)
             self.skipped.append((path, reason))
             self.lost.append((path, reason))
-            if not quiet:
+            file = self.plan.original(row)
+            gone = file.file if isinstance(file, Slice) and passing else ""
+            if not quiet and gone not in self._shards_named:
                 log.warning("skipped %s, which can no longer be read: %s", path, reason)
+            if gone:  # of a shard that is gone one image is named here, the others are counted
+                self._shards_named.add(gone)
         n, root = len(self.plan.records), self.plan.records.images.root
         if self.too_many is None and self.plan.too_many(len(self._failed)):
             path, reason = self.lost[0]

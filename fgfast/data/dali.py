@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -26,10 +25,13 @@ from fgfast.data.background import Producer
 from fgfast.data.base import BatchPlan, Loader
 from fgfast.data.dali_pipeline import (
     FAILED,
+    Job,
     Pipeline,
     build_pipeline,
     decodes,
-    encode_path,
+    feed_of,
+    feed_of_map,
+    fetch,
     first_error,
     halved,
     has_map,
@@ -38,25 +40,12 @@ from fgfast.data.dali_pipeline import (
 )
 from fgfast.data.decode import TURNS, read_image
 from fgfast.data.manifest import Verdict, black_image, convert, file_stamp, reason_of, shown_size
-from fgfast.data.maps import ABSENT, map_path, read_map
+from fgfast.data.maps import ABSENT, is_packed, map_file, read_map
 from fgfast.data.photometric import photometric, with_reduced
+from fgfast.data.read_ahead import ReadAhead
 from fgfast.data.rearrange import rearrange
-from fgfast.data.sampling import Draw
+from fgfast.data.slices import File, Slice
 from fgfast.data.views import Batch
-
-
-@dataclass
-class _Job:
-    """A batch that is in the pipeline; keeps the fed arrays alive."""
-
-    epoch: int
-    batch: int
-    rows: np.ndarray
-    valid: np.ndarray
-    draws: list[Draw]
-    boxes: np.ndarray
-    transposed: np.ndarray
-    inputs: dict[str, list[np.ndarray] | np.ndarray] = field(default_factory=dict)
 
 
 class DaliLoader(Loader):
@@ -74,7 +63,7 @@ class DaliLoader(Loader):
         self.device = device
         self._threads = threads
         self._depth = max(1, prefetch)
-        self._files = list(plan.records.files)
+        self._files: list[File] = list(plan.records.files)
         self._sides = [crop.size for crop in plan.spec.crops]
         self._whole = plan.spec.whole
         whole = [] if self._whole is None else [self._whole]
@@ -83,15 +72,18 @@ class DaliLoader(Loader):
         # A pass in file order reads each image once: there is nothing to store.
         self._in_memory = plan.shuffle and pixels <= memory_mb * 2**20
         self._stamps = list(plan.records.stamps)
-        self._orientations = plan.records.orientations.copy()
-        if self._in_memory:  # what is kept is upright
-            self._orientations[:] = 1
+        self._by_content = plan.records.images.slices is not None or (plan.maps is not None and is_packed(plan.maps))
+        self._contents: dict[int, np.ndarray] = {}  # of the batch that is being made: DALI reads no slices
+        self._pool = ThreadPoolExecutor(threads)
+        self._read_ahead = ReadAhead(plan)
+        stored = plan.records.orientations  # what is kept in memory is upright
+        self._orientations = np.ones_like(stored) if self._in_memory else stored.copy()
         self._levels: list[list[np.ndarray]] = []
         self._maps: list[np.ndarray] = []
         self._checked_maps: dict[int, tuple[int, int] | None] = {}
         self._pipe: Pipeline | None = None
-        self._jobs: deque[_Job] = deque()
-        self._producer: Producer[tuple[_Job, list[Tensor]]] | None = None
+        self._jobs: deque[Job] = deque()
+        self._producer: Producer[tuple[Job, list[Tensor]]] | None = None
 
     # ---- one epoch -------------------------------------------------------------------------------------------------
 
@@ -123,8 +115,10 @@ class DaliLoader(Loader):
         self._stop()
         self._pipe, self._levels, self._maps = None, [], []
         self._jobs.clear()
+        self._pool.shutdown(wait=False)
+        self._read_ahead.close()
 
-    def _produce(self, epoch: int, start: int) -> Iterator[tuple[_Job, list[Tensor]]]:
+    def _produce(self, epoch: int, start: int) -> Iterator[tuple[Job, list[Tensor]]]:
         """The work of the background thread: feed the pipeline ahead and yield its outputs."""
         if self._in_memory and not self._levels:
             self._decode_all()
@@ -167,13 +161,9 @@ class DaliLoader(Loader):
         first = self._pipe is None
         if self._pipe is None:
             self._pipe = build_pipeline(
-                self.plan.spec,
-                self.plan.batch_size,
-                device=self.device,
-                threads=self._threads,
-                depth=self._depth,
-                in_memory=self._in_memory,
-            )
+                self.plan.spec, self.plan.batch_size, device=self.device, threads=self._threads, depth=self._depth,
+                in_memory=self._in_memory, contents=self._by_content,
+            )  # fmt: skip
         waiting = list(ahead)[len(self._jobs) :]
         for epoch, batch in waiting:
             self._push(self._make_job(epoch, batch))
@@ -185,22 +175,25 @@ class DaliLoader(Loader):
                 ahead.append(ahead[-1])
             self._pipe.schedule_run()
 
-    def _push(self, job: _Job) -> None:
+    def _push(self, job: Job) -> None:
         assert self._pipe is not None
         for name, values in job.inputs.items():
             self._pipe.feed_input(name, values)
         self._jobs.append(job)
 
-    def _make_job(self, epoch: int, batch: int) -> _Job:
+    def _make_job(self, epoch: int, batch: int) -> Job:
         plan = self.plan
         self._retry(epoch)
+        if not self._in_memory:
+            self._read_ahead.ask(epoch, batch)
+        self._contents = {}
         rows, valid = plan.fill(epoch, batch, self._failed, self._read)
         for row in {int(row) for row in rows[~valid]} & self._failed.keys():
             self._show_black(row)
         draws = plan.draw_crops(epoch, batch, rows)
         boxes = [np.zeros((len(rows), 0, 5), "f4"), *(draw.boxes(plan.records.sizes[rows])[:, None] for draw in draws)]
         orientations = self._orientations[rows]
-        job = _Job(epoch, batch, rows, valid, draws, np.concatenate(boxes, 1), TURNS[orientations, 0])
+        job = Job(epoch, batch, rows, valid, draws, np.concatenate(boxes, 1), TURNS[orientations, 0])
         full = np.stack([plan.records.heights[rows], plan.records.sizes[rows, 1]], 1)
         stored = partial(stored_corners, sizes=full, orientations=orientations)
         job.boxes[:, plan.spec.without_box] = np.nan
@@ -210,10 +203,10 @@ class DaliLoader(Loader):
             windows.append(plan.whole_windows(rows))
             flips.append(np.zeros(len(rows), bool))
         if not self._in_memory:
-            job.inputs["files"] = [encode_path(self._files[row]) for row in rows]
+            given, known = self._files, self._contents
+            job.inputs["files"] = [known[r] if r in known else feed_of(given[r], self._by_content) for r in rows]
             if plan.maps is not None:
-                map_files = (map_path(plan.maps, plan.relative_path(row)) for row in rows)
-                job.inputs["map_files"] = [encode_path(str(file)) for file in map_files]
+                job.inputs["map_files"] = [feed_of_map(plan, int(r), self._by_content, r in self._failed) for r in rows]
         elif plan.maps is not None:
             job.inputs["maps"] = [self._maps[row] for row in rows]
         if plan.spec.patch is not None:
@@ -248,7 +241,7 @@ class DaliLoader(Loader):
 
     # ---- taking its outputs ----------------------------------------------------------------------------------------
 
-    def _take_outputs(self) -> tuple[_Job, list[Tensor]]:
+    def _take_outputs(self) -> tuple[Job, list[Tensor]]:
         assert self._pipe is not None
         tensors = [from_dlpack(out.as_tensor()) for out in self._pipe.outputs()]
         job = self._jobs.popleft()
@@ -257,7 +250,7 @@ class DaliLoader(Loader):
             tensors = self._postprocess(job, tensors)
         return job, tensors
 
-    def _postprocess(self, job: _Job, tensors: list[Tensor]) -> list[Tensor]:
+    def _postprocess(self, job: Job, tensors: list[Tensor]) -> list[Tensor]:
         """Apply what follows the resize; on the CPU in the background thread, on a GPU in the caller's stream."""
         spec = self.plan.spec
         views = len(self._sides) + (self._whole is not None)
@@ -277,7 +270,7 @@ class DaliLoader(Loader):
         images = [photometric(x, draw, spec.mean, spec.std) for x, draw in zip(images, draws, strict=True)]
         return [*images, *labels, *pair]
 
-    def _deliver(self, job: _Job, tensors: list[Tensor]) -> Batch:
+    def _deliver(self, job: Job, tensors: list[Tensor]) -> Batch:
         plan = self.plan
         if self.device.type != "cpu":
             tensors = self._postprocess(job, tensors)
@@ -312,12 +305,11 @@ class DaliLoader(Loader):
 
         rows = [row for row in range(len(self._files)) if row not in self._failed]
         self._levels = [[] for _ in self._files]
-        with ThreadPoolExecutor(self._threads) as pool:
-            for row, levels in zip(rows, pool.map(load, rows), strict=True):
-                if isinstance(levels, OSError):
-                    self._exclude(row, *reason_of(levels))
-                else:
-                    self._keep(row, levels)
+        for row, levels in zip(rows, self._pool.map(load, rows), strict=True):
+            if isinstance(levels, OSError):
+                self._exclude(row, *reason_of(levels))
+            else:
+                self._keep(row, levels)
         if self.plan.maps is not None:
             self._maps = [self._read_map(row)[:, :, None] for row in range(len(self._files))]
 
@@ -343,8 +335,16 @@ class DaliLoader(Loader):
             stamp = self._stamps[row]
             if row not in self._failed and (stamp is None or stamp != file_stamp(self._files[row])):
                 self._check(row)
-            if self.plan.maps is not None:
-                found = file_stamp(str(map_path(self.plan.maps, self.plan.relative_path(row))))
+        wanted = [row for row in {*map(int, rows)} - self._failed.keys() if isinstance(self._files[row], Slice)]
+        fed = self._pool.map(fetch, [self._files[row] for row in wanted])
+        for row, content in zip(wanted, fed, strict=True):
+            if isinstance(content, OSError):
+                self._exclude(row, *reason_of(content))
+            else:
+                self._contents[row] = content
+        for row in {int(row) for row in rows}:
+            if self.plan.maps is not None and row not in self._failed:
+                found = file_stamp(map_file(self.plan.maps, self.plan.relative_path(row)))
                 if row not in self._checked_maps or self._checked_maps[row] != found:
                     self._read_map(row)
                     self._checked_maps[row] = found

@@ -6,10 +6,12 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
+from fgfast.data.slices import Slice, read_file
 from fgfast.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,9 +47,9 @@ def max_pixels() -> int:
 
 @contextmanager
 def open_image(
-    file: str | os.PathLike[str] | IO[bytes], formats: tuple[str, ...] | None = None
+    file: str | os.PathLike[str] | Slice | IO[bytes], formats: tuple[str, ...] | None = None
 ) -> Iterator[Image.Image]:
-    """Open an image file, or its content, in any of some formats; nothing is decoded yet.
+    """Open an image file, a slice of one or its content, in any of some formats; nothing is decoded yet.
 
     Raises:
         TooManyPixelsError: it has more than :func:`max_pixels`.
@@ -56,6 +58,8 @@ def open_image(
     from PIL import Image
 
     limit = max_pixels()
+    if isinstance(file, Slice):
+        file = BytesIO(read_file(file))
     with decoding():
         with _without_pillows_limit():
             image = Image.open(file, formats=formats)
@@ -182,7 +186,7 @@ def upright_rgb(image: Image.Image) -> np.ndarray:
     return turn(np.asarray(stored), orientation)
 
 
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+def read_image(path: str | os.PathLike[str] | Slice) -> np.ndarray:
     """Decode a file with PIL to uint8 [H, W, 3], upright.
 
     Raises:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fgfast.data.inside import leads_out
+from fgfast.data.slices import File, Slices
 from fgfast.errors import UserError, one_line
 
 log = logging.getLogger("fgfast")
@@ -21,6 +22,10 @@ EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff
 
 EXTRA = "@unlabelled"
 """First component of the paths of images that :meth:`ImageSet.with_folder` adds."""
+
+
+UNLABELLED = "unlabelled"
+"""The one class of a set that has none."""
 
 
 def entries(folder: Path) -> tuple[list[str], list[str]]:
@@ -74,7 +79,7 @@ def images_below(folder: Path, *, skip: str = "") -> list[str]:
     return found
 
 
-def linked_images(files: Iterable[str], others: Iterable[str]) -> Iterator[tuple[str, str]]:
+def linked_images(files: Iterable[File], others: Iterable[File]) -> Iterator[tuple[str, str]]:
     """The pairs of a path in ``files`` and one in ``others`` that are the same image, directly or by links."""
     real_folder = cache(os.path.realpath)
 
@@ -82,8 +87,8 @@ def linked_images(files: Iterable[str], others: Iterable[str]) -> Iterator[tuple
         folder, name = os.path.split(file)
         return os.path.realpath(file) if os.path.islink(file) else os.path.join(real_folder(folder), name)
 
-    known = {real(file): file for file in files}
-    for file in others if known else ():
+    known = {real(file): file for file in files if isinstance(file, str)}
+    for file in (file for file in others if isinstance(file, str)) if known else ():
         if (same := known.get(real(file))) is not None:
             yield same, file
 
@@ -123,6 +128,7 @@ class ImageSet:
             to the folder.
         left_out: images of the folder that are not in the set, and why.
         source: what was read, for messages: the layout and the folder.
+        slices: where the images lie in larger files (shards), or None if each has a file of its own.
     """
 
     root: Path
@@ -139,13 +145,19 @@ class ImageSet:
     other_roots: tuple[tuple[str, Path], ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     source: str = ""
+    slices: Slices | None = None
 
     def __len__(self) -> int:
         """N."""
         return len(self.paths)
 
-    def files(self) -> list[str]:
-        """The N absolute paths.
+    @property
+    def has_labels(self) -> bool:
+        """Whether the set has classes."""
+        return self.classes != (UNLABELLED,)
+
+    def files(self) -> list[File]:
+        """The N absolute paths, or slices of larger files.
 
         Raises:
             UserError: a path leads out of ``root``.
@@ -154,15 +166,19 @@ class ImageSet:
         if outside is not None:
             raise UserError(f"The path {outside!r} leaves {self.root}: give one inside it.")
         root = str(self.root.resolve())
-        files = [f"{root}/{rel}" for rel in self.paths]
+        files: list[File] = [f"{root}/{rel}" for rel in self.paths]
         for name, folder in self.other_roots:
             for i, rel in enumerate(self.paths):
                 if rel.startswith(f"{name}/"):
                     files[i] = f"{folder}{rel.removeprefix(name)}"
-        return files
+        if self.slices is None:
+            return files
+        return [file if piece is None else piece for piece, file in zip(self.slices, files, strict=True)]
 
-    def file(self, i: int) -> str:
-        """The absolute path of image ``i``."""
+    def file(self, i: int) -> File:
+        """The absolute path of image ``i``, or its slice of a larger file."""
+        if self.slices is not None and (piece := self.slices[i]) is not None:
+            return piece
         rel = self.paths[i]
         name, _, inside = rel.partition("/")
         folder = dict(self.other_roots).get(name) if inside else None
@@ -179,6 +195,7 @@ class ImageSet:
             train=self.train[rows],
             boxes=None if self.boxes is None else self.boxes[rows],
             keypoints=None if self.keypoints is None else self.keypoints[rows],
+            slices=None if self.slices is None else self.slices.take(rows),
         )
 
     def sample(self, n: int, seed: int = 0) -> ImageSet:
@@ -217,6 +234,7 @@ class ImageSet:
             train=np.concatenate([self.train, np.ones(n, bool)]),
             boxes=pad(self.boxes, np.nan),
             keypoints=pad(self.keypoints, 0),
+            slices=None if self.slices is None else self.slices.take(np.r_[np.arange(len(self)), np.full(n, -1)]),
         )
 
     def with_folder(self, folder: Path) -> ImageSet:

@@ -7,19 +7,17 @@ that a loader loses during training; images that were added are not used.
 from __future__ import annotations
 
 import hashlib
-import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from urllib.parse import unquote_to_bytes
 
 import numpy as np
 
 from fgfast.data.imageset import ImageSet
 from fgfast.data.inside import leads_out
 from fgfast.data.manifest import MAX_BROKEN, Records, Verdict, check_files, file_stamp
+from fgfast.data.names import escape_names, unescape_names
 from fgfast.errors import UserError
 from fgfast.files import write_atomic
 from fgfast.formats import read_json
@@ -101,13 +99,13 @@ def store_set(file: Path, images: ImageSet, records: Records, held_out: Sequence
     stored = _Stored(
         version=_VERSION,
         digest="",
-        classes=_escape(images.classes),
-        paths=_escape(images.paths[i] for i in records.index),
+        classes=escape_names(images.classes),
+        paths=escape_names(images.paths[i] for i in records.index),
         targets=images.targets[records.index].tolist(),
         heights=records.heights.tolist(),
         widths=records.sizes[:, 1].tolist(),
-        skipped=[(rel, reason) for rel, reason in map(_escape, records.skipped)],
-        held_out=_escape(held_out),
+        skipped=[(rel, reason) for rel, reason in map(escape_names, records.skipped)],
+        held_out=escape_names(held_out),
     )
     content = _encode(replace(stored, digest=_digest(stored)))
     try:
@@ -149,6 +147,7 @@ def restore_set(file: Path, images: ImageSet, threads: int | None = None) -> Kep
         train=np.ones(n, bool),
         boxes=column(images.boxes, np.nan),
         keypoints=column(images.keypoints, 0),
+        slices=None if images.slices is None else images.slices.take(found),
         groups=tuple(groups.get(name, "") for name in stored.classes) if groups else (),
     )
     verdicts = check_files(began, threads=threads, lenient=True)
@@ -208,10 +207,10 @@ def _read(file: Path) -> _Stored:
     if stored.digest != _digest(stored) or not n or any(len(column) != n for column in columns):
         raise UserError(f"{file} was changed since the run began (its checksum differs): {_REMEDY}.")
     for name in ("classes", "paths", "held_out"):
-        setattr(stored, name, _unescape(getattr(stored, name)))
+        setattr(stored, name, unescape_names(getattr(stored, name)))
     if outside := next(filter(leads_out, stored.paths), None):
         raise UserError(f"{file} names {outside}, which is outside the data: {_REMEDY}.")
-    stored.skipped = [(rel, reason) for rel, reason in map(_unescape, stored.skipped)]
+    stored.skipped = [(rel, reason) for rel, reason in map(unescape_names, stored.skipped)]
     return stored
 
 
@@ -223,14 +222,3 @@ def _encode(stored: _Stored) -> bytes:
     import msgspec
 
     return msgspec.json.encode(stored)
-
-
-_RAW = re.compile("[%\udc80-\udcff]")  # surrogates stand for bytes that are not UTF-8, which JSON cannot hold
-
-
-def _escape(names: Iterable[str]) -> list[str]:
-    return [_RAW.sub(lambda m: f"%{ord(m[0]) & 0xFF:02X}", name) for name in names]
-
-
-def _unescape(names: Iterable[str]) -> list[str]:
-    return [os.fsdecode(unquote_to_bytes(name)) if "%" in name else name for name in names]

@@ -18,6 +18,21 @@ __all__ = ["BACKENDS", "Loader", "make_loader"]
 BACKENDS = ("auto", "dali", "torchvision")
 
 
+def choose_backend(backend: str) -> str:
+    """The loader that "auto" stands for, "dali" if it is installed, or the one that is named.
+
+    Raises:
+        UserError: its library is not installed.
+    """
+    has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    if backend == "auto":
+        backend = "dali" if has_dali else "torchvision"
+    needed = "nvidia.dali" if backend == "dali" else "torchvision"
+    if not has_dali if backend == "dali" else importlib.util.find_spec("torchvision") is None:
+        raise UserError(f"The {backend} loader needs the package {needed}: pip install 'fgfast[train]'.")
+    return backend
+
+
 def make_loader(
     images: ImageSet,
     spec: ViewSpec,
@@ -75,12 +90,7 @@ def make_loader(
         raise ValueError(f"The loader backend is {backend!r}: choose one of {', '.join(BACKENDS)}.")
     if seed < 0:
         raise ValueError(f"seed is {seed}: give a number >= 0.")
-    has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
-    if backend == "auto":
-        backend = "dali" if has_dali else "torchvision"
-    needed = "nvidia.dali" if backend == "dali" else "torchvision"
-    if not has_dali if backend == "dali" else importlib.util.find_spec("torchvision") is None:
-        raise UserError(f"The {backend} loader needs the package {needed}: pip install 'fgfast[train]'.")
+    backend = choose_backend(backend)
     threads = default_threads(threads)
     plan = make_plan(
         images,

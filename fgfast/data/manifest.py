@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import stat
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field
@@ -33,6 +32,7 @@ from fgfast.data.decode import read_image as read_image
 from fgfast.data.decode import upright_rgb as upright_rgb
 from fgfast.data.imageset import ImageSet
 from fgfast.data.maps import write_atomically
+from fgfast.data.slices import File, Slice, Slices, read_file, status
 from fgfast.deprecated import forward_names
 from fgfast.errors import UserError
 from fgfast.files import digest_of
@@ -42,6 +42,7 @@ log = logging.getLogger("fgfast")
 
 MAX_BROKEN = 0.05
 _VERSION = 2
+_TRIED = 16  # shards
 _DIRECT_MODES = frozenset({"RGB", "L", "RGBA", "LA", "P", "1"})
 
 
@@ -59,7 +60,7 @@ class Verdict:
 
     Args:
         size: size of the file in bytes.
-        mtime_ns: time of its last modification.
+        mtime_ns: time of its last modification; of an image in a shard the checksum of its bytes.
         full: it was decoded in full; False = only the header was read.
         height: height of the upright image, 0 if the file is broken.
         width: width of the upright image.
@@ -94,7 +95,7 @@ class Records:
     Args:
         images: the image set, with the broken images.
         index: indices of the usable images in it, int64 [N].
-        files: the files to read, N absolute paths.
+        files: the files to read, N absolute paths or slices.
         stamps: (bytes, modification time) of each file when it was decoded in full; None = it never was.
         sizes: (H, W) of the upright images without the banner, int32 [N, 2].
         heights: their H with the banner, int32 [N].
@@ -106,7 +107,7 @@ class Records:
 
     images: ImageSet
     index: np.ndarray
-    files: tuple[str, ...]
+    files: tuple[File, ...]
     stamps: tuple[tuple[int, int] | None, ...]
     sizes: np.ndarray
     heights: np.ndarray
@@ -135,14 +136,15 @@ def black_image(height: int, width: int) -> str:
     return str(target)
 
 
-def convert(path: str, pixels: np.ndarray) -> str:
+def convert(path: File, pixels: np.ndarray) -> str:
     """Write the pixels of an image as an 8-bit RGB PNG to the cache and return the path of that file.
 
     Raises:
         UserError: the file cannot be written.
     """
-    found = os.stat(path)
-    key = f"{_VERSION}:{os.path.abspath(path)}:{found.st_size}:{found.st_mtime_ns}"
+    found = status(path)
+    where = os.path.abspath(path) if isinstance(path, str) else f"{os.path.abspath(path.file)}@{path.start}"
+    key = f"{_VERSION}:{where}:{found.size}:{found.mark}"
     target = cache_folder() / "converted" / f"{hashlib.sha1(os.fsencode(key)).hexdigest()}.png"
     if not _is_whole(target):
         from PIL import Image
@@ -153,7 +155,7 @@ def convert(path: str, pixels: np.ndarray) -> str:
     return str(target)
 
 
-def check_file(path: str, *, full: bool = True) -> Verdict:
+def check_file(path: File, *, full: bool = True) -> Verdict:
     """Decode a file as the loaders do; ``full=False`` reads only the header of a JPEG.
 
     Raises:
@@ -161,10 +163,9 @@ def check_file(path: str, *, full: bool = True) -> Verdict:
     """
     size = mtime_ns = 0
     try:
-        found = os.stat(path)
-        size, mtime_ns = found.st_size, found.st_mtime_ns
-        if not stat.S_ISREG(found.st_mode) or size == 0:
-            raise OSError("the file is empty" if stat.S_ISREG(found.st_mode) else "not a file")
+        size, mtime_ns, regular = status(path)
+        if not regular or size == 0:
+            raise OSError("the file is empty" if regular else "not a file")
         with open_image(path) as image:
             direct = image.format in ("JPEG", "PNG") and image.mode in _DIRECT_MODES
             header = direct and image.format == "JPEG" and not full
@@ -192,9 +193,9 @@ def reason_of(error: OSError) -> tuple[str, bool]:
     return error.strerror or str(error) or type(error).__name__, is_passing(error)
 
 
-def _failure_to_read(path: str) -> OSError | None:
+def _failure_to_read(path: File) -> OSError | None:
     """The error of the system for a file, which a decoder may have hidden: libtiff reports a failed read as its own."""
-    if not os.path.isfile(path):  # opening a pipe would wait
+    if isinstance(path, Slice) or not os.path.isfile(path):  # opening a pipe would wait
         return None
     try:
         with open(path, "rb") as file:
@@ -208,16 +209,14 @@ def _failure_to_read(path: str) -> OSError | None:
 def _is_whole(copy: str | Path) -> bool:
     """Whether a PNG of the cache is there and has its end, which a power failure may have cost it."""
     try:
-        return _has_end(copy)
+        return _has_end(str(copy))
     except OSError:
         return False
 
 
-def _has_end(path: str | Path) -> bool:
+def _has_end(path: File) -> bool:
     """Whether a PNG has its last chunk; without it PIL decodes the file, but DALI fails."""
-    with open(path, "rb") as file:
-        file.seek(-12, os.SEEK_END)
-        return b"IEND" in file.read()
+    return b"IEND" in read_file(path, last=12)
 
 
 def check_images(
@@ -261,8 +260,15 @@ def check_files(
     cache = cache_folder() / "manifests" / f"{hashlib.sha1(os.fsencode(root)).hexdigest()[:20]}.json"
     known = _load(cache)
     files = images.files()
-    keys = [file.removeprefix(f"{root}/") for file in files]  # the absolute path of an image outside the root
-    verdicts = [_known_verdict(file, known.get(key), full, lenient) for file, key in zip(files, keys, strict=True)]
+    keys = [  # the absolute path of an image outside the root
+        file.removeprefix(f"{root}/") if isinstance(file, str) else rel
+        for file, rel in zip(files, images.paths, strict=True)
+    ]
+    indexed = {} if images.slices is None else _indexed(images.slices)
+    verdicts = [
+        indexed.get(i) or _known_verdict(file, known.get(key), full, lenient)
+        for i, (file, key) in enumerate(zip(files, keys, strict=True))
+    ]
     unknown = [i for i, verdict in enumerate(verdicts) if verdict is None]
     if unknown:
         with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
@@ -278,21 +284,55 @@ def check_files(
     return [verdict for verdict in verdicts if verdict is not None]
 
 
-def _known_verdict(path: str, verdict: Verdict | None, full: bool, lenient: bool) -> Verdict | None:
+def _indexed(slices: Slices) -> dict[int, Verdict]:
+    """The verdicts on images that were decoded when their shard was written, by position.
+
+    Those of a shard that is gone cannot be read. Those of one with another number of bytes, or whose first image is not
+    what the index says, have to be read again; the first image is read of a few shards, to find other shards at once.
+    """
+    found: dict[int, OSError | bool] = {}
+    shards, first = np.unique(slices.which, return_index=True)
+    tried = set(np.linspace(0, len(shards) - 1, _TRIED).astype(int).tolist())
+    for n, (at, row) in enumerate(zip(shards.tolist(), first.tolist(), strict=True)):
+        piece = slices[row]
+        if piece is None or piece.crc < 0:
+            continue
+        try:
+            found[at] = status(piece.file).size == slices.files[at][1]
+            if n in tried:
+                read_file(piece)
+        except OSError as error:
+            found[at] = error if is_passing(error) else False
+    verdicts = {}
+    for i in np.flatnonzero((slices.which >= 0) & (slices.crc >= 0)).tolist():
+        state = found.get(int(slices.which[i]))
+        size, crc = int(slices.size[i]), int(slices.crc[i])
+        height, width, orientation = slices.shape[i].tolist()
+        if isinstance(state, OSError):
+            name = os.path.basename(slices.files[slices.which[i]][0])
+            verdicts[i] = Verdict(size, crc, True, reason=f"{name}: {state.strerror}", passing=True)
+        elif state and height and height * width <= max_pixels():
+            verdicts[i] = Verdict(size, crc, True, height, width, orientation)
+    return verdicts
+
+
+def _known_verdict(path: File, verdict: Verdict | None, full: bool, lenient: bool) -> Verdict | None:
     """The verdict of an earlier check if it still holds.
 
     Raises:
         UserError: there is no such file, unless ``lenient``; a link to nothing is a broken image.
     """
     try:
-        found = os.stat(path)
+        found = status(path)
     except (OSError, ValueError) as error:
-        if not lenient and isinstance(error, FileNotFoundError) and not os.path.islink(path):
+        if not lenient and isinstance(error, FileNotFoundError) and isinstance(path, str) and not os.path.islink(path):
             raise UserError(f"The image {path} is listed but missing: restore it or take it off the list.") from error
         return None
-    if verdict is None or (verdict.size, verdict.mtime_ns) != (found.st_size, found.st_mtime_ns):
+    if verdict is None or (verdict.size, verdict.mtime_ns) != (found.size, found.mark):
         return None
     if (full and not verdict.full) or (verdict.source and not _is_whole(verdict.source)):
+        return None
+    if verdict.reason and isinstance(path, Slice):  # a shard that was damaged and restored has the same checksums
         return None
     if verdict.height * verdict.width > max_pixels():
         return None
@@ -331,13 +371,12 @@ def shown_size(images: ImageSet, height: int, width: int) -> tuple[int, int]:
     return max(1, height - images.banner), width
 
 
-def file_stamp(path: str) -> tuple[int, int] | None:
+def file_stamp(path: File) -> tuple[int, int] | None:
     """(bytes, modification time) of a file; None if there is none."""
     try:
-        found = os.stat(path)
+        return status(path)[:2]
     except OSError:
         return None
-    return found.st_size, found.st_mtime_ns
 
 
 def _load(cache: Path) -> dict[str, Verdict]:

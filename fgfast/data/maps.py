@@ -15,6 +15,7 @@ import numpy as np
 
 from fgfast.data.decode import TooManyPixelsError, check_pixels, open_image
 from fgfast.data.inside import leads_out
+from fgfast.data.slices import File, Slice, read_file
 from fgfast.errors import UserError
 from fgfast.files import write_atomic
 from fgfast.formats import read_json
@@ -157,6 +158,38 @@ def map_sizes(maps: Path, rels: Sequence[str]) -> np.ndarray:
     return np.array([_size(maps, rel, _read(maps, rel, 26), info) for rel in rels], np.int32).reshape(-1, 2)
 
 
+def map_file(maps: Path, rel: str) -> File:
+    """The id map of an image: a file, or a slice of a shard if the folder is one of shards with id maps.
+
+    Raises:
+        UserError: the path leads out of the folder, or the index of the shards is damaged.
+    """
+    path = map_path(maps, rel)
+    packed = _packed(maps)
+    return str(path) if packed is None else packed.get(rel, str(path))
+
+
+def is_packed(maps: Path) -> bool:
+    """Whether the id maps of a folder are in shards."""
+    return _packed(maps) is not None
+
+
+def _packed(maps: Path) -> dict[str, Slice] | None:
+    """The id maps in the shards of a folder, by image, read once for each state of its index; None without shards."""
+    try:
+        found = (Path(maps) / "shards.json").stat()
+    except OSError:
+        return None
+    return _read_packed(Path(maps), (found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+@lru_cache(2)
+def _read_packed(maps: Path, stamp: tuple[int, int, int]) -> dict[str, Slice]:
+    from fgfast.data.shards.index import packed_maps
+
+    return packed_maps(maps)
+
+
 def read_map(maps: Path, rel: str, size: Sequence[int] | None = None) -> np.ndarray:
     """The id map of one image, uint8 [H, W].
 
@@ -190,15 +223,20 @@ def read_map(maps: Path, rel: str, size: Sequence[int] | None = None) -> np.ndar
 def _read(maps: Path, rel: str, size: int = -1) -> bytes:
     """The first ``size`` bytes of a map, or all."""
     path = map_path(maps, rel)
+    file = map_file(maps, rel)
     try:
+        if isinstance(file, Slice):
+            return read_file(file)[: None if size < 0 else size]
         if path.exists() and not path.is_file():  # a pipe could last for ever
             raise OSError(None, "not a file")
-        with open(path, "rb") as file:
-            return file.read(size)
+        with open(path, "rb") as stream:
+            return stream.read(size)
     except FileNotFoundError as error:
         raise UserError(f"{maps} has no map for {rel}: write the maps with {WRITER}.") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): write the maps again with {WRITER}.") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror or error}): write the maps again with {WRITER}."
+        ) from error
 
 
 def _size(maps: Path, rel: str, head: bytes, info: dict | None) -> tuple[int, int]:

@@ -13,10 +13,14 @@ from fgfast.data.decode import read_image
 from fgfast.data.imageset import ImageSet
 from fgfast.data.manifest import MAX_BROKEN, Records, check_images, shown_size
 from fgfast.data.maps import map_sizes
+from fgfast.data.order import ShardOrder
 from fgfast.data.places import Places
 from fgfast.data.sampling import Draw, draw_corner, draw_crop, epoch_order, generator, whole_window
+from fgfast.data.slices import File
 from fgfast.data.views import Patch, ViewSpec
 from fgfast.errors import UserError
+
+_REGION = 2**27  # bytes
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class BatchPlan:
         rank: rank of this process.
         world: number of processes.
         endless: never raise for lost images: when more than ``MAX_BROKEN`` are, deliver black padding in their place.
+        shards: the order of images that lie in shards, or None.
     """
 
     records: Records
@@ -50,6 +55,7 @@ class BatchPlan:
     rank: int
     world: int
     endless: bool = False
+    shards: ShardOrder | None = None
 
     def __len__(self) -> int:
         """Batches per epoch, the same on every rank."""
@@ -61,7 +67,10 @@ class BatchPlan:
 
         Rank r takes every world-th image of the common order; the last batch is padded with images from its start.
         """
-        order = epoch_order(len(self.records), self.seed, epoch, self.shuffle)
+        if self.shards is not None and self.shuffle:
+            order = self.shards.of_epoch(self.seed, epoch)
+        else:
+            order = epoch_order(len(self.records), self.seed, epoch, self.shuffle)
         places = (np.arange(self.batch_size) + batch * self.batch_size) * self.world + self.rank
         return order[places % len(order)], places < len(order)
 
@@ -95,8 +104,8 @@ class BatchPlan:
         """The path of an image within its set."""
         return self.records.images.paths[self.records.index[row]]
 
-    def original(self, row: int) -> str:
-        """The file of an image, of which ``records.files`` may have a converted copy."""
+    def original(self, row: int) -> File:
+        """The file of an image or its slice of one, of which ``records.files`` may have a converted copy."""
         return self.records.images.file(self.records.index[row])
 
     def too_many(self, n_lost: int) -> bool:
@@ -221,13 +230,40 @@ def make_plan(
         check_patch(records, spec.patch)
     maps = maps if spec.needs_maps else None
     sizes = None if maps is None else _map_sizes(maps, records)
-    plan = BatchPlan(records, spec, batch_size, shuffle, drop_last, seed, maps, sizes, rank, world, endless)
+    shards = _shards_of(records, world) if shuffle else None
+    plan = BatchPlan(records, spec, batch_size, shuffle, drop_last, seed, maps, sizes, rank, world, endless, shards)
     if not len(plan):
         raise UserError(
             f"{len(records)} images do not fill one batch of {batch_size} on each of {world} processes: "
             "choose a smaller batch."
         )
     return plan
+
+
+def _shards_of(records: Records, world: int) -> ShardOrder | None:
+    """The order of images that lie in shards; None if each has a file of its own.
+
+    Images in files of their own, which are added to a set of shards, are one more shard.
+
+    Raises:
+        UserError: there are fewer shards than ranks.
+    """
+    slices = records.images.slices
+    if slices is None:
+        return None
+    which = slices.which[records.index].astype(np.int64)
+    indexed = bool((slices.crc[records.index] >= 0).any())
+    if not indexed:  # a few large files, of which each region counts as a shard
+        which = which * 2**32 + slices.start[records.index] // _REGION
+    shards = ShardOrder(which)
+    if shards.n_shards < world and not indexed:
+        return None
+    if shards.n_shards < world:
+        raise UserError(
+            f"{records.images.root} has {shards.n_shards} shards to train on, fewer than the {world} ranks: write "
+            "smaller ones with fgfast shard --shard-mb, or start fewer ranks."
+        )
+    return shards
 
 
 def _map_sizes(maps: Path, records: Records) -> np.ndarray:

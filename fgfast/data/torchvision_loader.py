@@ -22,6 +22,7 @@ from fgfast.data.manifest import reason_of, shown_size
 from fgfast.data.maps import ABSENT, read_map
 from fgfast.data.photometric import with_reduced
 from fgfast.data.plan import BatchPlan
+from fgfast.data.read_ahead import ReadAhead
 from fgfast.data.rearrange import rearrange
 from fgfast.data.sampling import Draw
 from fgfast.data.views import Batch, warp_labels
@@ -39,6 +40,8 @@ class TorchvisionLoader(Loader):
         super().__init__(plan)
         self.device = device
         self._order = _Order()
+        self._read_ahead = ReadAhead(plan)
+        self._waiting = threads * max(1, prefetch)  # batches that the workers make ahead
         self._loader = DataLoader(
             _Batches(plan),
             batch_size=None,
@@ -55,7 +58,9 @@ class TorchvisionLoader(Loader):
         self._retry(epoch)
         failed = tuple(self._failed_rows())
         self._order.keys = [(epoch, batch, failed) for batch in range(start, len(self))]
-        for item in self._loader:
+        self._read_ahead.ask(epoch, start)
+        for number, item in enumerate(self._loader, start):
+            self._read_ahead.ask(epoch, number + self._waiting)
             if isinstance(item, UserError):
                 raise item
             batch, broken = item
@@ -67,6 +72,7 @@ class TorchvisionLoader(Loader):
     def close(self) -> None:
         """End the worker processes."""
         self._order.keys = []
+        self._read_ahead.close()
         del self._loader
 
 
@@ -139,6 +145,9 @@ class _Batches(Dataset):
         if plan.maps is not None:
             assert plan.map_sizes is not None
             for row in rows:
+                if int(row) in self.failed:  # shown black: its map may be lost with it
+                    maps.append(torch.full((1, *plan.map_sizes[row].tolist()), -1))
+                    continue
                 ids = torch.from_numpy(read_map(plan.maps, plan.relative_path(row), plan.map_sizes[row])).long()
                 maps.append(ids.masked_fill_(ids == ABSENT, -1)[None])  # [1, H, W]
         views, labels = [], []

@@ -84,6 +84,14 @@ class Crop:
         """The transform of a class, if the crop has it."""
         return next((transform for transform in self.transforms if isinstance(transform, kind)), None)
 
+    def with_color(self, strength: float) -> Crop:
+        """The same view with weaker colour changes: see :meth:`ViewSpec.with_color`."""
+        brightness, contrast, saturation, hue = (strength * s for s in self.jitter)
+        return replace(
+            self, jitter=(brightness, contrast, saturation, hue), grayscale=strength * self.grayscale,
+            solarize=strength * self.solarize,
+        )  # fmt: skip
+
     @property
     def moves(self) -> bool:
         """Whether pixels change places within the view, so that no box describes it."""
@@ -172,6 +180,20 @@ class ViewSpec:
             InputStats(self.mean, self.std, self.interpolation).check()
         except ValueError as error:
             raise ValueError(f"ViewSpec.{error}") from None
+
+    def with_color(self, strength: float) -> ViewSpec:
+        """The same views with weaker colour changes.
+
+        Args:
+            strength: factor in [0, 1] of the strengths of jitter and of the probabilities of grey and of solarise.
+
+        Example:
+            >>> ViewSpec(crops=(Crop(jitter=(0.4, 0.4, 0.2, 0.1), grayscale=0.2),)).with_color(0.5).crops[0].jitter
+            (0.2, 0.2, 0.1, 0.05)
+        """
+        if strength == 1:
+            return self
+        return replace(self, crops=tuple(crop.with_color(strength) for crop in self.crops))
 
     def with_stats(self, stats: InputStats) -> ViewSpec:
         """The same views, resized and normalised for a network with these statistics.

@@ -1,9 +1,12 @@
 """Frozen features of a set of images, one row per image: of the full image without augmentation, or of its parts."""
 
 from collections.abc import Callable
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +16,7 @@ from fgfast.data.normalise import IMAGENET, InputStats
 from fgfast.data.views import Crop, ViewSpec
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone
+from fgfast.models.probe import evaluating
 from fgfast.ops.part_pool import part_pool
 from fgfast.ranks import Ranks, gather, on_all, ranks_of
 
@@ -39,7 +43,7 @@ def extract(
 ) -> tuple[Tensor, Tensor]:
     """Features and classes of every image that can be read, in the order of the set.
 
-    A module runs in evaluation mode and then returns to its own mode. Broken images have no row.
+    A network runs in evaluation mode; then each of its modules returns to its own mode. Broken images have no row.
 
     Args:
         encoder: maps images [B, 3, S, S] (normalised, on ``device``) to features [B, D].
@@ -79,6 +83,17 @@ def extract(
     return features[in_order], targets[in_order]
 
 
+def extract_rows(
+    encoder: Callable[..., Tensor], images: ImageSet, size: int, **options: Any
+) -> tuple[Tensor, np.ndarray]:
+    """Features of every image that can be read, and the ascending positions of these images in the set, int64 [N].
+
+    Arguments, and what is raised, are those of :func:`extract`.
+    """
+    features, rows = extract(encoder, replace(images, targets=np.arange(len(images))), size, **options)
+    return features, rows.numpy()
+
+
 def stats_of(encoder: object) -> InputStats:
     """The input statistics of the backbone that a module is or contains; ImageNet's if there is none.
 
@@ -96,25 +111,19 @@ def _extract(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Features, classes and positions of this rank's images."""
     device = ranks.device
+    own = -(-len(images) // ranks.world)  # an incomplete batch is padded, and the network would see the padding too
     batches = make_loader(
-        images, spec, batch_size, shuffle=False, maps=maps, device=str(device), threads=threads, rank=ranks.rank,
-        world=ranks.world, backend=loader, lenient=lenient,
+        images, spec, max(1, min(batch_size, own)), shuffle=False, maps=maps, device=str(device), threads=threads,
+        rank=ranks.rank, world=ranks.world, backend=loader, lenient=lenient,
     )  # fmt: skip
-    training = isinstance(encoder, torch.nn.Module) and encoder.training
-    if isinstance(encoder, torch.nn.Module):
-        encoder.eval()
     rows, targets, order = [], [], []
-    try:
+    with closing(batches), evaluating(encoder) if isinstance(encoder, nn.Module) else nullcontext():
         for batch in batches:
             valid = batch.valid.cpu()
             inputs = [x for x in (batch.whole, batch.whole_labels, *batch.views) if x is not None]
             rows.append(encoder(*inputs).float()[valid.to(device)].cpu())
             targets.append(batch.target.cpu()[valid])
             order.append(batch.index.cpu()[valid])
-    finally:
-        batches.close()
-        if training:
-            encoder.train()  # type: ignore[attr-defined]
     return torch.cat(rows), torch.cat(targets), torch.cat(order)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fgfast.data.imageset import ImageSet
 from fgfast.data.manifest import check_images
-from fgfast.data.maps import ABSENT, map_path, map_sizes, read_map, read_maps_info
+from fgfast.data.maps import ABSENT, map_path, read_map, read_maps_info
 from fgfast.errors import UserError
 from fgfast.evaluate.iou import split_folds
 
@@ -145,20 +145,19 @@ def _with_masks(images: ImageSet, classes: MaskClasses, what: str) -> tuple[Imag
     maps = images.masks
     records = check_images(images)
     images = images.subset(records.index)
-    for rel, size, of_map in zip(images.paths, records.sizes, map_sizes(maps, images.paths), strict=True):
-        if not np.array_equal(size, of_map):
-            raise UserError(
-                f"{map_path(maps, rel)} is {of_map[0]} x {of_map[1]} and its image {size[0]} x {size[1]}: give masks "
-                "of the size of their images."
-            )
 
-    def classes_of(rel: str) -> np.ndarray:
+    def classes_of(rel: str, size: np.ndarray) -> np.ndarray:
         ids = torch.from_numpy(read_map(maps, rel)).long()
+        if tuple(ids.shape) != tuple(size):
+            raise UserError(
+                f"{map_path(maps, rel)} is {ids.shape[0]} x {ids.shape[1]} and its image {size[0]} x {size[1]}: give "
+                "masks of the size of their images."
+            )
         found = classes.of(ids.masked_fill(ids == ABSENT, -1)).unique()
         return np.isin(np.arange(len(classes.names)), found.numpy())
 
     with ThreadPoolExecutor() as pool:
-        shown = np.stack(list(pool.map(classes_of, images.paths)))
+        shown = np.stack(list(pool.map(classes_of, images.paths, records.sizes)))
     names = [classes.names[c] for c in np.flatnonzero(shown.any(axis=0))]
     if len(names) < 2:
         raise UserError(

@@ -1,6 +1,5 @@
 """Fine-tuning of the last stages of an encoder, or all of it, with labels."""
 
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from fgfast.evaluate.features import extract
 from fgfast.evaluate.mlp import ClassWeights, class_weights
 from fgfast.evaluate.resume import Progress
 from fgfast.models.backbone import Backbone
+from fgfast.models.stages import unfreeze
 
 
 @dataclass(frozen=True)
@@ -38,66 +38,6 @@ class FinetuneOptions:
     """Weights of the classes: none, inverse to their frequency, or proportional to it (as released)."""
     seed: int = 0
     """Seed of the classifier, the views and the order."""
-
-
-def stages_of(net: Any) -> list[list[str]]:
-    """Names of the parameters of the stem and of each stage after it, as timm groups them.
-
-    A stage is, for example, layer1, stages.0 or one block of a ViT; a final norm belongs to the last stage.
-
-    Raises:
-        UserError: timm defines no stages for this network.
-    """
-    from timm.models import group_parameters
-
-    if not hasattr(net, "group_matcher"):
-        raise UserError(f"timm defines no stages for {type(net).__name__}: give --stages all.")
-    matcher = net.group_matcher(coarse=True)
-    groups = list(group_parameters(net, matcher).values())
-    patterns = [
-        p for spec in matcher.values() for p in ([spec] if isinstance(spec, str) else [s[0] for s in spec or ()])
-    ]
-    if len(groups) > 1 and not any(re.match(pattern, groups[-1][0]) for pattern in patterns):
-        groups[-2:] = [groups[-2] + groups[-1]]  # timm groups the parameters that no pattern matches last
-    return groups
-
-
-def last_stages(encoder: Backbone, stages: str) -> set[str]:
-    """Names of the parameters of the last stages.
-
-    Raises:
-        UserError: ``stages`` is neither "all" nor a number of stages that the network has.
-    """
-    if stages == "all":
-        return {name for name, _ in encoder.net.named_parameters()}
-    groups = stages_of(encoder.net)
-    if not stages.isdecimal() or int(stages) >= len(groups):
-        raise UserError(
-            f"--stages is {stages}: {encoder.name} has {len(groups) - 1} stages, give at most that many, or all."
-        )
-    return {name for group in groups[len(groups) - int(stages) :] for name in group}
-
-
-def unfreeze(encoder: Backbone, stages: str) -> list[nn.Parameter]:
-    """Make the last stages trainable and freeze everything before them, including BatchNorm statistics.
-
-    Returns:
-        The trainable parameters.
-
-    Raises:
-        UserError: ``stages`` is neither "all" nor a number of stages that the network has.
-    """
-    net: nn.Module = encoder.net
-    names = last_stages(encoder, stages)
-    for name, parameter in net.named_parameters():
-        parameter.requires_grad_(name in names)
-    encoder.eval()
-    trained: dict[str, bool] = {}
-    for name, module in net.named_modules():  # a module comes before its submodules
-        inside = [f"{name}.{inner}" if name else inner for inner, _ in module.named_parameters()]
-        trained[name] = names.issuperset(inside) if inside else trained[name.rpartition(".")[0]]
-        module.training = trained[name]
-    return [parameter for parameter in net.parameters() if parameter.requires_grad]
 
 
 def finetune(

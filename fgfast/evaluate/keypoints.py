@@ -136,9 +136,12 @@ def regression_error(fit: Located, test: Located) -> float | None:
 
     Source: Huang and Li, "Interpretable and Accurate Fine-grained Recognition via Region Grouping", CVPR 2020
     (eval_interp.py of its release), as in PDiscoFormer's, which reports per cent. There soft maps give every part a
-    centre, and the standardisation uses all of them; here it uses the images that have the part.
+    centre.
     """
+    from sklearn.impute import SimpleImputer
     from sklearn.linear_model import LinearRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
     (x, y, shown), (test_x, test_y, test_shown) = (_in_box(located) for located in (fit, test))
     distances = []
@@ -146,15 +149,9 @@ def regression_error(fit: Located, test: Located) -> float | None:
         rows, scored = shown[:, k], test_shown[:, k]
         if not rows.any() or not scored.any():
             continue
-        there = ~np.isnan(x[rows])
-        count = there.sum(0).clip(1)
-        mean = np.where(there, x[rows], 0).sum(0) / count
-        spread = np.sqrt((np.where(there, x[rows] - mean, 0) ** 2).sum(0) / count)
-        spread[spread < 1e-12] = 1
-        standardised, wanted = (np.nan_to_num((v - mean) / spread) for v in (x[rows], test_x[scored]))
-        middle = y[rows, k].mean(0)
-        model = LinearRegression(fit_intercept=False).fit(standardised, y[rows, k] - middle)
-        distances.append(np.linalg.norm(model.predict(wanted) + middle - test_y[scored, k], axis=1))
+        model = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler(), LinearRegression())
+        predicted = model.fit(x[rows], y[rows, k]).predict(test_x[scored])
+        distances.append(np.linalg.norm(predicted - test_y[scored, k], axis=1))
     return float(np.concatenate(distances).mean()) if distances else None
 
 
@@ -170,7 +167,7 @@ def _in_box(located: Located) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def box_iou(located: Located) -> float | None:
     """Intersection over union of all parts together with the box, summed over the images with a box; None without any.
 
-    Where every pixel belongs to a part it is the mean share of the box, so give maps with a background.
+    Where every pixel belongs to a part it is the fraction of the pixels in boxes, so give maps with a background.
 
     Source: the foreground IoU of PDiscoFormer's release (engine/eval_fg_bg.py), which has masks in place of boxes.
     """

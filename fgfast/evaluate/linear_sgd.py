@@ -136,7 +136,7 @@ def sgd_probe(
     test_x, truth = _extract(features, test, config, device)
     loader = _batches(features, fit, config, o, device)
     call = {
-        "recipe": o.recipe, **asdict(o), "start": start, "data": str(fit.root.resolve()), "pictures": len(fit),
+        "recipe": o.recipe, **asdict(o), "start": start, "data": str(fit.root.resolve()), "images": len(fit),
         "tested": len(test),
     }  # fmt: skip
     with torch.random.fork_rng():

@@ -55,7 +55,8 @@ def score_discovery(
             if encoder.is_vit:
                 labels = cluster_keys(encoder, whole, n_parts=n_parts, seed=config.seed)
             else:
-                clustering = replace(getattr(config, "clustering", ClusteringConfig(n_parts)), border=0.0)
+                clustering = getattr(config, "clustering", ClusteringConfig(n_parts))
+                clustering = replace(clustering, border=0.0, first_parts=0)
                 labels = cluster_pyramid(encoder, whole, clustering, size=64, seed=config.seed)
             labels = torch.nn.functional.interpolate(labels[:, None].float(), size=(size, size)).long()[:, 0]
             found.append(labels.cpu())

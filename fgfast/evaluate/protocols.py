@@ -17,9 +17,10 @@ from fgfast.data.maps import read_maps_info
 from fgfast.data.splits import Splits, labelled_splits
 from fgfast.errors import UserError
 from fgfast.evaluate.bootstrap import accuracy_interval
+from fgfast.evaluate.confusion import confused_pairs
 from fgfast.evaluate.features import PartFeatures, extract
 from fgfast.evaluate.few_shot import SegmentationOptions
-from fgfast.evaluate.finetune import FinetuneOptions, finetune, last_stages
+from fgfast.evaluate.finetune import FinetuneOptions, finetune
 from fgfast.evaluate.keypoints import KeypointOptions, check_keypoints, discover_shared, score_keypoints
 from fgfast.evaluate.knn import knn_predict
 from fgfast.evaluate.linear import linear_probe
@@ -35,6 +36,7 @@ from fgfast.info import require
 from fgfast.methods.base import scoring
 from fgfast.methods.run_folder import Checkpoint, load_run_encoder
 from fgfast.models.backbone import Backbone
+from fgfast.models.stages import last_stages
 from fgfast.parts.folder import weights_digest
 from fgfast.ranks import on_all, ranks_of
 
@@ -51,10 +53,10 @@ class Score:
 
     protocol: Protocol
     checkpoint: Checkpoint
-    correct: np.ndarray  # bool [test images]; empty for a protocol that classifies no images
-    low: float  # 95% bootstrap interval of top-1 over the test images
-    high: float
     n_train: int
+    correct: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # [test images]; none if not classified
+    low: float = float("nan")  # 95% bootstrap interval of top-1 over the test images
+    high: float = float("nan")
     macro_f1: float = float("nan")  # mean F1 over the classes that occur or are predicted
     weighted_f1: float = float("nan")  # the same, weighted by the number of images of each class
     options: str = ""  # options that differ from the protocol's defaults, "name=value,name=value"
@@ -228,42 +230,70 @@ def evaluate(
     """
     read_scores(run)  # a damaged file would stop the score from being stored at the end
     encoder, config = load_run_encoder(run, checkpoint, device, settings)
+    return evaluate_encoder(
+        encoder, config, protocol, data, run, checkpoint=checkpoint, options=options, settings=settings
+    )
+
+
+def evaluate_encoder(
+    encoder: Backbone, config: TrainConfig, protocol: Protocol, data: Path, out: Path, *, network: str = "",
+    checkpoint: Checkpoint = "init", options: Options | None = None, settings: dict[str, str] | None = None,
+) -> Score:  # fmt: skip
+    """Score a network and store the score in OUT/eval.json.
+
+    Args:
+        encoder: the network.
+        config: its options.
+        protocol: see :func:`evaluate`, like all others.
+        data: a labelled set.
+        out: a run folder, or another for the scores of networks without a run.
+        network: name of a network without a run and of its weights; scores of each are kept.
+        checkpoint: "init" or "last".
+        options: options of the protocol.
+        settings: options that replaced others, for the record.
+
+    Returns:
+        The score with its 95% interval.
+
+    Raises:
+        UserError: the data cannot be used, or OUT/eval.json is damaged.
+    """
+    device = next(encoder.parameters()).device
     options = OPTIONS[protocol]() if options is None and protocol in OPTIONS else options
     splits = check_protocol(protocol, encoder, config, data, options)
     fit, test = splits.training(), splits.scored()
-    check_folder(run)
+    check_folder(out)
     if isinstance(options, KeypointOptions) and fit.masks is not None:
         options = None
-    key = hashlib.sha1(os.fsencode(f"{options}{settings or ''}{data.resolve()}")).hexdigest()[:8]
-    scratch = run / f"{protocol}-{checkpoint}-{key}"  # of the maps of an evaluation, which are not part of the run
+    key = hashlib.sha1(os.fsencode(f"{options}{settings or ''}{network}{data.resolve()}")).hexdigest()[:8]
+    scratch = out / f"{protocol}-{checkpoint}-{key}"  # of the maps of an evaluation, which are not part of the run
     state_file = None
     if isinstance(options, FinetuneOptions | SegmentationOptions | SGDOptions):
-        state_file = run / f"{scratch.name}.pt"
+        state_file = out / f"{scratch.name}.pt"
     more: dict[str, Any] = {} if options is None else {"settings": asdict(options)}
     if isinstance(options, SegmentationOptions):
         segmented = segment(
             encoder, fit, test, config, options, device=device, state_file=state_file,
             start=weights_digest(encoder.net),
         )  # fmt: skip
-        score = Score(
-            protocol, checkpoint, np.zeros(0, bool), float("nan"), float("nan"), segmented.n_labelled,
-            options=options_text(options), more=more | segmented.row(),
-        )  # fmt: skip
+        more |= segmented.row()
+        score = Score(protocol, checkpoint, segmented.n_labelled, options=options_text(options), more=more)
     elif isinstance(options, KeypointOptions):
         maps, background = Path(options.maps), options.background
         if not options.maps:
             used = splits.images.subset(np.isin(splits.images.paths, [*fit.paths, *test.paths]))
             maps, background = discover_shared(encoder, config, used, scratch), 0 if encoder.is_vit else -1
-        score = Score(
-            protocol, checkpoint, np.zeros(0, bool), float("nan"), float("nan"), len(fit),
-            options=options_text(options), more=more | score_keypoints(fit, test, maps, background),
-        )  # fmt: skip
+        more |= score_keypoints(fit, test, maps, background)
+        score = Score(protocol, checkpoint, len(fit), options=options_text(options), more=more)
     else:
         predicted, truth, n_train, ranked = _predict(protocol, encoder, config, fit, test, device, options, state_file)
-        score = score_predictions(protocol, checkpoint, predicted, truth, n_train, options_text(options), more | ranked)
+        more |= ranked | {"confused": confused_pairs(np.asarray(predicted), np.asarray(truth), test)}
+        score = score_predictions(protocol, checkpoint, predicted, truth, n_train, options_text(options), more)
     score = replace(score, images=splits.describe())
     changed = {"set": ",".join(f"{k}={v}" for k, v in sorted(settings.items()))} if settings else {}
-    store_score(run, {**score.row(), "data": data.name, "path": str(data.resolve()), **changed})
+    if network:
+        changed["network"] = network
+    store_score(out, {**score.row(), "data": data.name, "path": str(data.resolve()), **changed})
     if state_file is not None:
         state_file.unlink(missing_ok=True)  # only now: until the score is stored, it saves the training
     shutil.rmtree(scratch, ignore_errors=True)
@@ -283,7 +313,7 @@ def score_predictions(
     )
     correct = classes == labels
     low, high = accuracy_interval(correct)
-    return Score(protocol, checkpoint, correct, low, high, n_train, macro, weighted, options, more)
+    return Score(protocol, checkpoint, n_train, correct, low, high, macro, weighted, options, more)
 
 
 def online_knn(

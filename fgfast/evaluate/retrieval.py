@@ -118,10 +118,10 @@ def _rank(x: Tensor, y: Tensor, rows: Tensor, members: Tensor, inside: Tensor) -
         ahead.scatter_add_(1, place, one.expand(place.shape))
     others = n - ahead.cumsum(1)  # of other classes, ahead of each image of the query's class, from the last one
     among = n_matching - torch.arange(matching.shape[1], device=x.device)  # rank among those of its class
-    share = torch.where(among > 0, among.double() / (among + others).clamp(min=1), 0)
+    precision = torch.where(among > 0, among.double() / (among + others).clamp(min=1), 0)
     last = (n_matching - 1).clamp(min=0)
     first = (among + others).gather(1, last)[:, 0]
-    return y[_column(top, n)], first, share.sum(1) / n_matching[:, 0].clamp(min=1)
+    return y[_column(top, n)], first, precision.sum(1) / n_matching[:, 0].clamp(min=1)
 
 
 def _keys(similarity: Tensor, columns: Tensor, n: int) -> Tensor:

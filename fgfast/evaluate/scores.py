@@ -25,6 +25,7 @@ class _Row(TypedDict):
     data: NotRequired[str]
     path: NotRequired[str]
     set: NotRequired[str]
+    network: NotRequired[str]
 
 
 def read_scores(run: Path) -> list[dict[str, Any]]:
@@ -40,8 +41,8 @@ def read_scores(run: Path) -> list[dict[str, Any]]:
 
 
 def store_score(run: Path, row: dict[str, Any]) -> None:
-    """Add a row to RUN/eval.json; it replaces that of the same protocol, options, checkpoint, data and settings."""
-    key = ("protocol", "checkpoint", "path", "set")
+    """Add a row to RUN/eval.json; it replaces that of the same evaluation, with the same options and network."""
+    key = ("protocol", "checkpoint", "path", "set", "network")
     rows = [
         r for r in read_scores(run)
         if any(r.get(k) != row.get(k) for k in key) or r.get("options", "") != row["options"]

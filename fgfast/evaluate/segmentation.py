@@ -88,7 +88,7 @@ def segment(
     part a pixel); the release's swap of left and right, which makes both the left one.
     """
     o, few = options, choose_images(fit, test, options)
-    call = {**asdict(o), "start": start, "data": str(fit.root.resolve()), "pictures": list(few.labelled.paths)}
+    call = {**asdict(o), "start": start, "data": str(fit.root.resolve()), "images": list(few.labelled.paths)}
     with torch.random.fork_rng():
         torch.manual_seed(o.seed)
         net = Segmenter(encoder.requires_grad_(True), len(few.classes.names), config.size).to(device)

@@ -1,5 +1,6 @@
 """Losses as modules, one per file: each a few lines over ``contrastive_loss``, with the field's names and values."""
 
+from fgfast.losses.cached import cached_contrast
 from fgfast.losses.clip import CLIPLoss
 from fgfast.losses.detcon import DetConBLoss, DetConSLoss
 from fgfast.losses.dino import DINOLoss
@@ -12,5 +13,5 @@ from fgfast.losses.supcon import SupConLoss
 
 __all__ = [
     "CLIPLoss", "DINOLoss", "DetConBLoss", "DetConSLoss", "InfoNCELoss", "KoLeoLoss", "NTXentLoss",
-    "PartContrastiveLoss", "SigLIPLoss", "SupConLoss",
+    "PartContrastiveLoss", "SigLIPLoss", "SupConLoss", "cached_contrast",
 ]  # fmt: skip

@@ -125,12 +125,11 @@ class DINOLoss(nn.Module):
             rows, kept = (teacher / temperature).flatten(0, 1), None if valid is None else valid.repeat(len(teacher))
             target = sinkhorn(rows, self.sinkhorn_iterations, kept, centred).view_as(teacher)
         target = _select(target, valid)
-        total = target.new_zeros(())
+        total, of_all = target.new_zeros(()), target.sum(0)
         for s, x in enumerate(student_out):
             log_prob = (_select(x, valid) / self.student_temp).log_softmax(-1)
-            others = [t for t in range(len(target)) if t != s]
-            if others:
-                total = total - (target[others].sum(0) * log_prob).sum()
+            others = of_all if s >= len(target) else torch.cat([target[:s], target[s + 1 :]]).sum(0)
+            total = total - (others * log_prob).sum()
         if self.center_mode == "mean":
             update_buffers(partial(self._update_center, group=centred), teacher, *([] if valid is None else [valid]))
         return total / (pairs * (teacher.shape[1] if valid is None else count_valid(valid, group)))

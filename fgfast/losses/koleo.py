@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fgfast.losses.common import check_group
-from fgfast.losses.over_ranks import gather_rows, rank_and_world
+from fgfast.losses.over_ranks import count_rows, gather_rows, rank_and_world
 from fgfast.tensors import accumulation, check_float, shape_error, without_autocast
 
 if TYPE_CHECKING:
@@ -70,18 +70,18 @@ class KoLeoLoss(nn.Module):
         own = torch.arange(len(unit), device=unit.device)
         everyone, present = unit, kept
         if self.group is not None:
-            counts = gather_rows(own.new_tensor([len(own)]), self.group).tolist()
-            first = sum(counts[:rank])
+            lengths = count_rows(unit, self.group)
+            first = sum(lengths[:rank])
             own = own + first
-            others = gather_rows(unit, self.group)  # without a gradient, unlike the own rows among them
+            others = gather_rows(unit, self.group, lengths)  # without a gradient, unlike the own rows among them
             everyone = torch.cat([others[:first], unit, others[first + len(unit) :]])
-            present = gather_rows(kept, self.group)
+            present = gather_rows(kept, self.group, lengths)
         if len(everyone) < 2:
             return unit[:0].sum()
         nearest, found = self._neighbours(unit.detach(), everyone.detach(), own, present)
         found = found & kept
         if self.group is not None:
-            nearest, found = gather_rows(nearest, self.group), gather_rows(found, self.group)
+            nearest, found = (gather_rows(x, self.group, lengths) for x in (nearest, found))
         losses = -(self.pairwise_distance(everyone, everyone[nearest]) + self.eps).log()
         mean = torch.where(found, losses, 0).sum() / found.sum().clamp(min=1)
         # Each rank has the complete loss and the gradient of its own rows: the average over ranks divides only that.

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fgfast.tensors import has_values
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -64,11 +66,25 @@ def share_mean(loss: Tensor, group: "ProcessGroup") -> Tensor:
     return loss + (total / dist.get_world_size(group) - loss.detach())
 
 
-def gather_rows(x: Tensor, group: "ProcessGroup") -> Tensor:
-    """Rows of all ranks, rank by rank, from rows [B, ...] whose number may differ; without a gradient."""
+def count_rows(x: Tensor, group: "ProcessGroup") -> list[int]:
+    """The numbers of rows of all ranks, on the host, which waits for them; without values, as if they were equal."""
+    if not has_values(x):
+        return [len(x)] * dist.get_world_size(group)
     counts = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=x.device)
     dist.all_gather(list(counts.split(1)), counts.new_full((1,), len(x)), group=group)
     lengths: list[int] = counts.tolist()
+    return lengths
+
+
+def gather_rows(x: Tensor, group: "ProcessGroup", lengths: list[int] | None = None) -> Tensor:
+    """Rows of all ranks, rank by rank, from rows [B, ...] whose number may differ; without a gradient.
+
+    Args:
+        x: the rows of this rank.
+        group: the ranks.
+        lengths: what :func:`count_rows` gave for these rows, to wait once for several tensors.
+    """
+    lengths = count_rows(x, group) if lengths is None else lengths
     padded = x.new_zeros(max(lengths), *x.shape[1:])  # a collective takes as many rows of every rank
     padded[: len(x)] = x.detach()
     gathered = [torch.empty_like(padded) for _ in lengths]

@@ -98,15 +98,30 @@ class PartContrastiveLoss(nn.Module):
                 f"features1 has shape {tuple(features1.shape)} and features2 has shape {tuple(features2.shape)}: "
                 "give the same images and channels."
             )
-        pooled, areas = self._pool((features1, features2), labels)
-        chosen, part = self._sample(areas)
-        query = self._rows(pooled, chosen, self.projector)
-        key = query
+        pooled, areas = self.pool(features1, features2, *labels)
+        targets = None
         if target1 is not None and target2 is not None:
             with torch.no_grad():
-                key = self._rows(
-                    self._pool((target1, target2), labels)[0], chosen, self.target_projector or self.projector
-                )
+                targets, _ = self.pool(target1, target2, *labels)
+        return self.contrast(pooled, areas, targets)
+
+    def pool(self, features1: Tensor, features2: Tensor, labels1: Tensor, labels2: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean features [B, 2, K, D] and areas [B, 2, K] of the parts of both views: of each image on its own."""
+        given = ((features1, labels1), (features2, labels2))
+        views = [part_pool(features, ids, self.n_parts) for features, ids in given]
+        return torch.stack([v.pooled for v in views], 1), torch.stack([v.area for v in views], 1)
+
+    def contrast(self, pooled: Tensor, areas: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Loss of pooled parts, as :meth:`pool` gives them; targets are those of a momentum encoder.
+
+        With :func:`fgfast.cached_contrast` the encoder and ``pool`` see chunks of the batch, ``contrast`` all of it.
+        """
+        chosen, part = self._sample(areas.transpose(0, 1))
+        query = self._rows(pooled, chosen, self.projector)
+        key = query
+        if targets is not None:
+            with torch.no_grad():
+                key = self._rows(targets, chosen, self.target_projector or self.projector)
         elif self.target_projector is not None:
             key = self._rows(pooled, chosen, self.target_projector)
         if self.predictor is not None:
@@ -117,11 +132,6 @@ class PartContrastiveLoss(nn.Module):
             query, key, query_ids=ids, key_ids=ids, temperature=self.temperature, negatives=self.negatives,
             reduction="mean_valid", group=self.group,
         )  # fmt: skip
-
-    def _pool(self, maps: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Mean features [2, B, K, D] and areas [2, B, K] of the parts of both views."""
-        views = [part_pool(features, ids, self.n_parts) for features, ids in zip(maps, labels, strict=True)]
-        return torch.stack([v.pooled for v in views]), torch.stack([v.area for v in views])
 
     def _sample(self, areas: Tensor) -> tuple[Tensor, Tensor]:
         """Parts taken [B, S] from areas [2, B, K], and their ids [2, B, S], -1 where absent from the view."""
@@ -141,4 +151,4 @@ class PartContrastiveLoss(nn.Module):
     def _rows(pooled: Tensor, chosen: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
         """The chosen parts of both views, one per row, through a head: [2 B S, E]."""
         index = chosen[None, :, :, None].expand(2, -1, -1, pooled.shape[-1])
-        return head(pooled.gather(2, index).flatten(0, 2))
+        return head(pooled.transpose(0, 1).gather(2, index).flatten(0, 2))

@@ -15,7 +15,9 @@ from fgfast.config import TrainConfig
 from fgfast.errors import UserError
 from fgfast.methods.input_stats import input_stats
 from fgfast.models.backbone import Backbone, parse_model_args
+from fgfast.models.frozen import freeze_batch_norm
 from fgfast.models.probe import evaluating
+from fgfast.models.stages import hold_stages
 from fgfast.models.weights import encoder_state, load_encoder, load_tensors
 from fgfast.ranks import Ranks, gather, on_all, ranks_of
 
@@ -55,9 +57,14 @@ class Method(nn.Module):
         encoder: the network that is evaluated and exported.
         passes_per_image: encoder passes per image and step, the unit in which runs are made equal: one is a forward
             pass over a view, with or without gradient; a larger image counts in proportion to its area.
-        passes_to_prepare: encoder passes per image before each round.
+        passes_to_prepare: encoder passes per image before each round; see :meth:`passes_before_round`.
         held_out: terms of ``forward`` that are also computed on held-out images, beside the online kNN.
+        adds_up: whether every term of ``forward`` is a mean over images on their own, so that the parts of a batch can
+            follow one another (``--accumulate``).
+        shardable: whether the parameters may be divided among ranks (``--shard``): ``forward`` computes no gradients,
+            and :meth:`prepare` reads no weights.
         group: process group over which losses are computed, or None for this process only.
+        part: number of the part of a batch that ``forward`` gets, for the random numbers of a step; 0 is all of it.
         rng: source of the random numbers that are drawn for the images of all ranks at once, in the same state on
             every rank; None is PyTorch's own, for this process only.
     """
@@ -67,10 +74,13 @@ class Method(nn.Module):
     passes_per_image: float
     passes_to_prepare: float = 0
     held_out: ClassVar[tuple[str, ...]] = ()
+    adds_up: ClassVar[bool] = False
+    shardable: bool = True
     config: TrainConfig
     encoder: Backbone
     group: "ProcessGroup | None" = None
     rng: torch.Generator | None = None
+    part: int = 0
 
     @classmethod
     def paper(cls, model: str | None) -> TrainConfig:
@@ -83,7 +93,7 @@ class Method(nn.Module):
 
     def normalised_views(self) -> "ViewSpec":
         """:meth:`views`, resized and normalised for the encoder: what loaders are given."""
-        return self.views().with_stats(self.encoder.stats)
+        return self.views().with_color(self.config.color_strength).with_stats(self.encoder.stats)
 
     def forward(self, batch: "Batch") -> dict[str, Tensor]:
         """Losses of a batch: "loss" is minimised, the other entries are only logged."""
@@ -96,6 +106,14 @@ class Method(nn.Module):
     def set_rng(self, rng: torch.Generator | None) -> None:
         """Draw the random numbers of the images of all ranks from ``rng``."""
         self.rng = rng
+
+    def checkpoint_activations(self) -> None:
+        """Let the encoder compute its activations again in the backward pass (``--grad-checkpoint``).
+
+        Raises:
+            UserError: the network cannot do this.
+        """
+        self.encoder.checkpoint_activations()
 
     def before_step(self, progress: Progress) -> None:
         """Prepare the next step, for training in stages; ``progress.step`` steps are done."""
@@ -199,6 +217,10 @@ class Method(nn.Module):
         """
         return None
 
+    def passes_before_round(self, n_images: int) -> float:
+        """Encoder passes of :meth:`prepare` on ``n_images`` images."""
+        return self.passes_to_prepare * n_images
+
     def figure_maps(self, images: "ImageSet", run: Path, scratch: Path) -> Path | None:
         """The folder of the id maps that figures of ``images`` need; writes to ``scratch``, never to ``run``."""
         return None
@@ -248,7 +270,16 @@ def build_encoder(config: TrainConfig, kind: Callable[..., Backbone] = Backbone)
     encoder = new_encoder(config, kind, pretrained=config.init == "timm")
     if config.init not in ("timm", "none"):
         load_encoder(encoder.net, Path(config.init))
+    hold_as_asked(encoder, config)
     return encoder
+
+
+def hold_as_asked(encoder: Backbone, config: TrainConfig) -> None:
+    """Hold the BatchNorm statistics and the stages of an encoder that ``--freeze-bn`` and ``--stages`` name."""
+    if config.freeze_bn:
+        freeze_batch_norm(encoder.net)
+    if config.stages != "all":
+        hold_stages(encoder, config.stages)
 
 
 def method_class(name: str) -> type[Method]:

@@ -40,6 +40,7 @@ class BYOL(ObjectiveMethod):
     """
 
     name = "byol"
+    adds_up = True
     Config = BYOLConfig
     config: BYOLConfig
 

@@ -65,6 +65,7 @@ class Color(Method):
     """
 
     name = "color"
+    adds_up = True
     Config = ColorConfig
     config: ColorConfig
     passes_per_image = 1

@@ -11,7 +11,8 @@ from torch import Tensor
 from fgfast.config import Count, Fraction, Natural, Positive, TrainConfig
 from fgfast.losses import DetConBLoss, DetConSLoss
 from fgfast.losses.over_ranks import count_valid, sample_images
-from fgfast.methods.base import Method, Progress, build_encoder
+from fgfast.methods.base import Progress, build_encoder
+from fgfast.methods.chunked import ChunkedMethod, by_image, by_view
 from fgfast.methods.mocov3 import byol_views
 from fgfast.methods.part_pictures import views_with_parts
 from fgfast.models.backbone import Backbone
@@ -51,7 +52,7 @@ class DetConConfig(TrainConfig):
     """paper takes the authors' settings for ImageNet."""
 
 
-class DetCon(Method):
+class DetCon(ChunkedMethod):
     """Contrast of segments: DetCon-B, or DetCon-S with ``--target self``.
 
     The segments of every image are found once, before the training, by the colour of the pixels (:class:`Segments`),
@@ -71,6 +72,7 @@ class DetCon(Method):
     """
 
     name = "detcon"
+    shardable = False
     Config = DetConConfig
     config: DetConConfig
 
@@ -88,7 +90,7 @@ class DetCon(Method):
         self.target_projector = momentum_copy(self.projector) if with_copy else None
         side = config.segment_size or 2 * config.size
         how = DiscoveryConfig(side, side, "the images shown", threads=config.threads, loader=config.loader)
-        self.rounds = Rounds(self._source, how, partial(build_encoder, replace(config, init="none")), looks=False)
+        self.rounds = Rounds(self._source, how, partial(build_encoder, replace(config, init="none")))
 
     def _source(self, encoder: Backbone, config: DiscoveryConfig) -> Source:
         return Segments(self.n_parts, config, self.config.scale, next(encoder.parameters()).device)
@@ -114,31 +116,40 @@ class DetCon(Method):
         """The segments of the run, or of the images shown if they are others."""
         return self.rounds.for_figures(self.encoder, images, run, scratch)
 
-    def forward(self, batch: "Batch") -> dict[str, Tensor]:
+    def represent(self, batch: "Batch") -> tuple[Tensor, Tensor]:
+        """Mean features [B, 2, K, D] and areas [B, 2, K] of the segments of both views."""
+        return self.pool(self.encoder, batch)
+
+    def represent_targets(self, batch: "Batch") -> Tensor | tuple[()]:
+        """Mean momentum features [B, 2, K, D], if there is a momentum encoder."""
+        return () if self.target is None else self.pool(self.target, batch)[0]
+
+    def compare(self, online: tuple[Tensor, Tensor], targets: Tensor | tuple[()], batch: "Batch") -> dict[str, Tensor]:
         """The loss of both views."""
-        labels = torch.cat([torch.where(batch.valid[:, None, None], ids, -1) for ids in batch.labels])
-        views = torch.cat(batch.views)
-        pooled, area = self.pool(self.encoder, views, labels)
+        pooled, area = map(by_view, online)
         ids = self.sample(area)
-        online = self._rows(pooled, ids, self.projector)
+        rows = self._rows(pooled, ids, self.projector)
         masks = ids.chunk(2)
-        n_images, n_valid = (count_valid(v, self.group) for v in (torch.ones_like(batch.valid), batch.valid))
-        share: dict[str, Any] = {"gather_distributed": False, "group": self.group}
-        if self.target is None:
-            loss = DetConSLoss(self.config.temperature, **share)(*online.chunk(2), *masks)
-            return {"loss": loss * n_images / n_valid}
+        of_valid = len(batch) / count_valid(batch.valid, self.group)  # the losses count padding too
+        options: dict[str, Any] = {"gather_distributed": False, "group": self.group}
+        if not isinstance(targets, Tensor):
+            loss = DetConSLoss(self.config.temperature, **options)(*rows.chunk(2), *masks)
+            return {"loss": loss * of_valid}
         assert self.predictor is not None  # they come with the copy
         assert self.target_projector is not None
         with torch.no_grad():
-            target = self._rows(self.pool(self.target, views, labels)[0], ids, self.target_projector)
-        predicted = self.predictor(online.flatten(0, 1)).view_as(online)
-        loss = DetConBLoss(self.config.temperature, **share)(*predicted.chunk(2), *target.chunk(2), *masks)
-        return {"loss": loss * n_images / n_valid}
+            target = self._rows(by_view(targets), ids, self.target_projector)
+        predicted = self.predictor(rows.flatten(0, 1)).view_as(rows)
+        loss = DetConBLoss(self.config.temperature, **options)(*predicted.chunk(2), *target.chunk(2), *masks)
+        return {"loss": loss * of_valid}
 
-    def pool(self, encoder: Backbone, views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean features [N, K, D] and areas [N, K] of the segments of views [N, 3, S, S] with id maps [N, S, S]."""
+    def pool(self, encoder: Backbone, batch: "Batch") -> tuple[Tensor, Tensor]:
+        """Mean features [B, 2, K, D] and areas [B, 2, K] of the segments of both views; none of padded images."""
+        labels = torch.cat([torch.where(batch.valid[:, None, None], ids, -1) for ids in batch.labels])
+        views = torch.cat(batch.views)
         maps = encoder.to_map(encoder.features(views), (views.shape[-2], views.shape[-1]))
-        return part_pool(maps, labels, self.n_parts)[:2]
+        pooled, area = part_pool(maps, labels, self.n_parts)
+        return by_image(pooled, 2), by_image(area, 2)
 
     def sample(self, area: Tensor) -> Tensor:
         """Sampled ids [2 B, M] of the segments in each view, from areas [2 B, K]; -1 in a view without any."""

@@ -10,7 +10,9 @@ from torch import Tensor
 from fgfast.config import Count, Fraction, Natural, Positive, Range, TrainConfig, Weight
 from fgfast.errors import UserError
 from fgfast.losses import DINOLoss, KoLeoLoss
-from fgfast.methods.base import Method, Progress, build_encoder
+from fgfast.methods.base import Progress, build_encoder
+from fgfast.methods.chunked import ChunkedMethod, by_image, by_view
+from fgfast.methods.simclr import blur_sigma
 from fgfast.models.heads import DINOHead, cosine_momentum, momentum_copy, update_momentum
 from fgfast.models.probe import SizeError, evaluating
 
@@ -77,7 +79,7 @@ class DINOConfig(TrainConfig):
         return self.weight_decay + past * (self.weight_decay_end - self.weight_decay)
 
 
-class DINO(Method):
+class DINO(ChunkedMethod):
     """Self-distillation without labels, with two global and n local crops of each image.
 
     loss = mean over pairs t != s of  - sum_k softmax((g'(x_t) - c) / T_t)_k log softmax(g(x_s) / T)_k,
@@ -105,6 +107,8 @@ class DINO(Method):
     config: DINOConfig
 
     def __init__(self, config: DINOConfig) -> None:
+        from timm.layers.drop import DropPath
+
         super().__init__()
         config.check()
         self.config = config
@@ -114,8 +118,8 @@ class DINO(Method):
         self.head = DINOHead(self.encoder.dim, config.prototypes, config.hidden, config.projection)
         self.target, self.target_head = momentum_copy(self.encoder), momentum_copy(self.head)
         for module in self.target.modules():
-            if hasattr(module, "drop_prob"):
-                module.drop_prob = 0.0  # type: ignore[assignment]  # a number in timm's DropPath
+            if isinstance(module, DropPath):
+                module.drop_prob = 0.0
         self.loss = DINOLoss(config.prototypes, student_temp=config.temperature, center_mode=config.centering)
         self.spread = KoLeoLoss()
         self.head.last.parametrizations.weight.original0.requires_grad_(not config.norm_last_layer)
@@ -158,7 +162,7 @@ class DINO(Method):
         from fgfast.data.views import Crop, ViewSpec
 
         c = self.config
-        common: dict[str, Any] = {"grayscale": 0.2, "blur_sigma": (0.1, max(0.2, 2.0 * c.size / 224))}
+        common: dict[str, Any] = {"grayscale": 0.2, "blur_sigma": blur_sigma(c.size)}
         large: dict[str, Any] = {"size": c.size, "scale": (c.split_scale, 1.0), **common}
         small = Crop(size=self.local_size, scale=(c.crop_scale, c.split_scale), blur=0.5, **common)
         return ViewSpec(
@@ -174,14 +178,21 @@ class DINO(Method):
         last.original0.requires_grad_(trained and not c.norm_last_layer)
         last.original1.requires_grad_(trained)
 
-    def forward(self, batch: "Batch") -> dict[str, Tensor]:
+    def represent(self, batch: "Batch") -> tuple[Tensor, ...]:
+        """Features [B, 2, D] of the global crops, and [B, n, D] of the local ones if there are any."""
+        kinds = filter(None, (batch.views[:2], batch.views[2:]))
+        return tuple(by_image(self.encoder(torch.cat(crops)), len(crops)) for crops in kinds)
+
+    def represent_targets(self, batch: "Batch") -> Tensor:
+        """The teacher's features [B, 2, D] of the global crops."""
+        return by_image(self.target(torch.cat(batch.views[:2])), 2)
+
+    def compare(self, online: tuple[Tensor, ...], targets: Tensor, batch: "Batch") -> dict[str, Tensor]:
         """The distillation from the global crops, and KoLeo if it has a weight."""
-        large, small = torch.cat(batch.views[:2]), batch.views[2:]
-        features = self.encoder(large)
-        everything = torch.cat([features, self.encoder(torch.cat(small))]) if small else features
-        student = self.head(everything).chunk(len(batch.views))
+        features = by_view(online[0])
+        student = self.head(torch.cat([by_view(x) for x in online])).chunk(len(batch.views))
         with torch.no_grad():
-            teacher = self.target_head(self.target(large)).chunk(2)
+            teacher = self.target_head(by_view(targets)).chunk(2)
         options: dict[str, Any] = {"valid": batch.valid, "group": self.group}
         loss = self.loss(teacher, student, self.teacher_temperature, **options)
         if not self.config.koleo:

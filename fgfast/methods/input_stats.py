@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fgfast.config import TrainConfig
+from fgfast.config import AUTO, TrainConfig
 from fgfast.data.normalise import IMAGENET, InputStats
 from fgfast.models.backbone import parse_model_args
 from fgfast.models.input_stats import stats_from_texts, stats_of_file, stats_of_timm
@@ -18,8 +18,8 @@ def input_stats(config: TrainConfig) -> InputStats:
         >>> input_stats(TrainConfig(model="tf_efficientnet_lite0", init="timm", std="1,1,1"))
         InputStats(mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0), interpolation='bicubic')
     """
-    complete = config.mean and config.std and config.interpolation
-    return stats_from_texts(vars(config), "--", IMAGENET if complete else stats_of_weights(config)[0])
+    follows = AUTO in (config.mean, config.std, config.interpolation)
+    return stats_from_texts(vars(config), "--", stats_of_weights(config)[0] if follows else IMAGENET)
 
 
 def stats_of_weights(config: TrainConfig) -> tuple[InputStats, str]:

@@ -77,6 +77,7 @@ class Jigsaw(Method):
     """
 
     name = "jigsaw"
+    adds_up = True
     Config = JigsawConfig
     config: JigsawConfig
     held_out = ("accuracy",)
@@ -202,7 +203,7 @@ class Jigsaw(Method):
         c, device = self.config, self.permutations.device
         if self.training:
             rank, world = rank_and_world(self.group)
-            draws = tuple(x[rank::world] for x in self._draw(len(batch) * world, self.step, 0, 0))
+            draws = tuple(x[rank::world] for x in self._draw(len(batch) * world, self.step, self.part, 0))
         else:
             of_images = [self._draw(1, i, 0, 1) for i in batch.index.tolist()]
             draws = tuple(map(np.concatenate, zip(*of_images, strict=True)))

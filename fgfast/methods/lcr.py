@@ -16,7 +16,8 @@ from fgfast.methods.objectives import BYOLBase, MoCoV2Base, ObjectiveMethod
 from fgfast.methods.simclr import simclr_views
 from fgfast.models.backbone import Backbone
 from fgfast.models.rationale import RationaleEncoder, scale_to_unit
-from fgfast.models.weights import load_tensors
+from fgfast.models.statistics import KeyQueue
+from fgfast.models.weights import encoder_state, load_tensors
 
 if TYPE_CHECKING:
     from fgfast.data.panels import Panel
@@ -59,11 +60,11 @@ class LCR(ObjectiveMethod):
     .. math:: L = L_C + \beta \sum_i \text{KL}(\text{softmax}(G_i / \tau) \| \text{softmax}(A_i / \tau)), \qquad
               G_i = \text{ReLU}(\sum_d F_{id} \, \partial L_i / \partial F_{id}),
 
-    over the positions of view 1 of each image i: A is the attention of :class:`RationaleEncoder` over the final map F,
-    G the target, with the element-wise first-order gradient of the image's own contrast L_i, scaled to [0, 1] and
-    without gradient; beta = ``rationale_weight``, tau = ``rationale_temperature``. In evaluation features are weighted
-    by the attention (``fgfast eval --set pooling=mean`` takes the plain average). The exported network is the plain
-    one; the attention is in the checkpoints.
+    over the positions of view 1 of each image i: A is the attention of :class:`RationaleEncoder` over the final feature
+    map F, G the target, with the element-wise first-order gradient of the image's own contrast L_i, scaled to [0, 1]
+    and without gradient; beta = ``rationale_weight``, tau = ``rationale_temperature``. In evaluation features are
+    weighted by the attention (``fgfast eval --set pooling=mean`` takes the plain average). The exported network is the
+    plain one; the attention is in the checkpoints.
 
     Differences from the release, with their reasons:
 
@@ -86,6 +87,7 @@ class LCR(ObjectiveMethod):
     """
 
     name = "lcr"
+    shardable = False
     Config = LCRConfig
     config: LCRConfig
     encoder: RationaleEncoder
@@ -93,6 +95,8 @@ class LCR(ObjectiveMethod):
     def __init__(self, config: LCRConfig) -> None:
         base = BYOLBase if config.base == "byol" else MoCoV2Base
         super().__init__(config, base, build_encoder(config, encoder_class(config)))
+        if base.has_queue:
+            self.queue = KeyQueue(config.queue, config.projection)
         for copy in self.base.modules():
             if isinstance(copy, RationaleEncoder):
                 copy.weighted = False  # only evaluation weights features
@@ -112,6 +116,7 @@ class LCR(ObjectiveMethod):
         assert isinstance(config, LCRConfig)
         encoder = new_encoder(config, encoder_class(config))
         own = {k.removeprefix("encoder."): v for k, v in checkpoint["method"].items() if k.startswith("encoder.")}
+        own |= {f"net.{name}": x for name, x in encoder_state(checkpoint).items()}  # the average, if there is one
         load_tensors(encoder, own, "The weights of the checkpoint")
         return encoder
 
@@ -120,7 +125,7 @@ class LCR(ObjectiveMethod):
         return byol_views(self.config) if self.config.base == "byol" else simclr_views(self.config)
 
     def contrast(self, batch: "Batch", count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The contrast, the final maps of view 1 [B, D, h, w], and the target over their positions [B, h, w].
+        """The contrast, the final feature maps of view 1 [B, D, h, w], and the target over their positions [B, h, w].
 
         ``count``, from :func:`count_valid`, turns the gradient of the mean into that of each image's own loss.
         """

@@ -117,7 +117,7 @@ class LoDisc(MoCoV3):
 
     def forward(self, batch: "Batch") -> dict[str, Tensor]:
         """Global and local contrast of both views."""
-        q1, q2 = self.queries(batch)
+        q1, q2 = self.queries(self.represent(batch))
         views = torch.cat(batch.views)
         with torch.no_grad():
             features, pivotal = self.pivots(views)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from fgfast.config import Count, Fraction, Positive, TrainConfig
 from fgfast.methods.objectives import MoCoV2Base, ObjectiveMethod
 from fgfast.methods.simclr import simclr_views
+from fgfast.models.statistics import KeyQueue
 
 if TYPE_CHECKING:
     from fgfast.data.views import ViewSpec
@@ -51,6 +52,7 @@ class MoCoV2(ObjectiveMethod):
 
     def __init__(self, config: MoCoV2Config) -> None:
         super().__init__(config, MoCoV2Base)
+        self.queue = KeyQueue(config.queue, config.projection)
 
     @classmethod
     def paper(cls, model: str | None) -> MoCoV2Config:

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from fgfast.config import Count, Fraction, Positive, TrainConfig
 from fgfast.ids import Ids
-from fgfast.methods.base import Method, Progress, build_encoder
+from fgfast.methods.base import Progress, build_encoder
+from fgfast.methods.chunked import ChunkedMethod, by_image, by_view
+from fgfast.methods.simclr import blur_sigma
 from fgfast.models.heads import MLP, cosine_momentum, momentum_copy, update_momentum
 from fgfast.ops.contrast import contrastive_loss
 
@@ -34,18 +36,16 @@ class MoCoV3Config(TrainConfig):
     """Do not train the patch embedding of a ViT, which makes its training more stable."""
 
 
-def byol_views(config: TrainConfig) -> "ViewSpec":
+def byol_views(config: TrainConfig, grayscale: float = 0.2) -> "ViewSpec":
     """The BYOL pair of crops: flip, colour jitter, grey 0.2, blur 1.0 and 0.1, solarise 0 and 0.2."""
     from fgfast.data.views import Crop, ViewSpec
 
-    sigma = (0.1, max(0.2, 2.0 * config.size / 224))
-    common: dict[str, Any] = {
-        "size": config.size, "scale": (config.crop_scale, 1.0), "grayscale": 0.2, "blur_sigma": sigma,
-    }  # fmt: skip
+    size, scale = config.size, (config.crop_scale, 1.0)
+    common: dict[str, Any] = {"size": size, "scale": scale, "grayscale": grayscale, "blur_sigma": blur_sigma(size)}
     return ViewSpec(crops=(Crop(blur=1.0, **common), Crop(blur=0.1, solarize=0.2, **common)))
 
 
-class MoCoV3(Method):
+class MoCoV3(ChunkedMethod):
     """Contrast of online queries with momentum keys of the batch, symmetric in the views, without a queue.
 
     C(q, k) = 2 T x mean_i [ log sum_j exp(<q_i, k_j> / T) - <q_i, k_i> / T ],   loss = C(q1, k2) + C(q2, k1),
@@ -81,9 +81,17 @@ class MoCoV3(Method):
         """The pair of BYOL."""
         return byol_views(self.config)
 
-    def queries(self, batch: "Batch") -> tuple[Tensor, ...]:
-        """Predictions for both views, [B, projection] each."""
-        return self.predictor(self.projector(self.encoder(torch.cat(batch.views)))).chunk(2)
+    def represent(self, batch: "Batch") -> Tensor:
+        """Features [B, 2, D] of both views."""
+        return by_image(self.encoder(torch.cat(batch.views)), 2)
+
+    def represent_targets(self, batch: "Batch") -> Tensor:
+        """Momentum features [B, 2, D] of both views."""
+        return by_image(self.target(torch.cat(batch.views)), 2)
+
+    def queries(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Predictions for both views, [B, projection] each, from features [B, 2, D]."""
+        return self.predictor(self.projector(by_view(features))).chunk(2)
 
     def contrast(self, query: Tensor, key: Tensor, batch: "Batch") -> Tensor:
         """C(query, key) over the valid images of all ranks."""
@@ -95,11 +103,11 @@ class MoCoV3(Method):
         )  # fmt: skip
         return 2 * self.config.temperature * loss
 
-    def forward(self, batch: "Batch") -> dict[str, Tensor]:
+    def compare(self, online: Tensor, targets: Tensor, batch: "Batch") -> dict[str, Tensor]:
         """The symmetric contrast."""
-        q1, q2 = self.queries(batch)
+        q1, q2 = self.queries(online)
         with torch.no_grad():
-            k1, k2 = self.target_projector(self.target(torch.cat(batch.views))).chunk(2)
+            k1, k2 = self.target_projector(by_view(targets)).chunk(2)
         return {"loss": self.contrast(q1, k2, batch) + self.contrast(q2, k1, batch)}
 
     def after_step(self, progress: Progress) -> None:

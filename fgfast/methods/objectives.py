@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fgfast.ids import Ids
 from fgfast.losses.over_ranks import mean_valid
-from fgfast.methods.base import Method, build_encoder
+from fgfast.methods.base import build_encoder
+from fgfast.methods.chunked import ChunkedMethod, by_image, by_view
 from fgfast.methods.simclr import nt_xent
 from fgfast.models.heads import MLP, cosine_momentum, momentum_copy, update_momentum
 from fgfast.models.statistics import KeyQueue
@@ -52,15 +53,22 @@ class Base(nn.Module):
     has_queue = False
     group: "ProcessGroup | None" = None
 
-    def forward(self, features: Tensor, batch: "Batch", queue: "KeyQueue | None" = None) -> Tensor:
+    def forward(
+        self, features: Tensor, batch: "Batch", queue: "KeyQueue | None" = None, targets: Tensor | None = None
+    ) -> Tensor:
         """The loss of a batch of two views.
 
         Args:
             features: pooled online features [n_online_views x B, D], view by view.
             batch: the views, the indices of the images and which of them are valid.
             queue: further negatives if ``has_queue``; in training the new keys are pushed to it.
+            targets: what :meth:`represent_targets` gives for the batch; None computes it.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement forward().")
+
+    def represent_targets(self, batch: "Batch") -> Tensor | None:
+        """Pooled features [V B, D] of the momentum encoder, view by view; None for objectives without one."""
+        return None
 
     def after_step(self, encoder: "Backbone", progress: "Progress") -> None:
         """Update the momentum copies, if there are any."""
@@ -74,7 +82,9 @@ class SimCLRBase(Base):
         self.temperature = config.temperature
         self.projector = MLP((encoder.dim, config.hidden, config.projection))
 
-    def forward(self, features: Tensor, batch: "Batch", queue: "KeyQueue | None" = None) -> Tensor:
+    def forward(
+        self, features: Tensor, batch: "Batch", queue: "KeyQueue | None" = None, targets: Tensor | None = None
+    ) -> Tensor:
         """The mean over valid views."""
         return nt_xent(self.projector(features), batch, self.temperature, self.group)
 
@@ -99,12 +109,19 @@ class MoCoBase(Base):
         self.projector = MLP((encoder.dim, config.hidden, config.projection), self.norm)
         self.target, self.target_projector = momentum_copy(encoder), momentum_copy(self.projector)
 
-    def forward(self, features: Tensor, batch: "Batch", queue: "KeyQueue | None" = None) -> Tensor:
+    def represent_targets(self, batch: "Batch") -> Tensor:
+        """Momentum features [B, D] of view 2."""
+        return self.target(batch.views[1])
+
+    def forward(
+        self, features: Tensor, batch: "Batch", queue: "KeyQueue | None" = None, targets: Tensor | None = None
+    ) -> Tensor:
         """InfoNCE in one direction."""
         assert queue is not None  # has_queue
         query = at_least_float32(self.projector(features))
         with torch.no_grad():
-            key = at_least_float32(self.target_projector(self.target(batch.views[1])))
+            targets = self.represent_targets(batch) if targets is None else targets
+            key = at_least_float32(self.target_projector(targets))
         part, zero = torch.where(batch.valid, 0, -1), torch.zeros_like(batch.index)
         bank = queue.keys.clone()  # the backward pass reads it after the push
         loss = contrastive_loss(
@@ -139,7 +156,9 @@ class SimSiamBase(Base):
         self.projector = MLP((encoder.dim, hidden, hidden, out), bias=False, last_norm=True)
         self.predictor = MLP((out, max(1, hidden // 4), out))
 
-    def forward(self, features: Tensor, batch: "Batch", queue: "KeyQueue | None" = None) -> Tensor:
+    def forward(
+        self, features: Tensor, batch: "Batch", queue: "KeyQueue | None" = None, targets: Tensor | None = None
+    ) -> Tensor:
         """The mean over valid images."""
         z = self.projector(features)
         p1, p2 = self.predictor(z).chunk(2)
@@ -162,11 +181,18 @@ class BYOLBase(Base):
         self.predictor = MLP((config.projection, config.hidden, config.projection))
         self.target, self.target_projector = momentum_copy(encoder), momentum_copy(self.projector)
 
-    def forward(self, features: Tensor, batch: "Batch", queue: "KeyQueue | None" = None) -> Tensor:
+    def represent_targets(self, batch: "Batch") -> Tensor:
+        """Momentum features [2 B, D] of both views."""
+        return self.target(torch.cat(batch.views))
+
+    def forward(
+        self, features: Tensor, batch: "Batch", queue: "KeyQueue | None" = None, targets: Tensor | None = None
+    ) -> Tensor:
         """The mean over valid images."""
         p1, p2 = self.predictor(self.projector(features)).chunk(2)
         with torch.no_grad():
-            z1, z2 = self.target_projector(self.target(torch.cat(batch.views))).chunk(2)
+            targets = self.represent_targets(batch) if targets is None else targets
+            z1, z2 = self.target_projector(targets).chunk(2)
         return mean_valid(4 - 2 * cosine(p1, z2) - 2 * cosine(p2, z1), batch.valid, self.group)
 
     def after_step(self, encoder: "Backbone", progress: "Progress") -> None:
@@ -194,11 +220,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class ObjectiveMethod(Method):
-    """An objective on the pooled features of the encoder, with a queue of keys if it needs one.
+class ObjectiveMethod(ChunkedMethod):
+    """An objective on the pooled features of the encoder; a subclass whose objective needs a queue sets ``queue``.
 
     Args:
-        config: the options, with a ``queue`` if the objective has one.
+        config: the options.
         base: the objective.
         encoder: the encoder; None builds it from the options.
     """
@@ -209,8 +235,6 @@ class ObjectiveMethod(Method):
         self.encoder = build_encoder(config) if encoder is None else encoder
         self.base = base(self.encoder, config)
         self.queue: KeyQueue | None = None
-        if base.has_queue:
-            self.queue = KeyQueue(config.queue, config.projection)  # type: ignore[attr-defined]
         self.passes_per_image = base.passes
 
     def set_group(self, group: "ProcessGroup | None") -> None:
@@ -218,10 +242,20 @@ class ObjectiveMethod(Method):
         super().set_group(group)
         self.base.group = group
 
-    def forward(self, batch: "Batch") -> dict[str, Tensor]:
+    def represent(self, batch: "Batch") -> Tensor:
+        """Features [B, n_online_views, D]."""
+        n_views = self.base.n_online_views
+        return by_image(self.encoder(torch.cat(batch.views[:n_views])), n_views)
+
+    def represent_targets(self, batch: "Batch") -> Tensor | tuple[()]:
+        """Momentum features [B, V, D] of the views whose keys the objective takes, if it takes any."""
+        targets = self.base.represent_targets(batch)
+        return () if targets is None else by_image(targets, len(targets) // len(batch))
+
+    def compare(self, online: Tensor, targets: Tensor | tuple[()], batch: "Batch") -> dict[str, Tensor]:
         """The loss of the objective."""
-        features = self.encoder(torch.cat(batch.views[: self.base.n_online_views]))
-        return {"loss": self.base(features, batch, self.queue)}
+        keys = by_view(targets) if isinstance(targets, Tensor) else None
+        return {"loss": self.base(by_view(online), batch, self.queue, keys)}
 
     def after_step(self, progress: "Progress") -> None:
         """Update the momentum copies."""

@@ -1,14 +1,16 @@
 """Figures of parts: views beside their parts, and the best examples of parts whose ids mean the same in every image."""
 
 import heapq
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
 from fgfast.data.decode import read_image
+from fgfast.data.manifest import check_images
 from fgfast.data.normalise import InputStats
-from fgfast.data.panels import Panel, overlay, to_uint8
+from fgfast.data.panels import Panel, in_rows, overlay, to_uint8
 from fgfast.parts.clusters import Clusters, replace_ids
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 SHOWN = 8  # images of a batch that are shown
 SEARCHED = 1000  # images among which examples are searched
+LEARNED = 100  # images from which shared ids of a figure are learned
 EXAMPLES = 6  # examples of a part
 SIDE = 160  # longer side of an example in pixels
 
@@ -62,12 +65,38 @@ def best_examples(source: Clusters, images: "ImageSet") -> list[list[Panel]]:
     ]
 
 
-def _example(images: "ImageSet", row: int, part: int, mask: np.ndarray, cosine: float) -> Panel:
+def discovered(source: Clusters, images: "ImageSet") -> list[list[Panel]]:
+    """Up to 8 images beside their parts; with shared ids a colour is the same part in every image.
+
+    Args:
+        source: the source; shared ids are learned from up to 100 of the images.
+        images: the set.
+
+    Raises:
+        UserError: no image can be read, or all of them is background.
+    """
+    if source.shared:
+        source.fit(images.sample(LEARNED))
+    images = images.sample(SHOWN)
+    check_images(images)
+    panels = []
+    for rows, labels in source.label(images, np.arange(len(images))):
+        for row, ids in zip(rows.tolist(), labels.cpu().numpy(), strict=True):
+            small = thumbnail(images, row)
+            panels += [Panel(small, Path(images.paths[row]).stem), Panel(overlay(small, ids), "parts")]
+    return in_rows(panels, 4)
+
+
+def thumbnail(images: "ImageSet", row: int) -> np.ndarray:
+    """An image of a set without its banner, uint8 [H, W, 3] with a longer side of at most 160 pixels."""
     from PIL import Image
 
     pixels = read_image(images.file(row))
-    pixels = pixels[: max(1, len(pixels) - images.banner)]
-    small = Image.fromarray(pixels)
+    small = Image.fromarray(pixels[: max(1, len(pixels) - images.banner)])
     small.thumbnail((SIDE, SIDE))
-    painted = overlay(np.asarray(small), np.where(mask, part, -1), alpha=0.25)
+    return np.asarray(small)
+
+
+def _example(images: "ImageSet", row: int, part: int, mask: np.ndarray, cosine: float) -> Panel:
+    painted = overlay(thumbnail(images, row), np.where(mask, part, -1), alpha=0.25)
     return Panel(painted, f"part {part}, cosine {cosine:.2f}")

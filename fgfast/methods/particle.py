@@ -12,10 +12,12 @@ from fgfast.config import Count, Fraction, Natural, Positive, Range, TrainConfig
 from fgfast.errors import UserError
 from fgfast.losses import DINOLoss, PartContrastiveLoss
 from fgfast.losses.over_ranks import sample_images
-from fgfast.methods.base import Method, Progress, build_encoder
+from fgfast.methods.base import Progress, build_encoder
+from fgfast.methods.chunked import ChunkedMethod, by_image, by_view
+from fgfast.methods.mocov3 import byol_views
 from fgfast.methods.part_sources import BY_NETWORK, STORED, Parts, count_parts, make_source, true_masks
 from fgfast.methods.simclr import nt_xent
-from fgfast.models.backbone import is_vit
+from fgfast.models.backbone import Backbone, is_vit
 from fgfast.models.heads import MLP, DINOHead, cosine_momentum, momentum_copy, update_momentum
 from fgfast.models.probe import evaluating
 from fgfast.parts.clustering import ClusteringConfig, check_pixels, cluster_keys, cluster_pyramid, grid_labels
@@ -63,6 +65,9 @@ class PARTICLEConfig(TrainConfig):
     position: Weight = 0.0
     """Variance of the pixel coordinates that are appended to the features in the clustering of a CNN, relative to the
     variance of the features; 0 appends none."""
+    first_parts: Annotated[int, Range(0, 254)] = 0
+    """Clusters of a first stage for a CNN: those that --border keeps are the foreground, which is clustered alone into
+    --n-parts; 0 clusters all pixels at once."""
     discover_size: Natural = 0
     """Side to which full images are resized for discovery; 0 takes twice --size."""
     map_size: Annotated[int, Range(2)] = 64
@@ -102,10 +107,10 @@ class PARTICLEConfig(TrainConfig):
     @property
     def clustering(self) -> ClusteringConfig:
         """The settings of the clustering."""
-        return ClusteringConfig(self.n_parts, self.levels, self.metric, self.border, self.position)
+        return ClusteringConfig(self.n_parts, self.levels, self.metric, self.border, self.position, self.first_parts)
 
 
-_PAPER = {
+_PAPER: dict[bool, dict[str, Any]] = {
     False: {  # CNN
         "size": 224, "n_parts": 15, "max_parts": 10, "hidden": 4096, "projection": 256, "norm": "layer",
         "momentum": 0.996, "optimizer": "sgd", "lr": 0.005, "weight_decay": 1.5e-6, "batch_size": 320, "epochs": 600,
@@ -118,12 +123,11 @@ _PAPER = {
     },
 }  # fmt: skip
 
-
 IMAGE_TEMPERATURE = 0.2  # temperature of NT-Xent between complete views: the default of SimCLR
 ONLINE_REDUCTION = 4  # factor by which id maps of --parts online are smaller: closer to the resolution of pooling
 
 
-class PARTICLE(Method):
+class PARTICLE(ChunkedMethod):
     """Part discovery and part contrast (DetCon-B loss); for a ViT together with DINO.
 
     Before each round the pixels of every image are clustered. In training the id map of an image is cropped with each
@@ -159,7 +163,8 @@ class PARTICLE(Method):
         self.encoder = build_encoder(config)
         self.n_parts = count_parts(config, self.encoder.is_vit)
         if config.parts in ("discovered", "online") and not config.maps and not self.encoder.is_vit:
-            check_pixels(config.n_parts, config.map_size if config.parts == "discovered" else self.online_size)
+            check_pixels(config.clustering, config.map_size if config.parts == "discovered" else self.online_size)
+        self.shardable = config.parts not in STORED or bool(config.maps)
         with_copy = config.target == "momentum"
         made_by_network = config.parts in BY_NETWORK and not config.maps
         if self.encoder.is_vit and (made_by_network or config.parts == "online"):
@@ -191,10 +196,8 @@ class PARTICLE(Method):
             self.discover_size, config.map_size, "the images shown", config.seed, config.threads, config.loader,
             network=f"{config.model} {config.model_args}",
         )  # fmt: skip
-        self.rounds = Rounds(
-            partial(make_source, config, self.n_parts), how, partial(build_encoder, replace(config, init="none")),
-            looks=config.parts in BY_NETWORK,
-        )  # fmt: skip
+        build = partial(build_encoder, replace(config, init="none"))
+        self.rounds = Rounds(partial(make_source, config, self.n_parts), how, build)
 
     @classmethod
     def paper(cls, model: str | None) -> PARTICLEConfig:
@@ -204,7 +207,7 @@ class PARTICLE(Method):
         model = model or "resnet50"
         if not timm.is_model(model):
             return PARTICLEConfig(model=model)  # building the encoder raises the error
-        return PARTICLEConfig(model=model, preset="paper", **_PAPER[is_vit(model)])  # type: ignore[arg-type]
+        return PARTICLEConfig(model=model, preset="paper", **_PAPER[is_vit(model)])
 
     def get_extra_state(self) -> dict[str, Any]:
         """The epoch, on which DINO's teacher temperature depends, and the round with a digest of its first weights."""
@@ -227,14 +230,9 @@ class PARTICLE(Method):
 
     def views(self) -> "ViewSpec":
         """The BYOL pair without grey: blur 1.0 and 0.1, solarise 0 and 0.2; id maps or the full image as needed."""
-        from fgfast.data.views import Crop, ViewSpec
-
-        c = self.config
-        sigma = (0.1, max(0.2, 2.0 * c.size / 224))
-        common: dict[str, Any] = {"size": c.size, "scale": (c.crop_scale, 1.0), "blur_sigma": sigma}
-        crops = (Crop(blur=1.0, **common), Crop(blur=0.1, solarize=0.2, **common))
-        online = c.parts == "online"
-        return ViewSpec(crops=crops, masks=c.parts in (*STORED, "truth"), whole=self.discover_size if online else None)
+        parts = self.config.parts
+        pair, whole = byol_views(self.config, grayscale=0.0), self.discover_size if parts == "online" else None
+        return replace(pair, masks=parts in (*STORED, "truth"), whole=whole)
 
     @property
     def online_size(self) -> int:
@@ -257,9 +255,11 @@ class PARTICLE(Method):
             raise UserError("--parts truth has no masks of images without a label: choose other --parts.")
         if self.config.parts == "keypoints":
             check_points(images)
-        if self.passes_to_prepare:
-            source = self.rounds.make(self.encoder, self.rounds.config)
-            self.passes_to_prepare = self.discovery_passes * source.passes(len(images))
+
+    def passes_before_round(self, n_images: int) -> float:
+        """Those over the full images, some of which shared ids are learned from before all are labelled."""
+        source = self.rounds.make(self.encoder, self.rounds.config)
+        return super().passes_before_round(n_images) * source.passes(n_images)
 
     def prepare(self, images: "ImageSet", run: Path, round_: int) -> Path | None:
         """Make the id maps of a round, or return the masks of the data set."""
@@ -317,29 +317,46 @@ class PARTICLE(Method):
             self._sides[side] = self.encoder.map_side(side)
         return self._sides[side]
 
-    def forward(self, batch: "Batch") -> dict[str, Tensor]:
+    def check_chunks(self) -> None:
+        """Refuse --parts online, which clusters the images of a step together."""
+        if self.config.parts == "online":
+            raise UserError("--micro-batch cannot split the clustering of --parts online: choose other --parts.")
+
+    def annotate(self, batch: "Batch") -> "Batch":
+        """The batch with the id maps of its valid images: they are drawn or found for all of them at once."""
+        return replace(batch, labels=[torch.where(batch.valid[:, None, None], x, -1) for x in self.labels(batch)])
+
+    def represent(self, batch: "Batch") -> tuple[Tensor, ...]:
+        """Pooled parts [B, 2, K, D], their areas [B, 2, K], and features [B, 2, D] of the views if these are used."""
+        pooled, areas, features = self._pool(self.encoder, batch)
+        used = self.encoder.is_vit or self.config.image_weight
+        return (pooled, areas, by_image(self.encoder.pool(features), 2)) if used else (pooled, areas)
+
+    def represent_targets(self, batch: "Batch") -> tuple[Tensor, ...]:
+        """Momentum parts [B, 2, K, D], and features [B, 2, D] of the views for DINO."""
+        if self.target is None:
+            return ()
+        pooled, _, features = self._pool(self.target, batch)
+        return (pooled, by_image(self.target.pool(features), 2)) if self.encoder.is_vit else (pooled,)
+
+    def _pool(self, encoder: Backbone, batch: "Batch") -> tuple[Tensor, Tensor, Tensor]:
+        """Mean features and areas of the parts, and the unpooled features of both views."""
+        features, shape = encoder.features(torch.cat(batch.views)), batch.views[0].shape
+        f1, f2 = encoder.to_map(features, (shape[-2], shape[-1])).chunk(2)
+        return *self.part_loss.pool(f1, f2, *batch.labels), features
+
+    def compare(self, online: tuple[Tensor, ...], targets: tuple[Tensor, ...], batch: "Batch") -> dict[str, Tensor]:
         """Part contrast of both views; DINO for a ViT, and NT-Xent of complete views if it has a weight."""
-        size = (batch.views[0].shape[-2], batch.views[0].shape[-1])
-        labels = [torch.where(batch.valid[:, None, None], ids, -1) for ids in self.labels(batch)]
-        views = torch.cat(batch.views)
-        online = self.encoder.features(views)
-        f1, f2 = self.encoder.to_map(online, size).chunk(2)
-        targets: tuple[Tensor, ...] = ()
-        if self.target is not None:
-            with torch.no_grad():
-                momentum = self.target.features(views)
-            targets = self.target.to_map(momentum, size).chunk(2)
-        part = self.part_loss(f1, f2, labels[0], labels[1], *targets)
+        pooled, areas, *images = online
+        part = self.part_loss.contrast(pooled, areas, targets[0] if targets else None)
         if self.config.image_weight:
-            z = self.image_projector(self.encoder.pool(online))
-            image = nt_xent(z, batch, IMAGE_TEMPERATURE, self.group)
+            image = nt_xent(self.image_projector(by_view(images[0])), batch, IMAGE_TEMPERATURE, self.group)
             return {"loss": part + self.config.image_weight * image, "part": part.detach(), "image": image.detach()}
         if not self.encoder.is_vit:
             return {"loss": part}
-        assert self.target is not None  # a ViT has it
-        student = self.dino_head(self.encoder.pool(online)).chunk(2)
+        student = self.dino_head(by_view(images[0])).chunk(2)
         with torch.no_grad():
-            teacher = self.target_dino_head(self.target.pool(momentum)).chunk(2)
+            teacher = self.target_dino_head(by_view(targets[1])).chunk(2)
         dino = self.dino(list(teacher), list(student), epoch=self.epoch, valid=batch.valid, group=self.group)
         return {"loss": part + self.config.dino_weight * dino, "part": part.detach(), "dino": dino.detach()}
 

@@ -1,4 +1,4 @@
-"""Run folders of a method: read its configuration and load its encoder."""
+"""The encoder of a run folder, or of a network and weights without a run, and its configuration."""
 
 import logging
 from dataclasses import replace
@@ -10,7 +10,7 @@ import torch
 from fgfast.config import TrainConfig, parse_values, with_values
 from fgfast.data.normalise import IMAGENET, InputStats
 from fgfast.errors import UserError
-from fgfast.methods.base import METHODS, Method, method_class
+from fgfast.methods.base import METHODS, Method, build_encoder, method_class
 from fgfast.methods.input_stats import stats_of_weights
 from fgfast.models.backbone import Backbone
 from fgfast.models.input_stats import stats_from_texts
@@ -76,17 +76,55 @@ def load_run_encoder(
 ) -> tuple[Backbone, TrainConfig]:
     """The encoder of a run at step 0 ("init") or at its newest whole checkpoint ("last"), in evaluation mode.
 
-    ``settings`` replace options of the run, such as how many blocks srgan's encoder leaves out.
+    ``settings`` replace options of the run, such as how many blocks srgan's encoder leaves out; auto stands for input
+    statistics of the run.
 
     Raises:
         UserError: the run or the checkpoint is missing, belongs to another method or does not fit the settings.
     """
-    name, config = read_run(run)
-    config = with_values(config, parse_values(config, settings or {}, "--set"), "--set")
+    name, stored = read_run(run)
+    config = complete_stats(with_values(stored, parse_values(stored, settings or {}, "--set"), "--set"), stored)
     config = replace(config, out=str(run))  # where the run is now, which names the images that it holds out
     state = _load(run, checkpoint, name)
-    encoder = method_class(name).stored_encoder(config, state)
-    return encoder.to(device, memory_format=torch.channels_last).eval(), config  # type: ignore[call-overload]
+    return _ready(method_class(name).stored_encoder(config, state), device), config
+
+
+def load_network(config: TrainConfig, device: torch.device) -> tuple[Backbone, TrainConfig]:
+    """The network of a configuration with its initial weights, without a run, in evaluation mode.
+
+    Returns:
+        The network; and the configuration with the input statistics that the network uses.
+
+    Raises:
+        UserError: timm has no such network, or the weights cannot be read or do not fit.
+    """
+    config, note = resolve_stats(config)
+    if note:
+        log.warning("%s", note)
+    return _ready(build_encoder(config), device), config
+
+
+def size_of_weights(model: str, init: str) -> int:
+    """Side in pixels of the images that weights were trained on: as a run says, or timm of its own; 224 if unknown.
+
+    Args:
+        model: timm's name of the network.
+        init: the weights, as ``--init`` names them.
+
+    Example:
+        >>> size_of_weights("vit_small_patch14_dinov2", "timm")
+        518
+    """
+    if (Path(init) / "config.toml").is_file():
+        return read_run(Path(init))[1].size
+    import timm
+
+    known: Any = timm.get_pretrained_cfg(model, allow_unregistered=True) if timm.is_model(model) else None
+    return known.input_size[-1] if known else 224
+
+
+def _ready(encoder: Backbone, device: torch.device) -> Backbone:
+    return encoder.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
 
 def load_run_method(run: Path, checkpoint: Checkpoint, name: str, config: TrainConfig) -> Method:

@@ -1,7 +1,7 @@
 """SimCLR: the views of an image are positives of each other, those of all other images of the batch negatives."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -9,7 +9,8 @@ from torch import Tensor
 from fgfast.config import Count, Natural, Positive, TrainConfig
 from fgfast.errors import UserError
 from fgfast.ids import Ids
-from fgfast.methods.base import Method, build_encoder
+from fgfast.methods.base import build_encoder
+from fgfast.methods.chunked import ChunkedMethod, by_image, by_view
 from fgfast.models.heads import MLP
 from fgfast.ops.contrast import contrastive_loss
 
@@ -65,18 +66,23 @@ def transform(views: str, blocks: int = 0) -> "tuple[Transform, ...]":
     return transforms[views]
 
 
+def blur_sigma(size: int) -> tuple[float, float]:
+    """Range of the deviation of the blur in pixels: (0.1, 2) for views of 224 pixels, the upper end in proportion."""
+    return 0.1, max(0.2, 2.0 * size / 224)
+
+
 def simclr_views(config: TrainConfig) -> "ViewSpec":
     """Two crops with the same settings: flip, colour jitter, grey 0.2, blur 0.5 (in proportion to the size)."""
     from fgfast.data.views import Crop, ViewSpec
 
     crop = Crop(
         size=config.size, scale=(config.crop_scale, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2, blur=0.5,
-        blur_sigma=(0.1, max(0.2, 2.0 * config.size / 224)),
+        blur_sigma=blur_sigma(config.size),
     )  # fmt: skip
     return ViewSpec(crops=(crop, crop))
 
 
-class SimCLR(Method):
+class SimCLR(ChunkedMethod):
     """Instance discrimination with NT-Xent over the 2B views of a batch.
 
     loss = mean over views i of  log sum_{k != i} exp(<z_i, z_k>/T) - <z_i, z_j>/T,   z normalised, j the other view.
@@ -143,9 +149,13 @@ class SimCLR(Method):
             return ViewSpec(crops=(changed if c.pair == "symmetric" else plain, changed))
         return simclr_views(c)
 
-    def forward(self, batch: "Batch") -> dict[str, Tensor]:
+    def represent(self, batch: "Batch") -> Tensor:
+        """Features [B, 2, D] of both views."""
+        return by_image(self.encoder(torch.cat(batch.views)), 2)
+
+    def compare(self, online: Tensor, targets: Any, batch: "Batch") -> dict[str, Tensor]:
         """The NT-Xent loss of the valid images."""
-        z = self.projector(self.encoder(torch.cat(batch.views)))  # [2B, projection]
+        z = self.projector(by_view(online))  # [2B, projection]
         return {"loss": nt_xent(z, batch, self.config.temperature, self.group)}
 
 

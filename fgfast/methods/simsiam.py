@@ -39,6 +39,7 @@ class SimSiam(ObjectiveMethod):
     """
 
     name = "simsiam"
+    adds_up = True
     Config = SimSiamConfig
     config: SimSiamConfig
 

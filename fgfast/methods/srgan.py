@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from fgfast.config import Count, Fraction, Natural, Range, TrainConfig, Weight
@@ -15,7 +15,7 @@ from fgfast.data.fidelity import psnr, ssim
 from fgfast.data.normalise import normalise
 from fgfast.errors import UserError
 from fgfast.losses.over_ranks import count_valid, mean_valid
-from fgfast.methods.base import Method, Progress
+from fgfast.methods.base import Method, Progress, hold_as_asked
 from fgfast.methods.input_stats import input_stats
 from fgfast.models.backbone import Backbone
 from fgfast.models.srgan import Discriminator, Generator, SRGANEncoder, check_fixed
@@ -69,7 +69,7 @@ class SRGANConfig(TrainConfig):
     drop: Natural = 0
     """Number of its last blocks that the encoder leaves out."""
     fixed_flatten: bool = False
-    """Refuse images whose final map in the discriminator is not 6 x 6 (81 to 96 pixels), as in the paper."""
+    """Refuse images whose final feature map in the discriminator is not 6 x 6 (81 to 96 pixels), as in the paper."""
     preset: Literal["small", "paper"] = "small"
     """paper takes the settings released by the authors."""
 
@@ -119,6 +119,8 @@ class SRGAN(Method):
     """
 
     name = "srgan"
+    shardable = False
+    adds_up = True
     Config = SRGANConfig
     config: SRGANConfig
     passes_per_image = 1
@@ -130,6 +132,8 @@ class SRGAN(Method):
                 "srgan has its own networks: leave --model, --model-args, --init timm and --compile out (in a "
                 "comparison with a shared model give srgan:model=srgan)."
             )
+        if config.average:
+            raise UserError("srgan is evaluated by parts of its networks, which have no average: leave --average out.")
         if config.size % FACTOR:
             raise UserError(f"--size is {config.size}: srgan needs a multiple of {FACTOR}.")
         if config.fixed_flatten:
@@ -143,6 +147,7 @@ class SRGAN(Method):
         encoder = self.encoder
         if config.init != "none":
             load_encoder(encoder.net, Path(config.init))
+        hold_as_asked(encoder, config)
 
     @classmethod
     def paper(cls, model: str | None) -> SRGANConfig:
@@ -165,6 +170,10 @@ class SRGAN(Method):
         method = cls(replace(config, init="none"))
         load_tensors(method, checkpoint["method"], "The weights of the checkpoint")
         return method.encoder
+
+    def checkpoint_activations(self) -> None:
+        """Those of the generator's blocks; the discriminator keeps its own."""
+        self.generator.checkpoint_activations()
 
     def views(self) -> "ViewSpec":
         """A window at the original resolution and its copy downscaled by 4."""
@@ -290,5 +299,7 @@ def load_perceptual_network(text: str, size: int) -> Backbone:
 
 
 def perceptual_map(network: Backbone, x: Tensor) -> Tensor:
-    """The final feature map [B, D, h, w] of images in [0, 1]; of a VGG the one before its last pooling."""
-    return network.pyramid(normalise(x, network.stats), 2)[1 if network.name.startswith("vgg") else 0]
+    """The final feature map [B, D, h, w] of images in [0, 1], before the pooling that a VGG ends with."""
+    layers = getattr(network.net, "features", None)
+    pooled = isinstance(layers, nn.Sequential) and isinstance(layers[-1], nn.MaxPool2d)
+    return network.pyramid(normalise(x, network.stats), 2)[1 if pooled else 0]

@@ -30,6 +30,7 @@ class Supervised(Method):
     """Cross-entropy of a linear classifier on the pooled features, with the labels of the training split."""
 
     name = "supervised"
+    adds_up = True
     Config = SupervisedConfig
     config: SupervisedConfig
     passes_per_image = 1

@@ -109,6 +109,7 @@ class SynthPair(Method):
     """
 
     name = "synthpair"
+    shardable = False
     Config = SynthPairConfig
     config: SynthPairConfig
 

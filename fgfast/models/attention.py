@@ -70,7 +70,7 @@ def missing_attention(net: Any, layout: FeatureLayout, size: int) -> str:
         size: side of images that it takes.
     """
     if layout.kind != "tokens":
-        return "its features are no tokens"
+        return "its features are not tokens"
     if getattr(net, "cls_token", None) is None or layout.prefix < 1:
         return "it has no CLS token"
     if not hasattr(net, "blocks"):

@@ -12,7 +12,7 @@ from fgfast.data.normalise import IMAGENET, InputStats
 from fgfast.errors import UserError
 from fgfast.formats import shorten
 from fgfast.models.attention import keeping, missing_attention, missing_dropping, recording
-from fgfast.models.probe import FeatureLayout, SizeError, build_network, evaluating, run_features
+from fgfast.models.probe import FeatureLayout, SizeError, build_network, evaluating, probe_image, run_features
 
 
 class Keys(NamedTuple):
@@ -138,6 +138,19 @@ class Backbone(nn.Module):
             raise UserError(f"{self.name} has no feature map ({self.layout.why}): choose another --model.")
         return self.layout.map_dim
 
+    def checkpoint_activations(self) -> None:
+        """Keep only the inputs of stages or blocks in memory, and compute the rest again in the backward pass.
+
+        Raises:
+            UserError: timm cannot do this for the network.
+        """
+        try:
+            self.net.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError) as error:
+            raise UserError(
+                f"timm cannot checkpoint {self.name}: leave out --grad-checkpoint, or choose another --model."
+            ) from error
+
     def forward(self, x: Tensor) -> Tensor:
         """Pooled features [B, D] of images [B, 3, S, S]."""
         return self.pool(self.features(x))
@@ -164,7 +177,7 @@ class Backbone(nn.Module):
         if "img_size" not in getattr(self.net, "created_with", {}) or (self._dynamic and side % self.patch == 0):
             return
         try:
-            self._check_size(torch.zeros(1, 3, side, side, device=next(self.parameters()).device))
+            self._check_size(probe_image(self.net, side))
         except SizeError as error:
             raise UserError(
                 f"{option} is {side} pixels, which {self.name} does not take ({error.reason}): give it the size of "
@@ -234,8 +247,7 @@ class Backbone(nn.Module):
             UserError: the network has no single feature map, or does not take images of this size.
         """
         with evaluating(self):
-            x = torch.zeros(1, 3, side, side, device=next(self.parameters()).device)
-            return self.to_map(self.features(x), (side, side)).shape[-1]
+            return self.to_map(self.features(probe_image(self.net, side)), (side, side)).shape[-1]
 
     def pyramid(self, x: Tensor, levels: int = 4) -> list[Tensor]:
         """Maps [B, D_l, h_l, w_l] of the last ``levels`` stages (blocks of a ViT), deepest first.
@@ -297,7 +309,7 @@ class Backbone(nn.Module):
         """
         self.check_attention()
         self._check_size(x)
-        if stride in (None, self.patch):
+        if stride is None or stride == self.patch:
             with recording(self.net) as record:
                 tokens = run_features(self.net, self._prepare(x)).shape[1]
             grid = self._grid(_size_of(x), tokens - self.layout.prefix)
@@ -352,7 +364,7 @@ def _size_of(images: Tensor) -> tuple[int, int]:
 
 
 @contextmanager
-def _patch_stride(patch_embed: Any, stride: int | None) -> Iterator[None]:
+def _patch_stride(patch_embed: Any, stride: int) -> Iterator[None]:
     before = patch_embed.proj.stride
     patch_embed.proj.stride = (stride, stride)
     try:

@@ -6,17 +6,20 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypedDict
 
 import torch
 from torch import Tensor
 
 from fgfast.checksum import NO_CHECKSUM, DamagedError, verify
 from fgfast.errors import UserError
+from fgfast.formats import read_json
 
 log = logging.getLogger("fgfast")
 
 STATE_DICT = "give a state dict, as torch.save(network.state_dict(), FILE) writes it"
+INDEX = ".index.json"
+"""How the name of an index of Hugging Face ends, which says in which of several files each tensor is."""
 _TORCH = (b"PK\3\4", b"\x80")  # the first bytes of a zip archive and of a pickle
 _MOST_HEADER = 100_000_000  # bytes; safetensors reads no larger one
 
@@ -33,31 +36,71 @@ _NUMPY_SCALAR = ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar"
 _ALLOWED: list[Any] = [argparse.Namespace, *((_Inert, name) for name in _NUMPY_SCALAR)]
 
 
-def read_checkpoint(path: Path, *, quiet: bool = False) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint file as a dictionary, read with weights_only=True, whatever its suffix.
 
     The values of numpy scalars, and in checkpoints of Lightning those of all other classes, are lost.
 
     Args:
-        path: the file.
-        quiet: do not warn of a file of fgfast without a checksum.
+        path: the file, or the index of a checkpoint of Hugging Face in several files.
 
     Raises:
         UserError: the file is missing or broken, holds no dictionary, or needs code of its own to be read.
     """
+    content: dict[str, Any] = {}
+    for part in _parts(path):
+        with part.open("rb") as file:
+            try:
+                sealed = verify(file, safetensors=_is_safetensors(part, file))
+            except DamagedError as error:
+                raise UserError(
+                    f"The weights {part} are cut or damaged ({error}): copy or download them again."
+                ) from None
+            content |= load_dictionary(part, file)
+            if not sealed and _is_of_fgfast(part, file, content):
+                log.warning("%s %s", part, NO_CHECKSUM)
+    return content
+
+
+def inspect_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """What :func:`read_checkpoint` reads, and the metadata of a file of safetensors, for their names and texts.
+
+    Most of the file is not read: tensors are mapped into memory, and the checksum is not compared.
+
+    Raises:
+        UserError: as there.
+    """
+    content: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
+    for part in _parts(path):
+        with part.open("rb") as file:
+            content |= load_dictionary(part, file, mapped=True)
+            metadata |= _read_metadata(part, file)
+    return content, metadata
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]  # from names of tensors to those of files beside the index
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files of a checkpoint: the one at ``path``, or those that an index of Hugging Face lists."""
     if not path.is_file():
         raise UserError(
             f"The weights {path} do not exist: give a file, a folder of a run or of Hugging Face, 'timm' or 'none'."
         )
-    with path.open("rb") as file:
-        try:
-            sealed = verify(file, safetensors=_is_safetensors(path, file))
-        except DamagedError as error:
-            raise UserError(f"The weights {path} are cut or damaged ({error}): copy or download them again.") from None
-        content = load_dictionary(path, file)
-        if not (sealed or quiet) and _is_of_fgfast(path, file, content):
-            log.warning("%s %s", path, NO_CHECKSUM)
-    return content
+    if not path.name.endswith(INDEX):
+        return [path]
+    remedy = "copy or download it again"
+    names = [*dict.fromkeys(read_json(path, _Index, remedy=remedy)["weight_map"].values())]
+    if not names or not all(name and name == Path(name).name for name in names):
+        raise UserError(f"The index {path} does not name the files beside it that hold the weights: {remedy}.")
+    if missing := [name for name in names if not path.with_name(name).is_file()]:
+        raise UserError(
+            f"The weights {path} are in {len(names)} files, and {list_names(missing)} are not there: copy or download "
+            "all of them."
+        )
+    return [path.with_name(name) for name in names]
 
 
 def _is_safetensors(path: Path, file: BinaryIO) -> bool:
@@ -70,14 +113,13 @@ def _is_safetensors(path: Path, file: BinaryIO) -> bool:
 
 
 def _is_of_fgfast(path: Path, file: BinaryIO, content: dict[str, Any]) -> bool:
-    return "timm_model" in read_metadata(path) if _is_safetensors(path, file) else is_run_checkpoint(content)
+    return "timm_model" in _read_metadata(path, file) or is_run_checkpoint(content)
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a file that :func:`read_checkpoint` reads; none of another than safetensors."""
-    with path.open("rb") as file:
-        if not _is_safetensors(path, file):
-            return {}
+def _read_metadata(path: Path, file: BinaryIO) -> dict[str, str]:
+    """The metadata of a file of safetensors, none of another."""
+    if not _is_safetensors(path, file):
+        return {}
     from safetensors import safe_open
 
     with safe_open(path, "pt") as opened:
@@ -94,8 +136,13 @@ def is_run_checkpoint(content: Mapping[str, Any]) -> bool:
     return {"name", "method"} <= content.keys() and isinstance(content["method"], dict)
 
 
-def load_dictionary(path: Path, file: BinaryIO) -> dict[str, Any]:
+def load_dictionary(path: Path, file: BinaryIO, *, mapped: bool = False) -> dict[str, Any]:
     """The dictionary in a file that is open, as :func:`read_checkpoint` reads it, but without a look at its checksum.
+
+    Args:
+        path: the file.
+        file: the same, open.
+        mapped: map the tensors into memory where the format allows it, instead of reading them.
 
     Raises:
         UserError: as there.
@@ -107,8 +154,9 @@ def load_dictionary(path: Path, file: BinaryIO) -> dict[str, Any]:
 
             return load_file(path)
         with torch.serialization.safe_globals([*_ALLOWED, *_classes_of_lightning(file)]):
+            mapped = mapped and _can_be_mapped(file)
             file.seek(0)
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except MemoryError:
         raise
     except Exception as error:  # torch and safetensors raise various types for a broken file
@@ -117,6 +165,15 @@ def load_dictionary(path: Path, file: BinaryIO) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"The weights {path} hold {describe(content)}: {STATE_DICT}.")
     return content
+
+
+def _can_be_mapped(file: BinaryIO) -> bool:
+    """Whether a file of torch.save is an archive, not of torch before 1.6, that no one has compressed."""
+    file.seek(0)
+    if file.read(4) != _TORCH[0]:
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
 
 
 def _classes_of_lightning(file: BinaryIO) -> list[Any]:

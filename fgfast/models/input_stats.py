@@ -5,23 +5,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from fgfast.config import Range, channel_values
+from fgfast.config import AUTO, Range, channel_values
 from fgfast.data.normalise import IMAGENET, IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS, InputStats
 from fgfast.errors import UserError
 from fgfast.formats import read_json
-from fgfast.models.checkpoints import is_run_checkpoint, read_checkpoint, read_metadata
+from fgfast.models.checkpoints import inspect_checkpoint, is_run_checkpoint
+from fgfast.models.matching import flatten
 from fgfast.models.weights import HUB_FILES, weights_file
 
 ENTRY = "input"
 """Entry of a checkpoint with the texts of its statistics."""
 # Self-supervised methods whose releases normalise with ImageNet's statistics, whatever timm's weights want
-_RELEASES = re.compile(r"(module\.)?(encoder_q|base_encoder|online_network|(teacher|student|query)(_backbone)?)\b")
+_RELEASES = re.compile(
+    r"\b(encoder_q|base_encoder|online_(network|encoder)|(teacher|student)(_backbone)?|query_backbone"
+    r"|momentum_(backbone|encoder)|(backbone|encoder)_momentum|_feature_blocks)\."
+)
+_TORCHVISION_VIT = re.compile(r"\bencoder\.layers\.encoder_layer_\d+\.")  # timm's ViTs of the same shapes want 0.5
 
 
 def stats_from_texts(texts: Mapping[str, Any], source: str, default: InputStats = IMAGENET) -> InputStats:
-    """The statistics that :meth:`InputStats.texts` gives, each taken from ``default`` if it is missing or empty.
+    """The statistics that :meth:`InputStats.texts` gives, each taken from ``default`` if it is missing or "auto".
 
     Args:
         texts: "mean", "std" and "interpolation".
@@ -35,9 +38,10 @@ def stats_from_texts(texts: Mapping[str, Any], source: str, default: InputStats 
         >>> stats_from_texts({"mean": "0.5,0.5,0.5"}, "--").std
         (0.229, 0.224, 0.225)
     """
-    mean = channel_values(f"{source}mean", str(texts.get("mean") or ""), Range(0, 1)) or default.mean
-    std = channel_values(f"{source}std", str(texts.get("std") or ""), Range(0, open=True)) or default.std
-    interpolation = texts.get("interpolation") or default.interpolation
+    mean = channel_values(f"{source}mean", str(texts.get("mean", AUTO)), Range(0, 1)) or default.mean
+    std = channel_values(f"{source}std", str(texts.get("std", AUTO)), Range(0, open=True)) or default.std
+    interpolation = texts.get("interpolation", AUTO)
+    interpolation = default.interpolation if interpolation == AUTO else interpolation
     if interpolation not in INTERPOLATIONS:
         raise UserError(f"{source}interpolation is {interpolation!r}: choose one of {', '.join(INTERPOLATIONS)}.")
     return InputStats(mean, std, interpolation)
@@ -63,14 +67,15 @@ def stats_of_file(path: Path) -> tuple[InputStats, str] | None:
     """The statistics that weights in a file or folder name or imply, and a clause that says why; or None.
 
     Exports and checkpoints of fgfast name them; those of versions that did not used ImageNet's. Releases of MoCo,
-    DINO, DetCon and BYOL used ImageNet's mean and deviation. Beside weights of Hugging Face, the description is read.
+    DINO, DetCon, BYOL and VISSL, lightly and solo-learn by default, and torchvision's ViTs used ImageNet's mean and
+    deviation. Beside weights of Hugging Face, the description is read.
 
     Raises:
         UserError: the file cannot be read, or the statistics in it are not of their form.
     """
     file = weights_file(path)
-    content = read_checkpoint(file, quiet=True)  # it is read again, with a warning, for its weights
-    of_run, texts = is_run_checkpoint(content), read_metadata(file)
+    content, texts = inspect_checkpoint(file)
+    of_run = is_run_checkpoint(content)
     if of_run and isinstance(content.get(ENTRY), Mapping):
         texts = content[ENTRY]
     if "mean" in texts and (of_run or "timm_model" in texts):
@@ -79,10 +84,11 @@ def stats_of_file(path: Path) -> tuple[InputStats, str] | None:
         return IMAGENET, f"{file} is of a version of fgfast that used them for every network"
     if file.name in HUB_FILES and (found := _described(file.parent)):
         return found
-    names = [k for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor | Mapping)]
-    names += [k for v in content.values() if isinstance(v, Mapping) for k in v if isinstance(k, str)]
-    if any(map(_RELEASES.match, names)):
+    names = flatten(content)
+    if any(map(_RELEASES.search, names)):
         return IMAGENET._replace(interpolation="bicubic"), f"releases such as {file} used them"
+    if any(map(_TORCHVISION_VIT.search, names)):
+        return IMAGENET, f"torchvision's ViTs, such as {file}, used them"
     return None
 
 

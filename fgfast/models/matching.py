@@ -41,7 +41,8 @@ class Match:
         sources: the names in the file of each tensor of the network, without the prefix.
         missing: names that the file should have.
         left: names of tensors in the file that the network would need, were it the same.
-        shapes: by the network's names, the shapes in the file and in the network where they differ.
+        shapes: by the network's names, the shapes in the file and in the network where they differ; several of the
+            file are those that cannot be joined.
         unusable: names of tensors that are sparse, quantised or without values.
         resampled: which position embeddings were resampled, in words.
     """
@@ -55,7 +56,7 @@ class Match:
     sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
-    shapes: dict[str, tuple[torch.Size, torch.Size]] = field(default_factory=dict)
+    shapes: dict[str, tuple[list[torch.Size], torch.Size]] = field(default_factory=dict)
     unusable: list[str] = field(default_factory=list)
     resampled: str = ""
 
@@ -163,13 +164,14 @@ def match(
         try:
             made = way.join(given, tensor)
         except (RuntimeError, IndexError):  # the shapes do not even go together
-            made = given[0]
+            found.shapes[name] = [value.shape for value in given], tensor.shape
+            continue
         if resample and name == "pos_embed" and made.shape != tensor.shape:
             made = _resample(net, made, tensor, found)
         if made.shape == tensor.shape:
             found.tensors[name] = made
         else:
-            found.shapes[name] = made.shape, tensor.shape
+            found.shapes[name] = [made.shape], tensor.shape
     found.left = _left_over(net, below, found) if found.found else [*below]
     return found
 
@@ -259,8 +261,8 @@ def check(net: nn.Module, found: Match, source: str) -> None:
 def _other_shapes(found: Match) -> str:
     """How many tensors have another shape than those of the network, and the first of them."""
     name, (given, own) = next(iter(found.shapes.items()))
-    names = " + ".join(map(repr, found.sources[name]))
-    return f"{len(found.shapes)} of another shape, such as {names} {list(given)} instead of {list(own)}"
+    names, shapes = " + ".join(map(repr, found.sources[name])), " + ".join(str([*shape]) for shape in given)
+    return f"{len(found.shapes)} of another shape, such as {names} {shapes} instead of {list(own)}"
 
 
 def _check_computation(net: nn.Module, found: Match, source: str) -> None:
@@ -301,7 +303,7 @@ def tensors_of(net: nn.Module) -> dict[str, Tensor]:
 def _remedy(net: nn.Module, found: Match) -> str:
     if not found.missing and not found.left:
         patch = getattr(getattr(net, "patch_embed", None), "patch_size", None)
-        given = found.shapes["pos_embed"][0] if [*found.shapes] == ["pos_embed"] else ()
+        given = found.shapes["pos_embed"][0][0] if [*found.shapes] == ["pos_embed"] else ()
         if len(given) == 3 and patch is not None:
             patches = given[1] - getattr(net, "num_prefix_tokens", 0) * (not getattr(net, "no_embed_class", False))
             side = math.isqrt(max(0, patches))

@@ -171,7 +171,7 @@ def _is_channels_last(net: Any, features: Tensor) -> bool:
 
 
 def _read_tokens(net: Any, x: Tensor, features: Tensor, dim: int) -> FeatureLayout:
-    """The layout of tokens [1, T, D]: those after the prefix must be the cells of the last map, row by row."""
+    """The layout of tokens [1, T, D]: those after the prefix must be the cells of the final feature map, row by row."""
     none = FeatureLayout("none", dim, 0, 0, 1)
     if not hasattr(net, "forward_intermediates"):
         return none._replace(why="timm does not give its maps")
@@ -179,7 +179,7 @@ def _read_tokens(net: Any, x: Tensor, features: Tensor, dim: int) -> FeatureLayo
     height, width = last.shape[-2:]
     prefix = features.shape[1] - height * width
     if prefix < 0 or prefix != getattr(net, "num_prefix_tokens", prefix) or last.shape[1] != features.shape[2]:
-        return none._replace(why=f"its tokens {list(features.shape)} are no map of {height} x {width} cells")
+        return none._replace(why=f"its tokens {list(features.shape)} are not a map of {height} x {width} cells")
     cells = last.flatten(2).transpose(1, 2)
     norm = getattr(net, "norm", None)
     candidates = [cells] if norm is None else [cells, norm(cells)]

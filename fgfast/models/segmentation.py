@@ -1,11 +1,10 @@
 """Networks for segmentation: an encoder and a light decoder that doubles the side of its map three times."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fgfast.models.backbone import Backbone
-from fgfast.models.probe import evaluating
+from fgfast.models.probe import evaluating, probe_image
 
 WIDTHS = (256, 128, 64)  # channels after each block of the decoder
 
@@ -22,6 +21,7 @@ class SegmentationDecoder(nn.Module):
         kernels: side of the kernel of each convolution of a block, odd: (1,) for a CNN, (3, 3) for a ViT.
 
     Example:
+        >>> import torch
         >>> SegmentationDecoder(16, 5)(torch.zeros(2, 16, 3, 4)).shape
         torch.Size([2, 5, 24, 32])
 
@@ -51,8 +51,8 @@ class SegmentationDecoder(nn.Module):
 class Segmenter(nn.Module):
     """An encoder with a segmentation decoder: class logits at the resolution of the images.
 
-    A CNN gives its final map. A ViT gives the keys of the first head of its last block and nothing else, as in the
-    release of PARTICLE: the weights behind those keys are not trained.
+    A CNN gives its final feature map. A ViT gives the keys of the first head of its last block and nothing else, as in
+    the release of PARTICLE: the weights behind those keys are not trained.
 
     Args:
         encoder: the network; it is used, not copied.
@@ -63,6 +63,7 @@ class Segmenter(nn.Module):
         UserError: the encoder is a ViT whose keys cannot be read, or has no map.
 
     Example:
+        >>> import torch
         >>> Segmenter(Backbone("test_resnet", size=32), 3, size=32)(torch.zeros(2, 3, 48, 48)).shape
         torch.Size([2, 3, 48, 48])
     """
@@ -92,5 +93,5 @@ class Segmenter(nn.Module):
 def _head_width(encoder: Backbone, size: int) -> int:
     """Channels of the keys of one head; those of the first head come first in the keys of all."""
     with evaluating(encoder):
-        keys, attention = encoder.keys(torch.zeros(1, 3, size, size, device=next(encoder.parameters()).device))
+        keys, attention = encoder.keys(probe_image(encoder.net, size))
     return keys.shape[1] // attention.shape[1]

@@ -1,8 +1,10 @@
 """SRGAN's generator and discriminator, and an encoder from either of them."""
 
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fgfast.data.normalise import IMAGENET, InputStats, denormalise
 from fgfast.errors import UserError
@@ -52,6 +54,11 @@ class Generator(nn.Module):
             *(m for _ in range(2) for m in (_conv(width, 4 * width, bias=True), nn.PixelShuffle(2), nn.PReLU()))
         )
         self.tail = nn.Conv2d(width, 3, 9, 1, 4)
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the inputs of the residual blocks in memory, and compute the rest again in the backward pass."""
+        for block in list(self.blocks):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     @property
     def reach(self) -> int:
@@ -133,7 +140,7 @@ class Trunk(nn.Module):
         self.stats = stats
         kept = len(network.blocks) - drop
         kind = type(network).__name__.lower()
-        # What errors about weights say of the network, and of the options that choose it
+        # For errors about weights: what the network is called, and the options that choose it
         self.pretrained_cfg = {"architecture": f"srgan's {kind}"}
         self.chosen_by = "--width, --blocks, --features and --drop"
         if not 0 <= drop < len(network.blocks):
@@ -164,7 +171,7 @@ class Trunk(nn.Module):
 
 
 class SRGANEncoder(Backbone):
-    """A trunk as an encoder for evaluation, discovery and images.
+    """A trunk as an encoder, for evaluation, part discovery and figures.
 
     Args:
         network: a generator or a discriminator, whose modules it shares.

@@ -7,14 +7,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from fgfast.errors import UserError
-from fgfast.models.checkpoints import STATE_DICT, describe, is_run_checkpoint, read_checkpoint
+from fgfast.models.checkpoints import INDEX, STATE_DICT, describe, is_run_checkpoint, read_checkpoint
 from fgfast.models.layouts import TIMM
 from fgfast.models.matching import check, find, flatten, match, tensors_of
 
 log = logging.getLogger("fgfast")
 
-HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-"""The weights in a folder of Hugging Face."""
+HUB_FILES = tuple(name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", INDEX))
+"""The weights in a folder of Hugging Face, in one file or in several."""
 
 
 def weights_file(path: Path) -> Path:
@@ -26,6 +26,8 @@ def weights_file(path: Path) -> Path:
 def encoder_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     """The encoder's tensors in a checkpoint of a run, with the names of the bare network; none in other files.
 
+    Where a run has averaged the weights they are the average.
+
     Example:
         >>> import torch
         >>> [*encoder_state({"name": "simclr", "method": {"encoder.net.conv1.weight": torch.zeros(1)}})]
@@ -33,7 +35,8 @@ def encoder_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     """
     method = checkpoint["method"] if is_run_checkpoint(checkpoint) else {}
     start = "encoder.net."
-    return {k.removeprefix(start): v for k, v in method.items() if k.startswith(start) and isinstance(v, Tensor)}
+    own = {k.removeprefix(start): v for k, v in method.items() if k.startswith(start) and isinstance(v, Tensor)}
+    return own | (checkpoint.get("average", {}) if own else {})
 
 
 def load_encoder(net: nn.Module, path: Path) -> None:

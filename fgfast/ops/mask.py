@@ -36,7 +36,10 @@ ZERO = -1e9  # what a patch without attention adds to the sum of a window
 
 
 class PivotalMask(NamedTuple):
-    """mask bool [B, P], True = kept; index int64 [B, k], ascending; images [B, C, H, W], masked, or None."""
+    """What `pivotal_mask` returns.
+
+    Mask bool [B, P], True = kept; index int64 [B, k], ascending; images [B, C, H, W], masked, or None.
+    """
 
     mask: Tensor
     index: Tensor  # type: ignore[assignment]  # a field hides tuple.index

@@ -1,6 +1,7 @@
 """Parts by clustering the pixels of a CNN's features or the keys of a ViT, and the control of fixed grid cells."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone
-from fgfast.ops.kmeans import kmeans
+from fgfast.ops.kmeans import KMeansResult, kmeans
 from fgfast.ops.part_pool import part_pool
 
 MIN_SALIENCY = 0.065  # mean saliency above which a cluster is foreground in an image
@@ -23,11 +24,13 @@ class ClusteringConfig:
 
     Args:
         n_parts: clusters per image (ViT: foreground parts).
-        levels: number of feature maps of a CNN, from the last one, in the hypercolumn; 1 takes only the final map.
+        levels: number of feature maps of a CNN in the hypercolumn, from the final one; 1 takes only that one.
         metric: "euclidean", as released, or "cosine", which weights pixels equally and ignores differences of contrast.
         border: boundary connectivity above which a cluster of a CNN is background and becomes -1; 0 keeps all.
         position: variance of the two pixel coordinates that are appended to the hypercolumn of a CNN, relative to the
             variance of the features in the image; makes parts contiguous. Euclidean only.
+        first_parts: clusters of a CNN's first stage: those that ``border`` keeps are the foreground, which is then
+            clustered alone into ``n_parts``; 0 clusters all pixels into ``n_parts`` at once.
     """
 
     n_parts: int = 15
@@ -35,26 +38,36 @@ class ClusteringConfig:
     metric: Literal["euclidean", "cosine"] = "euclidean"
     border: float = 0.0
     position: float = 0.0
+    first_parts: int = 0
 
     def check(self) -> None:
         """Raise a UserError for settings that exclude each other."""
         if self.position and self.metric == "cosine":
             raise UserError("--position cannot be combined with --metric cosine: use --metric euclidean.")
+        if self.first_parts and not self.border:
+            raise UserError("--first-parts needs --border, which says which of them are background: try --border 1.")
 
     def describe(self) -> str:
         """The settings that differ from the release, for the origin of a folder of maps."""
         changes = [str(self.metric)] if self.metric != "euclidean" else []
-        changes += [f"{name} {value:g}" for name in ("border", "position") if (value := getattr(self, name))]
+        numbers = ("border", "position", "first_parts")
+        changes += [f"{name.replace('_', ' ')} {value:g}" for name in numbers if (value := getattr(self, name))]
         return "".join(f", {change}" for change in changes)
 
 
-def check_pixels(n_parts: int, side: int) -> None:
+PHOTOGRAPHS = ClusteringConfig(n_parts=15, levels=2, border=1.4, position=0.3, first_parts=8)
+"""The setting that found the key points and the outlines of birds and pets in photographs best, in
+``python -m benchmarks.discovery`` (benchmarks/RESULTS.md, "Discovery on photographs")."""
+
+
+def check_pixels(clustering: ClusteringConfig, side: int) -> None:
     """Raise a UserError for more clusters than a map of ``side`` x ``side`` has pixels."""
-    if n_parts > side**2:
-        raise UserError(
-            f"--n-parts {n_parts} is more than the {side} x {side} pixels that are clustered: "
-            "give fewer parts or a larger --map-size."
-        )
+    for option, count in (("--n-parts", clustering.n_parts), ("--first-parts", clustering.first_parts)):
+        if count > side**2:
+            raise UserError(
+                f"{option} {count} is more than the {side} x {side} pixels that are clustered: "
+                "give fewer parts or a larger --map-size."
+            )
 
 
 @torch.no_grad()
@@ -66,7 +79,8 @@ def cluster_pyramid(
     Args:
         encoder: the CNN (or a ViT; its blocks are then the levels).
         images: images [B, 3, H, W], normalised.
-        config: number of parts, levels, metric, border, position.
+        config: number of parts, levels, metric, border, position, and clusters of a first stage; an image whose
+            foreground has fewer pixels than parts is clustered as a whole.
         size: side of the id maps.
         n_iter: maximum number of Lloyd steps.
         seed: seed of the k-means++ starts.
@@ -76,7 +90,7 @@ def cluster_pyramid(
 
     Source: Saha and Maji, "PARTICLE: Part Discovery and Contrastive Learning for Fine-grained Recognition", 2023.
     """
-    return pyramid_clusters(encoder, images, config, size=size, n_iter=n_iter, seed=seed)[0]
+    return _cluster_pyramid(encoder, images, config, size, n_iter, seed)[0]
 
 
 @torch.no_grad()
@@ -85,18 +99,33 @@ def pyramid_clusters(
 ) -> tuple[Tensor, Tensor]:
     """As :func:`cluster_pyramid`, with a vector of each part, float32 [B, K, D].
 
-    It is the centroid of the part less the mean of the centroids of all pixels of the image, both without the
-    coordinates of ``position``; NaN for a part without a pixel.
+    It is the centroid of the part less the mean of the centroids of all pixels of the image (with ``first_parts`` of
+    its foreground), both without the coordinates of ``position``; NaN for a part without a pixel.
     """
+    labels, found = _cluster_pyramid(encoder, images, config, size, n_iter, seed)
+    means = found.centroids[..., :-2] if config.position else found.centroids
+    fraction = found.counts / found.counts.sum(1, keepdim=True)
+    return labels, nan_where_absent(means - torch.einsum("bk,bkd->bd", fraction, means)[:, None], labels)
+
+
+def _cluster_pyramid(
+    encoder: Backbone, images: Tensor, config: ClusteringConfig, size: int, n_iter: int, seed: int
+) -> tuple[Tensor, KMeansResult]:
+    """The ids of the parts, and the clusters, which take in the two coordinates of ``position``."""
     maps = [m.float() for m in encoder.pyramid(images, config.levels)]
-    width = sum(m.shape[1] for m in maps)
     if config.position:
         maps.append(coordinate_map(maps, config.position))
-    found = kmeans(maps, config.n_parts, size=(size, size), n_iter=n_iter, metric=config.metric, seed=seed)
-    labels = remove_background(found.labels, config.n_parts, config.border) if config.border else found.labels
-    means = found.centroids[..., :width]
-    share = found.counts / found.counts.sum(1, keepdim=True)
-    return labels, nan_where_absent(means - torch.einsum("bk,bkd->bd", share, means)[:, None], labels)
+    cluster = partial(kmeans, maps, size=(size, size), n_iter=n_iter, metric=config.metric, seed=seed)
+    found = cluster(config.first_parts or config.n_parts)
+    if not config.border:
+        return found.labels, found
+    labels = remove_background(found.labels, config.first_parts or config.n_parts, config.border)
+    if not config.first_parts:
+        return labels, found
+    foreground = labels >= 0
+    few = foreground.sum((1, 2), keepdim=True) < config.n_parts
+    found = cluster(config.n_parts, weight=(foreground | few).float())
+    return found.labels, found
 
 
 def nan_where_absent(vectors: Tensor, labels: Tensor) -> Tensor:

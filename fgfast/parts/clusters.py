@@ -11,7 +11,7 @@ from torch import Tensor
 from fgfast.data.imageset import ImageSet
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone
-from fgfast.models.probe import evaluating
+from fgfast.models.probe import evaluating, probe_image
 from fgfast.ops.kmeans import kmeans
 from fgfast.parts.clustering import ClusteringConfig, check_pixels, discover_group, pyramid_clusters
 from fgfast.parts.sources import BATCH, DiscoveryConfig, Source, read_blocks
@@ -63,12 +63,7 @@ class Clusters(Source):
         """Side of a map: that of the grid of keys of a ViT."""
         if not self.encoder.is_vit:
             return self.config.map_size
-        return (self.config.image_size - self.encoder.patch) // self._stride + 1
-
-    @property
-    def _stride(self) -> int:
-        """Stride of the patch embedding of a ViT: half a patch, as in the recipe, where patches may overlap."""
-        return self.encoder.key_stride
+        return (self.config.image_size - self.encoder.patch) // self.encoder.key_stride + 1
 
     @property
     def settings(self) -> str:
@@ -78,14 +73,30 @@ class Clusters(Source):
         text += "" if self.encoder.is_vit else self.clustering.describe()
         return text + (", shared ids" if self.shared else "")
 
+    def check(self) -> None:
+        """Raise a UserError if these settings, or this network for images of this size, give no parts."""
+        side, net = self.config.image_size, self.encoder.net
+        self._check_settings()
+        self.encoder.check_side(side, "--image-size")
+        if self.encoder.is_vit:
+            self.encoder.check_attention()
+            return
+        with torch.no_grad(), evaluating(self.encoder):
+            self.encoder.pyramid(probe_image(net, side), self.clustering.levels)
+
+    def _check_settings(self) -> None:
+        if not self.encoder.is_vit:
+            self.clustering.check()
+            check_pixels(self.clustering, self.config.map_size)
+
     def content(self, images: ImageSet) -> dict[str, Any]:
         """The clustering, the size of the images and the seed."""
         n_parts, vit = self.clustering.n_parts, self.encoder.is_vit
-        if not vit:
-            self.clustering.check()
-            check_pixels(n_parts, self.config.map_size)
+        self._check_settings()
         content: dict[str, Any] = {"image_size": self.config.image_size, "seed": self.config.seed}
         content["clustering"] = {"n_parts": n_parts, "group": GROUP} if vit else asdict(self.clustering)
+        if not self.clustering.first_parts:
+            content["clustering"].pop("first_parts", None)  # as versions before --first-parts had it
         return content | ({"ids": "set", "sampled": SAMPLED} if self.shared else {})
 
     def label(self, images: ImageSet, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
@@ -110,7 +121,7 @@ class Clusters(Source):
             c = self.config
             return pyramid_clusters(self.encoder, whole, self.clustering, size=c.map_size, seed=c.seed)
         return discover_group(
-            self.encoder, whole, n_parts=self.clustering.n_parts, stride=self._stride, seed=self.config.seed
+            self.encoder, whole, n_parts=self.clustering.n_parts, stride=self.encoder.key_stride, seed=self.config.seed
         )
 
     def fit(self, images: ImageSet, group: "ProcessGroup | None" = None) -> None:

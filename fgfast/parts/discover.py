@@ -14,14 +14,14 @@ from fgfast.data.maps import save_maps
 from fgfast.models.backbone import Backbone
 from fgfast.parts.clustering import ClusteringConfig
 from fgfast.parts.clusters import Clusters
-from fgfast.parts.folder import STARTED, Origin, close_maps, is_complete, open_maps, read_centroids, save_centroids
+from fgfast.parts.folder import STARTED, close_maps, is_complete, open_maps, read_centroids, save_centroids
 from fgfast.parts.sources import DiscoveryConfig, Source
 from fgfast.ranks import on_all, on_first, ranks_of, share_first
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["STARTED", "DiscoveryConfig", "describe_origin", "discover", "is_complete", "write_maps"]
+__all__ = ["STARTED", "DiscoveryConfig", "discover", "write_maps"]
 
 
 def discover(
@@ -30,13 +30,6 @@ def discover(
 ) -> Path:  # fmt: skip
     """Write the id map of every image of a set; see :class:`Clusters` and :func:`write_maps`."""
     return write_maps(Clusters(encoder, clustering, config, shared=shared), images, out, group=group, own=own)
-
-
-def describe_origin(
-    encoder: Backbone, images: ImageSet, clustering: ClusteringConfig, config: DiscoveryConfig, weights: str = ""
-) -> Origin:
-    """The origin of the maps of :func:`discover`; see :meth:`Source.origin`."""
-    return Clusters(encoder, clustering, config).origin(images, weights)
 
 
 def write_maps(

@@ -7,7 +7,6 @@ last map is there. Every map that exists beside begun.json is one of those that 
 import hashlib
 import json
 import logging
-import os
 import struct
 import zlib
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import nn
 from fgfast.data.imageset import ImageSet
 from fgfast.data.manifest import check_images
 from fgfast.data.maps import map_path, read_maps_info, write_maps_info
+from fgfast.data.slices import File, status
 from fgfast.errors import UserError
 from fgfast.files import clear_leftovers, write_atomic
 from fgfast.formats import read_json
@@ -226,9 +226,9 @@ def _needed(out: Path, images: ImageSet, origin: Origin, record: dict[str, Any],
 def _bytes_of(images: ImageSet) -> np.ndarray:
     """The number of bytes of every file, int64 [N]; -1 for one that is not there."""
 
-    def size(file: str) -> int:
+    def size(file: File) -> int:
         try:
-            return os.stat(file).st_size
+            return status(file).size
         except (OSError, ValueError):
             return -1
 

@@ -36,7 +36,6 @@ class Rounds:
         make: makes the source of the maps from a network and the settings of a folder.
         config: sizes, seed and loader.
         build: builds the encoder, with any weights.
-        looks: whether the source looks at the network; otherwise the maps of the first round serve all.
         round: the round that was prepared last, -1 before the first; None if a checkpoint of version 0.1 was loaded.
         start: :func:`weights_digest` of the encoder at the start of the round; empty if it is not known.
     """
@@ -44,7 +43,6 @@ class Rounds:
     make: Callable[[Backbone, DiscoveryConfig], Source]
     config: DiscoveryConfig
     build: Callable[[], Backbone]
-    looks: bool = True
     round: int | None = -1
     start: str = ""
 
@@ -71,13 +69,12 @@ class Rounds:
         Raises:
             UserError: maps are lost, and so are the weights that made them.
         """
+        source = self.make(encoder, self.config._replace(run=run.name))
+        if source.encoder is None:  # the maps of the first round serve all
+            return write_maps(source, images, run / "parts_0", group=group, own=True)
         device = next(encoder.parameters()).device
         ranks, out = ranks_of(group, device), run / f"parts_{round_}"
         config = self.config._replace(run=f"{run.name}, round {round_}")
-        if not self.looks:
-            return write_maps(
-                self.make(encoder, config._replace(run=run.name)), images, run / "parts_0", group=group, own=True
-            )
         if self.round is None:
             self.round = round_
         elif self.round != round_:
@@ -125,7 +122,7 @@ class Rounds:
         """
         start = weights_digest(encoder.net) if self.round == -1 else self.start
         source = self.make(encoder, self.config)
-        made_by = f"weights {start[:12]}" if self.looks else source.describe()
+        made_by = source.describe() if source.encoder is None else f"weights {start[:12]}"
         if self.round is None:  # the newest of an earlier version
             folders = sorted(run.glob("parts_[0-9]*"), key=lambda path: (len(path.name), path.name), reverse=True)
         else:

@@ -16,30 +16,42 @@ The shift of :mod:`fgfast.pixels.source` is subtracted from the cells: the weigh
 The resizing is that of torch.nn.functional.interpolate(mode="bilinear", align_corners=False), without antialiasing.
 """
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fgfast.pixels.source import PixelSource, least, one_hot, to_relative
-from fgfast.tensors import TILE_ELEMENTS, accumulation
-
-CACHED = 1 << 16  # elements of a tile on the CPU: its five products stay in a core's cache
+from fgfast.pixels.source import PixelSource, least, one_hot
+from fgfast.tensors import accumulation, exact
 
 
-def interpolation(length: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[size, length] matrix of bilinear resizing along one axis, align_corners=False.
+def mixed_cells(length: int, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Bilinear resizing along one axis, align_corners=False: the first of two cells, int64 [size], and the fraction
+    [size] of the second; 0 for the last cell.
 
     Example:
-        >>> interpolation(2, 4, torch.float32, torch.device("cpu")).tolist()
-        [[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]
+        >>> mixed_cells(2, 4, torch.float32, torch.device("cpu"))
+        (tensor([0, 0, 0, 1]), tensor([0.0000, 0.2500, 0.7500, 0.0000]))
     """
     position = ((torch.arange(size, device=device, dtype=dtype) + 0.5) * (length / size) - 0.5).clamp_min(0)
     low = position.floor().clamp_max(length - 1)
-    fraction = torch.where(low < length - 1, position - low, 0)[:, None]
-    cell = torch.arange(length, device=device, dtype=dtype)
-    return (cell == low[:, None]) * (1 - fraction) + (cell == low[:, None] + 1) * fraction
+    return low.long(), torch.where(low < length - 1, position - low, 0)
 
 
+def weights(length: int, low: Tensor, fraction: Tensor) -> Tensor:
+    """`mixed_cells` as a matrix [size, length].
+
+    Example:
+        >>> weights(2, *mixed_cells(2, 4, torch.float32, torch.device("cpu"))).tolist()
+        [[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]
+    """
+    low, fraction = low[:, None], fraction[:, None]
+    cell = torch.arange(length, device=low.device)
+    return (cell == low) * (1 - fraction) + (cell == low + 1) * fraction
+
+
+BATCHES = 1 << 15  # small products that a GPU makes in one launch
 FEW = 4  # a level with that many times fewer cells than channels is rank-reduced by QR
 
 
@@ -53,35 +65,45 @@ class Level:
     """One feature map [B, D, h, w] with its resizing; cells that are not finite are set to zero and marked."""
 
     def __init__(self, f: Tensor, size: tuple[int, int]) -> None:
-        self.f = f.to(accumulation(f.dtype))
+        f = f.to(accumulation(f.dtype))
         self.channels, self.height, self.width = f.shape[1:]
         self.same = tuple(f.shape[2:]) == size
-        self.wy = interpolation(self.height, size[0], self.f.dtype, f.device)
-        self.wx = interpolation(self.width, size[1], self.f.dtype, f.device)
+        self.down = mixed_cells(self.height, size[0], f.dtype, f.device)
+        self.across = mixed_cells(self.width, size[1], f.dtype, f.device)
+        self.wy, self.wx = weights(self.height, *self.down), weights(self.width, *self.across)
         self.bad: Tensor | None = None
-        if f.device.type != "cpu" or not bool(self.f.sum().isfinite()):  # the sum of finite numbers may overflow
-            self.bad_cells = ~torch.linalg.vector_norm(self.f, torch.inf, 1).isfinite()  # [B, h, w]
-            self.bad = self.up(self.bad_cells.to(self.f.dtype)) > 0
-            self.f = torch.where(self.bad_cells[:, None], 0, self.f)
-        self.given = self.f
+        if f.device.type != "cpu" or not bool(f.sum().isfinite()):  # the sum of finite numbers may overflow
+            self.bad_cells = ~torch.linalg.vector_norm(f, torch.inf, 1).isfinite()  # [B, h, w]
+            self.bad = self.up(self.bad_cells.to(f.dtype)) > 0
+            f = torch.where(self.bad_cells[:, None], 0, f)
+        self.given = self.f = f.flatten(2).mT  # [B, h w, D]
+        self.moved = False
         self.reflectors: tuple[Tensor, Tensor] | None = None
         self.outside: Tensor | None = None  # unit vectors [B, K, D - n] from the space of the cells to the centroids
 
-    @property
-    def flat(self) -> Tensor:
-        """The cells [B, channels, h w]."""
-        return self.f.flatten(2)
-
     def move(self, shift: Tensor | None, factor: Tensor | None) -> None:
         """Use factor (f - shift) from now on, a copy; reduce it to the R of its QR decomposition if that is small."""
-        self.f = to_relative(self.given.flatten(2).mT, shift, factor).mT.unflatten(2, self.given.shape[2:])
+        n, self.channels = self.given.shape[1:]
+        self.moved = True
+        self._copy(self.given)
+        if factor is not None:
+            self.f.mul_(factor[:, None, None])
+            shift = None if shift is None else shift * factor[:, None]
+        if shift is not None:
+            self.f.sub_(shift[:, None])
         if self.bad is not None:
-            self.f = torch.where(self.bad_cells[:, None], 0, self.f)
-        n, self.channels = self.height * self.width, self.given.shape[1]
+            self.f.masked_fill_(self.bad_cells.flatten(1)[..., None], 0)
         if self.f.device.type == "cpu" and FEW * n <= self.channels:
-            self.reflectors = torch.geqrf(self.flat)
+            self.reflectors = torch.geqrf(self.f.mT)
             self.channels = n + 1
-            self.f = self.reflectors[0][:, : n + 1].triu().unflatten(2, self.given.shape[2:])  # the last row is 0
+            self._copy(self.reflectors[0][:, : n + 1].triu().mT)  # the last channel is 0
+
+    def _copy(self, cells: Tensor) -> None:
+        """Channels next to each other, and after each problem cells of zeros, for `squares` to read beyond its end."""
+        batch, n, channels = cells.shape
+        self.padded = cells.new_empty(batch, n + self.width + 2, channels)
+        self.padded[:, n:].zero_()
+        self.f = self.padded[:, :n].copy_(cells)
 
     def reduced(self, c: Tensor) -> Tensor:
         """Vectors [B, K, D] in the space of the given map as [B, K, channels]."""
@@ -106,45 +128,50 @@ class Level:
         """Resize [..., h, w] to [..., H, W]."""
         return maps if self.same else self.wy @ (maps @ self.wx.T)
 
-    def _products(self, neighbours: bool) -> list[Tensor]:
-        """G00, and with ``neighbours`` G01, G10 and G11 + G-11, in tiles of channels."""
-        found: list[Tensor] = []
-        step = max(1, (CACHED if self.f.device.type == "cpu" else TILE_ELEMENTS) // max(1, self.f[:, :1].numel()))
-        for d in range(0, self.channels, step):
-            t = self.f[:, d : d + step]
-            parts = [t.square().sum(1)]
-            if neighbours:
-                up, down, left, right = t[:, :, :-1], t[:, :, 1:], t[..., :-1], t[..., 1:]
-                across = up[..., :-1] * down[..., 1:] + up[..., 1:] * down[..., :-1]
-                parts += [(left * right).sum(1), (up * down).sum(1), across.sum(1)]
-            found = [a + b for a, b in zip(found, parts, strict=True)] if found else parts
-        return found
+    def _products(self, first: int, count: int) -> Tensor:
+        """Inner products [B, h, w, count] of each cell with ``count`` cells that follow it, from ``first`` on."""
+        n, channels = self.padded.shape[1:]
+        cells = self.padded.flatten(0, 1)[: -self.width - 2]
+        near = cells.as_strided((len(cells), count, channels), (channels, channels, 1), first * channels)
+        tiles = zip(cells[:, None].split(BATCHES), near.mT.split(BATCHES), strict=True)
+        found = torch.cat([torch.bmm(a, b) for a, b in tiles])
+        return found.as_strided(
+            (len(self.f), self.height, self.width, count), (n * count, self.width * count, count, 1)
+        )
 
     def squares(self) -> Tensor:
-        """|up(f)|^2 [B, H, W]."""
+        """|up(f)|^2 [B, H, W], of cells that have been moved."""
         if self.same:
-            return self._products(False)[0]
-        g00, g01, g10, g11 = self._products(True)
+            return self.f.square().sum(2).unflatten(1, (self.height, self.width))
+        g00, g01 = self._products(0, 2).unbind(3)
+        before, g10, after = self._products(self.width - 1, 3).unbind(3)
+        g01, g10, g11 = g01[..., :-1], g10[:, :-1], after[:, :-1, :-1] + before[:, :-1, 1:]
         a0, b0 = self.wy.square(), self.wx.square()
         a1, b1 = 2 * self.wy[:, :-1] * self.wy[:, 1:], 2 * self.wx[:, :-1] * self.wx[:, 1:]
         out = a0 @ (g00 @ b0.T + g01 @ b1.T) + a1 @ (g10 @ b0.T + g11 @ (b1 / 2).T)
         return out.clamp_min_(0)
 
-    def cells(self, index: Tensor, width: int) -> Tensor:
-        """up(f) [B, D, m] at pixels index [B, m] of rows of ``width``."""
-        wy, y = self.wy[index // width].topk(min(2, self.height), dim=2)  # [B, m, 2]: the rows of cells
-        wx, x = self.wx[index % width].topk(min(2, self.width), dim=2)
-        weight, cell = (
-            (wy[..., None] * wx[:, :, None]).flatten(2),
-            (y[..., None] * self.width + x[:, :, None]).flatten(2),
+    @cached_property
+    def taps(self) -> tuple[Tensor, Tensor]:
+        """The cells [N, taps] that each pixel mixes, and their weights."""
+        (y, wy), (x, wx) = (
+            (torch.stack([low, (low + 1).clamp_max(length - 1)], 1), torch.stack([1 - fraction, fraction], 1))
+            for length, (low, fraction) in ((self.height, self.down), (self.width, self.across))
         )
-        if cell[0].numel() > self.height * self.width:  # a copy makes cells contiguous
-            flat = self.flat.mT.flatten(0, 1)
-            cell = cell + self.height * self.width * torch.arange(len(index), device=index.device)[:, None, None]
-            bags = F.embedding_bag(cell.flatten(0, 1), flat, mode="sum", per_sample_weights=weight.flatten(0, 1))
-            return bags.unflatten(0, index.shape).mT
-        near = self.flat.gather(2, cell.flatten(1)[:, None].expand(-1, self.channels, -1))
-        return (near.unflatten(2, cell.shape[1:]) * weight[:, None]).sum(3)
+        cell, weight = y[:, None, :, None] * self.width + x[:, None], wy[:, None, :, None] * wx[:, None]
+        return cell.flatten(2).flatten(0, 1), weight.flatten(2).flatten(0, 1)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """up(f) [B, m, channels] at pixels index [B, m]."""
+        cell, weight = (of_pixel[index] for of_pixel in self.taps)  # [B, m, taps]
+        if not self.moved:
+            near = self.f.mT.gather(2, cell.flatten(1)[:, None].expand(-1, self.channels, -1))
+            return (near.unflatten(2, cell.shape[1:]) * weight[:, None]).sum(3).mT
+        if len(index) > 1:
+            cell = cell + self.padded.shape[1] * torch.arange(len(index), device=index.device)[:, None, None]
+        cell, weight = cell.flatten(0, 1), weight.flatten(0, 1)
+        mixed = F.embedding_bag(cell, self.padded.flatten(0, 1), mode="sum", per_sample_weights=weight)
+        return mixed.unflatten(0, index.shape)
 
 
 class Pyramid(PixelSource):
@@ -196,13 +223,14 @@ class Pyramid(PixelSource):
     def squares(self) -> Tensor:
         """|y_n|^2 [B, N]."""
         out = torch.zeros(self.batch, *self.size, dtype=self.dtype, device=self.device)
-        for level in self.levels:
-            out += level.squares()
+        with exact(self.device):
+            for level in self.levels:
+                out += level.squares()
         return self._marked(out)
 
     def largest(self) -> Tensor:
         """A bound of |x| over the channels of each pixel [B, N]: the largest of each map."""
-        most = torch.stack([level.given.abs().amax((1, 2, 3)) for level in self.levels]).amax(0)
+        most = torch.stack([level.given.abs().amax((1, 2)) for level in self.levels]).amax(0)
         return self._marked(most[:, None, None].expand(-1, *self.size).clone())
 
     def inner(self, m: Tensor) -> Tensor:
@@ -210,7 +238,7 @@ class Pyramid(PixelSource):
         k, m = m.shape[1], whole_rows(m)
         own, rows = None, []
         for level, part in zip(self.levels, m.split(self.split, 2), strict=True):
-            scores = torch.bmm(part, level.flat)[:, :k]  # [B, K, h w]
+            scores = torch.bmm(part, level.f.mT)[:, :k]  # [B, K, h w]
             if level.same:
                 own = scores if own is None else own + scores
             else:
@@ -228,8 +256,8 @@ class Pyramid(PixelSource):
         sums = []
         for level in self.levels:
             small = maps if level.same else next(rows) @ level.wx  # [B, K, h, w]
-            sums.append(torch.bmm(level.flat, whole_rows(small.flatten(2)).mT))  # [B, D_l, K or more]
-        return torch.cat(sums, 1).mT[:, : maps.shape[1]].contiguous()
+            sums.append(torch.bmm(whole_rows(small.flatten(2)), level.f)[:, : maps.shape[1]])  # [B, K, D_l]
+        return torch.cat(sums, 2)
 
     def assign(self, m: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Two reads of the levels: scores, then sums."""
@@ -241,9 +269,13 @@ class Pyramid(PixelSource):
         """Sum of scale_n y_n [B, D]."""
         return self._weighted_sums(scale[:, None])[:, 0]
 
+    def _rows(self, index: Tensor) -> Tensor:
+        """Pixels [B, m, channels], with zero in place of a cell that is not finite."""
+        return torch.cat([level.rows(index) for level in self.levels], 2)
+
     def rows(self, index: Tensor) -> Tensor:
         """Pixels [B, m, D], infinite where they interpolate a cell that is not finite."""
-        rows = torch.cat([level.cells(index, self.size[1]) for level in self.levels], 1).transpose(1, 2)
+        rows = self._rows(index)
         for level in self.levels:
             if level.bad is not None:
                 rows = rows.masked_fill(level.bad.flatten(1).gather(1, index)[..., None], torch.inf)

@@ -88,14 +88,14 @@ def row_losses(logits: Tensor, positive: Tensor, counted: Tensor) -> tuple[Tenso
 
 
 def reduce(loss: Tensor, valid: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """Weight the losses [M] of rows and reduce them; ``valid`` [M] marks the rows that have a positive.
+    """Weight the losses [M] of rows and reduce them; ``valid`` [M] is not 0 for the rows that have a positive.
 
     Example:
         >>> reduce(torch.tensor([1.0, 0.0]), torch.tensor([True, False]), None, "mean_valid").item()
         1.0
     """
     if weight is not None:
-        weight = weight.detach()
+        weight, valid = weight.detach(), valid > 0
         loss = torch.where(valid, loss * weight.to(loss.dtype), 0)
         valid = valid & (weight > 0)
     if reduction == "none":
@@ -103,5 +103,5 @@ def reduce(loss: Tensor, valid: Tensor, weight: Tensor | None, reduction: str) -
     if reduction == "sum":
         return loss.sum()
     if reduction == "mean_valid":
-        return loss.sum() / valid.sum().clamp(min=1)
-    return loss.mean() if len(loss) else loss.sum()
+        return loss.sum() / (valid > 0).sum().clamp(min=1)
+    return loss.mean() if loss.shape[0] else loss.sum()

@@ -1,6 +1,5 @@
 """The HTML report of a run, one self-contained page: settings, results, training curves and figures."""
 
-import base64
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
-from fgfast.data.decode import open_image
 from fgfast.errors import UserError
 from fgfast.evaluate.scores import read_scores
 from fgfast.files import write_atomic
 from fgfast.formats import read_json, read_toml
 from fgfast.info import versions
 from fgfast.report import plots
+from fgfast.report.figures import Comparison, read_figures
+from fgfast.report.findings import findings
+from fgfast.report.svg import svg_text
 from fgfast.train.log import read_metrics
 
 CHECKPOINTS = {"init": "before", "last": "after"}  # column heads of the results
@@ -30,16 +32,16 @@ KEY_POINTS = {
     "box_iou": "All parts together, IoU with the box",
 }  # fmt: skip
 REMEDY = "repair or remove it"
-ALT = {"parts": "Images with the discovered parts painted over them, one colour per part"}
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A figure of the page, with its PNG inside."""
+class ChartView:
+    """A chart of the page."""
 
     title: str
-    alt: str
-    source: str  # a data: URI
+    unit: str
+    svg: Markup
+    notes: list[str]
 
 
 @dataclass
@@ -53,8 +55,8 @@ class Page:
     checkpoints: list[str] = field(default_factory=list)
     results: list[dict[str, Any]] = field(default_factory=list)
     gains: bool = False
-    curves: Figure | None = None
-    figures: list[Figure] = field(default_factory=list)
+    charts: list[ChartView] = field(default_factory=list)
+    figures: list[Comparison] = field(default_factory=list)
     versions: list[tuple[str, str]] = field(default_factory=list)
     versions_from_run: bool = False
     notes: list[str] = field(default_factory=list)
@@ -159,25 +161,11 @@ def _add_summary(page: Page, rows: list[dict[str, Any]]) -> None:
         page.summary.append(("Memory", f"{max(memory):,.0f} MiB", "peak"))
 
 
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-def _add_figures(page: Page, run: Path) -> None:
-    for path in [run / "parts.png", *sorted((run / "pictures").glob("*.png"))]:
-        if not path.is_file():
-            continue
-        try:
-            with open_image(path) as image:
-                image.load()
-                description = str(image.info.get("Description", ""))
-        except (OSError, SyntaxError) as error:  # Pillow's errors for a truncated PNG
-            page.notes.append(f"{path.relative_to(run)} is not a readable PNG and was left out ({error}).")
-            continue
-        name = path.stem.replace("_", " ").replace("-", " ")
-        alt = description or ALT.get(path.stem, f"Figure: {name}")
-        title = description or name
-        page.figures.append(Figure(title[:1].upper() + title[1:], alt, _data_uri(path.read_bytes())))
+def _add_charts(page: Page, rows: list[dict[str, Any]]) -> None:
+    off = findings(rows)
+    for chart in plots.charts(rows):
+        svg = Markup(svg_text(chart.figure, chart.alt))  # which escapes what comes from the run
+        page.charts.append(ChartView(chart.title, chart.unit, svg, off.get(chart.title, [])))
 
 
 def _read_left_out(page: Page, folder: Path) -> None:
@@ -212,7 +200,8 @@ def write_report(run: Path) -> Path:
 
     The report reads config.toml, metrics.jsonl, eval.json (a list of {"protocol", "checkpoint", "top1", "miou" or the
     scores on key points, "low", "high", "n"}, 0 to 1), parts.png and pictures/*.png; a missing file is left out. The
-    page is self-contained: images are embedded, and it has no scripts and no links. It is written atomically.
+    page is self-contained: images are embedded, and it has no scripts and no links. What is off in the curves is said
+    beside them, by the rules of :func:`fgfast.report.findings.findings`. It is written atomically, and below 5 MB.
 
     Args:
         run: the run folder.
@@ -244,10 +233,8 @@ def write_report(run: Path) -> Path:
                 f"metrics.jsonl: line {lines} could not be read (perhaps the run was killed) and is left out."
             )
         _add_summary(page, rows)
-        if (figure := plots.curves(rows)) is not None:
-            titles = ", ".join(axes.get_title(loc="left").lower() for axes in figure.axes)
-            page.curves = Figure("Curves", f"Curves over training steps: {titles}", _data_uri(plots.png_bytes(figure)))
-    _add_figures(page, run)
+        _add_charts(page, rows)
+    page.figures = read_figures(run, page.notes)
     _read_left_out(page, run / "pictures")
     page.versions = page.versions or list(versions().items())
 

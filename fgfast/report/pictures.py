@@ -1,5 +1,6 @@
 """Figures of images: captioned grids, written as PNG, and rows of nearest neighbours."""
 
+import json
 import re
 import textwrap
 from collections.abc import Sequence
@@ -38,7 +39,10 @@ def _caption_lines(caption: str, font: ImageFont.FreeTypeFont, width: int) -> li
     return lines
 
 
-def compose_grid(rows: Sequence[Sequence[Panel]], cell: int = 160) -> NDArray[np.uint8]:
+Box = tuple[int, int, int, int, str]  # left, top, width and height of an image in a figure, its caption
+
+
+def compose_grid(rows: Sequence[Sequence[Panel]], cell: int = 160) -> tuple[NDArray[np.uint8], list[list[Box]]]:
     """Arrange panels in a grid on white: each image resized to fit a square cell, its caption below.
 
     Args:
@@ -46,7 +50,7 @@ def compose_grid(rows: Sequence[Sequence[Panel]], cell: int = 160) -> NDArray[np
         cell: side of a cell in pixels, at least 16.
 
     Returns:
-        The figure, uint8 [H, W, 3].
+        The figure, uint8 [H, W, 3], and where the image of each panel is in it.
 
     Raises:
         ValueError: there is no panel, or the cell is too small.
@@ -62,8 +66,9 @@ def compose_grid(rows: Sequence[Sequence[Panel]], cell: int = 160) -> NDArray[np
     width = gap + max(len(row) for row in rows) * (cell + gap)
     canvas = Image.new("RGB", (width, gap + sum(heights) + gap * (len(rows) - 1)), "white")
     draw = ImageDraw.Draw(canvas)
+    boxes: list[list[Box]] = [[] for _ in rows]
     y = gap
-    for row, captions, height in zip(rows, text, heights, strict=True):
+    for row, found, captions, height in zip(rows, boxes, text, heights, strict=True):
         for column, (panel, lines) in enumerate(zip(row, captions, strict=True)):
             x = gap + column * (cell + gap)
             image = Image.fromarray(to_uint8(panel.image))
@@ -71,18 +76,26 @@ def compose_grid(rows: Sequence[Sequence[Panel]], cell: int = 160) -> NDArray[np
             size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
             # Small images keep visible pixels: the figure shows what the network saw.
             resampling = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
-            canvas.paste(image.resize(size, resampling), (x + (cell - size[0]) // 2, y + (cell - size[1]) // 2))
+            corner = x + (cell - size[0]) // 2, y + (cell - size[1]) // 2
+            canvas.paste(image.resize(size, resampling), corner)
+            found.append((*corner, *size, panel.caption))
             for i, line in enumerate(lines):
                 draw.text((x + cell // 2, y + cell + gap // 2 + i * line_height), line, _INK, font, anchor="ma")
         y += height + gap
-    return np.asarray(canvas)
+    return np.asarray(canvas), boxes
 
 
-def save_png(figure: NDArray[np.uint8], path: Path, description: str = "") -> Path:
-    """Write a PNG atomically; ``description`` is stored in it and becomes its caption and alt text in the report."""
+def save_png(figure: NDArray[np.uint8], path: Path, description: str = "", boxes: Sequence[Sequence[Box]] = ()) -> Path:
+    """Write a PNG atomically.
+
+    What is stored in it is for the report: ``description``, its caption and alt text, and ``boxes``, its images, which
+    the page arranges by its width.
+    """
     info = PngInfo()
     if description:
         info.add_itxt("Description", description)
+    if boxes:
+        info.add_itxt("Boxes", json.dumps(boxes))
     image = Image.fromarray(figure)
     write_atomic(path, lambda p: image.save(p, format="PNG", pnginfo=info, optimize=True))
     return path
@@ -98,7 +111,8 @@ def write_grid(rows: Sequence[Sequence[Panel]], path: Path, *, cell: int = 160, 
         ...     write_grid([[panel, panel]], Path(folder, "pair.png"), description="Two black squares").name
         'pair.png'
     """
-    return save_png(compose_grid(rows, cell), path, description)
+    figure, boxes = compose_grid(rows, cell)
+    return save_png(figure, path, description, boxes)
 
 
 def add_frame(image: NDArray[np.uint8], colour: tuple[int, int, int], fraction: float = 0.04) -> NDArray[np.uint8]:
@@ -110,6 +124,16 @@ def add_frame(image: NDArray[np.uint8], colour: tuple[int, int, int], fraction: 
     return out
 
 
+def class_label(name: str) -> str:
+    """The name of a class for people.
+
+    Example:
+        >>> class_label("001.Black_footed_Albatross")  # of CUB-200-2011
+        'Black footed Albatross'
+    """
+    return re.sub(r"^\d+\.", "", name).replace("_", " ")
+
+
 def neighbour_panels(
     images: Tensor | Sequence[NDArray[np.uint8]] | NDArray[np.uint8],
     features: Tensor,
@@ -118,6 +142,7 @@ def neighbour_panels(
     queries: Sequence[int] | None = None,
     targets: Sequence[int] | Tensor | NDArray[np.integer[Any]] | None = None,
     classes: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[list[Panel]]:
     """One row per query: the query image, then its k nearest other images by cosine similarity of the features.
 
@@ -129,6 +154,7 @@ def neighbour_panels(
         targets: class ids [N]; neighbours of the query's class get a blue frame and a tick, others an orange frame and
             a cross.
         classes: name of each class id, for the captions.
+        names: names of the N images, for the captions without targets.
 
     Returns:
         One row of k + 1 panels per query.
@@ -157,10 +183,10 @@ def neighbour_panels(
 
     def name(i: int) -> str:
         if class_ids is None:
-            return f"image {i}"
+            return f"image {i}" if names is None else names[i]
         if classes is None:
             return f"class {class_ids[i]}"
-        return re.sub(r"^\d+\.", "", classes[class_ids[i]]).replace("_", " ")  # CUB's "001.Black_footed_Albatross"
+        return class_label(classes[class_ids[i]])
 
     def panel(query: int, i: int) -> Panel:
         pixels = to_uint8(images[i])

@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,8 @@ def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
     return np.where(finite, total / np.maximum(count, 1.0), np.nan)
 
 
-def _style_axes(axes: Axes, title: str, unit: str = "") -> None:
+def _style_axes(axes: Axes, title: str = "") -> None:
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
-    if unit:
-        axes.set_title(unit, loc="right", fontsize=8, color=FAINT)
     axes.grid(True, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=FAINT, labelsize=8, length=0)
@@ -97,10 +96,27 @@ def _plot(axes: Axes, rows: Sequence[Row], keys: Sequence[str], *, scale: float 
         axes.legend(fontsize=8, frameon=False, labelcolor=INK)
 
 
-def curves(rows: Sequence[Row]) -> Figure | None:
-    """Draw training curves: loss, its terms, kNN accuracy, health, learning rate, gradient norm, speed, wait, memory.
+@dataclass(frozen=True)
+class Chart:
+    """One chart of a run.
 
-    Only quantities that the rows hold get a panel. Noisy ones are smoothed over a 25th of the run, with the raw values
+    Args:
+        title: what it shows.
+        unit: of its values, or a remark on them.
+        alt: the same with the first and the last values.
+        figure: the curves over steps, transparent.
+    """
+
+    title: str
+    unit: str
+    alt: str
+    figure: Figure
+
+
+def charts(rows: Sequence[Row]) -> list[Chart]:
+    """Draw charts of training: loss, its terms, kNN accuracy, health, learning rate, gradient norm, speed, wait, ...
+
+    Only quantities that the rows hold get a chart. Noisy ones are smoothed over a 25th of the run, with the raw values
     behind in a faint colour.
 
     Args:
@@ -108,13 +124,10 @@ def curves(rows: Sequence[Row]) -> Figure | None:
             "data_wait" (fraction of the step time, 0 to 1), "memory_mb", "ema", "knn" (accuracy, 0 to 1),
             "effective_rank", "uniformity", "alignment".
 
-    Returns:
-        The figure, or None if there is nothing to draw.
-
     Example:
-        >>> figure = curves([{"step": s, "loss": 5.0 / s, "lr": 0.1} for s in range(1, 50)])
-        >>> [axes.get_title(loc="left") for axes in figure.axes]
-        ['Loss', 'Learning rate']
+        >>> found = charts([{"step": s, "loss": 5.0 / s, "lr": 0.1} for s in range(1, 50)])
+        >>> found[0].title, found[0].alt, found[1].title
+        ('Loss', 'Loss over steps 1 to 49: from 5 to 0.102', 'Learning rate')
     """
     panels: list[tuple[str, str, list[str], float, bool]] = [  # title, unit, keys, scale, smoothed
         ("Loss", "", ["loss"], 1.0, True),
@@ -129,28 +142,33 @@ def curves(rows: Sequence[Row]) -> Figure | None:
         ("Peak memory", "MiB", ["memory_mb"], 1.0, False),
         ("Momentum of the target network", "", ["ema"], 1.0, False),
     ]
-    present = []
-    for panel in panels:
-        keys = [key for key in panel[2] if np.isfinite(series(rows, key)[1]).any()]
-        if keys:
-            present.append((*panel[:2], keys, *panel[3:]))
-    if not present:
-        return None
-    columns = min(3, len(present))
-    grid_rows = math.ceil(len(present) / columns)
-    figure = Figure(figsize=(3.8 * columns, 2.5 * grid_rows), facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    for i, (title, unit, keys, scale, smoothed) in enumerate(present):
-        axes = figure.add_subplot(grid_rows, columns, i + 1)
+    found = []
+    for title, unit, names, scale, smoothed in panels:
+        keys = [key for key in names if np.isfinite(series(rows, key)[1]).any()]
+        if not keys:
+            continue
+        figure = Figure(figsize=(4.2, 2.3))  # without a layout engine, which takes most of the time of a page
+        axes = figure.add_axes((0.13, 0.19, 0.85, 0.74))
         _plot(axes, rows, keys, scale=scale, smoothed=smoothed)
-        _style_axes(axes, title, unit)
+        _style_axes(axes)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(_format_step))
+        axes.set_xlabel("step", fontsize=8, color=FAINT)
         if title in ("Speed", "Waiting for data", "Peak memory"):
             axes.set_ylim(bottom=0)
-        if i + columns >= len(present):
-            axes.set_xlabel("step", fontsize=8, color=FAINT)
-    return figure
+        found.append(Chart(title, unit, f"{title} over {_ends(rows, keys, scale)}", figure))
+    return found
+
+
+def _ends(rows: Sequence[Row], keys: Sequence[str], scale: float) -> str:
+    """The first and last steps and finite values of some quantities, in words."""
+    texts, least, most = [], math.inf, 0.0
+    for key in keys:
+        steps, values = series(rows, key)
+        steps, values = steps[np.isfinite(values)], scale * values[np.isfinite(values)]
+        least, most = min(least, steps[0]), max(most, steps[-1])
+        texts.append(f"{key + ' ' if len(keys) > 1 else ''}from {values[0]:.3g} to {values[-1]:.3g}")
+    return f"steps {least:.0f} to {most:.0f}: {', '.join(texts)}"
 
 
 def bars(

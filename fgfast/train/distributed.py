@@ -1,6 +1,7 @@
 """The ranks of a distributed run: the process group that torchrun or Slurm describes, and the choice of a device."""
 
 import contextlib
+import inspect
 import itertools
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from fgfast.backend import check_chosen
 from fgfast.errors import UserError
@@ -201,3 +203,18 @@ def will_be_first() -> bool:
 def is_first() -> bool:
     """Whether this process is the first rank, or the only one."""
     return dist.get_rank() == 0 if dist.is_initialized() else will_be_first()
+
+
+def distribute(step: nn.Module, ranks: Ranks) -> nn.Module:
+    """The step of a method with gradients that are averaged over the ranks.
+
+    To find unused parameters in each step costs a walk over the graph, and keeps the buckets in which gradients are
+    added up: without it they change after the first step of a process, and a resumed run on three or more ranks adds
+    in another order.
+    """
+    ddp = nn.parallel.DistributedDataParallel
+    renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.15 warns about the older name
+    options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    if ranks.device.type == "cuda":
+        options["device_ids"] = [ranks.device.index]
+    return ddp(step, find_unused_parameters=True, **options)

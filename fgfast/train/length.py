@@ -44,7 +44,7 @@ class Length:
         """
         if not config.passes:
             return config.epochs * self.per_epoch
-        preparation = rounds_of(config) * self.method.passes_to_prepare * self.n_images
+        preparation = rounds_of(config) * self.method.passes_before_round(self.n_images)
         steps = int((config.passes - preparation) / (self.method.passes_per_image * config.batch_size * self.world))
         if steps < 1:
             raise UserError(f"--passes {config.passes} does not allow one step: give more.")

@@ -27,6 +27,7 @@ import math
 import os
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -39,6 +40,8 @@ from fgfast.formats import read_bytes, refuse
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+    from fgfast.train.online import WandbRun
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -111,15 +114,20 @@ def _line(row: dict[str, Any]) -> bytes:
 class RunLog:
     """Writes rows to metrics.jsonl and TensorBoard, messages to log.txt and standard error, and a progress bar.
 
+    What fails at Weights & Biases in training is said, and training goes on without it: all rows are in metrics.jsonl.
+
     Args:
         run: the run folder.
         total: number of steps of the complete run.
         start: steps done before; rows of later steps, left by a killed run, are dropped.
         enabled: False on all ranks but the first, which then write nothing.
+        online: takes every row too, or None.
     """
 
-    def __init__(self, run: Path, total: int, start: int = 0, enabled: bool = True) -> None:
-        self.enabled = enabled
+    def __init__(
+        self, run: Path, total: int, start: int = 0, enabled: bool = True, online: "WandbRun | None" = None
+    ) -> None:
+        self.enabled, self.online = enabled, online
         if not enabled:
             return
         from rich.console import Console
@@ -146,6 +154,8 @@ class RunLog:
             disable=not self.console.is_terminal,
         )  # fmt: skip
         self.task = self.bar.add_task(one_line(run.name), total=total, completed=start, row="")
+        if online is not None:
+            self.record(online.where)
 
     def _open_metrics(self, path: Path, start: int) -> io.FileIO:
         """metrics.jsonl with the rows up to ``start`` alone, whatever a kill left behind them."""
@@ -175,10 +185,21 @@ class RunLog:
     ) -> None:
         if self.enabled:
             self.bar.stop()
+            self._send(lambda online: online.close(failed=kind is not None))
             self.file.close()
             self.text.close()
             if self.board is not None:
                 self.board.close()
+
+    def _send(self, action: "Callable[[WandbRun], None]") -> None:
+        if self.online is None:
+            return
+        try:
+            action(self.online)
+        except Exception as error:  # whatever a service and its network raise, which must not end the training
+            self.online = None
+            reason = str(error) or type(error).__name__
+            self.print(f"Weights & Biases gets no further rows, metrics.jsonl has them ({reason})")
 
     def record(self, message: str) -> None:
         """Write a message to log.txt."""
@@ -216,6 +237,7 @@ class RunLog:
         for key, value in row.items():
             if self.board is not None and key not in ("step", "epoch") and value is not None:
                 self.board.add_scalar(key, value, row["step"])
+        self._send(lambda online: online.write(row))
         if "loss" in row:
             self._show(row)
             return

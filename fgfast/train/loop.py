@@ -7,6 +7,7 @@ import torch
 
 from fgfast.config import TrainConfig, flag, validate
 from fgfast.data.splits import pretext_splits
+from fgfast.errors import UserError
 from fgfast.info import require, versions
 from fgfast.methods.base import Method, method_class
 from fgfast.methods.run_folder import resolve_stats
@@ -15,6 +16,7 @@ from fgfast.train.compiling import check_compiler
 from fgfast.train.distributed import check_equal, joined
 from fgfast.train.length import Length
 from fgfast.train.resume import claim_run, list_digest, open_run, run_images
+from fgfast.train.step import check_step
 from fgfast.train.trainer import Trainer
 
 
@@ -23,7 +25,7 @@ def pretrain(method: str | type[Method], config: TrainConfig, *, train: bool = T
 
     The folder holds config.toml, images.json (the images of the run), init.pt (the weights of step 0), last.pt
     (everything that ``resume`` needs) and previous.pt (the one before), encoder.safetensors, metrics.jsonl, log.txt,
-    tensorboard/ and, for methods that discover parts, parts_0/, ...
+    tensorboard/ (and wandb/) and, for methods that discover parts, parts_0/, ...
 
     Args:
         method: the name or the class of a method.
@@ -39,6 +41,8 @@ def pretrain(method: str | type[Method], config: TrainConfig, *, train: bool = T
     """
     validate(config)
     require("PIL", "numpy", "rich", "safetensors", "timm")
+    if config.log == "wandb":
+        require("wandb", extra="wandb")
     with joined(config.device, config.rank_timeout) as ranks:
         return _pretrain(method_class(method) if isinstance(method, str) else method, config, ranks, train=train)
 
@@ -54,6 +58,11 @@ def _pretrain(kind: type[Method], config: TrainConfig, ranks: Ranks, *, train: b
     check_equal(ranks, {"the method": kind.name, **options, **of_packages, "the list of images": list_digest(listed)})
     torch.manual_seed(config.seed)
     built = kind(config)
+    if config.shard == "fsdp" and ranks.world == 1:
+        raise UserError("--shard fsdp divides a network among ranks, and there is one: start several by torchrun.")
+    check_step(built)
+    if config.grad_checkpoint:
+        built.checkpoint_activations()
     built.to(ranks.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     built.check_training_set(listed)
     kept, run = run_images(config, listed, splits.held_out_paths()), Path(config.out)

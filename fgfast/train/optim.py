@@ -1,6 +1,7 @@
 """The optimiser, and a guard that skips steps whose loss is not finite without a device sync."""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,22 +10,23 @@ from torch import Tensor, nn
 
 from fgfast.config import TrainConfig
 from fgfast.errors import UserError
+from fgfast.train.groups import parameter_groups
 from fgfast.train.lars import LARS
 
 LAG = 4  # steps after which the host reads a verdict
 MAX_SKIPPED_IN_A_ROW = 10
 
 
-def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW, SGD or LARS (momentum 0.9) over the trainable parameters; vectors and scalars get no weight decay.
+def make_optimizer(
+    module: nn.Module, config: TrainConfig, local: Callable[[nn.Parameter], nn.Parameter] | None = None
+) -> torch.optim.Optimizer:
+    """AdamW, SGD or LARS (momentum 0.9) over the groups of :func:`parameter_groups`.
 
-    All are fused, as :class:`FiniteGuard` needs it.
+    All are fused, as :class:`FiniteGuard` needs it. ``local`` gives what stands for a parameter on this rank.
     """
-    params = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups = parameter_groups(module, config)
+    if local is not None:
+        groups = [{**group, "params": [local(p) for p in group["params"]]} for group in groups]
     if config.optimizer != "adamw":
         kind = LARS if config.optimizer == "lars" else torch.optim.SGD
         sgd = kind(groups, lr=config.lr, momentum=0.9, fused=True)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fgfast.claim import Claim, claim_folder, is_claim
-from fgfast.config import TrainConfig, flag, read_toml, to_toml
+from fgfast.config import TrainConfig, flag, read_toml
+from fgfast.config_text import to_toml
 from fgfast.errors import UserError
 from fgfast.files import clear_leftovers, is_leftover, write_atomic
 from fgfast.info import versions
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
     from fgfast.data.kept import Kept
 
 ANY_TIME = (
-    "data", "out", "device", "threads", "loader", "log_every", "knn_every", "save_every", "resume", "compile",
-    "rank_timeout",
+    "data", "out", "device", "threads", "loader", "log", "log_every", "knn_every", "save_every", "resume", "compile",
+    "rank_timeout", "micro_batch", "micro_bn", "accumulate", "grad_checkpoint",
+    "shard",
 )  # fmt: skip
 """Options that may change whenever a run is resumed."""
 SPLIT = ("batch_size",)

@@ -33,7 +33,10 @@ class CheckpointWriter:
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
-    def save(self, state: dict[str, Any], encoder: nn.Module, model: str, stats: InputStats = IMAGENET) -> None:
+    def save(
+        self, state: dict[str, Any], encoder: nn.Module, model: str, stats: InputStats = IMAGENET,
+        exported: dict[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
         """Copy a state, and start to write it once the checkpoint before it is written.
 
         Args:
@@ -41,9 +44,10 @@ class CheckpointWriter:
             encoder: network to export.
             model: timm's name of the network.
             stats: how images are resized and normalised for it.
+            exported: tensors to export in place of those of the network, such as their average.
         """
         self.wait()
-        copied, weights = copy_to_cpu((state, encoder.state_dict()))
+        copied, weights = copy_to_cpu((state, encoder.state_dict() | (exported or {})))
         how = {"stats": stats, "created_with": getattr(encoder, "created_with", None)}
         # not a daemon: the end of the process waits for it
         self.thread = threading.Thread(target=self._write, args=(copied, weights, model), kwargs=how, name="checkpoint")

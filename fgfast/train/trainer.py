@@ -1,14 +1,14 @@
 """The training of a run: the loop over rounds, epochs and steps, its checkpoints and scores."""
 
-import inspect
 import logging
 import time
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fgfast.claim import Claim
 from fgfast.config import Interval
@@ -16,6 +16,7 @@ from fgfast.errors import UserError
 from fgfast.methods.base import Method, Progress
 from fgfast.models.sync_bn import synchronise_batch_norm
 from fgfast.ranks import Ranks, gather, on_any, on_first, share_first
+from fgfast.train.average import WeightAverage, take_clean_statistics
 from fgfast.train.checkpoint import (
     RandomSource,
     RankState,
@@ -27,13 +28,16 @@ from fgfast.train.checkpoint import (
 from fgfast.train.clock import Clock
 from fgfast.train.compiling import compile_backbones
 from fgfast.train.distributed import is_of_another_rank
+from fgfast.train.groups import set_rates
 from fgfast.train.heartbeat import holding, progress
 from fgfast.train.length import Length, rounds_of
 from fgfast.train.log import RunLog, has_scores, peak_memory_mb
-from fgfast.train.optim import FiniteGuard, make_optimizer
+from fgfast.train.online import open_online
+from fgfast.train.optim import FiniteGuard
 from fgfast.train.resume import Resumed, record_resumption
 from fgfast.train.saving import CheckpointWriter
 from fgfast.train.signals import StopSignals, collect_stop_signals
+from fgfast.train.step import Step
 
 if TYPE_CHECKING:
     from fgfast.data.kept import Kept
@@ -60,8 +64,12 @@ class Trainer:
             method.set_group(torch.distributed.group.WORLD)
             if self.config.sync_bn:
                 synchronise_batch_norm(method, torch.distributed.group.WORLD)
-        self.optimizer = make_optimizer(method, self.config)
+        if self.config.compile:
+            compile_backbones(method)
+        self.gradients = Step(method, ranks)
+        self.optimizer = self.gradients.make_optimizer()
         self.guard = FiniteGuard(method, self.optimizer)
+        self.average = WeightAverage(method.encoder.net, self.config.average) if self.config.average else None
         self.interval = Interval.parse(self.config.save_every)
         self.step = self.saved_step = 0  # a new run has init.pt
         self.saved_at = time.monotonic()
@@ -69,9 +77,6 @@ class Trainer:
         self.notes: list[str] = []  # for the log, once it is open
         self.caught = StopSignals()
         self.writer = CheckpointWriter(self.run, lambda: None if claim is None else claim.confirm(self.run))
-        if self.config.compile:
-            compile_backbones(method)
-        self.model = _distribute(method, ranks) if ranks.world > 1 else method
 
     def train(self, resumed: Resumed | None) -> None:
         """Run every round; on a stop signal save and raise KeyboardInterrupt."""
@@ -116,7 +121,8 @@ class Trainer:
             self._evaluate(run_log)
 
     def _open_log(self) -> RunLog:
-        run_log = RunLog(self.run, self.length.total, self.step, self.ranks.first)
+        online = on_first(self.ranks, partial(open_online, self.method.name, self.config, self.step))
+        run_log = RunLog(self.run, self.length.total, self.step, self.ranks.first, online)
         if self.description:
             run_log.record(self.description)
             self.description = ""  # once a process
@@ -126,10 +132,11 @@ class Trainer:
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         try:
-            self.method.load_state_dict(checkpoint["method"])
+            self.gradients.load(checkpoint, self.optimizer)
             restore_buffers(self.method, self.ranks, checkpoint)
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except (RuntimeError, ValueError) as error:
+            if self.average is not None:
+                self.average.load(checkpoint["average"])
+        except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
                 f"{self.run / 'last.pt'} does not fit these options: give those of {self.run / 'config.toml'} again."
             ) from error
@@ -145,7 +152,10 @@ class Trainer:
         A signal ends this at once: what is done is on the disk.
         """
         progress(self.step, "preparing a round")
-        with first_buffers(self.method, self.ranks), self.random.kept(), self.caught.raised(True):
+        with (
+            first_buffers(self.method, self.ranks), self.gradients.whole_networks(), self.random.kept(),
+            self.caught.raised(True),
+        ):  # fmt: skip
             return self.method.prepare(self.kept.images, self.run, round_)
 
     def _make_loader(self, maps: Path | None) -> "Loader":
@@ -199,24 +209,28 @@ class Trainer:
     def _train_step(self, batch: "Batch", total: int, *, stop: bool) -> dict[str, float | Tensor]:
         """One step; returns the learning rate, the gradient norm before clipping and the terms of the method."""
         progress(self.step)
-        lr = self.config.learning_rate(self.step, total)
+        lr = set_rates(self.optimizer, self.config, self.step, total)
         self.method.before_step(Progress(self.step, total))
-        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
-            terms = self.model(batch)
-        self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay_at(self.step, total)
-        grad_norm = self._update(terms["loss"], lr, batch.index, stop=stop)
+        terms = self.gradients(batch)
+        grad_norm = self._update(terms["loss"], batch.index, stop=stop)
         self.step += 1
+        if self.average is not None:
+            self.average.update()
+        if self.step == total and self.config.clean_stats:
+            progress(self.step, "computing BatchNorm statistics")
+            with self._evaluated_weights(), self.gradients.whole_networks(), self.random.kept():
+                take_clean_statistics(self.method.encoder, self.kept.images, self.config, self.ranks.device)
         self.method.after_step(Progress(self.step, total))
         progress(self.step, "loading images")
         return {"lr": lr, "grad_norm": grad_norm, **terms}
 
-    def _update(self, loss: Tensor, lr: float, index: Tensor, *, stop: bool) -> Tensor:
-        """Backward, clip, guarded optimiser step; returns the gradient norm before clipping."""
-        loss.backward()
-        params = [p for p in self.method.parameters() if p.grad is not None]
-        grad_norm = nn.utils.clip_grad_norm_(params, self.config.clip or float("inf"), foreach=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+    def _evaluated_weights(self) -> AbstractContextManager[None]:
+        """The encoder with the weights that are evaluated."""
+        return nullcontext() if self.average is None else self.average.in_use()
+
+    def _update(self, loss: Tensor, index: Tensor, *, stop: bool) -> Tensor:
+        """Clip, guarded optimiser step; returns the gradient norm before clipping."""
+        grad_norm = self.gradients.clip()
         self.complete = False
         self.guard.step(loss, grad_norm, index, self.step, stop=stop, save=self._is_time())
         self.optimizer.zero_grad(set_to_none=True)
@@ -302,7 +316,10 @@ class Trainer:
 
         progress(self.step, "computing scores")
         try:
-            with first_buffers(self.method, self.ranks), self.random.kept(), self.caught.raised(self.ranks.world == 1):
+            with (
+                self._evaluated_weights(), first_buffers(self.method, self.ranks), self.gradients.whole_networks(),
+                self.random.kept(), self.caught.raised(self.ranks.world == 1),
+            ):  # fmt: skip
                 knn = online_knn(self.method.encoder, self.config, self.ranks.device, self.method.group)
                 health = online_health(self.method.encoder, self.config, self.ranks.device, self.method.group)
                 scores = self.method.scores(self.ranks.device) | health | ({} if knn is None else {"knn": knn})
@@ -319,10 +336,11 @@ class Trainer:
             return
         random, position = self.marked
         of_ranks = gather_ranks(self.method, self.ranks, random, position["failed"])
+        state = self.gradients.state(self.optimizer)
 
         def write() -> None:
             run_log.sync()
-            self._write(round_, of_ranks)
+            self._write(round_, of_ranks, state)
 
         on_first(self.ranks, write)
         self.saved_step, self.saved_at, self.guard.save = self.step, time.monotonic(), False
@@ -330,35 +348,40 @@ class Trainer:
     def _save_after(self, error: Exception, round_: int) -> None:
         """Save the last complete step after an error, on the first rank alone: others may not answer any more.
 
-        Not if another rank is lost: without its random state and buffers the run would go on in another way than from
-        the checkpoint before.
+        Not if another rank is lost, or has a part of the weights: without its random state and buffers the run would go
+        on in another way than from the checkpoint before.
         """
-        lost = self.ranks.world > 1 and is_of_another_rank(error)
+        lost = self.ranks.world > 1 and (is_of_another_rank(error) or self.gradients.sharded is not None)
         if not self.ranks.first or not self.complete or self.saved_step == self.step or lost:
             return
         random, position = self.marked
         try:
             with holding():
                 self.guard.restore()
-                self._write(round_, [RankState(random, position["failed"], {})])
+                self._write(round_, [RankState(random, position["failed"], {})], self.gradients.state(self.optimizer))
                 self.writer.wait()
         except Exception as failed:
             log.warning("step %d could not be saved: %s", self.step, failed)
         else:
             log.warning("stopped by an error at step %d, which is saved; --resume continues from there", self.step)
 
-    def _write(self, round_: int, of_ranks: list[RankState]) -> None:
-        """Hand the checkpoint to the writer."""
+    def _write(self, round_: int, of_ranks: list[RankState], networks: dict[str, Any]) -> None:
+        """Hand the checkpoint to the writer, with the states of the method and the optimiser."""
         encoder = self.method.encoder
         state = {
             "name": self.method.name, "step": self.step, "total": self.length.total, "round": round_,
             "images_per_step": self.config.batch_size * self.ranks.world,
-            "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(),
+            **networks,
             "loader": {**self.marked[1], "failed": sorted({row for rank in of_ranks for row in rank.failed})},
             "skipped": self.guard.skipped, "skipped_in_a_row": self.guard.skipped_in_a_row,
             "input": encoder.stats.texts(), **self.random.store(of_ranks),
         }  # fmt: skip
-        self.writer.save(state, encoder.net, self.config.model, encoder.stats)
+        exported = {} if self.average is None else self.average.values
+        state |= {"average": exported} if exported else {}
+        if self.gradients.sharded is not None:  # the encoder itself has only a part of its weights
+            prefix = "encoder.net."
+            exported = {k.removeprefix(prefix): v for k, v in networks["method"].items() if k.startswith(prefix)}
+        self.writer.save(state, encoder.net, self.config.model, encoder.stats, exported)
 
 
 def _name_lost(loader: "Loader", run_log: RunLog, named: tuple[int, int]) -> tuple[int, int]:
@@ -369,18 +392,3 @@ def _name_lost(loader: "Loader", run_log: RunLog, named: tuple[int, int]) -> tup
     for path in loader.recovered[recovered:]:
         run_log.record(f"{path} can be read again and is used")
     return len(loader.skipped), len(loader.recovered)
-
-
-def _distribute(method: Method, ranks: Ranks) -> nn.Module:
-    """The method with gradients that are averaged over the ranks.
-
-    To find unused parameters in each step costs a walk over the graph, and keeps the buckets in which gradients are
-    added up: without it they change after the first step of a process, and a resumed run on three or more ranks adds
-    in another order.
-    """
-    ddp = nn.parallel.DistributedDataParallel
-    renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.15 warns about the older name
-    options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    if ranks.device.type == "cuda":
-        options["device_ids"] = [ranks.device.index]
-    return ddp(method, find_unused_parameters=True, **options)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fgfast.ids import Ids
 from fgfast.kernels.contrast import launch
-from fgfast.kernels.contrast.problem import Problem, check_sizes
+from fgfast.kernels.contrast.problem import Problem, check_sizes, copies_pay
 
 
 class Losses:
@@ -22,7 +22,8 @@ class Losses:
         self, longest: int, query: Tensor, query_ids: Ids, key: Tensor, key_ids: Ids, bank: Tensor | None, *options: Any
     ):
         check_sizes(query=query, key=key, bank=bank)
-        self.problem = Problem("forward", query, query_ids, *options)
+        copied = copies_pay(query, longest, longest)
+        self.problem = Problem("forward", query, query_ids, *options, copied=copied)
         self.sums = launch.Losses(self.problem, 1 + self.problem.splits(len(query), longest))
 
     def add(self, x: Tensor, ids: Ids | None) -> None:
@@ -49,8 +50,9 @@ class Gradients:
         check_sizes(query=query, key=key, bank=bank)
         grad, lse, count = upstream
         self.problem = Problem(
-            "gradient", query, query_ids, temperature_tensor, *options, (grad.to(torch.float32), lse, count)
-        )
+            "gradient", query, query_ids, temperature_tensor, *options, (grad.to(torch.float32), lse, count),
+            copied=copies_pay(query, longest, len(query) + longest), as_columns=(True, False),
+        )  # fmt: skip
         self.need_query, self.temperature = need_query, temperature_tensor if need_temperature else None
         self.of_rows = None
         if need_query or self.temperature is not None:
@@ -58,17 +60,18 @@ class Gradients:
 
     def add(self, x: Tensor, ids: Ids | None, need: bool) -> Tensor | None:
         """Add a block of columns [T, D]; with ``need`` returns T dL/d(unit vector) of its vectors, float32 [T, D]."""
-        columns = self.problem.prepare(x, ids)
+        columns, total = self.problem.prepare(x, ids), None
         if self.of_rows is not None:
-            self.of_rows.add(columns, True, False)
+            total = launch.GradientSum.beside(self.problem, columns, need)
+            self.of_rows.add(columns, True, False, total)
         if not need:
             return None
-        raw = launch.columns_gradient(self.problem, columns).raw
+        raw = (total or launch.columns_gradient(self.problem, columns)).raw
         return raw[:, 0] if raw.shape[1] == 1 else raw.sum(1)
 
     def finish_columns(self, x: Tensor, ids: Ids | None, total: Tensor) -> Tensor:
         """dL/dx [T, D] of a block from the sum of what ``add`` returned for it on all ranks."""
-        return launch.finish(self.problem, (self.problem.prepare(x, ids), total[:, None]))[0]
+        return launch.finish(self.problem, (self.problem.prepare(x, ids, False), total[:, None]))[0]
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of the query [M, D] and of the temperature, None where they are not needed."""

@@ -23,9 +23,9 @@ def _signature(kernel: Any, dtype: str, constexprs: dict[str, Any]) -> dict[str,
     for name in kernel.arg_names:
         if name in constexprs:
             types[name] = "constexpr"
-        elif name in ("x", "y"):
+        elif name in ("x", "y", "x_copy", "y_copy"):
             types[name] = f"*{dtype}:16"
-        elif "stride" not in name and name.endswith(("low", "high", "image", "part", "view")):
+        elif "stride" not in name and name.endswith(("low", "high", "image", "part", "view", "scratch")):
             types[name] = "*i64:16"
         elif name in ("N", "X", "Y", "D") or name.endswith("stride_n"):
             types[name] = "i32:16"
@@ -67,6 +67,8 @@ def tune_cases(device: str = "cuda", number: int = 1 << 14) -> Iterator[TuneCase
             for x, y, compared, d, warps, stages, registers in sizes
             if compared <= y and (d or channels) <= 256
         ]
+        if most == LARGEST_D:
+            del runs["gradient"]  # for few logits: that of many is made of chunks (``wide_cases``)
         for kernel, run in runs.items():
             yield TuneCase(f"contrast {kernel}", rows, run)
 
@@ -75,10 +77,14 @@ def aot_cases() -> Iterator[AotCase]:
     """Cases of every kernel, dtype and row of the table."""
     common = {"NORMALIZE": True, "UPCAST": False}
     for dtype in ("bf16", "fp16", "fp32"):
-        for block in (32, 64, 128):
-            prepare = common | {"BOUNDED": True, "BLOCK": block, "BLOCK_D": 128}
+        for block, copied in product((32, 64, 128), (False, True) if dtype != "fp32" else (False,)):
+            prepare: dict[str, Any] = common | {"BOUNDED": True, "BLOCK": block, "BLOCK_D": 128}
+            prepare["CHANNELS"] = 256 * copied
+            if not copied:
+                prepare |= dict.fromkeys(f"{side}_{part}" for side in "xy" for part in ("copy", "factor", "bias"))
             rare = dtype == "fp16" or block < 128
-            yield _case(f"prepare {dtype} {block}", per_vector.prepare, dtype, prepare, rare=rare)
+            name = f"prepare {dtype} {block}{' copied' * copied}"
+            yield _case(name, per_vector.prepare, dtype, prepare, rare=rare)
         for splits in (1, 4):
             small = {"UPCAST": False, "BLOCK": FINISH_ROWS, "BLOCK_D": 128}
             rare = dtype == "fp16" or splits == 1
@@ -92,8 +98,10 @@ def aot_cases() -> Iterator[AotCase]:
     for kernel in ("forward", "gradient"):
         rows = list(table(f"contrast {kernel}"))
         for arch, row_name, row in rows:
-            dtypes = {"half": ("bf16", "fp16"), "fp16": ("fp16",)}.get(row.kind, ("fp32",))
-            if row.kind == "half" and any(a == arch and r.kind == "fp16" for a, _, r in rows):
+            kind = row.kind.removesuffix(" copied")
+            dtypes = {"half": ("bf16", "fp16"), "fp16": ("fp16",), "bf16": ("bf16",)}.get(kind, ("fp32",))
+            of_float16 = [r for a, _, r in rows if a == arch and r.kind == row.kind.replace("half", "fp16")]
+            if kind == "half" and any(r.channels >= row.channels for r in of_float16):
                 dtypes = ("bf16",)
             archs, tuned = architectures_for(f"contrast {kernel}", arch, row), "tuned" in row_name
             for dtype in dtypes:
@@ -106,16 +114,19 @@ def _tile_cases(
     name: str, kernel: str, dtype: str, kind: str, row: TileShape, archs: tuple[str, ...]
 ) -> Iterator[AotCase]:
     """Cases of one row: bounded or not; all pairs or one triangle; the sides that the gradient is taken for."""
-    rare = dtype == "fp16" and kind != "fp16"  # as for bfloat16 but for one instruction
+    rare = dtype == "fp16" and not kind.startswith("fp16")  # as for bfloat16 but for one instruction
     fixed = row.options | {
-        "NEGATIVES": "all", "SPLITS": 1, "CHUNK": CHUNK, "PRECISION": "tf32" if kind == "tf32" else "ieee",
+        "NEGATIVES": "all", "SPLITS": 1, "CHUNK": CHUNK, "PRECISION": "tf32" if kind.startswith("tf32") else "ieee",
         "UPCAST": False,
     }  # fmt: skip
+    fixed["CHANNELS"] = row.d if row.copied else 0
+    if not row.copied:
+        fixed |= dict.fromkeys(("y_copy", "y_factor", "y_bias", "scratch"))
     for bounded in (True, False):
-        full = f"{name} {'bounded' if bounded else 'online'}"
+        full, of_all = f"{name} {'bounded' if bounded else 'online'}", fixed | {"BOUNDED": bounded}
         if kernel == "forward":
             for triangular in (False, True) if bounded else (False,):
-                flags = fixed | {"BOUNDED": bounded, "TRIANGULAR": triangular}
+                flags = of_all | {"AHEAD": row.ahead, "TRIANGULAR": triangular}
                 flags |= {"SPLITS": 4} if triangular else {"partial": None}
                 registers = forward_registers(row.registers, bounded, triangular)
                 yield _case(
@@ -124,10 +135,8 @@ def _tile_cases(
                 )  # fmt: skip
             continue
         for sides in ("x", "y", "xy") if bounded else ("x", "y"):
-            flags = fixed | {
-                "BOUNDED": bounded, "X_ROWS": "x" in sides, "Y_ROWS": "y" in sides, "ADD": False,
-            }  # fmt: skip
+            flags = of_all | {"X_ROWS": "x" in sides, "Y_ROWS": "y" in sides, "ADD": False}
             yield _case(f"{full} {sides}", device_side.gradient, dtype, flags, row.warps, row.stages, archs, rare)
         if row.whole:  # a block of columns of another rank; without WHOLE the flag has no effect
-            flags = fixed | {"BOUNDED": bounded, "X_ROWS": True, "Y_ROWS": False, "ADD": True}
+            flags = of_all | {"X_ROWS": True, "Y_ROWS": False, "ADD": True}
             yield _case(f"{full} x added", device_side.gradient, dtype, flags, row.warps, row.stages, archs, rare)

@@ -1,7 +1,6 @@
 """What the launches of one contrast share: tile sizes, the prepared rows and columns, and how the work is divided."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,18 +9,20 @@ from fgfast.ids import Ids
 from fgfast.kernels.common import MOST_REGISTERS, cdiv, interpreted, launch_options, power_of_2
 from fgfast.kernels.configs import Row, config, processors
 from fgfast.kernels.contrast import vectors as per_vector
+from fgfast.kernels.launches import launch
 from fgfast.tensors import BOUNDED, LOG2E
 
 LARGEST_D = 8192
 LARGEST_N = 2**31 - 2**20  # indices are 32-bit integers, also those of the blocks past the end that groups are dealt
 SPLIT_BYTES = 32 << 20  # most bytes of the partial results of splits
 TRIANGULAR_TILES = 8  # tiles per program of ``forward`` from which one triangle is faster: an estimate, not measured
+COPIED_FROM = 1 << 24  # logits from which columns are copied, 10 us of products on an H200: an estimate, not measured
+COPY_BYTES = 32 << 20  # most bytes of copies that exceed the memory bound otherwise
 CHUNK = 256  # blocks whose ranges of image ids a program reads at a time
 NEGATIVES = ("all", "other_images", "same_image")
 
 
-@dataclass(frozen=True)
-class TileShape:
+class TileShape(NamedTuple):
     """Tile sizes and launch options of one kernel."""
 
     x: int  # vectors that a program keeps
@@ -32,13 +33,16 @@ class TileShape:
     warps: int
     stages: int
     registers: int = 0
+    copied: bool = False  # columns are read from a copy
+    ahead: bool = False  # forward multiplies a tile before it sums the exponentials of the one before
 
     @classmethod
     def of(cls, row: Row) -> "TileShape":
         """A row of the table."""
         t = row.tiles
         sizes = (t["BLOCK_X"], t["BLOCK_Y"], t["BLOCK_S"], t["BLOCK_D"], bool(t["WHOLE"]))
-        return cls(*sizes, row.warps, row.stages, row.registers)
+        copied = row.kind.endswith(" copied")
+        return cls(*sizes, row.warps, row.stages, row.registers, copied, bool(t.get("AHEAD", 0)))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -60,50 +64,93 @@ def programs_wanted(device: torch.device) -> int:
     return 2 * processors(device) if device.type == "cuda" else 1
 
 
-def tile(kernel: str, device: torch.device, kind: str, channels: int) -> TileShape:
-    """Tile sizes of ``kernel`` ("forward" or "gradient") for vectors with this many channels."""
-    kinds = ("fp16", "half") if kind == "fp16" else (kind,)
-    return TileShape.of(config(f"contrast {kernel}", device, *kinds, channels=channels))
+def tile(kernel: str, device: torch.device, kind: str, channels: int, copied: bool = False) -> TileShape:
+    """Tile sizes of ``kernel`` ("forward" or "gradient") for vectors with this many channels.
+
+    ``copied``: rows of the table for copied columns come first.
+    """
+    kinds = {"half": ("bf16", "half"), "fp16": ("fp16", "half")}.get(kind, (kind,))
+    of_copies = tuple(f"{k} copied" for k in kinds) if copied else ()
+    return TileShape.of(config(f"contrast {kernel}", device, *of_copies, *kinds, channels=channels))
 
 
-@dataclass
+def copies_pay(query: Tensor, columns: int, vectors: int, spare: int = 0) -> bool:
+    """Whether the columns are to be copied: ``vectors`` in all, for products of the query with ``columns``.
+
+    ``spare``: bytes that copies may take.
+    """
+    n, d = query.shape
+    if n * columns < COPIED_FROM:
+        return False
+    return vectors * channels_of_copy(d) * query.element_size() <= max(spare, COPY_BYTES)
+
+
 class Side:
-    """Vectors and what ``prepare`` computes for them."""
+    """Vectors x [N, D], not prepared yet, and the tensors in which ``prepare`` stores what it computes for them.
 
-    x: Tensor  # [N, D]
-    ids: Ids | None  # None for a bank
-    inverse: Tensor  # float32 [N]
-    low: Tensor  # int64 [blocks]
-    high: Tensor
+    Args:
+        x: the vectors.
+        ids: None for a bank.
+        block: consecutive vectors of which the range of image ids is found.
+        copied: whether ``prepare`` copies the vectors.
 
-    def arguments(self) -> tuple[Any, ...]:
-        """The arguments of ``forward`` and ``gradient`` for this side."""
-        ids = (None, None, None, 0, 0, 0) if self.ids is None else (*self.ids, *(i.stride(0) for i in self.ids))
-        return self.x, *self.x.stride(), self.inverse, *ids
+    Attributes:
+        n: number of vectors.
+        inverse: float32 [N].
+        low, high: the ranges, int64 [blocks].
+        copied: copy [whole blocks, channels], x where it is present, else 0 (the channels are a multiple of 16);
+            factor float32 [whole blocks], inverse, 1 for an absent vector; bias float32 [whole blocks], 0, -inf for an
+            absent vector. All None without a copy.
+        channels: of the copy, 0 without one.
+        arguments: of ``forward`` and ``gradient``.
+    """
+
+    def __init__(self, x: Tensor, ids: Ids | None, block: int, copied: bool):
+        self.n, d = x.shape
+        blocks = cdiv(self.n, block)
+        self.x, self.ids, ranges = x, ids, 0 if ids is None else blocks
+        self.inverse = x.new_empty(self.n, dtype=torch.float32)
+        self.low, self.high = x.new_empty(ranges, dtype=torch.int64), x.new_empty(ranges, dtype=torch.int64)
+        self.copied: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None)
+        self.channels = 0
+        if copied:
+            self.channels = channels_of_copy(d)
+            factor, bias = x.new_empty(2, blocks * block, dtype=torch.float32).unbind()
+            self.copied = x.new_empty(blocks * block, self.channels), factor, bias
+        of_ids: tuple[Any, ...] = (None, None, None, 0, 0, 0)
+        if ids is not None:
+            image, part, view = ids
+            of_ids = (image, part, view, *image.stride(), *part.stride(), *view.stride())
+        self.arguments = (x, *x.stride(), self.inverse, *of_ids)
+
+    def scratch(self, grid: tuple[int, int]) -> Tensor | None:
+        """Four integers for each program of a launch with these columns, None if they are not copied."""
+        return self.x.new_empty(4 * grid[0] * grid[1], dtype=torch.int64) if self.channels else None
 
     def to_prepare(self) -> tuple[Any, ...]:
         """The arguments of ``prepare`` for this side."""
-        of_ids: tuple[Any, ...] = (None, None, 0, 0)
-        if self.ids is not None:
-            image, part, _ = self.ids
-            of_ids = (image, part, image.stride(0), part.stride(0))
-        return self.x, *self.x.stride(), *of_ids, self.inverse, self.low, self.high, len(self.x)
+        x, stride_n, stride_d, inverse, image, part, _, stride_image, stride_part, _ = self.arguments
+        of_ids = (image, part, stride_image, stride_part)
+        return x, stride_n, stride_d, *of_ids, inverse, self.low, self.high, *self.copied, self.n
 
 
-NOT_PREPARED = (None, 0, 0, None, None, 0, 0, None, None, None, 0)  # ``Side.to_prepare`` without a side
+NOT_PREPARED = (None, 0, 0, None, None, 0, 0, *[None] * 6, 0)  # ``Side.to_prepare`` without a side
 
 
 class Problem:
     """What all launches of one call share: the rows, the temperature, the options and the tile sizes.
 
     ``kernel`` is "forward" or "gradient"; ``upstream``: dL/dloss, log2-sum-exp2 and positives of the rows [M] each;
-    ``key``: columns [T, D] to prepare in the launch that prepares the rows; by default the rows themselves.
+    ``key``: columns [T, D] to prepare in the launch that prepares the rows; by default the rows themselves;
+    ``copied``: whether columns are copied where the table has such a row (:func:`copies_pay`); ``as_columns``: whether
+    rows and keys are ever the columns of a launch.
     """
 
     def __init__(
         self, kernel: str, query: Tensor, query_ids: Ids, temperature_tensor: Tensor | None, temperature: float,
         negatives: str, normalize: bool, precision: str, upstream: tuple[Tensor, Tensor, Tensor] | None = None,
-        key: Tensor | None = None, key_ids: Ids | None = None,
+        key: Tensor | None = None, key_ids: Ids | None = None, copied: bool = False,
+        as_columns: tuple[bool, bool] = (False, True),
     ):  # fmt: skip
         self.negatives, self.normalize = negatives, normalize
         self.number, self.pointer = temperature, None
@@ -116,36 +163,39 @@ class Problem:
         self.bounded = normalize and self.pointer is None and self.scale <= BOUNDED
         kind = arithmetic(query.dtype, precision)
         self.precision = "tf32" if kind == "tf32" else "ieee"
-        self.tile = tile(kernel, query.device, kind, query.shape[1])
-        self.coefficients: list[Tensor | None] = [None, None, None]  # of the exponentials, of positives, log-sum-exps
+        self.tile = tile(kernel, query.device, kind, query.shape[1], copied)
+        self.programs = programs_wanted(query.device)
+        self.rows = Side(query, query_ids, self.tile.y, as_columns[0] and self.tile.copied)
+        self.keys = self.rows
+        if key is not None:
+            self.keys = Side(key, key_ids, self.tile.y, as_columns[1] and self.tile.copied)
+        # The coefficients of the exponentials, of positives, and log-sum-exps.
+        self.coefficients: tuple[Tensor | None, ...] = (None, None, None)
         if upstream is not None:
-            n_kinds = 2 if self.bounded else 3
-            self.coefficients[:n_kinds] = query.new_empty(n_kinds, len(query), dtype=torch.float32)
-        self.rows = self._side(query, query_ids)
-        self.keys = self.rows if key is None else self._side(key, key_ids)
+            of_exp, of_positive, of_lse = (
+                query.new_empty(cdiv(self.rows.n, self.tile.y) * self.tile.y, dtype=torch.float32) if needed else None
+                for needed in (True, True, not self.bounded)
+            )
+            self.coefficients = of_exp, of_positive, of_lse
         self._prepare(self.rows, None if key is None else self.keys, upstream)
-
-    def _side(self, x: Tensor, ids: Ids | None) -> Side:
-        """A side that is not prepared."""
-        n = len(x)
-        ranges = x.new_empty(2, 0 if ids is None else cdiv(n, self.tile.y), dtype=torch.int64)
-        return Side(x, ids, x.new_empty(n, dtype=torch.float32), *ranges.unbind())
 
     def _prepare(self, x: Side, y: Side | None, upstream: tuple[Tensor, Tensor, Tensor] | None) -> None:
         block, d = self.tile.y, x.x.shape[1]
         grad, lse, count = upstream or (None, None, None)
-        programs = cdiv(len(x.x), block) + (0 if y is None else cdiv(len(y.x), block))
+        programs = cdiv(x.n, block) + (0 if y is None else cdiv(y.n, block))
         if programs:
-            per_vector.prepare[(programs,)](
+            launch(
+                per_vector.prepare, (programs,),
                 *x.to_prepare(), *(NOT_PREPARED if y is None else y.to_prepare()), grad,
                 0 if grad is None else grad.stride(0), lse, count,
                 *(self.coefficients if upstream else (None, None, None)), d, NORMALIZE=self.normalize,
-                BOUNDED=self.bounded, BLOCK=block, BLOCK_D=channels_of_tile(d, 128), UPCAST=interpreted(), num_warps=4,
+                BOUNDED=self.bounded, CHANNELS=x.channels or (0 if y is None else y.channels), BLOCK=block,
+                BLOCK_D=channels_of_tile(d, 128), UPCAST=interpreted(), num_warps=4,
             )  # fmt: skip
 
-    def prepare(self, x: Tensor, ids: Ids | None) -> Side:
-        """Norms and ranges of x."""
-        side = self._side(x, ids)
+    def prepare(self, x: Tensor, ids: Ids | None, as_columns: bool = True) -> Side:
+        """Norms and ranges of x, and the copy of columns."""
+        side = Side(x, ids, self.tile.y, as_columns and self.tile.copied)
         self._prepare(side, None, None)
         return side
 
@@ -155,7 +205,7 @@ class Problem:
         ``width``: float32 numbers that each split stores per row.
         """
         rows = max(rows, 1)
-        count = min(programs_wanted(self.rows.x.device) // cdiv(rows, self.tile.x), cdiv(columns, self.tile.y))
+        count = min(self.programs // cdiv(rows, self.tile.x), cdiv(columns, self.tile.y))
         if width:
             count = min(count, SPLIT_BYTES // (4 * rows * width))
         return max(count, 1)
@@ -168,7 +218,7 @@ class Problem:
         if not self.bounded or self.negatives == "same_image":
             return None
         x = self.rows.x
-        return groups_and_splits(len(x), x.shape[1] * x.element_size(), self.tile, programs_wanted(x.device))
+        return groups_and_splits(self.rows.n, x.shape[1] * x.element_size(), self.tile, self.programs)
 
     def options(self, registers: int) -> dict[str, Any]:
         """Keyword arguments of both ``forward`` and ``gradient``, with a budget of registers."""
@@ -213,6 +263,11 @@ def on_device(temperature: Tensor) -> bool:
 def channels_of_tile(d: int, most: int) -> int:
     """Channels of a tile: the power of two >= d, at least 16 (the smallest product) and at most ``most``."""
     return min(max(power_of_2(d), 16), most)
+
+
+def channels_of_copy(d: int) -> int:
+    """Channels of a vector in the copy: a multiple of 16, so that all vectors are aligned."""
+    return 16 * cdiv(d, 16)
 
 
 def check_sizes(**vectors: Tensor | None) -> None:

@@ -30,6 +30,7 @@ from fgfast.kernels.contrast.problem import (
     tile,
 )
 from fgfast.kernels.contrast.vectors import INFINITY, LOG2E, indices, load_vectors
+from fgfast.kernels.launches import launch
 
 
 @triton.jit
@@ -184,7 +185,8 @@ def forward(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, paired: bo
     with on_device_of(image):
         grid, options = _plan("forward", image, text, 1)
         out = image.new_empty(grid[1], len(image), dtype=torch.float32)
-        sigmoid_forward[grid](
+        launch(
+            sigmoid_forward, grid,
             image, *image.stride(), text, *text.stride(), _on_device([scale, bias], image.device), out, len(image),
             len(text), image.shape[1], PAIRED=paired, **options,
         )  # fmt: skip
@@ -220,7 +222,8 @@ def _add_gradient(
     splits = grid[1]
     raw = out.view(n, 1, d) if splits == 1 else x.new_zeros(n, splits, d, dtype=torch.float32)
     sums = x.new_empty(2, splits, n, dtype=torch.float32) if with_sums else None
-    sigmoid_gradient[grid](
+    launch(
+        sigmoid_gradient, grid,
         x, *x.stride(), y, *y.stride(), factors, raw, sums, n, len(y), d, PAIRED=paired,
         ADD=add and splits == 1, **options,
     )  # fmt: skip

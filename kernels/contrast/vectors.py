@@ -43,6 +43,18 @@ def load_vectors(vectors, n, wanted, start, D, BLOCK_D: tl.constexpr, UPCAST: tl
 
 
 @triton.jit
+def load_copied(copy, block, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):
+    """One block of the vectors of ``prepare``'s copy [BLOCK, BLOCK_D]: all of them exist, so that loads run ahead."""
+    d = tl.arange(0, BLOCK_D)
+    first = copy + tl.full([], BLOCK * CHANNELS, tl.int64) * block
+    at = first + tl.arange(0, BLOCK)[:, None] * CHANNELS + d[None, :]
+    if CHANNELS == BLOCK_D:
+        return upcast(tl.load(at), UPCAST)
+    else:
+        return upcast(tl.load(at, mask=(d < CHANNELS)[None, :], other=0.0), UPCAST)
+
+
+@triton.jit
 def logit_scale(temperature, scale):
     """log2(e) / T; ``temperature`` points to T where it is on the device, else ``scale`` is the result."""
     if temperature is None:
@@ -60,10 +72,13 @@ def id_range(image, stride_image, n, present):
 
 @triton.jit
 def _prepare_side(
-    vectors, ids, inverse, low, high, block, N, D,
-    NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+    vectors, ids, inverse, low, high, copied, block, N, D,
+    NORMALIZE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Inverse norms and range of image ids of a block of one side; ``ids``: image, part and their strides."""
+    """Inverse norms and range of image ids of a block of one side; ``ids``: image, part and their strides.
+
+    ``copied``: copy, factor and bias of all vectors, or None (:func:`prepare`).
+    """
     image, part, stride_image, stride_part = ids
     n, exists = indices(block, N, BLOCK)
     present = exists
@@ -72,39 +87,59 @@ def _prepare_side(
         lowest, highest = id_range(image, stride_image, n, present)
         tl.store(low + block, lowest)
         tl.store(high + block, highest)
+    copy, factor, bias = copied
     value = tl.full([BLOCK], 1.0, tl.float32)
-    if NORMALIZE:
+    if NORMALIZE or copy is not None:
         squares = tl.zeros([BLOCK], tl.float32)
         for start in range(0, D, BLOCK_D):
-            tile = load_vectors(vectors, n, present, start, D, BLOCK_D, UPCAST).to(tl.float32)
+            tile = load_vectors(vectors, n, present, start, D, BLOCK_D, False)
+            if copy is not None:
+                d = start + tl.arange(0, BLOCK_D)
+                tl.store(copy + n[:, None] * CHANNELS + d[None, :], tile, mask=(d < CHANNELS)[None, :])
+            tile = upcast(tile, UPCAST).to(tl.float32)
             squares += tl.sum(tile * tile, 1)
-        value = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(squares), EPS))  # rounded correctly, as the error bound needs
+        if NORMALIZE:
+            value = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(squares), EPS))  # rounded correctly, as the error bound needs
     tl.store(inverse + n, tl.where(present, value, ABSENT), mask=exists)
+    if copy is not None:
+        tl.store(factor + n, tl.where(present, value, 1.0))
+        tl.store(bias + n, tl.where(present, 0.0, -INFINITY))
 
 
 @triton.jit
 def prepare(
-    x, x_stride_n, x_stride_d, x_image, x_part, x_stride_image, x_stride_part, x_inverse, x_low, x_high, X,
-    y, y_stride_n, y_stride_d, y_image, y_part, y_stride_image, y_stride_part, y_inverse, y_low, y_high, Y,
-    grad, stride_grad, lse, count, of_exp, of_positive, of_lse, D,
-    NORMALIZE: tl.constexpr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+    x, x_stride_n, x_stride_d, x_image, x_part, x_stride_image, x_stride_part, x_inverse, x_low, x_high,
+    x_copy, x_factor, x_bias, X,
+    y, y_stride_n, y_stride_d, y_image, y_part, y_stride_image, y_stride_part, y_inverse, y_low, y_high,
+    y_copy, y_factor, y_bias, Y, grad, stride_grad, lse, count, of_exp, of_positive, of_lse, D,
+    NORMALIZE: tl.constexpr, BOUNDED: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Inverse norms [N]; low and high [blocks], the range of image ids of each block; gradient coefficients of rows.
 
-    The first programs are for x, the others for y (or None): one launch for both. With ``grad`` x holds the rows:
-    dL/ds_ij = of_exp_i 2^(s'_ij - of_lse_i) - [j in P_i] of_positive_i. For bounded logits 2^-lse is part of of_exp. A
-    row without a positive gets of_exp 0, of_lse inf and of_positive 0.
+    The first programs are for x, the others for y (or None): one launch for both.
+    ``copy`` [blocks x BLOCK, CHANNELS], if not None, receives the present vectors, and zeros for absent ones, past the
+    last one and in channels from D on; ``factor`` and ``bias`` the numbers of each vector for which
+    s' = <x, copy_j> factor_j + bias_j is its logit, -inf where it is absent.
+
+    With ``grad`` x holds the rows: dL/ds_ij = of_exp_i 2^(s'_ij - of_lse_i) - [j in P_i] of_positive_i. For bounded
+    logits 2^-lse is part of of_exp. A row without a positive, and one past the last, gets of_exp 0, of_lse inf and
+    of_positive 0.
     """
     block, blocks = tl.program_id(0), tl.cdiv(X, BLOCK)
     if block >= blocks:
         if y is not None:
             vectors, ids = (y, y_stride_n, y_stride_d), (y_image, y_part, y_stride_image, y_stride_part)
             _prepare_side(
-                vectors, ids, y_inverse, y_low, y_high, block - blocks, Y, D, NORMALIZE, BLOCK, BLOCK_D, UPCAST
-            )
+                vectors, ids, y_inverse, y_low, y_high, (y_copy, y_factor, y_bias), block - blocks, Y, D, NORMALIZE,
+                CHANNELS, BLOCK, BLOCK_D, UPCAST,
+            )  # fmt: skip
     else:
         vectors, ids = (x, x_stride_n, x_stride_d), (x_image, x_part, x_stride_image, x_stride_part)
-        _prepare_side(vectors, ids, x_inverse, x_low, x_high, block, X, D, NORMALIZE, BLOCK, BLOCK_D, UPCAST)
+        _prepare_side(
+            vectors, ids, x_inverse, x_low, x_high, (x_copy, x_factor, x_bias), block, X, D, NORMALIZE, CHANNELS, BLOCK,
+            BLOCK_D, UPCAST,
+        )  # fmt: skip
         if grad is not None:
             n, exists = indices(block, X, BLOCK)
             positives = tl.load(count + n, mask=exists, other=0.0)
@@ -112,11 +147,11 @@ def prepare(
             g = tl.load(grad + n * stride_grad, mask=valid, other=0.0)
             row_lse = tl.load(lse + n, mask=valid, other=INFINITY)
             if BOUNDED:
-                tl.store(of_exp + n, g * tl.exp2(-row_lse), mask=exists)
+                tl.store(of_exp + n, g * tl.exp2(-row_lse))
             else:
-                tl.store(of_exp + n, g, mask=exists)
-                tl.store(of_lse + n, row_lse, mask=exists)
-            tl.store(of_positive + n, g / tl.maximum(positives, 1.0), mask=exists)
+                tl.store(of_exp + n, g)
+                tl.store(of_lse + n, row_lse)
+            tl.store(of_positive + n, g / tl.maximum(positives, 1.0))
 
 
 @triton.jit

@@ -10,9 +10,20 @@ import triton
 
 from fgfast.kernels.common import MOST_REGISTERS, AotCase
 from fgfast.kernels.configs import SHARED, choose, kmeans_row
-from fgfast.kernels.kmeans import centroids, fused, tiles
+from fgfast.kernels.kmeans import centroids, fused, resident, tiles
 from fgfast.kernels.kmeans.launch import SAMPLES, plus_plus
-from fgfast.kernels.kmeans.step import UPDATE_BLOCKS, kinds, kmeans_step, step_blocks, sum_registers, tile
+from fgfast.kernels.kmeans.step import (
+    GROUPS,
+    LANES,
+    UPDATE_BLOCKS,
+    kinds,
+    kmeans_step,
+    resident_blocks,
+    resident_tile,
+    step_blocks,
+    sum_registers,
+    tile,
+)
 from fgfast.kernels.tune import TuneCase
 from fgfast.kernels.tuned import TUNED
 
@@ -33,6 +44,7 @@ def tune_cases(device: str = "cuda", images: int = 32, side: int = 64) -> Iterat
 
 # D, K: small, at the limits of what registers hold, and beyond them.
 SHAPES = ((64, 60), (384, 60), (128, 128), (700, 25), (768, 25), (1024, 10), (1000, 25), (1024, 25), (2048, 256))
+RESIDENT_SHAPES = ((768, 25), (768, 10), (704, 25), (1024, 10), (256, 60), (384, 25))
 TYPICAL = {
     *((768, 25, "maps cosine"), (1024, 25, "maps cosine"), (700, 25, "gaps")),
     *((128, 128, "gaps"), (1024, 10, "gaps"), (2048, 256, "gaps")),
@@ -77,6 +89,7 @@ def case(
 ) -> AotCase:  # fmt: skip
     """A case with the types of the host side: x and m in ``dtype``, other data float32, sizes and strides i32."""
     types = POINTERS | {"x_ptr": f"*{dtype}", "m_ptr": f"*{dtype}"}
+    types["x_desc"] = f"tensordesc<{dtype}[1, {GROUPS}, {constants.get('BLOCK_N')}, {LANES}]>"
     fallback = {True: "*fp32", False: "i32"}
     signature = {
         a: types.get(a, fallback[a.endswith(("_ptr", "_from"))]) for a in kernel.arg_names if a not in constants
@@ -110,11 +123,13 @@ def aot_cases() -> Iterator[AotCase]:
                 for one in _step_cases(full, dtype, dict(items), channels, layout, precision, tuple(archs), rare):
                     yield one._replace(shared=shared, tuned=tuned)
     small = {"num_warps": 4, "num_stages": 3}
-    for dtype, cosine in product(("fp32", "fp16", "bf16"), (False, True)):
-        name, rare = f"{dtype}{' cosine' * cosine}", dtype == "fp16"
+    yield from _resident_cases()
+    kinds_of_centroids = [(*one, False) for one in product(("fp32", "fp16", "bf16"), (False, True))]
+    for dtype, cosine, turned in (*kinds_of_centroids, ("bf16", False, True)):
+        name, rare = f"{dtype}{' cosine' * cosine}{' turned' * turned}", dtype == "fp16"
         blocks: dict[str, Any] = {"BLOCK_K": 32, "BLOCK_D": 32}
         prepare, update = centroids.prepare_centroids_kernel, centroids.update_centroids_kernel
-        flags: dict[str, Any] = {"COSINE": cosine, "SHIFT": dtype == "fp32" and not cosine}
+        flags: dict[str, Any] = {"COSINE": cosine, "SHIFT": dtype == "fp32" and not cosine, "TURNED": turned}
         yield case(f"kmeans prepare {name}", prepare, dtype, small, rare=rare, GIVEN=False, **flags, **blocks)
         blocks = UPDATE_BLOCKS | {"BLOCK_D": 32, "WEIGHTED": True, "FARTHEST": True}
         update_case = case(f"kmeans update {name}", update, dtype, small, rare=rare, **flags, **blocks)
@@ -122,6 +137,30 @@ def aot_cases() -> Iterator[AotCase]:
     yield case("kmeans reduce", tiles.reduce_rows, "fp32", small, LLOYD=True, BLOCK=1024)
     launch = {"num_warps": 8, "num_stages": 3}
     yield case("kmeans plus_plus", plus_plus, "fp32", launch, BLOCK=SAMPLES, COSINE=False)
+
+
+def _resident_cases() -> Iterator[AotCase]:
+    """The resident kernel at the shapes that it serves."""
+    off: dict[str, Any] = {"PREPARE": False, "MOVE": False, "FARTHEST": False, "LLOYD": True}
+    ways: dict[str, dict[str, Any]] = {
+        "step": {"PREPARE": True, "LLOYD": False, "SPLITS": 1},
+        "lloyd": {"MOVE": True, "FARTHEST": True, "SPLITS": 1},
+        "plain": {},
+    }
+    for (arch, most), dtype, (channels, clusters) in product(SHARED.items(), ("bf16", "fp16"), RESIDENT_SHAPES):
+        row = choose("kmeans_resident", arch, most, ("half",))
+        t = row and resident_tile(row, channels, clusters)
+        if row is None or t is None:
+            continue
+        known: dict[str, Any] = {
+            "archs": (arch,), "rare": dtype == "fp16" or (channels, clusters) != (768, 25), "UPCAST": False,
+            "ATOMIC": False, "EVEN": channels % t["BLOCK_S"] == 0, "stride_cd": 1, **resident_blocks(t),
+        }  # fmt: skip
+        for way, flags in ways.items():
+            name = f"kmeans resident {way} {arch} {dtype} {channels}x{clusters}"
+            one = case(name, resident.step_resident, dtype, t, True, **known, **(off | flags))
+            tuned = tuple(row) in TUNED.get(("kmeans_resident", arch), ())
+            yield one._replace(registers=row.registers, shared=row.shared, tuned=tuned)
 
 
 def _step_cases(

@@ -14,8 +14,8 @@ from fgfast.kernels.kmeans.tiles import EPS, find_farthest, load_centroids, stor
 @triton.jit
 def prepare_centroids(
     c_ptr, m_ptr, bias_ptr, mu_ptr, low, K, D, DP, KP, stride_k, stride_d,
-    COSINE: tl.constexpr, SHIFT: tl.constexpr, GIVEN: tl.constexpr, WHOLE: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    COSINE: tl.constexpr, SHIFT: tl.constexpr, GIVEN: tl.constexpr, WHOLE: tl.constexpr, TURNED: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """m, bias and, unless GIVEN, mu of BLOCK_K centroids from index ``low`` on; WHOLE: the problem has no others.
 
@@ -45,7 +45,7 @@ def prepare_centroids(
                 for other in range(0, KP, BLOCK_K):
                     mu += tl.sum(load_centroids(c_ptr, other + tl.arange(0, BLOCK_K), d, K, D, stride_k, stride_d), 1)
             mu /= K
-        bias += store_centred(m_ptr, c, mu, k, d, K, D, KP, SHIFT)
+        bias += store_centred(m_ptr, c, mu, k, d, K, D, KP, SHIFT, DP, TURNED)
         if not GIVEN and low == 0:
             tl.store(mu_ptr + d, mu)
     tl.store(bias_ptr + k, bias)
@@ -54,7 +54,8 @@ def prepare_centroids(
 @triton.jit
 def prepare_centroids_kernel(
     c_ptr, m_ptr, bias_ptr, mu_ptr, K, D, DP, KP, stride_b, stride_k, stride_d,
-    COSINE: tl.constexpr, SHIFT: tl.constexpr, GIVEN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    COSINE: tl.constexpr, SHIFT: tl.constexpr, GIVEN: tl.constexpr, TURNED: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """m, bias and, unless GIVEN, mu of the centroids c; a program takes BLOCK_K of them."""
     within = KP // BLOCK_K
@@ -62,7 +63,7 @@ def prepare_centroids_kernel(
     b, low = program // within, program % within * BLOCK_K
     prepare_centroids(
         c_ptr + b * stride_b, m_ptr + b * DP * KP, bias_ptr + b * KP, mu_ptr + b * DP, low, K, D, DP, KP,
-        stride_k, stride_d, COSINE, SHIFT, GIVEN, False, BLOCK_K, BLOCK_D,
+        stride_k, stride_d, COSINE, SHIFT, GIVEN, False, TURNED, BLOCK_K, BLOCK_D,
     )  # fmt: skip
 
 
@@ -117,7 +118,7 @@ def update_centroids(
     b, x_ptr, weight_ptr, labels_ptr, distances_ptr, sums_ptr, counts_ptr, repaired_ptr, changed,
     c_ptr, m_ptr, bias_ptr, mu_ptr, limit_ptr, done_ptr, steps_ptr,
     N, WIDTH, D, K, DP, KP, stride_b, stride_d, stride_y, stride_x,
-    COSINE: tl.constexpr, SHIFT: tl.constexpr, WEIGHTED: tl.constexpr, FARTHEST: tl.constexpr,
+    COSINE: tl.constexpr, SHIFT: tl.constexpr, WEIGHTED: tl.constexpr, FARTHEST: tl.constexpr, TURNED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Centroids c [B, K, D] of problem b from the sums, with empty clusters repaired; m, bias and convergence.
@@ -169,7 +170,7 @@ def update_centroids(
             mu = tl.zeros([BLOCK_D], tl.float32)
             if not SHIFT:
                 mu = tl.load(mu_ptr + b * DP + d)
-            bias += store_centred(m_ptr + b * DP * KP, c, mu, k, d, K, D, KP, SHIFT)
+            bias += store_centred(m_ptr + b * DP * KP, c, mu, k, d, K, D, KP, SHIFT, DP, TURNED)
         tl.store(bias_ptr + b * KP + k, bias)
     converged = (tl.sum(shift, 0) <= tl.load(limit_ptr + b)) | (changed == 0)
     tl.store(done_ptr + b, converged.to(tl.int32))
@@ -181,7 +182,7 @@ def update_centroids_kernel(
     x_ptr, weight_ptr, labels_ptr, distances_ptr, sums_ptr, counts_ptr, repaired_ptr, changed_ptr,
     c_ptr, m_ptr, bias_ptr, mu_ptr, limit_ptr, done_ptr, steps_ptr,
     N, WIDTH, D, K, DP, KP, stride_b, stride_d, stride_y, stride_x,
-    COSINE: tl.constexpr, SHIFT: tl.constexpr, WEIGHTED: tl.constexpr, FARTHEST: tl.constexpr,
+    COSINE: tl.constexpr, SHIFT: tl.constexpr, WEIGHTED: tl.constexpr, FARTHEST: tl.constexpr, TURNED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """`update_centroids` with one program per problem; returns at once for a problem that has converged."""
@@ -192,5 +193,5 @@ def update_centroids_kernel(
         b, x_ptr, weight_ptr, labels_ptr, distances_ptr, sums_ptr, counts_ptr, repaired_ptr, tl.load(changed_ptr + b),
         c_ptr, m_ptr, bias_ptr, mu_ptr, limit_ptr, done_ptr, steps_ptr,
         N, WIDTH, D, K, DP, KP, stride_b, stride_d, stride_y, stride_x,
-        COSINE, SHIFT, WEIGHTED, FARTHEST, BLOCK, BLOCK_K, BLOCK_D,
+        COSINE, SHIFT, WEIGHTED, FARTHEST, TURNED, BLOCK, BLOCK_K, BLOCK_D,
     )  # fmt: skip

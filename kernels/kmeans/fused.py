@@ -56,7 +56,7 @@ def step(
     if PREPARE:
         prepare_centroids(
             c_ptr + b * stride_cb, m_ptr + b * DP * BLOCK_K, bias_ptr + b * BLOCK_K, mu_ptr + b * DP, 0, K, D, DP,
-            BLOCK_K, stride_ck, stride_cd, COSINE, SHIFT, False, True, BLOCK_K, BLOCK_C,
+            BLOCK_K, stride_ck, stride_cd, COSINE, SHIFT, False, True, False, BLOCK_K, BLOCK_C,
         )  # fmt: skip
         tl.debug_barrier()
     bias = tl.load(bias_ptr + b * BLOCK_K + k)
@@ -139,5 +139,5 @@ def step(
             b, x_ptr, weight_ptr, labels_ptr, distances_ptr, sums_ptr, counts_ptr, repaired_ptr, tl.sum(changed, 0),
             c_ptr, m_ptr, bias_ptr, mu_ptr, limit_ptr, done_ptr, steps_ptr,
             N, WIDTH, D, K, DP, BLOCK_K, stride_b, stride_d, stride_y, stride_x,
-            COSINE, SHIFT, WEIGHTED, FARTHEST, 1024, BLOCK_K, BLOCK_C,
+            COSINE, SHIFT, WEIGHTED, FARTHEST, False, 1024, BLOCK_K, BLOCK_C,
         )  # fmt: skip

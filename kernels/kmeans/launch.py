@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fgfast.kernels.common import interpreted, on_device_of
 from fgfast.kernels.kmeans.step import Move, Solver, power
+from fgfast.kernels.launches import launch
 from fgfast.pixels.init import random_pixels, sample_pixels, start, trial_numbers
 from fgfast.pixels.options import KMeansOptions
 from fgfast.pixels.result import LloydResult, best_of
@@ -83,7 +84,8 @@ def choose_samples(gram: Tensor, weight: Tensor, numbers: Tensor, n_clusters: in
     """
     batch, samples, _ = gram.shape
     chosen = torch.empty(batch, n_clusters, dtype=torch.int64, device=gram.device)
-    plus_plus[(batch,)](
+    launch(
+        plus_plus, (batch,),
         gram, weight, numbers, chosen, samples, n_clusters, numbers.shape[1], COSINE=metric == "cosine",
         BLOCK=power(samples), num_warps=8,
     )  # fmt: skip

@@ -4,8 +4,8 @@ Bilinear resizing is linear and the same for each channel: <up(f), m> = up(<f, m
 are the features times the adjoint of the resizing applied to the one-hot labels (:mod:`fgfast.pixels.pyramid`).
     score   reads every level once: scores of its cells, [cells, K] in float32. The last program that a strip of rows of
             pixels waits for resizes the scores there and writes labels, distances and counts.
-    sums    reads every level once more: the weights of a row of cells in each cluster, from the labels around it,
-            times the features; one float32 partial sum per level, channel and split of rows.
+    sums    reads every level once more: the weights of cells in each cluster, from the labels around them, times the
+            features; one float32 partial sum per level, channel and split of cells.
     move    new centroids, empty clusters repaired, and whether the problem has converged (two launches for cosine).
 Everything is summed in a fixed order. |x - mu|^2 of the pixels is computed once, from inner products of neighbouring
 cells. k-means++ resizes the pixels that it samples, :data:`SAMPLED` numbers at a time, and uses their inner products.
@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fgfast.kernels.common import MOST_REGISTERS, cdiv, interpreted, launch_options, on_device_of, output_dtype, wide
-from fgfast.kernels.configs import Row, config, row_kind
+from fgfast.kernels.configs import config, processors, row_kind
 from fgfast.kernels.kmeans import pyramid_kernels as device_side
 from fgfast.kernels.kmeans.launch import GRAM, SAMPLES, choose_samples, inner_products
+from fgfast.kernels.kmeans.pyramid_tiles import UNIT_BYTES, blocks, held_blocks, score_tile
 from fgfast.kernels.kmeans.step import check_centroids, power
+from fgfast.kernels.launches import launch
 from fgfast.pixels.init import random_pixels, sample_pixels, start, trial_numbers
 from fgfast.pixels.options import KMeansOptions
 from fgfast.pixels.pyramid import Pyramid
@@ -32,41 +34,10 @@ from fgfast.pixels.source import from_relative, middle, to_relative
 from fgfast.reference.draws import spaced_pixels
 
 PARTIAL_FRACTION = 0.04  # of the bytes of a level: the most that writing and reading its partial sums may cost
-UNIT_BYTES = 512 << 10  # features read per program, approximately
 STRIP = 1024  # pixels that are labelled together
 SAMPLED = 1 << 25  # numbers of sampled pixels in memory at a time
-HELD = 4096  # sums, or scores, in the registers of a program
-ON_CHIP = 128 << 10  # bytes that stay in the cache of a program
 GRAM_TILE = 32  # cells
 LONGEST = 1 << 14  # rows or columns: the product of two sides is a 32-bit integer
-
-
-def held_channels(row: Row, KP: int) -> int:
-    """Channels whose sums a program holds in its registers."""
-    return max(16, min(row.tiles["HELD"], HELD // KP))
-
-
-def blocks(row: Row, KP: int) -> dict[str, int]:
-    """Tile sizes for KP padded clusters: cells and pixels of a tile of scores, channels of sums and of centroids."""
-    t = row.tiles
-    return {
-        "BLOCK_C": min(t["BLOCK_C"], max(16, 1024 // KP)), "BLOCK_N": max(16, min(64, 1024 // KP)),
-        "BLOCK_S": min(t["BLOCK_S"], held_channels(row, KP)), "BLOCK_M": 16, "MOVE_WARPS": max(1, min(4, KP // 16)),
-        "warps": row.warps * (2 if KP > 32 else 1), "stages": row.stages if KP <= 128 else 1,
-    }  # fmt: skip
-
-
-def score_tile(row: Row, KP: int, pad: int, size: tuple[int, ...], itemsize: int) -> tuple[int, int]:
-    """Cells and channels of a tile of scores of a level (D, h, w).
-
-    Each tile reads all channels of the centroids: tiles are wide if centroids and a narrow tile do not fit on chip.
-    """
-    channels, height, width = size
-    narrow = min(row.tiles["BLOCK_C"], max(16, 1024 // KP))
-    if channels * (4 * KP + narrow * itemsize) < ON_CHIP:
-        return narrow, pad
-    most = min(256, 2 * HELD // (KP * itemsize), UNIT_BYTES // (channels * itemsize), power(height * width))
-    return max(narrow, 1 << most.bit_length() - 1), max(16, pad // 2)
 
 
 class Levels:
@@ -79,7 +50,6 @@ class Levels:
         self.sizes = tuple(tuple(m.shape[1:]) for m in maps)
         self.strides = tuple(m.stride() for m in maps)
         self.channels = sum(d for d, _, _ in self.sizes)
-        self.cells = sum(h * w for _, h, w in self.sizes)
         longest = max(*size, *(n for _, h, w in self.sizes for n in (h, w)))
         if longest > LONGEST:
             raise ValueError(f"A side of {longest} is too long for the Triton kernels ({LONGEST}): choose 'torch'.")
@@ -91,6 +61,11 @@ class Levels:
             "LEVELS": len(maps),
             "WIDE": wide(*maps),
         }
+        cells = [h * w for _, h, w in self.sizes]
+        self.cells = sum(cells)
+        self.aligns = tuple(  # powers of two that divide cells and the strides of images and channels
+            math.gcd(8, n, *s[:2]) if s[3] == 1 else 1 for n, s in zip(cells, self.strides, strict=True)
+        )
         self.flats = tuple(m.shape[2] == 1 or m.stride(2) == m.shape[3] * m.stride(3) for m in maps)
 
     def pad_channels(self, mu: Tensor | None) -> Tensor:
@@ -111,7 +86,8 @@ class Levels:
         """|x_n - mu|^2 [B, N] for mu [B, DP]; not finite where a pixel is not finite."""
         tiles = sum(cdiv(h * w, GRAM_TILE) for _, h, w in self.sizes)
         products = torch.empty(self.batch, 4, self.cells, dtype=torch.float32, device=self.device)
-        device_side.grams[(self.batch * tiles,)](
+        launch(
+            device_side.grams, (self.batch * tiles,),
             self.xs, self.strides, self.sizes, mu, products, tiles, self.cells, self.DP,
             FLATS=self.flats, **self.known, PAD=self.pad, BLOCK_C=GRAM_TILE, BLOCK_D=16,
             **launch_options(4, 3, MOST_REGISTERS),
@@ -119,16 +95,18 @@ class Levels:
         out = torch.empty(self.batch, self.pixels, dtype=torch.float32, device=self.device)
         block = min(256, power(self.pixels))
         tiles = cdiv(self.pixels, block)
-        device_side.squares[(self.batch * tiles,)](
-            self.sizes, products, out, *self.size, tiles, self.cells, LEVELS=len(self.xs), BLOCK_N=block
-        )
+        launch(
+            device_side.squares, (self.batch * tiles,), self.sizes, products, out, *self.size, tiles, self.cells,
+            LEVELS=len(self.xs), BLOCK_N=block,
+        )  # fmt: skip
         return out
 
     def rows(self, index: Tensor, mu: Tensor, dtype: torch.dtype) -> Tensor:
         """Pixels index [B, m] minus mu [B, DP] as [B, m, D]; values that are not finite become 0."""
         count, blocks = index.shape[1], self.DP // self.pad
         out = torch.empty(self.batch, count, self.channels, dtype=output_dtype(dtype), device=self.device)
-        device_side.rows[(self.batch * cdiv(count, 16) * blocks,)](
+        launch(
+            device_side.rows, (self.batch * cdiv(count, 16) * blocks,),
             self.xs, self.strides, self.sizes, index.contiguous(), mu, out, *self.size, count, blocks, self.DP,
             self.channels, **self.known, BLOCK=16, BLOCK_D=self.pad,
         )  # fmt: skip
@@ -148,22 +126,34 @@ class Levels:
 
 
 class Adder:
-    """Sums of pixels by cluster: the splits of each level and the partial sums [B, splits, K, D_l]."""
+    """Sums of pixels by cluster: the splits of each level and the partial sums [B, splits, K, D_l].
+
+    A program weighs the cells of a split once for as many channels as leave two programs per processor.
+    """
 
     def __init__(self, levels: Levels, clusters: int) -> None:
         self.levels, self.K, self.KP = levels, clusters, power(clusters)
-        most, itemsize = held_channels(levels.row, self.KP), levels.dtype.itemsize
+        itemsize, float16 = levels.dtype.itemsize, levels.dtype == torch.float16
         self.blocks = blocks(levels.row, self.KP)
         self.BLOCK_S = min(self.blocks["BLOCK_S"], levels.pad)
-        self.chunks = tuple(min(cdiv(d, self.BLOCK_S), most // self.BLOCK_S) for d, _, _ in levels.sizes)
+        self.chunks = tuple(held_blocks(levels.row, self.KP, self.BLOCK_S, d, float16) for d, _, _ in levels.sizes)
         splits = []
         for (_, h, w), chunks in zip(levels.sizes, self.chunks, strict=True):
             size = h * w * itemsize
             wanted = size * chunks * self.BLOCK_S // UNIT_BYTES
             splits.append(max(1, min(wanted, h, int(PARTIAL_FRACTION * size / (8 * clusters)))))
-        self.splits = tuple(splits)
-        groups = (cdiv(d, c * self.BLOCK_S) for (d, _, _), c in zip(levels.sizes, self.chunks, strict=True))
-        self.units = sum(s * g for s, g in zip(self.splits, groups, strict=True))
+        cells, block = [h * w for _, h, w in levels.sizes], self.blocks["BLOCK_C"]
+        self.spans = tuple(cdiv(cdiv(n, s), block) * block for n, s in zip(cells, splits, strict=True))
+        self.splits = tuple(cdiv(n, span) for n, span in zip(cells, self.spans, strict=True))
+        groups = [cdiv(d, c * self.BLOCK_S) for (d, _, _), c in zip(levels.sizes, self.chunks, strict=True)]
+        for most in range(1, max(groups) + 1):
+            self.copies = tuple(min(g, most) for g in groups)
+            self.units = sum(s * c for s, c in zip(self.splits, self.copies, strict=True))
+            if levels.batch * self.units >= 2 * processors(levels.device):
+                break
+        self.same = tuple((h, w) == levels.size for _, h, w in levels.sizes)
+        weighed = sum(n * c for n, c, same in zip(cells, self.copies, self.same, strict=True) if not same)
+        self.weights = torch.empty(levels.batch, weighed, self.KP, dtype=torch.float32, device=levels.device)
         self.parts = tuple(
             torch.empty(levels.batch, s, clusters, d, dtype=torch.float32, device=levels.device)
             for s, (d, _, _) in zip(self.splits, levels.sizes, strict=True)
@@ -174,12 +164,15 @@ class Adder:
     ) -> None:
         """Fill the parts with sums of scale_n x_n by label, of x_n - mu if ``shifted``; ``unit``: every scale is 1."""
         x = self.levels
-        device_side.sums[(x.batch * self.units,)](
-            x.xs, x.strides, x.sizes, self.parts, self.splits, mu, labels, scale, done, *x.size, self.units, x.DP,
-            self.K, FLATS=x.flats, **x.known, SHIFT=shifted, UNIT=unit, PAD=x.pad,
+        launch(
+            device_side.sums, (x.batch * self.units,),
+            x.xs, x.strides, x.sizes, self.parts, self.splits, self.spans, self.copies, self.weights, mu, labels, scale,
+            done, *x.size, self.units, self.weights.shape[1], x.DP, self.K,
+            FLATS=x.flats, SAME=self.same, ALIGNS=x.aligns, **x.known, SHIFT=shifted, UNIT=unit, PAD=x.pad,
             PRECISION=precision, UPCAST=interpreted(), CHUNKS=self.chunks,
-            BLOCKS_C=tuple(min(self.blocks["BLOCK_C"], power(w)) for _, _, w in x.sizes), BLOCK_S=self.BLOCK_S,
-            BLOCK_X=min(self.blocks["BLOCK_C"], power(x.size[1])), KP=self.KP, **x.row.launch,
+            BLOCKS_C=tuple(min(self.blocks["BLOCK_C"], power(w)) for _, _, w in x.sizes),
+            BLOCK_C=self.blocks["BLOCK_C"], BLOCK_S=self.BLOCK_S,
+            BLOCK_X=min(2 * self.blocks["BLOCK_C"], power(x.size[1])), KP=self.KP, **x.row.launch,
         )  # fmt: skip
 
 
@@ -240,14 +233,15 @@ class Solver:
     def score(self, done: Tensor) -> None:
         """Labels, distances, counts and inertia for the centroids that `move` prepared."""
         x = self.levels
-        device_side.score[(x.batch * self.programs,)](
+        launch(
+            device_side.score, (x.batch * self.programs,),
             x.xs, x.strides, x.sizes, self.m, self.mu, self.scores, self.bias, self.squared_norms,
             self.squared_norms if self.weight is None else self.weight, done, self.needed, self.arrived,
             self.labels, self.distances, self.counts, self.inertia, self.changed,
             *x.size, self.rows, self.strips, self.spans, self.programs, x.cells, self.blocks, x.DP, self.K,
-            FLATS=x.flats, **x.known, COSINE=self.cosine, SHIFT=self.shifted, WEIGHTED=self.weight is not None,
-            PRECISION=self.precision, UPCAST=interpreted(), TILES=self.tiles, PAD=x.pad,
-            BLOCK_N=self.tile_sizes["BLOCK_N"], KP=self.KP,
+            FLATS=x.flats, ALIGNS=x.aligns, **x.known, COSINE=self.cosine, SHIFT=self.shifted,
+            WEIGHTED=self.weight is not None, PRECISION=self.precision, UPCAST=interpreted(), TILES=self.tiles,
+            PAD=x.pad, BLOCK_N=self.tile_sizes["BLOCK_N"], KP=self.KP,
             **launch_options(self.tile_sizes["warps"], self.tile_sizes["stages"], x.row.registers),
         )  # fmt: skip
 
@@ -260,7 +254,8 @@ class Solver:
         """Update centroids c [B, K, D] in place from the sums, and ``done``; ``begin``: only prepare the c given."""
         x = self.levels
         for lengths in (True, False) if self.cosine and not begin else (False,):
-            device_side.move[(x.batch * self.blocks,)](
+            launch(
+                device_side.move, (x.batch * self.blocks,),
                 x.xs, x.strides, x.sizes, self.adder.parts, self.adder.splits,
                 self.squared_norms if self.weight is None else self.weight, self.scale, self.labels, self.distances,
                 self.counts, self.changed, self.lengths, self.shift, self.bias, c, self.m, self.mu, limit, done, steps,

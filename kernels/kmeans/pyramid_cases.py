@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from fgfast.kernels.common import MOST_REGISTERS, AotCase, cdiv
+from fgfast.kernels.common import MOST_REGISTERS, AotCase
 from fgfast.kernels.configs import Row, architectures_for, row_kind, table
 from fgfast.kernels.kmeans import pyramid_kernels as device_side
-from fgfast.kernels.kmeans.pyramid import GRAM_TILE, blocks, held_channels, kmeans, score_tile
+from fgfast.kernels.kmeans.pyramid import GRAM_TILE, kmeans
+from fgfast.kernels.kmeans.pyramid_tiles import blocks, held_blocks, score_tile
 from fgfast.kernels.tune import TuneCase
 from fgfast.pixels.options import KMeansOptions
 
@@ -53,18 +54,19 @@ def aot_cases() -> Iterator[AotCase]:
             BLOCK_S, BLOCK_C = row_blocks["BLOCK_S"], row_blocks["BLOCK_C"]
             tiles = tuple(score_tile(row, KP, t["BLOCK_D"], size, 4 if kind == "fp32" else 2) for size in SIZES)
             flags: dict[str, Any] = {
-                "LEVELS": 2, "FLATS": (flat, flat), "WIDE": False, "COSINE": cosine, "WEIGHTED": weighted, "KP": KP,
+                "LEVELS": 2, "FLATS": (flat, flat), "SAME": (unit == 3, False), "WIDE": False,
+                "ALIGNS": (8, 4) if unit == 3 else (1, 1), "COSINE": cosine, "WEIGHTED": weighted, "KP": KP,
                 "UNIT": not (weighted or cosine), "PRECISION": "ieee", "UPCAST": False, "PAD": t["BLOCK_D"],
-                "BLOCK_C": BLOCK_C, "BLOCKS_C": (BLOCK_C, 16), "BLOCK_S": BLOCK_S, "BLOCK_X": BLOCK_C, "START": False,
-                "CHUNKS": tuple(min(cdiv(d, BLOCK_S), held_channels(row, KP) // BLOCK_S) for d, _, _ in SIZES),
-                "LENGTHS": False, "SHIFT": kind == "fp32" and not cosine, "FARTHEST": True,
+                "BLOCK_C": BLOCK_C, "BLOCKS_C": (BLOCK_C, 16), "BLOCK_S": BLOCK_S, "BLOCK_X": 2 * BLOCK_C,
+                "CHUNKS": tuple(held_blocks(row, KP, BLOCK_S, d, kind == "fp16") for d, _, _ in SIZES),
+                "START": False, "LENGTHS": False, "SHIFT": kind == "fp32" and not cosine, "FARTHEST": True,
                 "BLOCK_N": row_blocks["BLOCK_N"],
             }  # fmt: skip
             rare = kind == "fp16" or layout in ("channels", "many")
             for kernel, own in (
                 (device_side.score, {"TILES": tiles}),
                 (device_side.sums, {}),
-                (device_side.move, {"BLOCK": 256, "BLOCK_D": row_blocks["BLOCK_M"]}),
+                (device_side.move, {"BLOCK": 256, "BLOCK_D": min(row_blocks["BLOCK_M"], t["BLOCK_D"])}),
                 (device_side.grams, {"BLOCK_C": GRAM_TILE, "BLOCK_D": 16}),
                 (device_side.rows, {"BLOCK": 16, "BLOCK_D": t["BLOCK_D"]}),
                 (device_side.squares, {"BLOCK_N": 256}),
@@ -93,9 +95,10 @@ def _case(
         tuple("constexpr=1" if i == unit else f"i32{a}" for i in range(4)) for a in (aligned, "")
     )  # fmt: skip
     types: dict[str, Any] = {
-        "xs": (f"*{kind}{aligned}", f"*{kind}"), "strides": strides, "parts": ("*fp32:16", "*fp32:16"),
-        "sizes": (("i32:16", f"i32{aligned}", f"i32{aligned}"), ("i32:16", "i32", "i32")), "splits": ("i32", "i32"),
+        "xs": (f"*{kind}{aligned}", f"*{kind}{aligned}"), "strides": strides, "parts": ("*fp32:16", "*fp32:16"),
+        "sizes": (("i32:16", "i32", "i32"), ("i32:16", "i32", "i32")), "splits": ("i32", "i32"),
     } | {"index_ptr": "*i64:16", "spans": ("i32:16", "i32:16"), "m_ptr": f"*{kind}:16"}  # fmt: skip
+    types["copies"] = types["splits"]
     types |= dict.fromkeys(("done_ptr", "steps_ptr", "arrived_ptr", "needed_ptr", "changed_ptr"), "*i32:16")
     types["labels_ptr"] = "*i8:16" if flags["KP"] < 128 else "*i16:16"
     if kernel is device_side.rows:

@@ -62,6 +62,20 @@ def _cell_offsets(y, x, width, strides, FLAT: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _flat_offsets(c, width, strides, FLAT: tl.constexpr, WIDE: tl.constexpr):
+    """Offsets of cells c, numbered row by row; where rows follow each other neighbours are seen to be neighbours."""
+    if FLAT:
+        return (c.to(tl.int64) if WIDE else c) * strides[3]
+    return _cell_offsets(c // width, c % width, width, strides, False, WIDE)
+
+
+@triton.jit
+def _aligned(strides, ALIGN: tl.constexpr):
+    """The strides of a level whose images, channels and cells are multiples of ALIGN, so that the compiler sees it."""
+    return strides[0] // ALIGN * ALIGN, strides[1] // ALIGN * ALIGN, strides[2], strides[3]
+
+
+@triton.jit
 def _channel_offsets(d, strides, WIDE: tl.constexpr):
     """Offsets of channels d within an image."""
     return (d.to(tl.int64) if WIDE else d) * strides[1]
@@ -88,16 +102,16 @@ def _resize_scores(
 @triton.jit
 def _score_tile(
     x_ptr, strides, size, m_ptr, mu_ptr, out_ptr, start,
-    FLAT: tl.constexpr, WIDE: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, KP: tl.constexpr,
+    FLAT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """Scores <f, m_k> of one tile of cells, <f - mu, m_k> with SHIFT."""
     channels, height, width = size
     c = start + tl.arange(0, BLOCK_C)
     k = tl.arange(0, KP)
     d = tl.arange(0, BLOCK_D)
-    inside = c < height * width
-    cell_offsets = _cell_offsets(c // width, c % width, width, strides, FLAT, WIDE)
+    inside = c < height * width // ALIGN * ALIGN
+    cell_offsets = _flat_offsets(c, width, strides, FLAT, WIDE)
     dots = tl.zeros([BLOCK_C, KP], tl.float32)
     for first in range(0, channels, BLOCK_D):
         mask = inside[:, None] & (first + d < channels)[None, :]
@@ -158,8 +172,8 @@ def score(
     xs, strides, sizes, m_ptr, mu_ptr, scores_ptr, bias_ptr, squares_ptr, weight_ptr, done_ptr, needed_ptr, arrived_ptr,
     labels_ptr, distances_ptr, counts_ptr, inertia_ptr, changed_ptr,
     height, width, rows, strips, spans, programs, cells, blocks, DP, K,
-    FLATS: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr, COSINE: tl.constexpr, SHIFT: tl.constexpr,
-    WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    FLATS: tl.constexpr, ALIGNS: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr, COSINE: tl.constexpr,
+    SHIFT: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     TILES: tl.constexpr, PAD: tl.constexpr, BLOCK_N: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """Scores of spans[l] cells of a level; the last program that a strip of pixels waits for also labels the strip.
@@ -182,10 +196,11 @@ def score(
         if (program >= 0) & (program < count):
             begin = program * spans[level]
             end = tl.minimum(begin + spans[level], h * w)
+            aligned = _aligned(strides[level], ALIGNS[level])
             for start in range(begin, end, TILES[level][0]):
                 _score_tile(
-                    xs[level] + b * strides[level][0], strides[level], sizes[level], m_ptr, mu_ptr, base, start,
-                    FLATS[level], WIDE, SHIFT, PRECISION, UPCAST, TILES[level][0], TILES[level][1], KP,
+                    xs[level] + b * aligned[0], aligned, sizes[level], m_ptr, mu_ptr, base, start,
+                    FLATS[level], ALIGNS[level], WIDE, SHIFT, PRECISION, UPCAST, TILES[level][0], TILES[level][1], KP,
                 )  # fmt: skip
             low, high = _pixel_rows(begin // w, (end - 1) // w, h, height)
             first = low // rows
@@ -212,54 +227,83 @@ def score(
 
 
 @triton.jit
-def _sum_unit(
-    x_ptr, strides, size, mu_ptr, labels_ptr, scale_ptr, out_ptr, first_d, first_row, last_row, height, width, K,
-    FLAT: tl.constexpr, WIDE: tl.constexpr, SHIFT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_X: tl.constexpr,
+def _weigh_cells(
+    size, labels_ptr, scale_ptr, weights_ptr, first, last, height, width,
+    UNIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """Weights [last - first, KP] of cells in each cluster: the adjoint of the resizing, applied to one-hot labels.
+
+    For one row of cells at a time: first across the rows of pixels that interpolate this row, one weight per row; then
+    along the row, as a product with the weights of its cells.
+    """
+    _, h, w = size
+    k = tl.arange(0, KP)
+    for y in range(first // w, (last - 1) // w + 1):
+        low, high = _pixel_rows(y, y, h, height)
+        for start in range(0, w, BLOCK_C):
+            cell = start + tl.arange(0, BLOCK_C)
+            cell_weights = tl.zeros([BLOCK_C, KP], tl.float32)
+            for left in range(0, width, BLOCK_X):
+                x = left + tl.arange(0, BLOCK_X)
+                column = tl.zeros([BLOCK_X, KP], tl.float32)
+                for row in range(low, high + 1):
+                    top, dy = _taps(row, h, height)
+                    share = _tap_weight(y, top, dy)
+                    if share > 0:  # the bounds are those of any scale, and one or two rows too wide
+                        weight = tl.zeros([BLOCK_X], tl.float32) + share
+                        label = tl.load(labels_ptr + row * width + x, x < width, other=-1)
+                        if not UNIT:
+                            weight *= tl.load(scale_ptr + row * width + x, x < width, other=0.0)
+                        column += tl.where(label[:, None] == k[None, :], weight[:, None], 0.0)
+                tap, dx = _taps(x, w, width)
+                along = _tap_weight(cell[:, None], tap[None, :], dx[None, :])
+                cell_weights = tl.dot(along, column, cell_weights, input_precision="ieee")
+            c = y * w + cell
+            inside = (cell < w) & (c >= first) & (c < last)
+            at = (c - first).to(tl.int64)[:, None] * KP + k[None, :]
+            tl.store(weights_ptr + at, cell_weights, inside[:, None])
+
+
+@triton.jit
+def _sum_cells(
+    x_ptr, strides, size, mu_ptr, labels_ptr, scale_ptr, weights_ptr, out_ptr, first_d, first, last, K,
+    FLAT: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr, SHIFT: tl.constexpr, UNIT: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
     KP: tl.constexpr,
 ):  # fmt: skip
-    """Sums [K, D_l] over rows of cells, of CHUNKS blocks of channels; of cells less mu with SHIFT.
+    """Sums [K, D_l] over cells first to last, of CHUNKS blocks of channels; of cells less mu with SHIFT.
 
-    For one row of cells at a time, the one-hot labels go through the adjoint of the resizing: first across the rows of
-    pixels that interpolate this row of cells, one weight per row; then along the row, as a product with the weights of
-    its cells. The result is the weight of each cell in each cluster, which multiplies its features.
+    SAME: cells are pixels, and labels give the weights that `_weigh_cells` would.
     """
-    channels, h, w = size
+    channels, _, w = size
     k = tl.arange(0, KP)
     d = first_d + tl.arange(0, BLOCK_S)
     acc = ()
     for _ in tl.static_range(CHUNKS):
         acc += (tl.zeros([BLOCK_S, KP], tl.float32),)  # type: ignore[assignment]
-    for y in range(first_row, last_row):
-        low, high = _pixel_rows(y, y, h, height)
-        for start in range(0, w, BLOCK_C):
-            cell = start + tl.arange(0, BLOCK_C)
-            inside = cell < w
-            cell_weights = tl.zeros([BLOCK_C, KP], tl.float32)
-            for first in range(0, width, BLOCK_X):
-                x = first + tl.arange(0, BLOCK_X)
-                column = tl.zeros([BLOCK_X, KP], tl.float32)
-                for row in range(low, high + 1):
-                    top, dy = _taps(row, h, height)
-                    weight = tl.zeros([BLOCK_X], tl.float32) + _tap_weight(y, top, dy)
-                    label = tl.load(labels_ptr + row * width + x, x < width, other=-1)
-                    if not UNIT:
-                        weight *= tl.load(scale_ptr + row * width + x, x < width, other=0.0)
-                    column += tl.where(label[:, None] == k[None, :], weight[:, None], 0.0)
-                left, dx = _taps(x, w, width)
-                along = _tap_weight(cell[:, None], left[None, :], dx[None, :])
-                cell_weights = tl.dot(along, column, cell_weights, input_precision="ieee")
-            offsets = _cell_offsets(y + tl.zeros_like(cell), cell, w, strides, FLAT, WIDE)
-            updated = ()
-            for i in tl.static_range(CHUNKS):
-                at = i * BLOCK_S + d
-                mask = inside[None, :] & (at < channels)[:, None]
-                f = tl.load(x_ptr + _channel_offsets(at, strides, WIDE)[:, None] + offsets[None, :], mask, other=0.0)
-                f = upcast(tl.where(is_finite(f.to(tl.float32)), f, 0.0), UPCAST)
-                if SHIFT:
-                    f -= tl.load(mu_ptr + at, at < channels, other=0.0)[:, None]
-                updated += (add_product(acc[i], f, cell_weights, PRECISION),)  # type: ignore[assignment]
-            acc = updated
+    for start in range(first, last, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        inside = c < last
+        if SAME:
+            label = tl.load(labels_ptr + c, inside, other=-1)
+            scale = tl.zeros([BLOCK_C], tl.float32) + 1
+            if not UNIT:
+                scale = tl.load(scale_ptr + c, inside, other=0.0)
+            weights = tl.where(label[:, None] == k[None, :], scale[:, None], 0.0)
+        else:
+            at = (c - first).to(tl.int64)[:, None] * KP + k[None, :]
+            weights = tl.load(weights_ptr + at, inside[:, None], other=0.0)
+        offsets = _flat_offsets(c, w, strides, FLAT, WIDE)
+        updated = ()
+        for i in tl.static_range(CHUNKS):
+            at = i * BLOCK_S + d
+            mask = inside[None, :] & (at < channels)[:, None]
+            f = tl.load(x_ptr + _channel_offsets(at, strides, WIDE)[:, None] + offsets[None, :], mask, other=0.0)
+            f = upcast(tl.where(is_finite(f.to(tl.float32)), f, 0.0), UPCAST)
+            if SHIFT:
+                f -= tl.load(mu_ptr + at, at < channels, other=0.0)[:, None]
+            updated += (add_product(acc[i], f, weights, PRECISION),)  # type: ignore[assignment]
+        acc = updated
     for i in tl.static_range(CHUNKS):
         at = i * BLOCK_S + d
         target = out_ptr + k[None, :] * channels + at[:, None]
@@ -268,33 +312,53 @@ def _sum_unit(
 
 @triton.jit
 def sums(
-    xs, strides, sizes, parts, splits, mu_ptr, labels_ptr, scale_ptr, done_ptr, height, width, units, DP, K,
-    FLATS: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr, SHIFT: tl.constexpr, UNIT: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, PAD: tl.constexpr,
-    CHUNKS: tl.constexpr, BLOCKS_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_X: tl.constexpr, KP: tl.constexpr,
+    xs, strides, sizes, parts, splits, spans, copies, weights_ptr, mu_ptr, labels_ptr, scale_ptr, done_ptr,
+    height, width, units, weighed, DP, K,
+    FLATS: tl.constexpr, SAME: tl.constexpr, ALIGNS: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr,
+    SHIFT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, PAD: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCKS_C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_X: tl.constexpr,
+    KP: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums parts[l] [B, splits_l, K, D_l]: a program takes some channels of a level and a split of rows."""
+    """Partial sums parts[l] [B, splits_l, K, D_l]: a program takes spans_l cells of a level, and some channels.
+
+    It weighs its cells once, in a copy of its own in weights [B, weighed, KP], for its groups of channels: those of a
+    level are dealt to copies_l programs.
+    """
     b = (tl.program_id(0) // units).to(tl.int64)
     unit = tl.program_id(0) % units
     if has_converged(done_ptr, b, True):
         return
     labels_ptr += b * height * width
     scale_ptr += b * height * width
+    weights_ptr += b * weighed * KP
     mu_ptr += b * DP
     for level in tl.static_range(LEVELS):
-        channels, h = sizes[level][0], sizes[level][1]
-        count = splits[level] * tl.cdiv(channels, CHUNKS[level] * BLOCK_S)
+        channels = sizes[level][0]
+        cells = sizes[level][1] * sizes[level][2] // ALIGNS[level] * ALIGNS[level]
+        count = splits[level] * copies[level]
         if (unit >= 0) & (unit < count):
-            split = unit % splits[level]
-            first_d = unit // splits[level] * (CHUNKS[level] * BLOCK_S)
-            _sum_unit(
-                xs[level] + b * strides[level][0], strides[level], sizes[level], mu_ptr, labels_ptr, scale_ptr,
-                parts[level] + (b * splits[level] + split) * K * channels, first_d,
-                split * h // splits[level], (split + 1) * h // splits[level], height, width, K,
-                FLATS[level], WIDE, SHIFT, UNIT, PRECISION, UPCAST, CHUNKS[level], BLOCKS_C[level], BLOCK_S, BLOCK_X,
-                KP,
-            )  # fmt: skip
+            split = unit // copies[level]
+            first = split * spans[level]
+            last = tl.minimum(first + spans[level], cells)
+            own_ptr = weights_ptr + (tl.cast(unit % copies[level], tl.int64) * cells + first) * KP
+            if not SAME[level]:
+                _weigh_cells(
+                    sizes[level], labels_ptr, scale_ptr, own_ptr, first, last, height, width,
+                    UNIT, BLOCKS_C[level], BLOCK_X, KP,
+                )  # fmt: skip
+                tl.debug_barrier()  # the code below reads weights written by other threads of this program
+            size = CHUNKS[level] * BLOCK_S
+            aligned = _aligned(strides[level], ALIGNS[level])
+            for group in range(unit % copies[level], tl.cdiv(channels, size), copies[level]):
+                _sum_cells(
+                    xs[level] + b * aligned[0], aligned, sizes[level], mu_ptr, labels_ptr, scale_ptr, own_ptr,
+                    parts[level] + (b * splits[level] + split) * K * channels, group * size, first, last, K,
+                    FLATS[level], SAME[level], WIDE, SHIFT, UNIT, PRECISION, UPCAST, CHUNKS[level], BLOCK_C, BLOCK_S,
+                    KP,
+                )  # fmt: skip
         unit -= count
+        if not SAME[level]:
+            weights_ptr += tl.cast(copies[level], tl.int64) * cells * KP
         mu_ptr += tl.cdiv(channels, PAD) * PAD
 
 

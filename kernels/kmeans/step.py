@@ -1,5 +1,8 @@
 """The host side of a step of k-means: tile sizes of a problem, and the launches.
 
+Half-precision pixels with contiguous channels, the euclidean metric and no weights take the kernel whose tiles stay in
+shared memory (:mod:`fgfast.kernels.kmeans.resident`) where the table has a row for it.
+
 A step is one launch if a program has an entire problem: it also prepares the centroids and, in Lloyd's loop, updates
 them. This is so for batches of about as many problems as there are processors, with sums that fit the registers of a
 program. A problem that is split among programs takes three launches: the centroids, the step, the sum of the partial
@@ -12,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fgfast.kernels.common import (
     MOST_REGISTERS,
@@ -23,13 +27,15 @@ from fgfast.kernels.common import (
     power_of_2,
     wide,
 )
-from fgfast.kernels.configs import Row, config, processors, row_kind
-from fgfast.kernels.kmeans import fused, tiles
+from fgfast.kernels.configs import Row, config, find, processors, row_kind
+from fgfast.kernels.kmeans import fused, resident, tiles
 from fgfast.kernels.kmeans.centroids import prepare_centroids_kernel, update_centroids_kernel
+from fgfast.kernels.launches import launch
 
 PARTIAL_FRACTION = 0.08  # of the bytes of x: the most that writing and reading partial sums may cost
 WIDEST = 8192  # channels
 MOST_CHUNKS = 8  # tiles of sums that a program holds: each takes registers for its addresses too
+GROUPS, LANES = 8, 32  # warps of a program of the resident kernel, and channels of each in every 256
 STEP_BLOCKS = ("BLOCK_N", "BLOCK_D", "BLOCK_S", "BLOCK_K", "CHUNKS", "BLOCK_C")
 UPDATE_BLOCKS: dict[str, Any] = {"BLOCK": 1024, "BLOCK_K": 16}
 
@@ -81,6 +87,38 @@ def tile(row: Row, channels: int, clusters: int, narrow: bool = False) -> dict[s
         min(32, t["BLOCK_D"]) if narrow and sums <= 24 << 10 else t["BLOCK_D"]
     )  # for launches that neither prepare nor move centroids
     return t | {"HELD": 1, "BLOCK_C": min(t["BLOCK_S"], numbers // t["BLOCK_K"]), "PLAIN_D": plain}
+
+
+def resident_tile(row: Row, channels: int, clusters: int) -> dict[str, int] | None:
+    """Tile sizes of the resident kernel for D channels and K clusters; None where it does not serve.
+
+    It does not if the sums do not fit the registers, or tiles, centroids and the exchanged scores the shared memory;
+    nor if channels are not whole groups, or a third of the padded channels were empty.
+    """
+    wide, clusters = GROUPS * LANES, power(clusters)
+    chunks = cdiv(channels, wide)
+    padded, pixels, ahead = chunks * wide, row.tiles["BLOCK_N"], row.stages - 1
+    needed = padded * (2 * (ahead * pixels + clusters) + 4 * ahead) + 4 * GROUPS * pixels * clusters
+    if channels % LANES or 2 * padded > 3 * channels or padded * clusters > row.tiles["HELD"]:
+        return None
+    if needed > (row.shared - 1) << 10:
+        return None
+    return row.tiles | {
+        "num_warps": row.warps, "num_stages": row.stages, "registers": row.registers, "BLOCK_D": 32, "BLOCK_S": wide,
+        "BLOCK_K": clusters, "CHUNKS": chunks, "BLOCK_C": min(wide, 2048 // clusters), "HELD": 1, "RESIDENT": 1,
+    }  # fmt: skip
+
+
+def resident_blocks(t: dict[str, int]) -> dict[str, int]:
+    """Tile sizes of a launch of `step_resident`."""
+    return {name: t[name] for name in ("BLOCK_N", "BLOCK_K", "CHUNKS", "BLOCK_C")} | {"STAGES": t["num_stages"]}
+
+
+def described(x: Tensor, flat: bool, across: int) -> bool:
+    """Whether a tensor descriptor takes pixels x: contiguous channels, rows that start at multiples of 16 bytes."""
+    strides = (x.stride(0), across)
+    aligned = x.data_ptr() % 16 == 0 and all(0 < s < 1 << 38 and s * x.element_size() % 16 == 0 for s in strides)
+    return flat and x.stride(1) == 1 and aligned
 
 
 def step_blocks(t: dict[str, int], plain: bool) -> dict[str, int]:
@@ -158,8 +196,14 @@ class Solver:
         aligned = x.data_ptr() % 16 == 0 and all(stride % 16 == 0 or stride == 1 for stride in x.stride())
         self.cosine = metric == "cosine"
         self.shifted = x.dtype == torch.float32 and not self.cosine
-        row = config("kmeans_step", x.device, *kinds(x.dtype, aligned, flat))
-        self.tile = t = tile(row, self.D, clusters, flat and (self.cosine or weight is not None))
+        row, t = None, None
+        if x.dtype != torch.float32 and weight is None and not self.cosine and described(x, flat, across):
+            row = find("kmeans_resident", x.device, row_kind(x.dtype))
+            t = row and resident_tile(row, self.D, clusters)
+        if t is None:
+            row = config("kmeans_step", x.device, *kinds(x.dtype, aligned, flat))
+            t = tile(row, self.D, clusters, flat and (self.cosine or weight is not None))
+        self.tile, self.resident = t, "RESIDENT" in t
         self.DP = t["CHUNKS"] * t["BLOCK_S"]
         self.KP = cdiv(clusters, t["BLOCK_K"]) * t["BLOCK_K"]
         check_centroids(self.KP, self.DP)
@@ -181,7 +225,12 @@ class Solver:
             "PRECISION": precision,
             "UPCAST": interpreted(),
         }
-        self.m = torch.empty(self.batch, self.DP, self.KP, dtype=output_dtype(x.dtype), device=x.device)
+        if self.resident:
+            self.pixels = TensorDescriptor(
+                x, [self.batch, self.D // LANES, self.N, LANES], [x.stride(0), LANES, across, 1],
+                [1, GROUPS, t["BLOCK_N"], LANES],
+            )  # fmt: skip
+        self.m = torch.empty(self.batch, self.DP * self.KP, dtype=output_dtype(x.dtype), device=x.device)
         self.bias = torch.empty(self.batch, self.KP, dtype=torch.float32, device=x.device)
         self.mu = torch.zeros(self.batch, self.DP, dtype=torch.float32, device=x.device)
         self.labels = torch.empty(self.batch, self.N, dtype=torch.int64, device=x.device)
@@ -194,9 +243,10 @@ class Solver:
     def prepare(self, centroids: Tensor, given: bool = False) -> None:
         """Set m, bias and (unless ``given``) mu for centroids [B, K, D], relative to mu if that is given and shifts."""
         blocks = {name: min(32, self.tile[name]) for name in ("BLOCK_K", "BLOCK_D")}
-        prepare_centroids_kernel[(self.batch * self.KP // blocks["BLOCK_K"],)](
+        launch(
+            prepare_centroids_kernel, (self.batch * self.KP // blocks["BLOCK_K"],),
             centroids, self.m, self.bias, self.mu, self.K, self.D, self.DP, self.KP, *centroids.stride(),
-            COSINE=self.cosine, SHIFT=self.shifted, GIVEN=given, **blocks,
+            COSINE=self.cosine, SHIFT=self.shifted, GIVEN=given, TURNED=self.resident, **blocks,
         )  # fmt: skip
 
     def step(
@@ -224,9 +274,10 @@ class Solver:
         if self.totals is not out:
             size = self.K * self.D
             block = min(1024, power(size))
-            tiles.reduce_rows[(self.batch * cdiv(size, block),)](
-                *out, done, *self.totals, size, self.K, self.splits, LLOYD=lloyd, BLOCK=block
-            )
+            launch(
+                tiles.reduce_rows, (self.batch * cdiv(size, block),), *out, done, *self.totals, size, self.K,
+                self.splits, LLOYD=lloyd, BLOCK=block,
+            )  # fmt: skip
         if move is not None and not self.single:
             self._update(distances, move)
         return self.totals
@@ -240,40 +291,54 @@ class Solver:
             c, repaired, limit, steps = (out.sums if first is None else first), out.counts, out.inertia, out.changed
         else:
             c, repaired, limit, steps = move.centroids, move.repaired, move.limit, move.steps
-        fused.step[(self.batch * self.splits,)](
+        flags = {
+            "LLOYD": lloyd, "ATOMIC": self.atomic, "PREPARE": first is not None, "MOVE": move is not None,
+            "FARTHEST": move is not None and move.empty == "farthest",
+        } | launch_options(t["num_warps"], t["num_stages"], t["registers"])  # fmt: skip
+        if self.resident:
+            launch(
+                resident.step_resident, (self.batch * self.splits,),
+                self.pixels, self.x, self.m, self.bias, self.mu, weight, done, self.labels, distances, *out, c,
+                repaired, limit, steps, self.N, self.D, self.K, self.splits, self.program_tiles, self.strides[0],
+                self.strides[3], *c.stride(), EVEN=self.common["EVEN"], UPCAST=self.common["UPCAST"], **flags,
+                **resident_blocks(t),
+            )  # fmt: skip
+            return
+        launch(
+            fused.step, (self.batch * self.splits,),
             self.x, self.m, self.bias, self.mu, weight, done, self.labels, distances, *out, c, repaired, limit, steps,
             self.N, self.width, self.D, self.K, self.splits, self.program_tiles, *self.strides, *c.stride(),
-            **self.common, LLOYD=lloyd, COSINE=self.cosine, ATOMIC=self.atomic, PREPARE=first is not None,
-            MOVE=move is not None, FARTHEST=move is not None and move.empty == "farthest",
-            **step_blocks(t, first is None and move is None),
-            **launch_options(t["num_warps"], t["num_stages"], t["registers"]),
+            **self.common, COSINE=self.cosine, **flags, **step_blocks(t, first is None and move is None),
         )  # fmt: skip
 
     def _launch_two_reads(self, distances: Tensor, done: Tensor, lloyd: bool) -> None:
         t, out, rows = self.tile, self.parts, self.batch * self.splits
         weight = out.inertia if self.weight is None else self.weight
         sizes = (self.N, self.width, self.D, self.K, self.DP, self.KP, self.splits, self.program_tiles, *self.strides)
-        launch = partial(launch_options, t["num_warps"], t["num_stages"])
+        options = partial(launch_options, t["num_warps"], t["num_stages"])
         unit = not (self.cosine or self.common["WEIGHTED"])
-        tiles.assign[(rows,)](
+        launch(
+            tiles.assign, (rows,),
             self.x, self.m, self.bias, self.mu, weight, done, self.labels, distances, self.scale, out.inertia,
-            out.changed, *sizes, **self.common, LLOYD=lloyd, COSINE=self.cosine, **launch(MOST_REGISTERS),
+            out.changed, *sizes, **self.common, LLOYD=lloyd, COSINE=self.cosine, **options(MOST_REGISTERS),
             **{name: t[name] for name in ("BLOCK_N", "BLOCK_D", "BLOCK_K")},
         )  # fmt: skip
-        tiles.sum_pixels[(rows * (self.DP // t["BLOCK_S"]) * (self.KP // t["BLOCK_K"]),)](
+        launch(
+            tiles.sum_pixels, (rows * (self.DP // t["BLOCK_S"]) * (self.KP // t["BLOCK_K"]),),
             self.x, self.mu, weight, done, self.labels, self.scale, out.sums, out.counts, *sizes, **self.common,
-            LLOYD=lloyd, UNIT=unit, **launch(sum_registers(self.x.dtype, unit)),
+            LLOYD=lloyd, UNIT=unit, **options(sum_registers(self.x.dtype, unit)),
             **{name: t[name] for name in ("BLOCK_N", "BLOCK_S", "BLOCK_K")},
         )  # fmt: skip
 
     def _update(self, distances: Tensor, move: Move) -> None:
         totals = self.totals
-        update_centroids_kernel[(self.batch,)](
+        launch(
+            update_centroids_kernel, (self.batch,),
             self.x, distances if self.weight is None else self.weight, self.labels, distances, totals.sums,
             totals.counts, move.repaired, totals.changed, move.centroids, self.m, self.bias, self.mu, move.limit,
             move.done, move.steps, self.N, self.width, self.D, self.K, self.DP, self.KP, *self.strides,
             COSINE=self.cosine, SHIFT=self.shifted, WEIGHTED=self.weight is not None,
-            FARTHEST=move.empty == "farthest", **UPDATE_BLOCKS, BLOCK_D=min(32, self.DP),
+            FARTHEST=move.empty == "farthest", TURNED=self.resident, **UPDATE_BLOCKS, BLOCK_D=min(32, self.DP),
             **launch_options(4, 3, MOST_REGISTERS),
         )  # fmt: skip
 

@@ -130,10 +130,13 @@ def load_centroids(c_ptr, k, d, K, D, stride_k, stride_d):
 
 
 @triton.jit
-def store_centred(m_ptr, c, mu, k, d, K, D, KP, SHIFT: tl.constexpr):
-    """Store m = c - mu of a tile of centroids [BLOCK_D, BLOCK_K]; returns the bias [BLOCK_K] of these channels."""
+def store_centred(m_ptr, c, mu, k, d, K, D, KP, SHIFT: tl.constexpr, DP=0, TURNED: tl.constexpr = False):
+    """Store m = c - mu of a tile of centroids [BLOCK_D, BLOCK_K]; returns the bias [BLOCK_K] of these channels.
+
+    m is [DP, KP], TURNED [KP, DP].
+    """
     m = tl.where((k < K)[None, :] & (d < D)[:, None], c - mu[:, None], 0.0).to(m_ptr.dtype.element_ty)
-    tl.store(m_ptr + d[:, None] * KP + k[None, :], m)
+    tl.store(m_ptr + (k[None, :] * DP + d[:, None] if TURNED else d[:, None] * KP + k[None, :]), m)
     rounded = m.to(tl.float32)
     if SHIFT:
         return tl.sum(rounded * rounded, 0)

@@ -12,36 +12,36 @@ grad[labels] w / area in the same kind of loop.
 Labels [B, H, W] of another resolution are first reduced to [B, N] by majority. If that is fast it is part of the same
 launch (`_group_blocks`): a program owns an image and a group of its blocks of channels, and votes before it pools.
 
+Small maps whose channels do not start at multiples of 16 bytes ([B, D, 7, 7]) are read as runs that do
+(`kernels._runs_of_channels`): 16 bytes per access, where otherwise every element is one.
+
 Minimum traffic: forward reads B D N elements, labels and weights, and writes B K D; backward reads B K D and writes
 B D N. Labels are read again for each block of channels, hence blocks of 256 bytes. Operations: 2 B D N K on tensor
 cores (three times that for float32), under a tenth of their peak rate when memory-bound, for K up to 32.
 """
 
-from collections.abc import Iterator
-from itertools import product
-from typing import Any
+import math
 
 import torch
 from torch import Tensor
 
-from fgfast.kernels.common import (
-    MOST_REGISTERS,
-    AotCase,
-    cdiv,
-    interpreted,
-    on_device_of,
-    output_dtype,
-    power_of_2,
-    wide,
+from fgfast.kernels.common import MOST_REGISTERS, cdiv, interpreted, on_device_of, output_dtype, power_of_2, wide
+from fgfast.kernels.configs import Row, architecture, config, processors, row_kind
+from fgfast.kernels.launches import launch
+from fgfast.kernels.part_pool.kernels import (
+    backward_kernel,
+    forward_kernel,
+    grid_kernel,
+    join_kernel,
+    map_kernel,
+    runs_kernel,
 )
-from fgfast.kernels.configs import Row, architecture, architectures_for, config, processors, row_kind, table
-from fgfast.kernels.part_pool.kernels import backward_kernel, forward_kernel, grid_kernel, join_kernel, map_kernel
-from fgfast.kernels.tune import TuneCase
 
 JOIN_D = 32
 GRID = Row("ids", {}, 4, 3, 0, MOST_REGISTERS)  # warps, stages and registers of a separate launch of votes
 MOST_PIXELS = 1 << 30  # of an image: with those of the last tile they are 32-bit integers
 MOST_PARTS = 64  # parts of a tile: forward reads the features once per block of parts
+RUN_ROWS, RUN_PIXELS, RUN_PARTS = 16, 64, 16  # channels of an alignment, pixels and parts of a tile read in runs
 MOST_VOTED = 32  # parts of a launch that also votes: with more parts, or gaps between rows, older compilers spill
 MOST_VOTE_STEPS = 64  # steps of votes before pooling, about 0.3 us each (not measured): more take a separate launch
 
@@ -59,6 +59,16 @@ def _strides(x: Tensor | None, flat: bool) -> tuple[int, ...]:
     return (*outer, y, y if flat and x.shape[-1] == 1 else across)
 
 
+def _alignment(x: Tensor, flat: bool) -> int:
+    """A power of two, up to 8, that divides the pixels of a channel and the strides of channels and images.
+
+    1 where Triton finds multiples of 16 by itself, or where pixels do not lie next to each other.
+    """
+    batch, channel, *_ = x.stride()
+    common = math.gcd(16, x.shape[2] * x.shape[3], batch, channel)
+    return min(8, common) if flat and x.stride(3) == 1 and common < 16 else 1
+
+
 def _split(pixels: int, block: int, programs: int, least: int, device: torch.device) -> tuple[int, int]:
     """(chunk, splits): pixels per program, at least about ``least``, and programs per image and block of channels."""
     wanted = -(-2 * processors(device) // max(1, programs))
@@ -67,7 +77,7 @@ def _split(pixels: int, block: int, programs: int, least: int, device: torch.dev
     return chunk, max(1, cdiv(pixels, chunk))
 
 
-def _blocks(row: Row, channels: int, parts: int, flat: bool) -> dict[str, int]:
+def blocks_of(row: Row, channels: int, parts: int, flat: bool) -> dict[str, int]:
     """Tile sizes of a problem.
 
     Pixels are halved where gaps between rows require an offset per pixel in registers, channels too for many parts.
@@ -76,6 +86,43 @@ def _blocks(row: Row, channels: int, parts: int, flat: bool) -> dict[str, int]:
     most_d = row.tiles["BLOCK_D"] // (2 if _many(parts, flat) else 1)
     block_d = min(most_d, max(16, power_of_2(channels)))
     return {"BLOCK_D": block_d, "BLOCK_P": row.tiles["BLOCK_P"] // (1 if flat else 2), "BLOCK_K": block_k}
+
+
+def run_blocks(single: bool) -> dict[str, int]:
+    """Tile sizes of small maps that are read in runs of V elements, 16 bytes; ``single``: of float32."""
+    length = 4 if single else 8
+    return {"V": length, "BLOCK_D": RUN_ROWS * length, "BLOCK_P": RUN_PIXELS, "BLOCK_K": RUN_PARTS}
+
+
+def _in_runs(row: Row, x: Tensor, labels: Tensor | None, weight: Tensor | None, parts: int) -> bool:
+    """Whether x [B, D, h, w] are small maps whose channels follow each other and are not aligned, but images are."""
+    length = 16 // x.element_size()
+    (batch, channels, height, width), strides = x.shape, x.stride()
+    pixels = height * width
+    return (
+        pixels % 16 > 0 and pixels + length - 1 <= RUN_PIXELS and channels % length == 0 and parts <= RUN_PARTS
+        and strides[1:] == (pixels, width, 1) and (batch == 1 or strides[0] % length == 0)
+        and (weight is None or row.warps >= length)  # otherwise it spills
+        and _flat(labels, weight) and not wide(x, labels, weight)
+    )  # fmt: skip
+
+
+def _pool_runs(
+    row: Row, features: Tensor, labels: Tensor, weight: Tensor | None, pooled: Tensor, area: Tensor, mean: bool
+) -> None:  # fmt: skip
+    """`pool` of small maps: four programs per processor, as long as each has a block of channels."""
+    batch, channels, height, width = features.shape
+    blocks = run_blocks(features.dtype == torch.float32)
+    d_blocks = cdiv(channels, blocks["BLOCK_D"])
+    group_blocks = cdiv(d_blocks, min(d_blocks, cdiv(4 * processors(features.device), batch)))
+    with on_device_of(features):
+        launch(
+            runs_kernel, (batch * cdiv(d_blocks, group_blocks),),
+            features, labels, labels if weight is None else weight, pooled, area,
+            channels, pooled.shape[1], height * width, width, group_blocks,
+            features.stride(0), *_strides(labels, True), *_strides(weight, True),
+            MEAN=mean, WEIGHTED=weight is not None, UPCAST=interpreted(), **blocks, **row.launch,
+        )  # fmt: skip
 
 
 def pool(features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, mean: bool) -> tuple[Tensor, Tensor]:
@@ -90,23 +137,29 @@ def pool(features: Tensor, labels: Tensor, n_parts: int, weight: Tensor | None, 
         stand_in = features.new_zeros(batch, 1, height, width)
         return pooled.to(features.dtype), pool(stand_in, labels, n_parts, weight, mean)[1]
     row = config("part_pool", device, row_kind(features.dtype))
+    if _in_runs(row, features, labels, weight, n_parts):
+        _pool_runs(row, features, labels, weight, pooled, area, mean)
+        return pooled.to(features.dtype), area
     flat = _flat(features, labels, weight)
-    blocks = _blocks(row, channels, n_parts, flat)
+    blocks = blocks_of(row, channels, n_parts, flat)
     tiles, chunk, splits = _grid(features, n_parts, blocks)
     sums, areas = pooled, area
     if splits > 1:
         sums = features.new_empty(splits, *pooled.shape, dtype=torch.float32)
         areas = area.new_empty(splits, *area.shape)
     with on_device_of(features):
-        forward_kernel[(tiles * splits,)](
+        launch(
+            forward_kernel, (tiles * splits,),
             features, labels, labels if weight is None else weight, sums, areas,
             batch, channels, n_parts, pixels, width, chunk, splits,
             *_strides(features, flat), *_strides(labels, flat), *_strides(weight, flat),
             MEAN=mean and splits == 1, FLAT=flat, WIDE=wide(features, labels, weight), WEIGHTED=weight is not None,
-            UPCAST=interpreted(), **blocks, **_forward_row(row, n_parts, flat).launch,
+            UPCAST=interpreted(), ALIGN=_alignment(features, flat), **blocks,
+            **forward_row(row, n_parts, flat).launch,
         )  # fmt: skip
         if splits > 1:
-            join_kernel[(batch * cdiv(channels, JOIN_D) * cdiv(n_parts, blocks["BLOCK_K"]),)](
+            launch(
+                join_kernel, (batch * cdiv(channels, JOIN_D) * cdiv(n_parts, blocks["BLOCK_K"]),),
                 sums, areas, pooled, area, batch, channels, n_parts, splits,
                 MEAN=mean, BLOCK_D=JOIN_D, BLOCK_K=blocks["BLOCK_K"],
             )  # fmt: skip
@@ -118,7 +171,7 @@ def _many(parts: int, flat: bool) -> bool:
     return parts > MOST_PARTS // 2 and not flat
 
 
-def _forward_row(row: Row, parts: int, flat: bool) -> Row:
+def forward_row(row: Row, parts: int, flat: bool) -> Row:
     """The row for `forward_kernel`: the default of ptxas spills 8 bytes where registers are scarce."""
     return row._replace(registers=MOST_REGISTERS) if _many(parts, flat) else row
 
@@ -141,10 +194,13 @@ def pool_map(
     """`pool` by the majority of id maps [B, H, W]: pooled, area, and that grid, int32 [B, h, w]."""
     batch, channels, height, width = features.shape
     row = config("part_pool", features.device, row_kind(features.dtype))
-    blocks = _blocks(row, channels, n_parts, n_parts <= 16)  # more parts take registers: halve the pixels too
+    if _in_runs(row, features, None, weight, n_parts):
+        blocks = run_blocks(features.dtype == torch.float32)
+    else:
+        blocks = {"V": 0} | blocks_of(row, channels, n_parts, n_parts <= 16)  # more parts: halve the pixels too
     pixels, (rows, columns) = height * width, labels.shape[1:]
     tallest, widest = _longest(rows, height), _longest(columns, width)
-    votes = _grid_blocks(n_parts, widest, pixels, row.warps)
+    votes = grid_blocks(n_parts, widest, pixels, row.warps)
     passes = cdiv(pixels, votes["BLOCK_J"]) * cdiv(n_parts, votes["BLOCK_V"])
     flat = _flat(features, weight)
     steps = passes * tallest * cdiv(widest, votes["BLOCK_X"])
@@ -157,18 +213,19 @@ def pool_map(
     pooled = features.new_empty(batch, n_parts, channels, dtype=output_dtype(features.dtype))
     area = features.new_empty(batch, n_parts, dtype=torch.float32)
     with on_device_of(features):
-        map_kernel[(batch * groups,)](
+        launch(
+            map_kernel, (batch * groups,),
             features, labels, grid, features if weight is None else weight, pooled, area,
             batch, channels, n_parts, pixels, width, group_blocks, rows, columns, height, tallest, widest,
             *_strides(features, True), *labels.stride(), *_strides(weight, True),
             MEAN=mean, WIDE=wide(features, weight), WEIGHTED=weight is not None, UPCAST=interpreted(),
-            **blocks, **votes, **_map_row(row, architecture(features.device)).launch,
+            ALIGN=_alignment(features, True), **blocks, **votes, **roomy(row, architecture(features.device)).launch,
         )  # fmt: skip
     return pooled.to(features.dtype), area, grid[0]
 
 
-def _map_row(row: Row, arch: str) -> Row:
-    """The row for `map_kernel`: except on sm_90 the default of ptxas spills 8 to 16 bytes."""
+def roomy(row: Row, arch: str) -> Row:
+    """The row for `map_kernel` and `backward_kernel`: except on sm_90 the default of ptxas spills 8 to 16 bytes."""
     return row if arch == "sm_90" else row._replace(registers=MOST_REGISTERS)
 
 
@@ -206,16 +263,17 @@ def pool_backward(
     out = empty if dtype == empty.dtype else torch.empty_like(empty, dtype=dtype)
     row = config("part_pool", device, row_kind(grad.dtype))
     flat = _flat(labels, weight, out)
-    blocks = _blocks(row, channels, n_parts, flat)
+    blocks = blocks_of(row, channels, n_parts, flat)
     tiles = batch * cdiv(channels, blocks["BLOCK_D"])
     chunk, splits = _split(pixels, blocks["BLOCK_P"], tiles, max(256, 64 * n_parts), device)
     with on_device_of(grad):
-        backward_kernel[(tiles * splits,)](
+        launch(
+            backward_kernel, (tiles * splits,),
             grad, labels, labels if weight is None else weight, area.contiguous(), out,
             channels, n_parts, pixels, width, chunk, splits,
             *grad.stride(), *_strides(labels, flat), *_strides(weight, flat), *_strides(out, flat),
             MEAN=mean, FLAT=flat, WIDE=wide(labels, weight, out), WEIGHTED=weight is not None, UPCAST=interpreted(),
-            **blocks, **row.launch,
+            ALIGN=_alignment(out, flat), **blocks, **roomy(row, architecture(device)).launch,
         )  # fmt: skip
     return empty if out is empty else empty.copy_(out)
 
@@ -227,9 +285,10 @@ def labels_to_grid(labels: Tensor, height: int, width: int, n_parts: int, dtype:
     if not grid.numel():
         return grid
     cells, tallest, widest = height * width, _longest(rows, height), _longest(columns, width)
-    blocks = _grid_blocks(n_parts, widest, cells)
+    blocks = grid_blocks(n_parts, widest, cells)
     with on_device_of(labels):
-        grid_kernel[(batch * cdiv(cells, blocks["BLOCK_J"]),)](
+        launch(
+            grid_kernel, (batch * cdiv(cells, blocks["BLOCK_J"]),),
             labels, grid, cells, rows, columns, n_parts, height, width, tallest, widest, *labels.stride(),
             **blocks, **GRID.launch,
         )  # fmt: skip
@@ -242,86 +301,9 @@ def _longest(length: int, cells: int) -> int:
     return cdiv(length, cells) + (length % cells > 0)
 
 
-def _grid_blocks(parts: int, widest: int, cells: int, warps: int = 4) -> dict[str, int]:
+def grid_blocks(parts: int, widest: int, cells: int, warps: int = 4) -> dict[str, int]:
     """A tile of votes [cells, pixels across, parts] with at most 512 counters per warp."""
     block_v = min(32, power_of_2(parts))
     block_x = min(64, power_of_2(max(1, widest)))
     block_j = max(1, min(power_of_2(cells), 512 * warps // (block_v * block_x)))
     return {"BLOCK_J": block_j, "BLOCK_X": block_x, "BLOCK_V": block_v}
-
-
-def tune_cases(device: str = "cuda", images: int = 32, side: int = 64) -> Iterator[TuneCase]:
-    """Forward and backward with 1,024 channels and 15 parts."""
-    for dtype in (torch.bfloat16, torch.float32):
-        x = torch.randn(images, 1024, side, side, device=device, dtype=dtype)
-        labels = torch.randint(-1, 15, (images, side, side), device=device)
-
-        def run(x: Tensor = x, labels: Tensor = labels) -> None:
-            pooled, area = pool(x, labels, 15, None, True)
-            pool_backward(pooled, labels, None, area, True, torch.empty_like(x))
-
-        sizes = product((32, 64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4), (0, MOST_REGISTERS))
-        rows = [
-            Row(row_kind(dtype), {"BLOCK_D": d, "BLOCK_P": p}, warps, stages, 0, registers)
-            for d, p, warps, stages, registers in sizes
-            if d * dtype.itemsize >= 256 and d * p <= 16384
-        ]
-        yield TuneCase("part_pool", rows, run)
-
-
-def aot_cases() -> Iterator[AotCase]:
-    """Each kernel and row: both memory orders, sizes that are not multiples of 16, gaps between rows, many parts."""
-    orders = {  # flat, weighted, type of sizes and strides, parts
-        "rows": (True, False, "i32:16", 15),
-        "odd": (True, False, "i32", 15),
-        "channels": (True, False, "i32:16", 15),
-        "gaps": (False, True, "i32", 15),
-        "many": (False, True, "i32", MOST_PARTS),
-    }
-    fixed = {"UPCAST": False, "WIDE": False, "MEAN": True}
-    types = dict.fromkeys(("weight", "area", "parts", "areas"), "*fp32:16") | {"labels": "*i64:16", "grid": "*i64:16"}
-    for arch, name, row in table("part_pool"):
-        name, tuned, archs = f"part_pool {name}", "tuned" in name, architectures_for("part_pool", arch, row)
-        for kind in ("fp32",) if row.kind == "fp32" else ("bf16", "fp16"):
-            pointers = types | dict.fromkeys(("x", "grad", "out", "pooled"), f"*{kind}:16")
-            for order, (flat, weighted, size, parts) in orders.items():
-                if kind == "fp16" and order != "rows":
-                    continue  # as for bfloat16 but for one instruction
-                unit = ("x_d", "o_d") if order == "channels" else ("x_x", "o_x")
-                flags = fixed | _blocks(row, 1024, parts, flat) | dict.fromkeys(("l_x", "w_x", "g_d", *unit), 1)
-                flags |= {"FLAT": flat, "WEIGHTED": weighted}
-                rare = order not in ("rows", "many") or kind == "fp16"
-                ways = (("forward", forward_kernel, _forward_row(row, parts, flat)), ("backward", backward_kernel, row))
-                for way, kernel, kernel_row in ways:
-                    full = f"{name} {way} {kind} {order}"
-                    yield _case(full, kernel, pointers, flags, size, kernel_row, archs, rare, tuned)
-                pointers |= {"grid": "*i32:16"}
-                if order == "gaps":
-                    continue
-                voted = min(parts, MOST_VOTED)
-                flags |= _blocks(row, 1024, voted, voted <= 16) | _grid_blocks(voted, 9, 49, row.warps)
-                for budget in sorted({_map_row(row, arch).registers for arch in archs}):
-                    full = f"{name} map {kind} {order}" + (f" {budget}" if budget != row.registers else "")
-                    some = tuple(arch for arch in archs if _map_row(row, arch).registers == budget)
-                    budget_row = row._replace(registers=budget)
-                    yield _case(full, map_kernel, pointers, flags, size, budget_row, some, rare, tuned)
-    small = Row("fp32", {}, 4, 3, 0)  # Triton's defaults
-    for kind in ("fp32", "bf16", "fp16"):
-        flags = fixed | {"BLOCK_D": JOIN_D, "BLOCK_K": MOST_PARTS}
-        pointers = types | {"pooled": f"*{kind}:16"}
-        yield _case(f"part_pool join {kind}", join_kernel, pointers, flags, "i32", small, rare=kind != "fp32")
-    for cell, parts in ((9, 15), (65, 100)):
-        flags = _grid_blocks(parts, cell, 4096) | {"l_x": 1}
-        yield _case(f"labels_to_grid {cell} {parts}", grid_kernel, types, flags, "i32", GRID)
-
-
-def _case(
-    name: str, kernel: Any, pointers: dict[str, str], flags: dict[str, Any], size: str, row: Row,
-    archs: tuple[str, ...] = (), rare: bool = False, tuned: bool = False,
-) -> AotCase:  # fmt: skip
-    """A case in which every argument without a type in ``pointers`` or a value in ``flags`` has the type ``size``."""
-    constexprs = {n: v for n, v in flags.items() if n in kernel.arg_names}
-    signature = {n: "constexpr" if n in constexprs else pointers.get(n, size) for n in kernel.arg_names}
-    return AotCase(
-        name, kernel, signature, constexprs, row.warps, row.stages, archs, rare, tuned, row.registers, row.shared
-    )

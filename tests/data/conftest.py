@@ -1,6 +1,7 @@
 """Small data sets for the tests of the loaders; each test has its manifest cache in a temporary folder."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +58,13 @@ def smooth_set(tmp_path: Path) -> ImageSet:
     return open_images(root)
 
 
-@pytest.fixture
-def photographs() -> ImageSet:
-    """Real photographs, from the folder that FGFAST_TEST_DATA names."""
-    folder = os.environ.get("FGFAST_TEST_DATA")
-    if not folder or not (Path(folder) / "CUB_200_2011_first50").is_dir():
-        pytest.skip("FGFAST_TEST_DATA names no folder that holds CUB_200_2011_first50")
-    return open_images(Path(folder) / "CUB_200_2011_first50")
+def named_images(root: Path, names: Sequence[bytes]) -> Path:
+    """Images of these names in a folder and a class folder whose names are no UTF-8."""
+    folder = os.fsencode(root) + b"/S\xe4tze/V\xf6gel"
+    try:
+        os.makedirs(folder)
+    except OSError:
+        pytest.skip("the file system takes only UTF-8")
+    for i, name in enumerate(names):
+        smooth(i, 24, 32).save(os.fsdecode(folder + b"/" + name))
+    return Path(os.fsdecode(os.path.dirname(folder)))

@@ -1,6 +1,8 @@
 """Readers of data sets, id maps, images and the manifest, given damaged inputs; see ``tests.fuzz``."""
 
 import atexit
+import contextlib
+import importlib.util
 import random
 import shutil
 import tempfile
@@ -16,7 +18,10 @@ from fgfast.data.decode import read_image
 from fgfast.data.layouts import ImageSet, open_images
 from fgfast.data.manifest import cache_folder, check_file, check_images
 from fgfast.data.maps import map_path, map_sizes, read_map, read_maps_info, save_maps, write_maps_info
-from tests.data import trees
+from fgfast.data.shards.scan import index_shards
+from fgfast.data.shards.write import ShardWriter
+from fgfast.data.slices import Slice, read_file
+from tests.data import tables, trees
 from tests.fuzz import Reader, damage, damage_file
 
 FORMATS = {"JPEG": "RGB", "PNG": "RGBA", "BMP": "RGB", "GIF": "P", "TIFF": "I;16", "WEBP": "RGB", "PPM": "RGB"}
@@ -109,6 +114,63 @@ def _read_folders(rng: random.Random, folder: Path) -> None:
     _check(open_images(root), root)
 
 
+def shards(root: Path) -> Path:
+    """Six images in three shards, with boxes."""
+    return ShardWriter(open_images(trees.aircraft(root.with_name("aircraft"))), root, shard_mb=0.002).write()
+
+
+def saved(root: Path) -> Path:
+    """A data set of Hugging Face `datasets`, with two splits in Arrow files."""
+    rows = tables.table(tables.jpegs(4), [0, 1, 2, 0])
+    return tables.save_dict(root, {"train": rows, "test": rows})
+
+
+def parquet(root: Path) -> Path:
+    """The same in Parquet files."""
+    rows = tables.table(tables.jpegs(4), [0, 1, 2, 0])
+    return tables.parquet(root, {"train": rows, "test": rows})
+
+
+def _read_shards(rng: random.Random, folder: Path) -> None:
+    """Damage an index or a shard: every image that can be read is one that was stored."""
+    root = folder / "set"
+    shutil.copytree(_sound(shards), root)
+    for path in rng.sample(sorted(root.iterdir()), rng.choice((1, 1, 1, 2))):
+        damage_file(rng, path)
+    images = open_images(root)
+    assert len(images) == len(images.targets) == len(images.train) == 6
+    check_images(images, lenient=True, quiet=True)
+    sound = open_images(_sound(shards))
+    stored = {read_file(file) for file in sound.files()}
+    for file in images.files():
+        with contextlib.suppress(OSError):
+            assert read_file(file) in stored
+
+
+def _index_shards(rng: random.Random, folder: Path) -> None:
+    """Damage a tar file of another program and index it: every image lies inside it."""
+    root = folder / "set"
+    shutil.copytree(_sound(shards), root, ignore=shutil.ignore_patterns("*.json", "*.idx"))
+    damage_file(rng, rng.choice(sorted(root.iterdir())))
+    images = open_images(index_shards(root))
+    for file in images.files():
+        assert isinstance(file, Slice)
+        assert len(read_file(file)) == file.size > 0
+
+
+def _read_table(tree: Callable[[Path], Path], rng: random.Random, folder: Path) -> None:
+    """Damage a file of Hugging Face `datasets`: every image lies inside a file."""
+    root = folder / "set"
+    shutil.copytree(_sound(tree), root)
+    damage_file(rng, rng.choice(sorted(path for path in root.rglob("*") if path.is_file())))
+    images = open_images(root)
+    assert len(images) == len(images.targets) == len(images.train)
+    assert images.targets.max() < len(images.classes)
+    for file in images.files():
+        assert isinstance(file, Slice)
+        assert len(read_file(file)) == file.size >= 0
+
+
 def _read_maps(rng: random.Random, folder: Path) -> None:
     """Damage maps.json or a map: what is read are the ids that were saved."""
     rels = ["a/1.jpg", "a/2.jpg", "b/3.png"]
@@ -172,10 +234,14 @@ READERS: dict[str, Reader] = {
     "Oxford-IIIT Pet": partial(_read_set, ".txt .png", trees.pets),
     "iNaturalist": partial(_read_set, ".json", inaturalist),
     "image folders": _read_folders,
+    "shards": _read_shards,
+    "shards of others": _index_shards,
     "id maps": _read_maps,
     "manifest": _read_manifest,
     "images": _read_image,
 }
+if importlib.util.find_spec("pyarrow") is not None:
+    READERS |= {"Hugging Face": partial(_read_table, saved), "Parquet": partial(_read_table, parquet)}
 """The readers of this module by name; the .mat ones, which start a process for each input, are in MATLAB."""
 
 MATLAB: dict[str, Reader] = {

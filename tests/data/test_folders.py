@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("scipy")
 
-from fgfast.config import TrainConfig, to_toml
+from fgfast.config import TrainConfig
+from fgfast.config_text import to_toml
 from fgfast.data import splits
 from fgfast.data.imageset import ImageSet, LeftOut, describe
 from fgfast.data.layouts import open_images

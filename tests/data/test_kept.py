@@ -17,6 +17,7 @@ from fgfast.data.imageset import ImageSet
 from fgfast.data.kept import FILE, Kept, restore_set, store_set
 from fgfast.data.layouts import open_images
 from fgfast.data.manifest import Records, check_images
+from fgfast.data.names import escape_names, unescape_names
 from fgfast.data.splits import labelled_splits, pretext_splits
 from fgfast.data.views import Crop, ViewSpec
 from fgfast.errors import UserError
@@ -158,9 +159,7 @@ NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs"
 
 @given(st.lists(st.one_of(NAMES, st.binary(min_size=1, max_size=6).map(os.fsdecode)), min_size=1, unique=True))
 def test_any_name_is_stored(names: list[str]) -> None:
-    from fgfast.data.kept import _escape, _unescape
-
-    assert _unescape(json.loads(json.dumps(_escape(names), ensure_ascii=False).encode())) == names
+    assert unescape_names(json.loads(json.dumps(escape_names(names), ensure_ascii=False).encode())) == names
 
 
 def test_a_name_outside_the_data_is_refused(smooth_set: ImageSet, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from fgfast.data.manifest import check_images
 from fgfast.data.maps import save_maps, write_maps_info
 from fgfast.data.views import Crop, ViewSpec
 
-from .conftest import smooth
+from .conftest import named_images
 from .loading import VARIANTS, loading
 
 NAMES = [b"caf\xe9.jpg", b"line\nbreak.png", b"tab\t'quotes\" .jpg", "\u2028\u00e9.tif".encode()]
@@ -26,14 +26,7 @@ NAMES = [b"caf\xe9.jpg", b"line\nbreak.png", b"tab\t'quotes\" .jpg", "\u2028\u00
 @pytest.fixture
 def named(tmp_path: Path) -> Path:
     """Images of such names, in a folder and a class folder of such names."""
-    folder = os.fsencode(tmp_path) + b"/S\xe4tze/V\xf6gel"
-    try:
-        os.makedirs(folder)
-    except OSError:
-        pytest.skip("the file system takes only UTF-8")
-    for i, name in enumerate(NAMES):
-        smooth(i, 24, 32).save(os.fsdecode(folder + b"/" + name))
-    return Path(os.fsdecode(os.path.dirname(folder)))
+    return named_images(tmp_path, NAMES)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

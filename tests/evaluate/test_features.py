@@ -61,6 +61,10 @@ def test_the_network_runs_in_evaluation_mode_and_returns_to_its_own(greys):
     assert encoder.training
     assert not extract(encoder.eval(), greys, 16, threads=1)[0].requires_grad
     assert not encoder.training
+    partly = torch.nn.Sequential(encoder, torch.nn.Identity()).train()
+    encoder.eval()  # a part that is frozen
+    extract(partly, greys, 16, threads=1)
+    assert [module.training for module in partly.modules()] == [True, False, True]
 
 
 def test_a_broken_image_has_no_row(greys, tmp_path):

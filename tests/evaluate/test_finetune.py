@@ -11,9 +11,10 @@ from fgfast.config import TrainConfig
 from fgfast.data.layouts import open_images
 from fgfast.data.loader import Loader
 from fgfast.errors import UserError
-from fgfast.evaluate.finetune import FinetuneOptions, finetune, stages_of, unfreeze
+from fgfast.evaluate.finetune import FinetuneOptions, finetune
 from fgfast.evaluate.resume import Progress
 from fgfast.models.backbone import Backbone
+from fgfast.models.stages import stages_of, unfreeze
 from fgfast.run import save_checkpoint
 from tests.conftest import TINY
 

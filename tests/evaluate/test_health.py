@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,7 +73,9 @@ def test_collapsed_features_have_rank_one_and_no_spread() -> None:
         (torch.zeros(0, 3), r"x: expected shape \[N, D\]"),
     ],
 )
-def test_features_that_cannot_be_scored_are_refused(score, x: torch.Tensor, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_features_that_cannot_be_scored_are_refused(
+    score: Callable[[torch.Tensor], float], x: torch.Tensor, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         score(x)
 

@@ -1,8 +1,9 @@
 """Scores of id maps against key points and boxes: plain definitions, perfect parts, scaling, and errors."""
 
 import json
-import os
 import shutil
+import warnings
+from dataclasses import replace
 from itertools import combinations
 from math import log
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from sklearn.linear_model import LinearRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -40,6 +42,7 @@ from fgfast.parts.discover import DiscoveryConfig, write_maps
 from fgfast.parts.keypoints import KeyPoints
 from fgfast.train.loop import pretrain
 from tests.conftest import TINY
+from tests.data.trees import nabirds
 from tests.examples import examples
 
 CPU = torch.device("cpu")
@@ -123,6 +126,19 @@ def test_a_part_that_an_image_lacks_stands_at_its_mean() -> None:
     assert regression_error(fit, test) == pytest.approx(np.average(np.array(one, float), weights=counts), abs=1e-6)
 
 
+def test_a_part_that_no_training_image_has_changes_nothing() -> None:
+    """And is not warned of."""
+    fit, test = located(0, n=40), located(1)
+
+    def with_part(found: Located, where: float) -> Located:
+        return found._replace(centres=np.concatenate([found.centres, np.full((len(found.ids), 1, 2), where)], 1))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        error = regression_error(with_part(fit, np.nan), with_part(test, 5.0))
+    assert error == pytest.approx(regression_error(fit, test), abs=1e-9)
+
+
 def test_images_without_a_box_and_points_that_no_training_image_shows_are_left_out() -> None:
     fit, test = located(0), located(1)
     hidden = fit._replace(visible=fit.visible & (np.arange(4) != 2))
@@ -138,8 +154,6 @@ def test_images_without_a_box_and_points_that_no_training_image_shows_are_left_o
 
 def draw(folder: Path, ids: list[np.ndarray], sizes: list[tuple[int, int]], n_parts: int) -> tuple[ImageSet, Path]:
     """Grey images of given sizes (H, W) and their id maps; without points and boxes."""
-    from PIL import Image
-
     paths = [f"{i}.png" for i in range(len(ids))]
     for path, (height, width) in zip(paths, sizes, strict=True):
         Image.new("RGB", (width, height)).save(folder / path)
@@ -152,8 +166,6 @@ def draw(folder: Path, ids: list[np.ndarray], sizes: list[tuple[int, int]], n_pa
 
 def test_points_boxes_and_centres_are_in_pixels_of_images_of_any_shape(tmp_path: Path) -> None:
     """A map of 2 x 4 over an image of 20 x 80 pixels: cells of 10 x 20."""
-    from dataclasses import replace
-
     images, maps = draw(tmp_path, [np.array([[0, 0, 1, -1], [0, 2, 1, -1]])], [(20, 80)], 4)
     points = np.array([[[19.9, 9.9, 1], [20.0, 10.0, 1], [79.0, 19.0, 1], [500.0, -3.0, 1], [41.0, 2.0, 0]]])
     images = replace(images, keypoints=points.astype(np.float32), boxes=np.float32([[0, 0, 40, 10]]))
@@ -202,11 +214,11 @@ def test_the_cells_of_the_key_points_score_almost_1(birds: Path, tmp_path: Path)
     save_maps(tmp_path / "noise", images.paths, noise)
     write_maps_info(tmp_path / "noise", 4, (8, 8), "")
     worst = score_keypoints(images.train_set(), images.test_set(), tmp_path / "noise")
-    assert min(scores[name] for name in ("nmi", "ari", "box_iou")) > 0.9  # type: ignore[type-var]
-    assert scores["keypoint_error"] < worst["keypoint_error"]  # type: ignore[operator]
-    assert max(worst["nmi"], worst["ari"]) < 0.15  # type: ignore[type-var]
+    assert min(scores[name] for name in ("nmi", "ari", "box_iou")) > 0.9
+    assert scores["keypoint_error"] < worst["keypoint_error"]
+    assert max(worst["nmi"], worst["ari"]) < 0.15
     assert images.keypoints is not None
-    assert scores["points"] == (images.test_set().keypoints[..., 2] > 0).sum()  # type: ignore[index]
+    assert scores["points"] == (images.test_set().keypoints[..., 2] > 0).sum()
 
 
 def score(run: Path, data: Path, *flags: str) -> int:
@@ -332,21 +344,26 @@ def test_a_comparison_names_what_it_cannot_compare(birds: Path, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
-def test_photographs_of_birds(tmp_path: Path) -> None:
-    """Images of the first 50 species of CUB-200-2011: the cells of the key points score almost 1, one part does not."""
-    root = Path(os.environ.get("FGFAST_TEST_DATA", "")) / "CUB_200_2011_first50"
-    if not os.environ.get("FGFAST_TEST_DATA") or not root.is_dir():
-        pytest.skip("FGFAST_TEST_DATA does not name the photographs")
-    images = open_images(root)
-    images = images.subset(np.r_[np.flatnonzero(images.train)[::5], np.flatnonzero(~images.train)[::40]])
+def test_nabirds_is_scored_by_its_points_and_boxes(tmp_path: Path) -> None:
+    """One test image, of whose visible point no training image shows the like; the cells fill its box."""
+    images = open_images(nabirds(tmp_path / "set"))
+    maps = perfect(images, tmp_path / "maps", side=96)  # three columns and four rows a pixel
+    scores = score_keypoints(images.train_set(), images.test_set(), maps)
+    assert scores == {"nmi": 1, "ari": 1, "keypoint_error": None, "box_iou": 1, "points": 1, "n": 1}
+
+
+def test_photographs_of_birds(photographs: ImageSet, tmp_path: Path) -> None:
+    """The cells of the key points score almost 1, one part does not."""
+    train = photographs.train
+    images = photographs.subset(np.r_[np.flatnonzero(train)[::5], np.flatnonzero(~train)[::40]])
     scores = score_keypoints(images.train_set(), images.test_set(), perfect(images, tmp_path / "maps", side=128))
     assert scores["n"] == len(images.test_set()) > 10
-    assert min(scores["nmi"], scores["ari"], scores["box_iou"]) > 0.9  # type: ignore[type-var]
+    assert min(scores["nmi"], scores["ari"], scores["box_iou"]) > 0.9
     one = np.zeros((len(images), 4, 4), np.uint8)
     save_maps(tmp_path / "one", images.paths, one)
     write_maps_info(tmp_path / "one", 1, (4, 4), "")
     plain = score_keypoints(images.train_set(), images.test_set(), tmp_path / "one")
     assert plain["nmi"] == pytest.approx(0, abs=1e-9)
     assert plain["ari"] == pytest.approx(0, abs=1e-9)
-    assert 0.05 < plain["box_iou"] < 0.9  # type: ignore[operator]
-    assert scores["keypoint_error"] < plain["keypoint_error"]  # type: ignore[operator]
+    assert 0.05 < plain["box_iou"] < 0.9
+    assert scores["keypoint_error"] < plain["keypoint_error"]

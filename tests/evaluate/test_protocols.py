@@ -256,9 +256,10 @@ def test_a_sweep_needs_a_class_with_two_training_images(run: Path, tmp_path: Pat
         evaluate(run, "linear", tmp_path, checkpoint="init", device=CPU, options=SweepOptions())
 
 
-def test_the_default_recipe_has_the_row_of_earlier_versions(run: Path, drawn: Path) -> None:
+def test_the_default_recipe_has_the_row_of_earlier_versions_and_the_confused_classes(run: Path, drawn: Path) -> None:
     keys = {
         "protocol", "checkpoint", "top1", "low", "high", "macro_f1", "weighted_f1", "n", "n_train", "options",
+        "confused",
     }  # fmt: skip
     options = parse_options("linear", {"recipe": "logistic"}, "a test")
     assert options is None

@@ -1,9 +1,7 @@
-"""Few-shot segmentation: IoU against scikit-learn, folds against a plain loop, classes of masks, resuming, errors."""
+"""The training of a few-shot segmentation: scores of known answers, seeds, batches, resuming, and the command."""
 
 import json
-import os
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,70 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
-from sklearn.metrics import jaccard_score
 
 from fgfast.cli import main
-from fgfast.config import TrainConfig
-from fgfast.data.imageset import ImageSet
 from fgfast.data.layouts import open_images
-from fgfast.data.maps import write_maps_info
 from fgfast.data.normalise import denormalise
 from fgfast.errors import UserError
 from fgfast.evaluate import protocols, segmentation
-from fgfast.evaluate.few_shot import SegmentationOptions, choose_images, mask_classes
-from fgfast.evaluate.iou import count_pixels, cross_validate, iou, mean_iou, split_folds
+from fgfast.evaluate.few_shot import SegmentationOptions
 from fgfast.evaluate.options import parse_protocols
 from fgfast.evaluate.protocols import evaluate
-from fgfast.evaluate.segmentation import Segmentation, segment
+from fgfast.evaluate.segmentation import segment
 from fgfast.methods.simclr import SimCLRConfig
 from fgfast.models.backbone import Backbone
 from fgfast.train.loop import pretrain
-from tests.conftest import TINY
-
-CPU = torch.device("cpu")
-CONFIG = TrainConfig(size=64, threads=1, amp="off")
-COLOURS = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])  # of absent, id 0, 1, 2
-
-
-def draw(root: Path, n: int = 16, **info: Any) -> Path:
-    """Images of 64 px: black, with one red, one green and one blue quadrant; masks have ids 0, 1 and 2 there."""
-    rng = np.random.default_rng(0)
-    for i in range(n):
-        quadrants = rng.permutation([-1, 0, 1, 2]).reshape(2, 2)
-        ids = quadrants.repeat(32, 0).repeat(32, 1)
-        rel = f"{'train' if i % 2 else 'test'}/{'ab'[i // 2 % 2]}/{i}.png"
-        for folder, content in (
-            (root, (255 * COLOURS.numpy()[ids + 1]).astype(np.uint8)),
-            (root / "part_masks", np.where(ids < 0, 255, ids).astype(np.uint8)),
-        ):
-            file = folder / (rel if folder == root else f"{rel}.png")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(content).save(file)
-    write_maps_info(root / "part_masks", 3, (64, 64), "truth", **info)
-    return root
-
-
-@pytest.fixture(scope="module")
-def quadrants(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixteen images, half of them for training."""
-    return draw(tmp_path_factory.mktemp("quadrants"))
-
-
-def score(
-    data: Path | ImageSet, net: Backbone | None = None, state_file: Path | None = None, **values: Any
-) -> Segmentation:
-    images = data if isinstance(data, ImageSet) else open_images(data)
-    options = SegmentationOptions(
-        **{"n_labelled": 8, "folds": 2, "epochs": 1, "every": 1, "lr": 1e-2, "batch_size": 4} | values
-    )
-    torch.manual_seed(0)
-    return segment(
-        net or Backbone(TINY, size=64), images.train_set(), images.test_set(), CONFIG, options, device=CPU,
-        state_file=state_file, start="one",
-    )  # fmt: skip
+from tests.conftest import TINY, real_data
+from tests.evaluate.quadrants import COLOURS, CONFIG, CPU, count_steps, draw, encoder, score
 
 
 class Oracle(torch.nn.Module):
@@ -94,72 +44,6 @@ class Oracle(torch.nn.Module):
             truth = torch.where(truth == self.wrong, (truth + 1) % self.n_classes, truth)
         logits = 30 * torch.nn.functional.one_hot(truth, self.n_classes).permute(0, 3, 1, 2)
         return self.weight * logits
-
-
-@given(st.integers(1, 4), st.integers(2, 5), st.integers(0, 2**32 - 1))
-def test_iou_equals_that_of_scikit_learn(n_images: int, n_classes: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    truth = rng.integers(-1, n_classes, (n_images, 3, 5))
-    predicted = rng.integers(0, n_classes, truth.shape)
-    counts = count_pixels(torch.from_numpy(predicted), torch.from_numpy(truth), n_classes).numpy()
-    counted = truth >= 0
-    present = [c for c in range(n_classes) if (truth == c).any()]
-    expected = jaccard_score(truth[counted], predicted[counted], labels=present, average=None) if present else []
-    found = iou(counts)
-    assert np.flatnonzero(~np.isnan(found)).tolist() == present
-    assert found[present] == pytest.approx(np.asarray(expected), abs=1e-12)
-    assert mean_iou(counts) == pytest.approx(np.mean(expected) if present else np.nan, abs=1e-12, nan_ok=True)
-
-
-@given(st.integers(2, 4), st.integers(0, 2**32 - 1))
-def test_cross_validation_equals_a_plain_loop_over_pixels(n_folds: int, seed: int) -> None:
-    """Every fold chooses by its images and scores the others, each class over all pixels of these images."""
-    rng = np.random.default_rng(seed)
-    n_images, n_classes, n_checkpoints = 7, 3, 4
-    truth = rng.integers(0, n_classes, (n_images, 4, 4))
-    predicted = np.where(
-        rng.random((n_checkpoints, n_images, 4, 4)) < 0.5, truth, rng.integers(0, n_classes, truth.shape)
-    )
-    counts = torch.stack(
-        [count_pixels(torch.from_numpy(p), torch.from_numpy(truth), n_classes) for p in predicted]
-    ).numpy()
-
-    def plain(images: list[int], checkpoint: int) -> float:
-        values = []
-        for c in range(n_classes):
-            found = {(i, *p) for i in images for p in np.argwhere(predicted[checkpoint, i] == c).tolist()}
-            true = {(i, *p) for i in images for p in np.argwhere(truth[i] == c).tolist()}
-            values += [len(found & true) / len(found | true)] if true else []
-        return sum(values) / len(values)
-
-    folds = split_folds(n_images, n_folds, seed)
-    result = cross_validate(counts, folds)
-    for k, fold in enumerate(folds):
-        selection = [plain(fold.tolist(), e) for e in range(n_checkpoints)]
-        best = max(range(n_checkpoints), key=lambda e: selection[e])
-        rest = [i for i in range(n_images) if i not in fold]
-        assert result.chosen[k] == best
-        assert result.scores[k] == pytest.approx(plain(rest, best), abs=1e-12)
-
-
-@given(st.integers(2, 30), st.integers(2, 6), st.integers(0, 9))
-def test_folds_split_the_images_evenly(n: int, folds: int, seed: int) -> None:
-    parts = split_folds(n, folds, seed)
-    assert sorted(np.concatenate(parts).tolist()) == list(range(n))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-def test_a_class_that_the_images_do_not_show_is_left_out_though_it_is_predicted() -> None:
-    truth, predicted = torch.tensor([[[0, 0, 1, 1]]]), torch.tensor([[[0, 2, 1, 1]]])
-    assert mean_iou(count_pixels(predicted, truth, 3).numpy()) == (1 / 2 + 1) / 2
-
-
-def test_maps_of_different_shapes_or_without_a_batch_are_refused() -> None:
-    one, other = (torch.zeros(1, *side, dtype=torch.int64) for side in ((3, 2), (2, 3)))
-    with pytest.raises(ValueError, match=r"^predicted: expected shape \[1, 2, 3\], got \[1, 3, 2\]"):
-        count_pixels(one, other, 2)
-    with pytest.raises(ValueError, match=r"^truth: expected shape \[B, H, W\], got \[3, 2\]"):
-        count_pixels(one[0], one[0], 2)
 
 
 def test_a_network_that_knows_the_truth_scores_1(quadrants: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,37 +91,6 @@ def test_pixels_without_a_known_part_count_nowhere(tmp_path: Path, monkeypatch: 
     assert result.iou == {"tail": 1, "left wing": 1, "right wing": 1}
 
 
-@pytest.mark.parametrize(
-    ("parts", "mirrored"),
-    [
-        (["left eye", "tail", "right eye"], (0, 3, 2, 1)), (["left_wing", "right_wing", "left leg"], (0, 2, 1, 3)),
-        (["Left Eye", "Right Eye", "Tail-Right"], (0, 2, 1, 3)),
-        (["cleft", "cright", "beak"], (0, 1, 2, 3)),
-    ],
-)  # fmt: skip
-def test_left_and_right_parts_swap_in_flipped_images_alone(
-    tmp_path: Path, parts: list[str], mirrored: tuple[int, ...]
-) -> None:
-    write_maps_info(tmp_path, 3, (0, 0), "truth", parts=parts)
-    classes = mask_classes(tmp_path)
-    assert classes.mirrored == mirrored
-    ids = torch.tensor([[[-1, 0, 1, 2]]]).expand(2, 1, 4)
-    assert classes.of(ids, torch.tensor([False, True])).tolist() == [[[0, 1, 2, 3]], [[*mirrored]]]
-
-
-def test_ignored_pixels_stay_ignored_in_flipped_images(tmp_path: Path) -> None:
-    write_maps_info(tmp_path, 2, (0, 0), "truth", parts=["left", "right"], absent="unknown")
-    ids = torch.tensor([[[-1, 0, 1]]])
-    assert mask_classes(tmp_path).of(ids, torch.tensor([True])).tolist() == [[[-1, 1, 0]]]
-
-
-@pytest.mark.parametrize("parts", [["a", "a", "b"], ["a", "b"], ["a", "b", "background"]])
-def test_names_that_do_not_name_every_id_are_refused(tmp_path: Path, parts: list[str]) -> None:
-    write_maps_info(tmp_path, 3, (0, 0), "truth", parts=parts)
-    with pytest.raises(UserError, match="give 3 names that differ and are not background"):
-        mask_classes(tmp_path)
-
-
 def test_it_learns(quadrants: Path) -> None:
     """Training on the images that are scored, the network is far above the best constant answer, 1/4 of one class."""
     images = open_images(quadrants)
@@ -251,19 +104,6 @@ def test_it_learns(quadrants: Path) -> None:
 def test_the_seed_decides_the_result(quadrants: Path) -> None:
     assert score(quadrants, n_labelled=4) == score(quadrants, n_labelled=4)
     assert score(quadrants, n_labelled=4) != score(quadrants, n_labelled=4, seed=1)
-
-
-def test_the_labelled_images_are_training_images_and_the_seed_chooses_them(quadrants: Path) -> None:
-    images = open_images(quadrants)
-    chosen = [
-        choose_images(images.train_set(), images.test_set(), SegmentationOptions(n_labelled=4, folds=2, seed=seed))
-        for seed in (0, 1)
-    ]
-    for few in chosen:
-        assert len(few.labelled) == 4
-        assert set(few.labelled.paths) <= set(images.train_set().paths)
-        assert few.test.paths == images.test_set().paths
-    assert chosen[0].labelled.paths != chosen[1].labelled.paths
 
 
 @pytest.mark.parametrize(("n_labelled", "sizes"), [(8, [4, 4]), (7, [4]), (3, [3])])
@@ -313,89 +153,6 @@ def test_an_interrupted_call_resumes(quadrants: Path, tmp_path: Path) -> None:
     assert len(steps) == 6
 
 
-def encoder() -> Backbone:
-    torch.manual_seed(0)
-    return Backbone(TINY, size=64)
-
-
-def count_steps(net: Backbone, stop: int | None = None) -> list[int]:
-    """A list that grows with each training step of the network, which is interrupted at a number of steps."""
-    steps: list[int] = []
-
-    def count(*_: object) -> None:
-        if torch.is_grad_enabled():
-            if len(steps) == stop:
-                raise KeyboardInterrupt
-            steps.append(1)
-
-    net.net.conv1.register_forward_pre_hook(count)
-    return steps
-
-
-def one_class(root: Path) -> None:
-    for file in (root / "part_masks" / "train").rglob("*.png"):
-        Image.new("L", (64, 64), 1).save(file)
-
-
-def no_class(root: Path) -> None:
-    write_maps_info(root / "part_masks", 3, (64, 64), "truth", absent="unknown")
-    for file in (root / "part_masks" / "test").rglob("*.png"):
-        Image.new("L", (64, 64), 255).save(file)
-
-
-def empty_fold(root: Path) -> None:
-    """All but one of the test images get a mask without a known pixel."""
-    write_maps_info(root / "part_masks", 3, (64, 64), "truth", absent="unknown")
-    for file in sorted((root / "part_masks" / "test").rglob("*.png"))[1:]:
-        Image.new("L", (64, 64), 255).save(file)
-
-
-def other_size(root: Path) -> None:
-    write_maps_info(root / "part_masks", 3, (0, 0), "truth")
-    Image.new("L", (64, 32), 1).save(root / "part_masks" / "train" / "a" / "1.png.png")
-
-
-def other_id(root: Path) -> None:
-    Image.new("L", (64, 64), 7).save(root / "part_masks" / "test" / "a" / "0.png.png")
-
-
-def no_mask(root: Path) -> None:
-    (root / "part_masks" / "test" / "a" / "0.png.png").unlink()
-
-
-def no_masks(root: Path) -> None:
-    shutil.rmtree(root / "part_masks")
-
-
-def no_change(_root: Path) -> None:
-    pass
-
-
-@pytest.mark.parametrize(
-    ("change", "values", "message"),
-    [
-        (no_masks, {}, "has no part masks: choose another protocol than segmentation"),
-        (no_change, {"n_labelled": 9}, "n_labelled is 9 and .* has 8 training images: give at most as many"),
-        (no_change, {"folds": 9}, "folds is 9 and .* has 8 test images: give at most as many"),
-        (one_class, {}, r"8 labelled training images of .* show one class \(part 1\): segmentation needs two"),
-        (no_class, {}, "8 test images of .* show no class: segmentation needs two or more"),
-        (empty_fold, {}, "A fold of the test images of .* has no labelled pixel: give fewer folds"),
-        (other_size, {}, "1.png.png is 32 x 64 and its image 64 x 64: give masks of the size of their images"),
-        (other_id, {}, "0.png.png has id 7 of 3"),
-        (no_mask, {}, "has no map for test/a/0.png"),
-    ],
-)  # fmt: skip
-def test_images_and_masks_that_cannot_be_used_are_refused_before_training(
-    tmp_path: Path, change: Callable[[Path], None], values: dict[str, int], message: str
-) -> None:
-    change(draw(tmp_path))
-    net = encoder()
-    steps = count_steps(net)
-    with pytest.raises(UserError, match=message):
-        score(tmp_path, net, **values)
-    assert not steps
-
-
 def test_broken_images_are_neither_trained_on_nor_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw(tmp_path, n=48)
     for rel in ("train/a/1.png", "test/a/0.png"):
@@ -412,10 +169,13 @@ def test_weights_that_diverge_are_refused(quadrants: Path) -> None:
         score(quadrants, net)
 
 
+def test_masks_of_the_synthetic_set_are_its_parts_and_the_background(drawn: Path) -> None:
+    parts = {"beak", "crest", "head", "breast", "body", "wing", "tail", "legs"}
+    assert set(score(drawn, n_labelled=8).iou) == {"background", *parts}
+
+
 def test_trimaps_of_pets_are_two_classes_and_their_border_is_ignored() -> None:
-    folder = Path(os.environ.get("FGFAST_TEST_DATA", "/nowhere")) / "oxford_pets3"
-    if not folder.is_dir():
-        pytest.skip("FGFAST_TEST_DATA names no folder that holds oxford_pets3")
+    folder = real_data("oxford_pets3")
     images = open_images(folder)
     train, test = np.flatnonzero(images.train)[:6], np.flatnonzero(~images.train)[:6]
     few = images.subset([*train, *test])
@@ -505,6 +265,7 @@ def test_a_set_of_one_class_of_images_can_be_segmented(run: Path, tmp_path: Path
     ("flags", "message"),
     [
         ([], "n_labelled is 150 and"), (["--n-labelled", "1"], "n_labelled of fgfast eval segmentation is 1: give at"),
+        (["--n-labelled", "8", "--folds", "9"], "folds is 9 and"),
         (["--folds", "1"], "folds of fgfast eval segmentation is 1: give at least 2"),
         (["--every", "0"], "every of fgfast eval segmentation is 0"), (["--stages", "2"], "does not have"),
     ],

@@ -18,6 +18,7 @@ NEGATIVES = kernels.NEGATIVES
 # Small tiles: a field of 50 vectors has tiles with common images, skipped tiles and partly filled ones.
 WHOLE = kernels.TileShape(16, 32, 16, 64, True, 4, 2)
 CHANNELS = kernels.TileShape(16, 32, 16, 16, False, 4, 2)
+COPIED = kernels.TileShape(16, 32, 16, 64, True, 4, 2, copied=True, ahead=True)
 
 
 def cut(patch: pytest.MonkeyPatch, tile: kernels.TileShape, programs: int = 1) -> None:

@@ -95,10 +95,10 @@ def pretend(arch: str) -> None:
 
 
 def contrast(
-    dtype: torch.dtype, channels: int, same: bool = False, bank: int = 0, learn: bool = False, **options: Any
-) -> None:
+    dtype: torch.dtype, channels: int, same: bool = False, bank: int = 0, learn: bool = False, rows: int = 700,
+    **options: Any,
+) -> None:  # fmt: skip
     """Forward and backward."""
-    rows = 700
     query = torch.randn(rows, channels).to(dtype).requires_grad_()
     image, part, view = torch.arange(rows) // 2, torch.zeros(rows, dtype=torch.int32), torch.arange(rows) % 2
     temperature = torch.tensor(0.1, requires_grad=True) if learn else 0.1
@@ -133,6 +133,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "contrast": lambda: contrast(HALF, 128, bank=40, learn=True),
     "contrast of itself": lambda: contrast(HALF, 256, same=True),
     "contrast by channels": lambda: contrast(FULL, 300, negatives="same_image", normalize=False, precision="tf32"),
+    "contrast by chunks": lambda: contrast(HALF, 300, bank=40, learn=True, rows=1500),
     "sigmoid loss": lambda: sigmoid(HALF, 128),
     "sigmoid loss by channels": lambda: sigmoid(FULL, 300),
     "kmeans": lambda: fgfast.kmeans(torch.randn(2, 48, 20, 20).to(HALF), 5, n_iter=2),
@@ -155,6 +156,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "part_pool, id maps": lambda: pool(
         torch.randn(2, 130, 7, 7).to(HALF), torch.zeros(2, 14, 14, dtype=torch.uint8), 10, weight=torch.rand(2, 7, 7)
     ),
+    "part_pool, small": lambda: pool(torch.randn(2, 136, 7, 7).to(HALF), torch.zeros(2, 7, 7, dtype=torch.int64), 10),
     "part_pool, many": lambda: pool(torch.randn(2, 400, 70), torch.randint(0, 300, (2, 400)), 300, reduce="sum"),
     "labels_to_grid": lambda: fgfast.labels_to_grid(torch.zeros(2, 40, 40, dtype=torch.uint8), (10, 10), 100),
     "assign_and_pool": lambda: fgfast.assign_and_pool(torch.randn(2, 130, 9, 9).to(HALF), torch.randn(2, 10, 130)),

@@ -3,6 +3,7 @@
 import csv
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import Future
@@ -20,7 +21,7 @@ from fgfast.kernels.contrast import cases as contrast_cases
 from fgfast.kernels.kmeans import cases as kmeans_cases
 from fgfast.kernels.kmeans import pyramid_cases
 from fgfast.kernels.kmeans.step import tile
-from fgfast.kernels.part_pool import launch as part_pool_cases
+from fgfast.kernels.part_pool import cases as part_pool_cases
 
 pytestmark = pytest.mark.slow
 
@@ -121,15 +122,36 @@ def test_a_compiler_that_aborts_its_process_fails_only_its_case(monkeypatch):
 
 
 @pytest.mark.quick
-def test_a_row_that_spills_with_older_compilers_is_not_used_by_them(monkeypatch):
-    wanted = {(3, 6): (64, 64), (3, 8): (128, 32), (3, 9): (128, 32)}
-    for compiler, sides in wanted.items():
+@pytest.mark.parametrize(
+    ("case", "sides"),
+    [
+        (("contrast gradient", "sm_80", "half", 128), {(3, 6): (64, 64), (3, 8): (128, 32), (3, 9): (128, 32)}),
+        (("contrast gradient", "sm_90", "bf16 copied", 256), {(3, 6): None, (3, 8): (64, 64), (3, 9): (64, 32)}),
+        (("contrast forward", "sm_90", "ieee", 512), {(3, 6): (64, 32), (3, 8): (64, 64), (3, 9): (64, 32)}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_row_that_spills_with_a_compiler_is_not_used_by_it(case, sides, monkeypatch):
+    op, arch, kind, channels = case
+    for compiler, expected in sides.items():
         monkeypatch.setattr(configs, "COMPILER", compiler)
-        row = configs.choose("contrast gradient", "sm_80", 163, ("half",), 128)
-        assert row is not None
-        assert (row.tiles["BLOCK_X"], row.tiles["BLOCK_Y"]) == sides
-        found = [row for arch, _, row in configs.table("contrast gradient") if arch == "default" and row.kind == "half"]
-        assert [row.channels for row in found] == [128, 8192]  # rows for older compilers are not compiled
+        row = configs.choose(op, arch, 163, (kind,), channels)
+        assert (row and (row.tiles["BLOCK_X"], row.tiles["BLOCK_Y"])) == expected
+        compiled = [row for _, _, row in configs.table(op)]
+        assert all(row.compiles for row in compiled)
+        assert row is None or row in compiled
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("compiler", [(3, 6), (3, 7), (3, 8), (3, 9), (3, 10)])
+def test_every_compiler_has_a_row_for_every_kind(compiler, monkeypatch):
+    monkeypatch.setattr(configs, "COMPILER", compiler)
+    for op, arch in configs.ROWS:
+        kinds = {row.kind for row in configs.ROWS[op, "default"]} if (op, "default") in configs.ROWS else set()
+        for kind in kinds - {"half gaps", "fp32 gaps"}:
+            most = max(row.channels for row in configs.ROWS[op, "default"] if row.kind == kind)
+            wanted = (kind, "half") if kind.startswith("half") else (kind,)
+            assert configs.choose(op, arch, configs.SHARED.get(arch, 99), wanted, most), (op, arch, kind)
 
 
 def test_every_kernel_is_launched_as_on_a_gpu():
@@ -155,9 +177,10 @@ def test_every_kernel_and_every_default_row_is_compiled():
     assert {dtype for _, dtype in steps} == {"fp32", "fp16", "bf16"}
     wanted = {
         (way, arch, row.kind, f"D{row.channels}")
-        for way in ways for arch, _, row in configs.table(f"contrast {way}") if arch != "gfx942"
+        for way in ways for arch, _, row in configs.table(f"contrast {way}") if arch in ("default", "sm_90")
     }  # fmt: skip
-    assert wanted == {(w[1], w[2], w[4], w[5]) for w in names if w[1] in ways}
+    compiled = {re.match(r"contrast (\w+) (\w+) \w+ (.+?) (D\d+)", name) for _, name, _ in jobs}
+    assert wanted == {found.groups() for found in compiled if found and found[1] in ways}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
@@ -177,12 +200,12 @@ def test_every_case_has_its_own_name():
 
 
 def test_faults_of_a_compilation_are_named(monkeypatch):
-    case = ("fgfast.kernels.part_pool.launch", "part_pool join bf16", "sm_86")
+    case = ("fgfast.kernels.part_pool.cases", "part_pool join bf16", "sm_86")
     assert aot.faults({case: aot.Report(100, 0, 99 * 1024)}) == []
     assert "spills 4 bytes per thread" in aot.faults({case: aot.Report(255, 4, 0)})[0]
     assert "99 KiB" in aot.faults({case: aot.Report(100, 0, 99 * 1024 + 1)})[0]
     assert "does not compile" in aot.faults({case: aot.Report(0, 0, 0, "Error: no")})[0]
-    row = ("fgfast.kernels.part_pool.launch", "part_pool row1 forward bf16 rows", "sm_90")
+    row = ("fgfast.kernels.part_pool.cases", "part_pool row1 forward bf16 rows", "sm_90")
     assert "more than the 32 KiB allowed" in aot.faults({row: aot.Report(100, 0, 32 * 1024 + 1)})[0]
     tuned = aot.cases(case[0])[case[1]]._replace(tuned=True)
     monkeypatch.setattr(aot, "cases", lambda module: {case[1]: tuned})
@@ -201,8 +224,9 @@ def test_an_unknown_device_gets_a_row_that_fits(dtype, shared):
 
 def test_no_row_that_fits_is_an_error(monkeypatch):
     monkeypatch.setattr(configs, "shared_memory", lambda device: 1)
+    monkeypatch.setattr(configs, "_find", configs._find.__wrapped__)
     with pytest.raises(RuntimeError, match="part_pool"):
-        configs._config.__wrapped__("part_pool", torch.device("cpu"), ("fp32",), 0)
+        configs.config("part_pool", torch.device("cpu"), "fp32")
 
 
 def test_a_measured_row_comes_first(monkeypatch):

@@ -14,6 +14,7 @@ from fgfast.ops.contrast import contrastive_loss
 from tests.examples import examples
 from tests.kernels.contrast_fields import (
     CHANNELS,
+    COPIED,
     DEVICE,
     FAR,
     NEGATIVES,
@@ -44,7 +45,7 @@ options = st.fixed_dictionaries(
 
 @pytest.mark.quick
 @examples(10)
-@given(fields, options, st.sampled_from([WHOLE, CHANNELS]), st.sampled_from([1, 9]))
+@given(fields, options, st.sampled_from([WHOLE, CHANNELS, COPIED]), st.sampled_from([1, 9]))
 def test_values_and_every_gradient_are_those_of_the_definition(
     field: Field, options: dict[str, Any], tile: kernels.TileShape, programs: int
 ) -> None:
@@ -56,12 +57,16 @@ def test_values_and_every_gradient_are_those_of_the_definition(
 @pytest.mark.parametrize("negatives", NEGATIVES)
 @pytest.mark.parametrize("same", [False, True], ids=["key", "same"])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_each_path_of_the_kernels(negatives: str, same: bool, normalize: bool) -> None:
+@pytest.mark.parametrize("tile", [WHOLE, COPIED], ids=["masked", "copied"])
+def test_each_path_of_the_kernels(
+    negatives: str, same: bool, normalize: bool, tile: kernels.TileShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut(monkeypatch, tile)
     assert_within_bounds(Field(3, same=same), negatives=negatives, normalize=normalize)
 
 
 @pytest.mark.parametrize("same", [False, True], ids=["key", "same"])
-@pytest.mark.parametrize("tile", [WHOLE, CHANNELS], ids=["whole", "channels"])
+@pytest.mark.parametrize("tile", [WHOLE, CHANNELS, COPIED], ids=["whole", "channels", "copied"])
 def test_splits_of_columns_change_nothing(same: bool, tile: kernels.TileShape, monkeypatch: pytest.MonkeyPatch) -> None:
     cut(monkeypatch, tile, programs=16)
     assert_within_bounds(Field(4, t=130, bank=70, same=same, images=2))
@@ -98,9 +103,20 @@ def test_a_single_gradient_is_the_one_of_all(which: str) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
 
 
-@examples(3)
-@given(seed=seeds, negatives=st.sampled_from(NEGATIVES), normalize=st.booleans(), same=st.booleans())
-def test_contents_of_absent_vectors_affect_nothing(seed: int, negatives: str, normalize: bool, same: bool) -> None:
+@examples(6)
+@given(
+    seed=seeds, negatives=st.sampled_from(NEGATIVES), normalize=st.booleans(), same=st.booleans(),
+    tile=st.sampled_from([WHOLE, COPIED]),
+)  # fmt: skip
+def test_contents_of_absent_vectors_affect_nothing(
+    seed: int, negatives: str, normalize: bool, same: bool, tile: kernels.TileShape
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        cut(patch, tile)
+        check_contents_of_absent_vectors(seed, negatives, normalize, same)
+
+
+def check_contents_of_absent_vectors(seed: int, negatives: str, normalize: bool, same: bool) -> None:
     field = Field(seed, same=same)
     chosen = {"negatives": negatives, "normalize": normalize}
     expected = field.values(**chosen)
@@ -114,7 +130,11 @@ def test_contents_of_absent_vectors_affect_nothing(seed: int, negatives: str, no
 
 @pytest.mark.parametrize("junk", [torch.nan, torch.inf])
 @pytest.mark.parametrize("temperature", [0.1, 0.01], ids=["bounded", "online"])
-def test_nan_and_infinity_in_present_vectors_give_nan(junk: float, temperature: float) -> None:
+@pytest.mark.parametrize("tile", [WHOLE, COPIED], ids=["masked", "copied"])
+def test_nan_and_infinity_in_present_vectors_give_nan(
+    junk: float, temperature: float, tile: kernels.TileShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut(monkeypatch, tile)
     field = Field(9, absent=False, bank=None, images=1)
     field.key[7, 3] = junk
     loss = field.loss(temperature=temperature, weight=None)

@@ -17,8 +17,9 @@ import triton.language as tl
 
 from fgfast.kernels.common import interpreted
 from fgfast.kernels.configs import config
-from fgfast.kernels.kmeans.pyramid import Adder, Levels, count_programs, score_tile
+from fgfast.kernels.kmeans.pyramid import Adder, Levels, count_programs
 from fgfast.kernels.kmeans.pyramid_kernels import _taps
+from fgfast.kernels.kmeans.pyramid_tiles import score_tile
 from tests.examples import examples
 from tests.kernels.test_kmeans import same
 
@@ -166,7 +167,7 @@ def test_many_clusters_and_more_samples_than_a_program_draws_from(monkeypatch, c
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_wide_tiles_of_scores(monkeypatch, metric):
-    monkeypatch.setattr("fgfast.kernels.kmeans.pyramid.ON_CHIP", 0)
+    monkeypatch.setattr("fgfast.kernels.kmeans.pyramid_tiles.ON_CHIP", 0)
     maps = pyramid(3, shapes=((40, 9, 9), (7, 4, 4)))
     row, narrow = Levels(maps, (9, 9)).row, 32
     assert [score_tile(row, 16, 32, (40, *m.shape[2:]), 4)[0] for m in maps] == [128, narrow]
@@ -273,6 +274,25 @@ def test_large_levels_are_split_and_small_ones_are_not():
     assert adder.splits[1] == 1
     partial = sum(8 * p.numel() for s, p in zip(adder.splits, adder.parts, strict=True) if s > 1)
     assert partial <= 0.1 * sum(m.nbytes for m in maps)
+
+
+def test_sums_are_those_of_any_division_of_the_channels(monkeypatch):
+    """One program weighs the cells of a level for all channels, or many do for some of them: the bits are the same."""
+    from fgfast.kernels.kmeans import pyramid as kernels
+
+    maps = pyramid(2, shapes=((300, 6, 5), (70, 3, 4)))
+    labels = torch.arange(30, device=DEVICE)[None].to(torch.int8) % 7
+    ones, done = torch.ones(1, 30, device=DEVICE), torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    sums = []
+    for processors in (1, 1000):
+        monkeypatch.setattr(kernels, "processors", lambda _, n=processors: n)
+        adder = Adder(Levels(maps, (6, 5)), 7)
+        adder.sums(labels, ones, done, True, "ieee", adder.levels.pad_channels(None), False)
+        sums.append(torch.cat([part.sum(1) for part in adder.parts], 2))
+    assert torch.equal(*sums)
+    built = hypercolumns([m.double() for m in maps], (6, 5))
+    expected = torch.stack([built[0, labels[0] == k].sum(0) for k in range(7)])[None]
+    torch.testing.assert_close(sums[0].double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(not interpreted(), reason="counts traffic in the interpreter")

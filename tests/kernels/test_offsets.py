@@ -19,14 +19,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("triton")
 import triton.language as tl
 from triton.runtime import interpreter
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fgfast.ids import Ids
-from fgfast.kernels import perturb
+from fgfast.kernels import configs, perturb
 from fgfast.kernels.contrast import kernels as contrast_kernels
 from fgfast.kernels.contrast import launch as contrast
-from fgfast.kernels.contrast import problem
+from fgfast.kernels.contrast import problem, wide
 from fgfast.kernels.contrast import vectors as contrast_vectors
-from fgfast.kernels.kmeans import centroids, fused, pyramid_kernels, tiles
+from fgfast.kernels.kmeans import centroids, fused, pyramid_kernels, resident, tiles
 from fgfast.kernels.kmeans import launch as kmeans
 from fgfast.kernels.kmeans import pyramid as kmeans_pyramid
 from fgfast.kernels.kmeans import step as kmeans_step
@@ -40,7 +41,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # of numbers that mean nothing
 ]
-MODULES = (contrast_kernels, contrast_vectors, centroids, fused, pyramid_kernels, tiles, part_pool_kernels)
+MODULES = (
+    contrast_kernels, contrast_vectors, centroids, fused, pyramid_kernels, resident, tiles, part_pool_kernels,
+)  # fmt: skip
 FAR = 2**31
 ROOM = 2**46  # bytes from one storage to the next
 LONGEST = kmeans_pyramid.LONGEST
@@ -77,6 +80,11 @@ class Memory:
         elif isinstance(x, int) and not isinstance(x, bool):
             kind = tl.int32 if -FAR <= x < FAR else tl.int64
             value = np.array([x], np.int32 if kind == tl.int32 else np.int64)
+        elif isinstance(x, TensorDescriptor):
+            sizes, strides = ([self.argument(name, n) for n in numbers] for numbers in (x.shape, x.strides[:-1]))
+            return interpreter.interpreter_semantic.make_tensor_descriptor(
+                self.argument(name, x.base), sizes, [*strides, tl.constexpr(1)], list(map(tl.constexpr, x.block_shape))
+            )
         else:
             return interpreter._implicit_cvt(x)
         return tl.tensor(interpreter.TensorHandle(value, kind), kind)
@@ -94,7 +102,7 @@ class Memory:
         assert last <= storage.nbytes(), f"{name}: {last} is beyond its {storage.nbytes()} bytes"
         return name
 
-    def load(self, pointers, mask, other, *_):
+    def load(self, pointers, mask, other, *_, **__):
         name, kind = self.access(pointers, mask), pointers.get_element_ty()
         values = np.full(pointers.data.shape, VALUES.get(name, 0), interpreter._get_np_dtype(kind))
         values = values if other is None else np.where(mask.data, values, other.data)
@@ -129,7 +137,12 @@ def memory(monkeypatch):
         finally:
             scope.restore()
 
+    def patch_core(language, scope, patch=interpreter._patch_lang_core):
+        patch(language, scope)
+        scope.set_attr(language, "range", lambda *bounds, **_: ends(*bounds))
+
     monkeypatch.setattr(type(perturb.perturb_kernel), "run", run)
+    monkeypatch.setattr(interpreter, "_patch_lang_core", patch_core)
     monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
     hooks = {"load": "create_masked_load", "store": "create_masked_store", "update": "create_atomic_rmw"}
     for ours, theirs in hooks.items():
@@ -187,6 +200,22 @@ def test_kmeans_of_many_pixels(dtype, metric, n_clusters, channels_last, memory)
     kmeans_step.kmeans_step(x, floats(2, n_clusters, 16), floats(2, PIXELS), metric, "ieee", True)
 
 
+@pytest.mark.parametrize(
+    ("batch", "pixels", "strides"),
+    [(2, PIXELS, (256 * PIXELS, 1, 256)), (2, 400, (FAR + 64, 1, 256)), (FAR >> 13, 40, (256 * 40, 1, 256)),
+     (2, 4, (5 * FAR, 1, FAR + 64))],
+)  # fmt: skip
+def test_kmeans_whose_tiles_stay_on_chip(batch, pixels, strides, memory, monkeypatch):
+    monkeypatch.setitem(configs._forced, "kmeans_resident", configs.ROWS["kmeans_resident", "sm_90"][0])
+    x = floats(batch, 256, pixels, dtype=torch.float16, strides=strides)
+    first = floats(batch, 25, 256)
+    assert kmeans_step.Solver(x, 25, None, "euclidean", "ieee", True).resident
+    kmeans_step.kmeans_step(x, first, None, "euclidean", "ieee", True)
+    if pixels == 4:
+        options = KMeansOptions(25, 1, "given", first, 1024, 1, 1e-4, "euclidean", "farthest", "ieee", True)
+        kmeans.kmeans(x, None, integers(), options)
+
+
 @DTYPES
 @ways
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -227,9 +256,21 @@ def test_pooling_of_many_pixels(dtype, n_parts, memory):
 @pytest.mark.parametrize("same", [False, True])
 @pytest.mark.parametrize("channels", [64, 300])
 @pytest.mark.parametrize("rows", [problem.LARGEST_N, 700])
-def test_contrast_of_many_vectors(same, channels, rows, memory):
+def test_contrast_of_many_vectors(same, channels, rows, memory, monkeypatch):
     """As many as the kernels take, or few far apart."""
-    strides = (channels, 1) if rows > 700 else (1, FAR + 64)
+    monkeypatch.setattr(wide, "serves", lambda *_: False)  # chunks of so many vectors are millions of launches
+    contrast_both_ways(same, channels, rows, (channels, 1) if rows > 700 else (1, FAR + 64))
+
+
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("strides", [(FAR + 64, 1), (1, FAR + 64)])
+def test_contrast_by_chunks_of_vectors_far_apart(same, strides, memory, monkeypatch):
+    monkeypatch.setattr(wide, "FEWEST_LOGITS", 0)
+    monkeypatch.setattr(wide, "_multiply_add", lambda *_: None)  # of a library; torch 2.11 has none without memory
+    contrast_both_ways(same, 300, 700, strides)
+
+
+def contrast_both_ways(same, channels, rows, strides):
     query, image = floats(rows, channels, dtype=torch.float16, strides=strides), integers(rows)
     ids = Ids(image, image, image)
     key, key_ids = (None, None) if same else (torch.empty_like(query), ids)

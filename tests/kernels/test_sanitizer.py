@@ -12,12 +12,25 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
+TensorDescriptor = pytest.importorskip("triton.tools.tensor_descriptor").TensorDescriptor
 
 
 @triton.jit
 def scale(x, out, N, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out + at, 2 * tl.load(x + at, mask=at < N), mask=at < N)
+
+
+@triton.jit
+def read_twice(x, out, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out + at, tl.load(x + at) + tl.load(x + at))
+
+
+@triton.jit
+def copy_described(x, out):
+    at = tl.arange(0, 8)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    tl.store(out + at, x.load([0, 0]))
 
 
 @triton.jit
@@ -173,6 +186,23 @@ def test_an_acquire_release_atomic_orders_programs_and_a_relaxed_one_does_not():
     assert out.item() == 64
     with pytest.raises(MemoryFault, match="no atomic orders"), checked():
         last_one_sums[(4,)](x, parts, torch.zeros(1, dtype=torch.int32), out, 64, BLOCK=16, SEM="relaxed")
+
+
+def test_accesses_without_a_cache_are_counted():
+    x, out = torch.zeros(64), torch.zeros(64)
+    with checked(x, out) as traffic:
+        read_twice[(1,)](x, out, BLOCK=64)
+    assert traffic.bytes == 2 * 256
+    assert traffic.requested == 3 * 256
+
+
+def test_a_tensor_descriptor_is_counted_and_held_to_its_tensor():
+    x, out = torch.zeros(4, 16), torch.zeros(8, 16)
+    with checked() as traffic:
+        copy_described[(1,)](TensorDescriptor(x[:3], [3, 16], [16, 1], [8, 16]), out)
+    assert traffic.loads == 3 * 64
+    with pytest.raises(MemoryFault, match="outside"), checked():
+        copy_described[(1,)](TensorDescriptor(x[:3], [4, 16], [16, 1], [8, 16]), out)
 
 
 def test_launches_do_not_race_with_each_other():

@@ -29,6 +29,13 @@ def test_dino_equals_lightly_with_warm_up_and_centre() -> None:
     assert ours(teacher, student, teacher_temp=0.5) == pytest.approx(theirs(teacher, student, teacher_temp=0.5).item())
 
 
+@pytest.mark.parametrize(("n_teacher", "n_student"), [(1, 3), (3, 3), (3, 2), (2, 1)])
+def test_dino_equals_lightly_for_any_numbers_of_views(n_teacher: int, n_student: int) -> None:
+    ours, theirs = losses.DINOLoss(7).double(), lightly.DINOLoss(7).double()
+    teacher, student = [randn(i, 4, 7) for i in range(n_teacher)], [randn(i + 9, 4, 7) for i in range(n_student)]
+    assert_same(lambda *x: ours(teacher, list(x)), lambda *x: theirs(teacher, list(x)), *student)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_dino_of_half_precision_is_that_of_the_same_numbers_in_float32(dtype: torch.dtype) -> None:
     """Also where x / 0.1 is no number of float16."""
@@ -112,6 +119,6 @@ def test_nan_in_padding_reaches_neither_gradient_nor_centre(mode: str) -> None:
 
 
 @pytest.mark.parametrize("number", [0, -1, 1.5, "3"])
-def test_a_number_of_iterations_that_is_no_positive_one_is_an_error(number: object) -> None:
+def test_a_number_of_iterations_that_is_no_positive_one_is_an_error(number: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=r"sinkhorn_iterations is .*: give"):
-        losses.DINOLoss(4, sinkhorn_iterations=number)  # type: ignore[arg-type]
+        losses.DINOLoss(4, sinkhorn_iterations=number)

@@ -44,7 +44,7 @@ def batch_of(n: int = 4, side: int = 32, n_ids: int = 5) -> Batch:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_loss_equals_that_of_lightly(tmp_path: Path, target: str) -> None:
+def test_loss_equals_that_of_lightly(tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the same pooled features and the same sample of segments, in float64."""
     from lightly.loss import DetConBLoss, DetConSLoss
 
@@ -53,7 +53,12 @@ def test_loss_equals_that_of_lightly(tmp_path: Path, target: str) -> None:
     batch.views = [view.double() for view in batch.views]
     sampled: list[torch.Tensor] = []
     sample = method.sample
-    method.sample = lambda area: sampled.append(sample(area)) or sampled[-1]  # type: ignore[assignment, func-returns-value]
+
+    def record(area: torch.Tensor) -> torch.Tensor:
+        sampled.append(sample(area))
+        return sampled[-1]
+
+    monkeypatch.setattr(method, "sample", record)
     loss = method(batch)["loss"]
     ids = sampled[0]
 
@@ -74,7 +79,8 @@ def test_loss_equals_that_of_lightly(tmp_path: Path, target: str) -> None:
     if target == "self":
         expected = DetConSLoss(gather_distributed=False)(*online.chunk(2), *ids.chunk(2))
     else:
-        predicted = method.predictor(online.flatten(0, 1)).view_as(online)  # type: ignore[misc]
+        assert method.predictor is not None
+        predicted = method.predictor(online.flatten(0, 1)).view_as(online)
         with torch.no_grad():
             keys = rows(method.target, method.target_projector)
         expected = DetConBLoss(gather_distributed=False)(*predicted.chunk(2), *keys.chunk(2), *ids.chunk(2))
@@ -99,11 +105,15 @@ def test_segments_are_sampled_with_replacement_among_those_in_the_view(tmp_path:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_padded_images_have_no_effect(tmp_path: Path, target: str) -> None:
+def test_padded_images_have_no_effect(tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither on the loss nor through the mean: it is that of the valid images alone."""
     torch.manual_seed(0)
     method = DetCon(config_for(tmp_path, tmp_path, target=target, masks=4))
-    method.sample = lambda area: torch.where((area > 0).any(1, keepdim=True), area.topk(4).indices, -1)  # type: ignore[assignment]
+
+    def take_largest(area: torch.Tensor) -> torch.Tensor:
+        return torch.where((area > 0).any(1, keepdim=True), area.topk(4).indices, -1)
+
+    monkeypatch.setattr(method, "sample", take_largest)
     check_padding(method, batch_of())
     batch = batch_of()
     batch.valid[2:] = False
@@ -122,7 +132,8 @@ def test_a_run_resumes_exactly_and_draws_its_segments(drawn: Path, tmp_path: Pat
     assert all(np.isfinite(row["loss"]) and row["loss"] > 0 for row in rows)
     assert len(list((run / "parts_0").rglob("*.png"))) == 9
     assert read_maps_info(run / "parts_0")["size"] == [64, 64]
-    assert [path.name for path in draw_run(run, drawn, device=torch.device("cpu"))] == ["views.png", "neighbours.png"]
+    names = [path.name for path in draw_run(run, drawn, device=torch.device("cpu"))]
+    assert names == ["views.png", "pca.png", "neighbours.png"]
 
 
 def test_the_loss_falls(drawn: Path, tmp_path: Path) -> None:
@@ -156,12 +167,14 @@ def test_lost_segments_are_made_again(drawn: Path, tmp_path: Path, monkeypatch: 
 
 def test_the_momentum_copies_follow_their_networks(tmp_path: Path) -> None:
     method = DetCon(config_for(tmp_path, tmp_path, momentum=0.9))
+    assert method.target is not None
+    assert method.target_projector is not None
     with torch.no_grad():
         for p in (*method.encoder.parameters(), *method.projector.parameters()):
             p.add_(1.0)
-    old = [p.clone() for p in (*method.target.parameters(), *method.target_projector.parameters())]  # type: ignore[union-attr]
+    old = [p.clone() for p in (*method.target.parameters(), *method.target_projector.parameters())]
     method.after_step(Progress(0, 10))
-    new = [*method.target.parameters(), *method.target_projector.parameters()]  # type: ignore[union-attr]
+    new = [*method.target.parameters(), *method.target_projector.parameters()]
     for a, b in zip(old, new, strict=True):
         torch.testing.assert_close(b, a + 0.1)
 

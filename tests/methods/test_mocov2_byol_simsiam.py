@@ -98,10 +98,11 @@ def test_a_step_changes_the_copies_and_the_queue(name: str) -> None:
     base: Any = method.base
     queue = None if method.queue is None else method.queue.keys.clone()
     method.train()(batch)
-    if queue is not None:
+    if method.queue is not None:
+        assert queue is not None
         with torch.no_grad():
             keys = torch.nn.functional.normalize(base.target_projector(base.target(batch.views[1])), dim=1)
-        torch.testing.assert_close(method.queue.keys, torch.cat([keys[:4], queue[:6]]))  # type: ignore[union-attr]
+        torch.testing.assert_close(method.queue.keys, torch.cat([keys[:4], queue[:6]]))
     assert (queue is None) == (name != "mocov2")
     if name == "simsiam":
         assert not hasattr(base, "target")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fgfast.config import TrainConfig, to_toml
+from fgfast.config import TrainConfig
+from fgfast.config_text import to_toml
 from fgfast.errors import UserError
 from fgfast.methods.base import method_class
 from fgfast.methods.jigsaw import Jigsaw, JigsawConfig

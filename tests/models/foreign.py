@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fgfast.errors import UserError
 from fgfast.models.weights import load_encoder
 
 
@@ -61,8 +62,6 @@ def assert_same_features(file: Path, name: str, size: int, theirs: Tensor, **arg
 
 def refused(net: nn.Module, file: Path, message: str) -> None:
     """Assert that weights are refused with a message that matches, and that the network keeps its own."""
-    from fgfast.errors import UserError
-
     before = {k: v.clone() for k, v in net.state_dict().items()}
     with pytest.raises(UserError, match=message):
         load_encoder(net, file)

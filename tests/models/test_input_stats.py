@@ -1,6 +1,7 @@
 """The statistics that weights were trained with: timm's, those that files name or imply, and those that they do not."""
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from fgfast.data.normalise import IMAGENET, InputStats
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone
+from fgfast.models.checkpoints import inspect_checkpoint
 from fgfast.models.input_stats import stats_from_texts, stats_of_file, stats_of_timm
 from fgfast.run import save_checkpoint, save_encoder
 from tests.conftest import TINY
@@ -89,6 +91,12 @@ W = torch.zeros(1)
         {"student": {"module.backbone.cls_token": W}, "teacher": {"backbone.cls_token": W}},  # DINO
         {"module.online_network.encoder.conv1.weight": W},  # DetCon
         {"state_dict": {"student_backbone.cls_token": W}},  # lightly
+        {"query_backbone.cls_token": W, "key_backbone.cls_token": W},
+        {"backbone.cls_token": W, "backbone_momentum.cls_token": W},
+        {"online_encoder.0.weight": W},
+        {"state_dict": {"backbone.cls_token": W, "momentum_backbone.cls_token": W}},  # solo-learn
+        {"classy_state_dict": {"base_model": {"model": {"trunk": {"_feature_blocks.conv1.weight": W}}}}},  # VISSL
+        {"model": {"teacher.backbone.cls_token": W}},  # DINOv2 in training
     ],
 )
 def test_self_supervised_releases_imply_imagenets(tmp_path: Path, content: dict[str, Any]) -> None:
@@ -98,8 +106,25 @@ def test_self_supervised_releases_imply_imagenets(tmp_path: Path, content: dict[
     assert found[0] == IMAGENET._replace(interpolation="bicubic")
 
 
+def test_a_vit_of_torchvision_implies_imagenets_where_timms_wants_others(tmp_path: Path) -> None:
+    from torchvision.models import VisionTransformer
+
+    torch.save({"model": VisionTransformer(32, 16, 1, 1, 8, 8).state_dict()}, tmp_path / "w.pth")
+    found, of_timm = stats_of_file(tmp_path / "w.pth"), stats_of_timm("vit_tiny_patch16_224")
+    assert found is not None
+    assert of_timm is not None
+    assert found[0] == IMAGENET
+    assert of_timm[0] == HALF
+
+
 @pytest.mark.parametrize(
-    "content", [{"conv1.weight": W}, {"state_dict": {"module.conv1.weight": W}}, {"model": {"a": W}}]
+    "content",
+    [
+        {"conv1.weight": W},
+        {"state_dict": {"module.conv1.weight": W}},
+        {"model": {"a": W}},
+        {"encoder.layer.0.attention.attention.query.weight": W},  # a layer of this name is no network
+    ],
 )
 def test_other_files_name_none(tmp_path: Path, content: dict[str, Any]) -> None:
     torch.save(content, tmp_path / "w.pth")
@@ -126,6 +151,37 @@ def test_descriptions_beside_weights_from_a_hub_are_read(
     assert stats_of_file(tmp_path / "another.safetensors") is None
 
 
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_tensors_and_checksums_are_left_to_the_loading_of_the_weights(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large file is read once: here its tensors are lazy, and its checksum is not computed."""
+    file, state = tmp_path / name, {"encoder_q.weight": torch.arange(4.0)}
+    save_file(state, file) if name.endswith("safetensors") else torch.save(state, file)
+    monkeypatch.setattr("fgfast.models.checkpoints.verify", None)
+    content, _ = inspect_checkpoint(file)
+    assert stats_of_file(file) is not None
+    with file.open("rb+") as stored:  # in place, so that tensors that are mapped change too
+        stored.seek(file.read_bytes().index(state["encoder_q.weight"].numpy().tobytes()))
+        stored.write(torch.full((4,), 7.0).numpy().tobytes())
+    assert content["encoder_q.weight"].tolist() == [7.0] * 4
+
+
+def test_files_that_cannot_be_mapped_are_read(tmp_path: Path) -> None:
+    """Of an early version of torch, and compressed afterwards, which torch.load takes too."""
+    state = {"encoder_q.weight": torch.arange(1000.0)}
+    torch.save(state, tmp_path / "early.pth", _use_new_zipfile_serialization=False)
+    torch.save(state, tmp_path / "w.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "w.pth") as archive,
+        zipfile.ZipFile(tmp_path / "small.pth", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for name in archive.namelist():
+            small.writestr(name, archive.read(name))
+    for name in ("early.pth", "small.pth"):
+        assert torch.equal(inspect_checkpoint(tmp_path / name)[0]["encoder_q.weight"], state["encoder_q.weight"])
+
+
 def _with_texts(path: Path, texts: dict[str, str]) -> None:
     tensors: dict[str, Tensor] = {"w": W}
     save_file(tensors, path, {"format": "pt", "timm_model": TINY, **texts})
@@ -136,6 +192,7 @@ def _with_texts(path: Path, texts: dict[str, str]) -> None:
     [
         ({"mean": "0.5,0.5"}, r"In .*w\.safetensors mean is '0.5,0.5': give three numbers"),
         ({"mean": "0.5,0.5,x"}, "give three numbers"),
+        ({"mean": ""}, "mean is '': give three numbers"),
         ({"mean": "0.5,0.5,2"}, "give at least 0 and at most 1"),
         ({"mean": "0.5,0.5,0.5", "std": "1,1,0"}, "give more than 0"),
         ({"mean": "0.5,0.5,0.5", "interpolation": "cubic"}, "choose one of bilinear, bicubic"),
@@ -159,7 +216,7 @@ def test_impossible_statistics_in_a_description_are_refused(tmp_path: Path, valu
 
 def test_missing_texts_are_taken_from_the_default() -> None:
     assert stats_from_texts({}, "--", OTHER) == OTHER
-    assert stats_from_texts({"mean": "", "std": "1,1,1", "interpolation": ""}, "--", OTHER) == OTHER._replace(
+    assert stats_from_texts({"mean": "auto", "std": "1,1,1", "interpolation": "auto"}, "--", OTHER) == OTHER._replace(
         std=(1.0, 1.0, 1.0)
     )
     assert stats_from_texts(OTHER.texts(), "--") == OTHER

@@ -127,7 +127,7 @@ def test_a_network_is_as_before_after_its_attention_is_read_or_patches_are_dropp
 @pytest.mark.parametrize(
     ("name", "args", "lacks"),
     [
-        (TINY, {}, "its features are no tokens"),
+        (TINY, {}, "its features are not tokens"),
         ("test_vit4", {}, "it has no CLS token"),  # its first token is a register
         ("vit_base_patch16_siglip_224", NARROW, "it has no CLS token"),
         ("cait_xxs24_224", {"depth": 2}, "its blocks do not compute plain attention over all tokens"),

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import itertools
+import json
 import os
 import zipfile
 from collections import OrderedDict
@@ -17,9 +18,9 @@ from torch import nn
 
 from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone
-from fgfast.models.checkpoints import read_checkpoint
+from fgfast.models.checkpoints import inspect_checkpoint, read_checkpoint
 from fgfast.models.matching import flatten
-from fgfast.models.weights import load_encoder, load_tensors
+from fgfast.models.weights import load_encoder, load_tensors, weights_file
 from fgfast.run import save_checkpoint, save_encoder
 from tests.conftest import TINY
 
@@ -268,6 +269,46 @@ def test_an_archive_of_another_program_loads_whatever_its_comment(tmp_path: Path
     with zipfile.ZipFile(tmp_path / "w.pt", "a") as archive:
         archive.comment = comment
     assert read_checkpoint(tmp_path / "w.pt")["a"].tolist() == [1, 1]
+
+
+def in_several_files(folder: Path) -> Path:
+    """The index of a checkpoint in two files of torch.save, as early versions of transformers wrote it."""
+    shards = {"pytorch_model-00001-of-00002.bin": "a", "pytorch_model-00002-of-00002.bin": "b"}
+    for shard, name in shards.items():
+        torch.save({name: torch.full((2,), float(ord(name)))}, folder / shard)
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {name: shard for shard, name in shards.items()}}))
+    return index
+
+
+def test_a_checkpoint_in_several_files_is_read_as_one(tmp_path: Path) -> None:
+    read = read_checkpoint(in_several_files(tmp_path))
+    assert {name: value.tolist() for name, value in read.items()} == {"a": [97, 97], "b": [98, 98]}
+    assert weights_file(tmp_path) == tmp_path / "pytorch_model.bin.index.json"
+    assert inspect_checkpoint(weights_file(tmp_path))[0].keys() == {"a", "b"}
+
+
+def test_a_missing_or_damaged_one_of_several_files_is_named(tmp_path: Path) -> None:
+    index = in_several_files(tmp_path)
+    second = tmp_path / "pytorch_model-00002-of-00002.bin"
+    second.write_bytes(second.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"00002-of-00002\.bin are cut or damaged"):
+        read_checkpoint(index)
+    second.unlink()
+    with pytest.raises(UserError, match=r"in 2 files, and 'pytorch_model-00002-of-00002\.bin' are not there: copy"):
+        read_checkpoint(index)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": []}}',
+     '{"weight_map": {"a": "../w.bin"}}', '{"weight_map": {"a": "/w.bin"}}', '{"weight_map": {"a": ""}}'],
+)  # fmt: skip
+def test_an_index_that_names_no_files_beside_it_is_refused(tmp_path: Path, text: str) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(text)
+    with pytest.raises(UserError, match=r"index\.json .*: copy or download it again\."):
+        read_checkpoint(index)
 
 
 def test_a_page_saved_as_weights_is_quoted(tmp_path: Path) -> None:

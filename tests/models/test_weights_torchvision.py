@@ -30,6 +30,21 @@ def test_a_resnet_has_the_same_features(tmp_path: Path, block: str) -> None:
 
 
 @torch.no_grad()
+def test_a_resnext_has_the_same_features(tmp_path: Path) -> None:
+    net = randomise(tv.ResNet(tv.resnet.Bottleneck, [1, 1, 1, 1], groups=8, width_per_group=4))
+    pooled = nn.Sequential(*list(net.children())[:-1])(images(32)).flatten(1)
+    assert_same_features(store(net, tmp_path), "resnext50_32x4d", 32, pooled, cardinality=8, **SHALLOW)
+
+
+@torch.no_grad()
+def test_a_densenet_has_the_same_map(tmp_path: Path) -> None:
+    small = {"growth_rate": 8, "block_config": (1, 2, 1, 1)}
+    net = randomise(tv.DenseNet(num_init_features=16, **small))  # timm: twice the growth rate
+    features = nn.functional.relu(net.features(images(32)))
+    assert_same_features(store(net, tmp_path), "densenet121", 32, features, **small)
+
+
+@torch.no_grad()
 def test_a_convnext_has_the_same_features(tmp_path: Path) -> None:
     widths = (16, 24, 32, 40)
     settings = [CNBlockConfig(*pair, 2) for pair in zip(widths, (*widths[1:], None), strict=True)]

@@ -166,3 +166,26 @@ def test_a_dinov3_vit_has_the_same_tokens(tmp_path: Path, how: str, gated: bool,
             timm_net(name.removesuffix("_qkvb"), **DINOV3), store(net, tmp_path, how),
             r"\.0\.attention\.q_proj\.bias', .* left over",
         )  # fmt: skip
+
+
+@torch.no_grad()
+def test_parts_of_a_tensor_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    """Even where the first of them has the shape of the whole."""
+    state, layer = build("ViT", **PLAIN).state_dict(), "layers.0.attention."
+    state |= {f"{layer}q_proj.weight": torch.zeros(96, 32), f"{layer}k_proj.weight": torch.zeros(5)}
+    torch.save(state, tmp_path / "w.bin")
+    refused(
+        timm_net("vit_tiny_patch16_224", mlp_ratio=2, **OURS), tmp_path / "w.bin",
+        r"1 of another shape, such as 'layers\.0\.attention\.q_proj\.weight' \+ 'layers\.0\.attention\.k_proj\.weight'"
+        r" \+ 'layers\.0\.attention\.v_proj\.weight' \[96, 32\] \+ \[5\] \+ \[32, 32\] instead of \[96, 32\]",
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def test_a_network_stored_in_several_files_has_the_same_tokens(tmp_path: Path) -> None:
+    net = build("ViT", **PLAIN)
+    tokens = net(images(32)).last_hidden_state
+    net.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len([*tmp_path.glob("model-*.safetensors")]) > 1
+    for path in (tmp_path, tmp_path / "model.safetensors.index.json"):
+        assert_same_features(path, "vit_tiny_patch16_224", 32, tokens, mlp_ratio=2, **OURS)

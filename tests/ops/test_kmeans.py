@@ -162,7 +162,6 @@ def test_tiles_give_the_result_of_a_single_one(monkeypatch):
     x = blobs(8, 1, 700, 9)
     whole = kmeans(x, 5, seed=0), kmeans_step(x, x[:, :5])
     monkeypatch.setattr("fgfast.pixels.source.PIXEL_TILE", 100)
-    monkeypatch.setattr("fgfast.pixels.pyramid.CACHED", 100)
     same(whole[0], kmeans(x, 5, seed=0))
     same(whole[1], kmeans_step(x, x[:, :5]))
     maps = pyramid(8)

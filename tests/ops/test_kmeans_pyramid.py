@@ -50,9 +50,10 @@ def test_levels_of_few_cells_and_many_channels_are_rank_reduced_exactly(metric, 
     source.prepare(metric, None)
     assert [level.channels for level in source.levels] == [10, 3]
     built = hypercolumns(maps, (8, 8))
+    n_init = 1 if flat else 2  # two runs that find the same clusters of few distinct pixels tie: rounding chooses one
     for init in ("k-means++", "random"):
-        ours = kmeans(maps, 4, size=8, seed=seed, metric=metric, init=init, n_init=2)
-        same(ours, kmeans(built, 4, seed=seed, metric=metric, init=init, n_init=2))
+        ours = kmeans(maps, 4, size=8, seed=seed, metric=metric, init=init, n_init=n_init)
+        same(ours, kmeans(built, 4, seed=seed, metric=metric, init=init, n_init=n_init))
     given = torch.randn(2, 4, 51, generator=g, dtype=torch.float64)  # in no space of the cells
     same(kmeans(maps, 4, size=8, init=given, metric=metric), kmeans(built, 4, init=given, metric=metric))
 
@@ -90,6 +91,8 @@ def test_pyramid_norms_and_pixels_are_those_of_interpolate(seed, height, width, 
     built = hypercolumns([f], (rows, columns))
     source = Pyramid([f], (rows, columns))
     every = torch.arange(rows * columns).expand(2, -1)
+    torch.testing.assert_close(source.rows(every), built)
+    source.move(None, None)
     torch.testing.assert_close(source.rows(every), built)
     torch.testing.assert_close(source.squares(), built.square().sum(2))
     mean = built.mean(1)

@@ -51,7 +51,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     subprocess.run(
         ["g++", "-std=c++17", "-O1", "-g", "-ffp-contract=off", "-fPIC", "-shared", "-DFGFAST_CUDA", "-w",
          *[f"-I{path}" for path in include], ROOT / "csrc/bindings.cpp", ROOT / "csrc/pivotal_cpu.cpp",
-         folder / "pivotal_cuda.cpp", "-o", library],
+         ROOT / "csrc/pyramid_cpu.cpp", folder / "pivotal_cuda.cpp", "-o", library],
         check=True,
     )  # fmt: skip
     spec = importlib.util.spec_from_file_location("_native", library)
@@ -85,7 +85,7 @@ def both(attention: Tensor, **options: Any) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(
     ("layers", "batch", "heads", "patches", "keep"),
-    [(3, 3, 5, 196, 0.3), (1, 2, 1, 1, 1.0), (2, 2, 3, 256, 1.0), (2, 2, 4, 289, 0.004), (1, 1, 2, 4096, 0.5)],
+    [(3, 3, 5, 196, 0.3), (1, 2, 1, 1, 1.0), (2, 2, 3, 256, 1.0), (2, 2, 4, 289, 0.004), (2, 1, 21, 4096, 0.5)],
 )
 def test_masks_are_those_of_the_cpu(
     strategy: str, layers: int, batch: int, heads: int, patches: int, keep: float
@@ -100,6 +100,7 @@ def test_dtypes_and_strides(dtype: torch.dtype) -> None:
     """Any strides are read in place."""
     x = rough(4, 3, 6, 200, seed=1).to(dtype)
     both(x[::2, :, 1::2, 4:])
+    both(x[::2, :, 1::2, 3:], keep=0.6)
     both(x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0), keep=0.7)
 
 

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fgfast.errors import UserError
 from fgfast.models.backbone import Backbone
 from fgfast.ops.kmeans import kmeans
 from fgfast.parts import clustering
@@ -67,3 +69,32 @@ def test_the_parts_of_an_image_do_not_depend_on_the_others(seed: int, metric: st
     for rank in range(4):
         assert torch.equal(cluster([rank, rank + 4]), together[rank::4])
     assert torch.equal(cluster(list(range(7, -1, -1))), together.flip(0))
+
+
+def test_the_foreground_of_the_first_stage_is_clustered_alone() -> None:
+    """Ids of both stages against two calls of k-means; an image with too small a foreground is clustered as a whole."""
+    torch.manual_seed(0)
+    encoder, images = Backbone(TINY, size=32, args={"output_stride": 8}).eval(), torch.randn(3, 3, 32, 32)
+    options: dict[str, Any] = {"size": (16, 16), "n_iter": 20, "seed": 1}
+    config = clustering.ClusteringConfig(3, levels=2, border=0.7, first_parts=4)
+    with torch.no_grad():
+        maps = encoder.pyramid(images, 2)
+    first = kmeans(maps, 4, **options).labels
+    foreground = clustering.remove_background(first, 4, 0.7) >= 0
+    assert 0 < foreground.float().mean() < 1
+    foreground |= (foreground.sum((1, 2)) < 3)[:, None, None]
+    expected = kmeans(maps, 3, weight=foreground.float(), **options).labels
+    labels, vectors = clustering.pyramid_clusters(encoder, images, config, size=16, seed=1)
+    assert torch.equal(labels, expected)
+    assert torch.equal(labels >= 0, foreground)
+    assert torch.equal(clustering.cluster_pyramid(encoder, images, config, size=16, seed=1), labels)
+    whole = clustering.ClusteringConfig(3, levels=2, border=1e-9, first_parts=4)
+    labels, vectors = clustering.pyramid_clusters(encoder, images, whole, size=16, seed=1)
+    assert (labels >= 0).all()
+    assert vectors.isfinite().all()
+
+
+def test_a_first_stage_needs_a_border() -> None:
+    """Without it every cluster would be foreground."""
+    with pytest.raises(UserError, match="--first-parts needs --border"):
+        clustering.ClusteringConfig(3, first_parts=4).check()

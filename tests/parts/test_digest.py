@@ -21,7 +21,8 @@ from fgfast.models.backbone import Backbone
 from fgfast.parts import clusters
 from fgfast.parts import discover as module
 from fgfast.parts.clustering import ClusteringConfig
-from fgfast.parts.discover import DiscoveryConfig, describe_origin, discover
+from fgfast.parts.clusters import Clusters
+from fgfast.parts.discover import DiscoveryConfig, discover
 from fgfast.parts.folder import STARTED, is_whole
 from tests.conftest import TINY
 from tests.examples import examples
@@ -54,24 +55,25 @@ def times(folder: Path) -> dict[str, int]:
 
 def test_whatever_changes_a_map_changes_the_digest(images: ImageSet) -> None:
     other: dict[str, Any] = {"n_parts": 5, "levels": 2, "metric": "cosine", "border": 1.0, "position": 1.0}
-    assert {f.name for f in fields(ClusteringConfig)} == set(other)
+    assert {f.name for f in fields(ClusteringConfig)} == {*other, "first_parts"}
     how = [replace(CLUSTERING, **{name: value}) for name, value in other.items()]
+    how.append(replace(CLUSTERING, border=1.0, first_parts=3))
     sizes = [CONFIG._replace(**{name: 32}) for name in ("image_size", "map_size", "seed")]  # type: ignore[arg-type]
     grey, buffer = network(), network()
     grey.grey = True
     next(buffer.net.buffers()).add_(1)
     encoder = network()
     digests = [
-        describe_origin(encoder, images, CLUSTERING, CONFIG).digest,
-        *(describe_origin(encoder, images, c, CONFIG).digest for c in how),
-        *(describe_origin(encoder, images, CLUSTERING, c).digest for c in (*sizes, CONFIG._replace(network="x"))),
-        *(describe_origin(e, images, CLUSTERING, CONFIG).digest for e in (network(1), grey, buffer)),
-        describe_origin(encoder, images.subset(range(6)), CLUSTERING, CONFIG).digest,
-        describe_origin(encoder, replace(images, banner=3), CLUSTERING, CONFIG).digest,
+        Clusters(encoder, CLUSTERING, CONFIG).origin(images).digest,
+        *(Clusters(encoder, c, CONFIG).origin(images).digest for c in how),
+        *(Clusters(encoder, CLUSTERING, c).origin(images).digest for c in (*sizes, CONFIG._replace(network="x"))),
+        *(Clusters(e, CLUSTERING, CONFIG).origin(images).digest for e in (network(1), grey, buffer)),
+        Clusters(encoder, CLUSTERING, CONFIG).origin(images.subset(range(6))).digest,
+        Clusters(encoder, CLUSTERING, CONFIG).origin(replace(images, banner=3)).digest,
     ]
     assert len(set(digests)) == len(digests)
     moved = replace(images, root=Path("elsewhere"))
-    assert describe_origin(network(), moved, CLUSTERING, CONFIG._replace(run="b", threads=2)).digest == digests[0]
+    assert Clusters(network(), CLUSTERING, CONFIG._replace(run="b", threads=2)).origin(moved).digest == digests[0]
 
 
 @examples(100)

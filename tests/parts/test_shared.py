@@ -211,7 +211,7 @@ def test_a_run_with_shared_ids_resumes_and_shows_the_best_examples(drawn: Path, 
     assert read_centroids(run / "parts_0", digests[1]) is None
     cpu = torch.device("cpu")
     written = [path.name for path in draw_run(run, drawn, device=cpu)]
-    assert written == ["parts.png", "views.png", "part-examples.png", "neighbours.png"]
+    assert written == ["parts.png", "views.png", "part-examples.png", "pca.png", "neighbours.png"]
     draw_run(run, drawn, checkpoint="init", device=cpu)
     assert (run / "pictures" / "part-examples-init.png").is_file()
     (run / "parts_1" / CENTROIDS).unlink()

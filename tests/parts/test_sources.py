@@ -1,11 +1,11 @@
 """Sources of parts other than clusters: cells of key points, segments of even colour, saliency."""
 
-import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,8 +18,10 @@ from fgfast.data.imageset import ImageSet
 from fgfast.data.layouts import open_images
 from fgfast.data.maps import read_map, read_maps_info
 from fgfast.errors import UserError
+from fgfast.methods.part_sources import Parts
 from fgfast.methods.particle import PARTICLE, PARTICLEConfig
 from fgfast.models.backbone import Backbone
+from fgfast.parts import sources
 from fgfast.parts.discover import write_maps
 from fgfast.parts.keypoints import KeyPoints, cells, check_points, count_points
 from fgfast.parts.saliency import Saliency, foreground, saliency_of
@@ -31,7 +33,6 @@ from tests.data.trees import nabirds
 from tests.examples import examples
 
 CONFIG = DiscoveryConfig(image_size=64, map_size=16, run="a test", threads=1)
-PHOTOGRAPHS = os.environ.get("FGFAST_TEST_DATA")
 
 
 def image_set(root: Path, sizes: list[tuple[int, int]], orientation: int = 1, banner: int = 0) -> ImageSet:
@@ -95,11 +96,9 @@ def test_an_image_without_a_visible_point_has_no_parts(tmp_path: Path) -> None:
     assert (label(KeyPoints(2, CONFIG), replace(images, keypoints=points))[1] == 1).all()
 
 
-@pytest.mark.skipif(PHOTOGRAPHS is None, reason="FGFAST_TEST_DATA names no folder of photographs")
-def test_key_points_of_cub_are_in_their_own_cells(tmp_path: Path) -> None:
+def test_key_points_of_cub_are_in_their_own_cells(photographs: ImageSet, tmp_path: Path) -> None:
     """Unless the centre of the pixel is nearer to another visible point; outside the box there is no part."""
-    images = open_images(Path(str(PHOTOGRAPHS)) / "CUB_200_2011_first50")
-    images = images.subset(np.arange(0, len(images), 60))
+    images = photographs.subset(np.arange(0, len(photographs), 60))
     assert images.keypoints is not None
     assert images.boxes is not None
     out = write_maps(KeyPoints(count_points(images), CONFIG._replace(map_size=64)), images, tmp_path / "maps")
@@ -192,8 +191,8 @@ def test_the_foreground_has_the_best_threshold(seed: int) -> None:
     values, above = saliency[0].flatten().double(), foreground(saliency, 9)[0].flatten().bool()
 
     def between(split: torch.Tensor) -> float:
-        share = split.double().mean()
-        return float(share * (1 - share) * (values[split].mean() - values[~split].mean()) ** 2)
+        fraction = split.double().mean()
+        return float(fraction * (1 - fraction) * (values[split].mean() - values[~split].mean()) ** 2)
 
     best = max(between(values > t) for t in values[values < values.max()])
     assert between(above) >= best * (1 - 0.02)
@@ -294,9 +293,11 @@ def test_passes_before_training_are_those_of_the_network(drawn: Path, tmp_path: 
     images, found = open_images(drawn).train_set(), {}
     for parts in ("keypoints", "felzenszwalb", "saliency", "discovered"):
         method = PARTICLE(particle(drawn, tmp_path, parts=parts, n_parts=4))
-        method.check_training_set(images)
-        found[parts] = method.passes_to_prepare
+        found[parts] = method.passes_before_round(len(images)) / len(images)
     assert found == {"keypoints": 0, "felzenszwalb": 0, "saliency": 4, "discovered": 4}
+    shared = PARTICLE(particle(drawn, tmp_path, ids="set", n_parts=4))
+    assert shared.passes_before_round(18) == 2 * 18 * 4  # all of 18 images are sampled
+    assert shared.passes_before_round(16_384) == (16_384 + 4096) * 4  # a quarter, with the parts that are wanted
 
 
 def test_a_set_without_boxes_has_cells_everywhere_and_that_is_said(
@@ -327,3 +328,13 @@ def test_a_file_of_hidden_points_ends_a_run_before_it_writes(drawn: Path, tmp_pa
     with pytest.raises(UserError, match=r"^No key point of any training image of CUB-200-2011 in .* is visible"):
         pretrain("particle", particle(tmp_path / "set", tmp_path / "run", parts="keypoints"))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_readme_describes_every_source() -> None:
+    file = Path(sources.__file__).with_name("README.md")
+    text = file.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \|", text, re.M)
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set(get_args(Parts))
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+    assert [target for target in targets if not (file.parent / target).exists()] == []
+    assert [line for line in text.splitlines() if len(line) > 120] == []

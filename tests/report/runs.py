@@ -67,6 +67,7 @@ def make_run(run: Path) -> Path:
     painted = [overlay(waves(i), labels) for i in range(8)]
     panels = [Panel(image, f"bird {i}") for i, image in enumerate(painted)]
     write_grid(in_rows(panels, 4), run / "parts.png", description="Parts found in eight images")
+    write_grid(in_rows([*panels, *panels], 8), run / "parts-init.png", description="Parts found in eight images")
     write_grid(in_rows(panels[:4], 4), run / "pictures" / "views.png")
     save_png(waves(9), run / "pictures" / "nearest_neighbours.png")
     return run

@@ -3,10 +3,13 @@
 import json
 import os
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("jinja2")
 
@@ -71,7 +74,9 @@ def test_a_complete_run_has_every_section(run: Path) -> None:
     assert "+23.6" in page.text
     assert "n_parts" in page.text
     assert "torch" in page.text
-    assert len(page.images()) == 4  # parts, two other figures, curves
+    assert len(page.images()) == 8 + 4 + 1 + 16  # parts, two figures of the method, parts before training
+    assert [tag for tag, _ in page.tags].count("svg") == 9
+    assert "Worth a look" not in page.text
     assert "Notes" not in page.text
 
 
@@ -81,14 +86,18 @@ def test_the_page_is_self_contained(run: Path) -> None:
     for tag, attributes in page.tags:
         assert tag not in ("script", "link", "iframe", "object")
         for name in ("src", "href", "srcset", "data"):
-            assert re.match(r"data:image/png;base64,", attributes.get(name) or "data:image/png;base64,")
-    assert not re.search(r"url\(|@import|https?:", text)
+            assert re.match(r"data:image/webp;base64,", attributes.get(name) or "data:image/webp;base64,")
+    assert not re.search(r"url\((?!#)|@import|https?:", text)
 
 
 def test_every_image_has_an_alt_text(run: Path) -> None:
-    images = read(write_report(run)).images()
-    assert all(image["alt"] for image in images)
-    assert "Parts found in eight images" in [image["alt"] for image in images]
+    page = read(write_report(run))
+    alt = [image["alt"] for image in page.images()]
+    assert all(alt)
+    assert {"bird 3", "Nearest neighbours"} <= set(alt)  # an image with a caption, a figure without
+    charts = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert {chart["role"] for chart in charts} == {"img"}
+    assert "kNN accuracy over steps 100 to 600: from 15.5 to 26.1" in [chart["aria-label"] for chart in charts]
 
 
 def test_the_page_has_a_dark_style(run: Path) -> None:
@@ -104,7 +113,7 @@ def test_captions_settings_and_names_are_escaped(run: Path) -> None:
     path = write_report(run)
     page = read(path)
     assert not {"script", "b", "i"} & {tag for tag, _ in page.tags}
-    # Title of the page, heading, subtitle, caption, two settings, protocol and checkpoint.
+    # Title of the page, heading, subtitle, title of a figure, two settings, protocol and checkpoint.
     assert page.text.count(evil) == 8
     assert evil in [image["alt"] for image in page.images()]
 
@@ -113,7 +122,7 @@ def test_captions_settings_and_names_are_escaped(run: Path) -> None:
 def test_a_missing_file_is_left_out(run: Path, missing: str) -> None:
     os.rename(run / missing, run.parent / "elsewhere")
     page = read(write_report(run))
-    sections = {"config.toml": "Settings", "eval.json": "Results", "metrics.jsonl": "Training curves"}
+    sections = {"config.toml": "Settings", "eval.json": "Results", "metrics.jsonl": "Waiting for data"}
     for name, heading in sections.items():
         assert (heading in page.text) == (name != missing)
 
@@ -164,8 +173,35 @@ def test_lines_that_are_not_rows_are_reported(tmp_path: Path) -> None:
 def test_a_truncated_figure_is_left_out_and_named(run: Path) -> None:
     (run / "pictures" / "views.png").write_bytes((run / "pictures" / "views.png").read_bytes()[:500])
     page = read(write_report(run))
-    assert len(page.images()) == 3
+    assert len(page.images()) == 8 + 1 + 16
     assert "pictures/views.png is not a readable PNG" in page.text
+
+
+def test_figures_of_both_checkpoints_are_one_comparison(run: Path) -> None:
+    assert [tag for tag, _ in read(write_report(run)).tags].count("h4") == 2
+    (run / "parts.png").unlink()
+    assert "h4" not in [tag for tag, _ in read(write_report(run)).tags]
+
+
+def test_what_is_off_is_said_beside_its_chart_and_above(run: Path) -> None:
+    rows = [row | {"data_wait": 0.2} for row in runs.metrics() if "loss" in row]
+    runs.write_jsonl(run / "metrics.jsonl", rows)
+    text = read(write_report(run)).text
+    assert "Worth a look, with a note below the chart: Waiting for data." in text
+    chart = text.index("Waiting for data% of the step time")
+    assert 0 < text.index("Training waits for data for 20% of its time") - chart < text.index("Peak memory") - chart
+
+
+def test_figures_that_would_make_the_page_too_large_are_left_out_and_named(run: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(run / "pictures" / "noise0.png", compress_level=0)
+    for i in range(1, 6):
+        shutil.copy(run / "pictures" / "noise0.png", run / "pictures" / f"noise{i}.png")
+    path = write_report(run)
+    page = read(path)
+    assert path.stat().st_size < 5_000_000
+    assert "pictures/noise5.png is left out: the page would be larger than 5 MB." in page.text
+    assert "Noise0" in page.text
 
 
 def test_a_report_of_non_finite_losses_is_written(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Palette, overlays, grids and nearest neighbours."""
 
+import json
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -108,19 +110,31 @@ def test_overlay_refuses_an_invalid_id_map(labels: np.ndarray, kwargs: dict[str,
 
 def test_a_grid_has_room_for_every_row_and_caption() -> None:
     panel = Panel(grey())
-    one = compose_grid([[panel]], cell=50)
-    assert compose_grid([[panel, panel], [panel]], cell=50).shape[0] == 2 * one.shape[0]
-    assert compose_grid([[panel, panel]], cell=50).shape[1] == 2 * one.shape[1] - 4
-    one_line, two_lines = (compose_grid([[Panel(grey(), text)]], cell=50) for text in ("one", "two\nlines"))
+    one = compose_grid([[panel]], cell=50)[0]
+    assert compose_grid([[panel, panel], [panel]], cell=50)[0].shape[0] == 2 * one.shape[0]
+    assert compose_grid([[panel, panel]], cell=50)[0].shape[1] == 2 * one.shape[1] - 4
+    one_line, two_lines = (compose_grid([[Panel(grey(), text)]], cell=50)[0] for text in ("one", "two\nlines"))
     assert two_lines.shape[0] > one_line.shape[0]
-    assert compose_grid([[Panel(grey(), "word " * 500)]], cell=50).shape[0] < 150
+    assert compose_grid([[Panel(grey(), "word " * 500)]], cell=50)[0].shape[0] < 150
 
 
 def test_images_keep_their_aspect_ratio_in_a_grid() -> None:
-    out = compose_grid([[Panel(np.zeros((10, 40, 3), dtype=np.uint8))]], cell=80)
+    out = compose_grid([[Panel(np.zeros((10, 40, 3), dtype=np.uint8))]], cell=80)[0]
     dark = (out < 100).all(axis=-1)
     assert dark.any(axis=0).sum() == 80
     assert dark.any(axis=1).sum() == 20
+
+
+def test_the_boxes_of_a_grid_are_its_images(tmp_path: Path) -> None:
+    panels = [Panel(np.full((10, 10 * i, 3), 10 * i, dtype=np.uint8), f"é {i}") for i in (1, 2, 3)]
+    path = write_grid([panels[:2], panels[2:]], tmp_path / "grid.png", cell=50)
+    with Image.open(path) as image:
+        image.load()
+        boxes, pixels = json.loads(image.info["Boxes"]), np.asarray(image)
+    assert [len(row) for row in boxes] == [2, 1]
+    for panel, (left, top, width, height, caption) in zip(panels, chain(*boxes), strict=True):
+        assert (pixels[top : top + height, left : left + width] == panel.image[0, 0]).all()
+        assert (width, caption) == (50, panel.caption)
 
 
 @pytest.mark.parametrize(("rows", "cell"), [([], 50), ([[]], 50), ([[Panel(np.zeros((2, 2, 3), np.uint8))]], 3)])

@@ -1,5 +1,6 @@
 """Training curves and bar charts."""
 
+import re
 import warnings
 from pathlib import Path
 
@@ -10,12 +11,12 @@ from PIL import Image
 pytest.importorskip("matplotlib")
 
 from fgfast.report import plots
+from fgfast.report.svg import VARIABLES, svg_text
 from tests.report import runs
 
 
 def titles(rows: list[dict[str, object]]) -> list[str]:
-    figure = plots.curves(rows)
-    return [] if figure is None else [axes.get_title(loc="left") for axes in figure.axes]
+    return [chart.title for chart in plots.charts(rows)]
 
 
 def test_curves_have_a_panel_per_logged_quantity() -> None:
@@ -50,9 +51,7 @@ def test_smoothing_keeps_a_constant_and_leaves_a_gap_at_nan() -> None:
 
 
 def test_curves_are_smoothed_in_the_order_of_steps() -> None:
-    figure = plots.curves(runs.metrics(2000))
-    assert figure is not None
-    faint, line = figure.axes[0].lines
+    faint, line = plots.charts(runs.metrics(2000))[0].figure.axes[0].lines
     assert len(faint.get_xdata()) == len(line.get_xdata()) == 400
     assert np.std(np.diff(line.get_ydata())) < np.std(np.diff(faint.get_ydata()))
 
@@ -82,9 +81,7 @@ def test_bars_without_results_are_an_error() -> None:
 
 
 def test_saved_figures_are_white_pngs(tmp_path: Path) -> None:
-    figure = plots.curves(runs.metrics(100))
-    assert figure is not None
-    path = plots.save_figure(figure, tmp_path / "a" / "curves.png")
+    path = plots.save_figure(plots.bars([{"method": "simclr", "top1": 0.3}]), tmp_path / "a" / "curves.png")
     with Image.open(path) as image:
         assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
     assert [p.name for p in path.parent.iterdir()] == ["curves.png"]
@@ -101,6 +98,18 @@ def test_what_is_null_or_too_large_to_draw_leaves_a_gap() -> None:
     np.testing.assert_array_equal(values, [1.0, np.nan, 2.0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure = plots.curves(rows)
-        assert figure is not None
-        plots.png_bytes(figure)
+        (chart,) = plots.charts(rows)
+        assert "from 1 to 2" in svg_text(chart.figure, chart.alt)
+
+
+def test_charts_take_their_colours_from_the_page_and_share_no_names() -> None:
+    charts = plots.charts(runs.metrics(100))
+    texts = [svg_text(chart.figure, chart.alt) for chart in charts]
+    for text in texts:
+        assert set(re.findall(r"(?:fill|stroke): ([^;\"]*)", text)) <= {
+            "none",
+            *(f"var({v}, {c})" for c, v in VARIABLES.items()),
+        }
+    names = [name for text in texts for name in set(re.findall(r'id="([^"]*)"', text))]
+    assert len(names) == len(set(names))
+    assert ">0.0010<" in texts[charts.index(next(chart for chart in charts if chart.title == "Learning rate"))]

@@ -117,7 +117,8 @@ def test_a_lost_rank_leaves_the_checkpoint_that_has_its_state(message: str, save
     trainer = SimpleNamespace(
         ranks=Ranks(0, 2), complete=True, saved_step=2, step=3, marked=(None, {"failed": []}),
         guard=SimpleNamespace(restore=lambda: None), writer=SimpleNamespace(wait=lambda: None),
-        _write=lambda round_, of_ranks: steps.append(trainer.step),
+        gradients=SimpleNamespace(sharded=None, state=lambda optimizer: {}), optimizer=None,
+        _write=lambda *_: steps.append(trainer.step),
     )  # fmt: skip
     Trainer._save_after(trainer, RuntimeError(message), 0)  # type: ignore[arg-type]
     assert steps == saved
@@ -181,6 +182,7 @@ def test_a_second_interrupt_in_the_scores_of_ranks_ends_them(monkeypatch: pytest
     trainer = SimpleNamespace(
         step=3, ranks=Ranks(0, world), random=SimpleNamespace(kept=nullcontext), config=None,
         caught=SimpleNamespace(raised=nullcontext), method=SimpleNamespace(encoder=None, group=None),
+        _evaluated_weights=nullcontext, gradients=SimpleNamespace(whole_networks=nullcontext),
     )  # fmt: skip
     with pytest.raises(KeyboardInterrupt) if world > 1 else nullcontext():
         Trainer._evaluate(trainer, None)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,13 +25,12 @@ from fgfast.evaluate.part_discovery import score_discovery
 from fgfast.evaluate.protocols import evaluate
 from fgfast.methods.particle import PARTICLEConfig
 from fgfast.methods.run_folder import load_run_encoder, load_run_method, read_run
-from fgfast.methods.simclr import SimCLRConfig
 from fgfast.models.input_stats import stats_from_texts
 from fgfast.report.draw import draw_run
 from fgfast.run import read_state
 from fgfast.train.log import read_metrics
 from fgfast.train.loop import pretrain
-from tests.conftest import TINY
+from tests.train.short_runs import simclr_config
 
 CPU = torch.device("cpu")
 SHORT: dict[str, Any] = {
@@ -39,13 +39,7 @@ SHORT: dict[str, Any] = {
 }  # fmt: skip
 HALF = InputStats((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic")
 
-
-def config_for(data: Path, out: Path, **values: Any) -> SimCLRConfig:
-    config = SimCLRConfig(
-        data=str(data), out=str(out), model=TINY, size=32, batch_size=6, epochs=1, log_every=1, knn_every=0, hidden=16,
-        projection=8, device="cpu", threads=1, amp="off",
-    )  # fmt: skip
-    return replace(config, **values)
+config_for = partial(simclr_config, epochs=1)
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +82,7 @@ def test_what_loads_a_run_takes_them(run: Path) -> None:
     settings = {"mean": "0,0,0", "interpolation": "bilinear"}
     changed = load_run_encoder(run, "last", CPU, settings)[0].stats
     assert changed == InputStats((0.0, 0.0, 0.0), HALF.std, "bilinear")
+    assert load_run_encoder(run, "last", CPU, {"mean": "auto", "interpolation": "auto"})[0].stats == HALF
 
 
 @pytest.fixture
@@ -185,7 +180,9 @@ def test_imagenets_given_by_hand_change_no_bit(drawn: Path, tmp_path: Path) -> N
         (["--std", "1,1,0"], "A number of --std is 0.0: give more than 0"),
         (["--std", "1,1,inf"], "A number of --std is inf"),
         (["--std", "1,1"], "--std is '1,1': give three numbers"),
+        (["--mean", ""], "--mean is '': give three numbers"),
         (["--interpolation", "nearest"], "invalid choice 'nearest'"),
+        (["--interpolation", "nearest"], "'auto', 'bilinear', 'bicubic'"),
     ],
 )
 def test_impossible_statistics_end_a_command_before_anything_is_written(
@@ -204,7 +201,7 @@ def test_impossible_statistics_end_a_command_before_anything_is_written(
     [
         ("mean=0.5", "--mean is '0.5': give three numbers"),
         ("std=0,0,0", "A number of --std is 0.0"),
-        ("interpolation=area", "choose one of bilinear, bicubic."),
+        ("interpolation=area", "choose one of auto, bilinear, bicubic."),
     ],
 )
 def test_impossible_settings_of_an_evaluation_are_refused(

@@ -2,7 +2,7 @@
 
 import json
 import signal
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,22 +11,14 @@ import torch
 from fgfast.config import read_toml
 from fgfast.data.splits import training_images
 from fgfast.errors import UserError
-from fgfast.methods.simclr import SimCLRConfig
 from fgfast.train.log import read_metrics
 from fgfast.train.loop import pretrain
 from fgfast.train.signals import collect_stop_signals
 from tests.conftest import TINY
 from tests.methods.common_checks import check_exact_resume, poisoned
+from tests.train.short_runs import simclr_config
 
-
-def config_for(data: Path, out: Path, **values: object) -> SimCLRConfig:
-    return replace(
-        SimCLRConfig(
-            data=str(data), out=str(out), model=TINY, size=32, batch_size=6, epochs=2, log_every=1, knn_every=1,
-            save_every="1", hidden=16, projection=8, device="cpu", threads=1, amp="off",
-        ),
-        **values,  # type: ignore[arg-type]
-    )  # fmt: skip
+config_for = partial(simclr_config, knn_every=1, save_every="1")
 
 
 @pytest.fixture(scope="module")

@@ -21,20 +21,13 @@ from fgfast.errors import UserError
 from fgfast.methods.base import Progress
 from fgfast.methods.particle import PARTICLE, PARTICLEConfig
 from fgfast.methods.run_folder import read_run
-from fgfast.methods.simclr import SimCLR, SimCLRConfig
+from fgfast.methods.simclr import SimCLR
 from fgfast.ranks import Ranks
 from fgfast.train.log import read_metrics
 from fgfast.train.loop import pretrain
 from fgfast.train.resume import Resumed, claim_run, record_resumption
 from tests.conftest import TINY
-
-
-def config_for(data: Path, out: Path, **values: Any) -> SimCLRConfig:
-    config = SimCLRConfig(
-        data=str(data), out=str(out), model=TINY, size=32, batch_size=6, epochs=2, log_every=1, knn_every=0, hidden=16,
-        projection=8, device="cpu", threads=1, amp="off",
-    )  # fmt: skip
-    return replace(config, **values)
+from tests.train.short_runs import simclr_config as config_for
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,11 @@ from fgfast.data.layouts.aircraft import is_aircraft, read_aircraft
 from fgfast.data.layouts.cassava import read_cassava
 from fgfast.data.layouts.cub import read_cub, read_nabirds
 from fgfast.data.layouts.folders import Reader, read_folder
+from fgfast.data.layouts.huggingface import is_hugging_face, read_hugging_face
 from fgfast.data.layouts.inaturalist import FOLDERS, is_inaturalist, read_inaturalist
 from fgfast.data.layouts.matlab import read_cars, read_flowers
 from fgfast.data.layouts.pets import read_pets
+from fgfast.data.layouts.shards import is_shards, read_shards
 from fgfast.errors import UserError
 
 __all__ = ["EXTENSIONS", "EXTRA", "LAYOUTS", "ImageSet", "Layout", "open_images"]
@@ -41,6 +43,7 @@ def _has(*names: str) -> Callable[[Path], bool]:
 
 
 LAYOUTS = (
+    Layout("shards", "shards.json", is_shards, read_shards, ()),
     Layout("cassava", "class folders and extraimages/", _has("extraimages"), read_cassava, ("train", "extraimages")),
     Layout("NABirds", "images.txt and hierarchy.txt", _has("hierarchy.txt"), read_nabirds),
     Layout("CUB-200-2011", "images.txt", _has("images.txt"), read_cub),
@@ -61,6 +64,7 @@ LAYOUTS = (
     ),
     Layout("Oxford Flowers 102", "imagelabels.mat", _has("imagelabels.mat", "setid.mat"), read_flowers, ("jpg",)),
     Layout("iNaturalist", "train2018.json or train.json", is_inaturalist, read_inaturalist, FOLDERS),
+    Layout("Hugging Face", "dataset_dict.json, state.json or Parquet files", is_hugging_face, read_hugging_face, ()),
 )
 """The layouts that are identified by a file, in the order in which they are tried; image folders come last."""
 
@@ -82,12 +86,12 @@ def open_images(root: Path | str, *, level: str | None = None) -> ImageSet:
     Example:
         >>> open_images("/nowhere")
         Traceback (most recent call last):
-        fgfast.errors.UserError: The data folder /nowhere does not exist: check the path given with --data.
+        fgfast.errors.UserError: The data folder /nowhere does not exist: check the path.
     """
     root = Path(root)
     if not root.is_dir():
-        what = "is a file: give the folder of a data set" if root.exists() else "does not exist: check the path given"
-        raise UserError(f"The data folder {root} {what} with --data.")
+        what = "is a file: give the folder of a data set" if root.exists() else "does not exist: check the path"
+        raise UserError(f"The data folder {root} {what}.")
     if level is not None:
         return _read_level(root, level)
     read = _reader_of(root)

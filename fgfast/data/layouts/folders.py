@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fgfast.data.imageset import ImageSet, LeftOut, entries, images_below, linked_images
+from fgfast.data.imageset import UNLABELLED, ImageSet, LeftOut, entries, images_below, linked_images
 from fgfast.errors import UserError
 
 MASKS = "part_masks"
@@ -107,6 +107,11 @@ def left_out(root: Path, reasons: dict[str, str]) -> tuple[LeftOut, ...]:
     """The folders in ``root`` that hold images and are left out, with the reason for each."""
     counts = {name: len(images_below(root / name)) for name in reasons}
     return tuple(LeftOut(f"{name}/", counts[name], reason) for name, reason in reasons.items() if counts[name])
+
+
+def split_of(name: str) -> str | None:
+    """The split that a name stands for, "train", "val" or "test", with any prefix; None if it stands for none."""
+    return next((kind for kind, pattern in _SPLITS.items() if pattern.fullmatch(name)), None)
 
 
 def _by_split(folders: list[str]) -> dict[str, list[str]]:
@@ -233,7 +238,7 @@ def _read_nested(
 
 
 def _read_images(root: Path, images: list[str]) -> ImageSet:
-    found = image_set(root, [({"unlabelled": images}, True)])
+    found = image_set(root, [({UNLABELLED: images}, True)])
     return replace(found, left_out=_unread_lists(root), source=f"image folder {root}")
 
 

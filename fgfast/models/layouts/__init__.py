@@ -6,9 +6,9 @@ padding or epsilon, and the same tensors.
 
 from fgfast.models.layouts.convnets import CONVNETS
 from fgfast.models.layouts.mobile import MOBILE
-from fgfast.models.layouts.rules import TIMM, Layout, Rule, Way, count_blocks, describe_names
+from fgfast.models.layouts.rules import TIMM, Layout, Way, count_blocks, describe_names
 from fgfast.models.layouts.vits import VITS
 
 LAYOUTS: tuple[Layout, ...] = (TIMM, *CONVNETS, *MOBILE, *VITS)
 
-__all__ = ["LAYOUTS", "TIMM", "Layout", "Rule", "Way", "count_blocks", "describe_names"]
+__all__ = ["LAYOUTS", "TIMM", "Layout", "Way", "count_blocks", "describe_names"]

@@ -72,7 +72,8 @@ def register_autograd(forward: Any, backward: Any, definition: Callable[..., Ten
 
     def compute_gradients(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, lse, count = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[i] for i in POSITIONS]
+        needed = ctx.needs_input_grad
+        needs = [needed[i] for i in POSITIONS]
         input_grads: list[Tensor | None] = [None] * (len(inputs) + len(ctx.options))
         if transformed(grad):
             given, losses = as_function(definition, [*inputs, *ctx.options])

@@ -12,10 +12,13 @@ from fgfast.tensors import check_integers, check_tensor, shape_error, untransfor
 NEGATIVES = ("all", "other_images", "same_image")
 REDUCTIONS = ("mean", "mean_valid", "sum", "none")
 PRECISIONS = ("ieee", "tf32")
+ID_NAMES = tuple(f"{side}_ids.{field}" for side in ("query", "key") for field in Ids._fields)
 
 
 def as_ids(name: str, ids: Ids) -> Ids:
     """``ids``, or any tuple or list (image, part, view), as Ids."""
+    if type(ids) is Ids:
+        return ids
     if not isinstance(ids, tuple | list) or len(ids) != 3:
         raise TypeError(f"{name} is not (image, part, view): give an fgfast.Ids of three integer tensors.")
     return Ids(*ids)
@@ -63,19 +66,17 @@ def check_operands(
         if x.shape[1] != query.shape[1]:
             raise ValueError(f"{name} has {x.shape[1]} channels and query has {query.shape[1]}: they must agree.")
     check_alike(**vectors)
-    per_row: dict[str, tuple[Tensor, int]] = {}
-    for side, ids, n in (("query", query_ids, len(query)), ("key", key_ids, len(key))):
-        for field, x in zip(Ids._fields, ids, strict=True):
-            check_integers(f"{side}_ids.{field}", x)
-            per_row[f"{side}_ids.{field}"] = (x, n)
+    m, t, device = query.shape[0], key.shape[0], query.device
+    per_row = list(zip(ID_NAMES, (*query_ids, *key_ids), (m, m, m, t, t, t), strict=True))
+    for name, x, _ in per_row:
+        check_integers(name, x)
     if weight is not None:
-        per_row["weight"] = (weight, len(query))
-    for name, (x, n) in per_row.items():
+        per_row.append(("weight", weight, m))
+    for name, x, n in per_row:
         if x.shape != (n,):
             raise shape_error(name, f"[{n}]", x)
-    for name, (x, _) in per_row.items():
-        if x.device != query.device:
-            raise ValueError(f"{name} is on {x.device} and query on {query.device}: move it there.")
+        if x.device != device:
+            raise ValueError(f"{name} is on {x.device} and query on {device}: move it there.")
     if isinstance(temperature, Tensor):
         if temperature.dim() != 0 or not temperature.is_floating_point():
             shape = list(temperature.shape)
@@ -84,7 +85,7 @@ def check_operands(
             )
         if temperature.device not in (query.device, torch.device("cpu")):
             raise ValueError(f"temperature is on {temperature.device} and query on {query.device}: move it there.")
-    elif not isinstance(temperature, Real) or not 0 < temperature < math.inf:
+    elif not isinstance(temperature, float | Real) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature!r}: give a finite number above 0.")
     if values_checked(untransformed(query)):
         _check_values(query_ids, key_ids, temperature, weight)

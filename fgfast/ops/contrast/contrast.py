@@ -128,7 +128,8 @@ def contrastive_loss(
             )
         name = resolve("contrastive_loss over a group", backend, preference("contrast", query, ("torch",)))
         return ring_contrast(operands, weight, reduction, group, name)
-    small = len(query) * (len(key) + (0 if bank is None else len(bank))) <= BREAK_EVEN
+    columns = key.shape[0] + (0 if bank is None else bank.shape[0])
+    small = query.shape[0] * columns <= BREAK_EVEN
     on_cpu = ("reference", "torch") if small and not readable(query) else ("torch", "reference")
     name = resolve("contrastive_loss", backend, preference("contrast", query, on_cpu))
     if by_definition or name == "reference":
@@ -144,7 +145,7 @@ def contrastive_loss(
         loss, count = DenseContrast.apply(*operands.flat())
     else:  # reaches kernels.contrast.launch.forward (triton) or tiled.forward_tiles (torch), by _contrast below
         loss, _, count = _contrast(*operands.flat(), name)
-    return reference.reduce(loss, count > 0, weight, reduction)
+    return reference.reduce(loss, count, weight, reduction)
 
 
 class _Problem:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fgfast.backend import check_triton, preference, resolve
+from fgfast.backend import check_triton, missing, preference, resolve
 from fgfast.ops.kmeans.checks import (
     BACKENDS,
     METRICS,
@@ -32,6 +32,7 @@ from fgfast.ops.kmeans.checks import (
 from fgfast.ops.kmeans.lloyd import lloyd
 from fgfast.ops.registration import operation
 from fgfast.pixels.init import start
+from fgfast.pixels.native import NativePyramid
 from fgfast.pixels.options import KMeansOptions
 from fgfast.pixels.pyramid import Pyramid
 from fgfast.pixels.result import LloydResult, best_of
@@ -43,7 +44,10 @@ MOST_OF_MAPS = 256  # clusters of a list of maps that the Triton kernels take
 
 
 class KMeansResult(NamedTuple):
-    """centroids [B, K, D], labels int64, counts float32 [B, K], inertia float32 [B], n_iter int32 [B]."""
+    """What `kmeans` returns.
+
+    Centroids [B, K, D], labels int64, counts float32 [B, K], inertia float32 [B], n_iter int32 [B].
+    """
 
     centroids: Tensor
     labels: Tensor
@@ -125,7 +129,8 @@ def _kmeans(
         for b in starts:
             part = slice(b, b + starts.step)
             maps = [m[part] for m in xs]
-            source = Dense(maps[0].flatten(2)) if size is None else Pyramid(maps, (size[0], size[1]))
+            of_maps = NativePyramid if backend == "native" else Pyramid
+            source = Dense(maps[0].flatten(2)) if size is None else of_maps(maps, (size[0], size[1]))
             w, c = (None if t is None else t[part] for t in (weight, first))
             result = _solve(source, w, seed, options._replace(first=c))
             for out, value in zip(outs, result, strict=True):
@@ -204,8 +209,8 @@ def kmeans(
             draws one.
         precision: "ieee" or "tf32": how float32 products are made on a GPU.
         deterministic: False lets the Triton kernel add sums with atomics; everything else has a fixed order anyway.
-        backend: "torch", "reference" or "triton" (of a list of maps up to 256 clusters); strict. None follows
-            `use_backend`.
+        backend: "torch", "reference", "triton" (of a list of maps up to 256 clusters) or "native" (compiled, of a list
+            of maps on a CPU, not float64); strict. None follows `use_backend`, and takes "native" where it can.
 
     Returns:
         KMeansResult: centroids [B, K, D] float32 (float64 for float64), labels int64 in the spatial shape of x (-1
@@ -263,6 +268,8 @@ def kmeans(
     op, backends = "kmeans", preference("kmeans", xs[0])
     if full is not None and n_clusters > MOST_OF_MAPS:
         op, backends = f"kmeans of a list of maps in {n_clusters} clusters", BACKENDS
+    if full is not None and device.type == "cpu" and xs[0].dtype != torch.float64:
+        backends = ("native", *backends) if missing("native") is None else (*backends, "native")
     which = resolve(op, backend, backends)
     if which == "reference" and not transformed(*xs, first, w):
         if w is not None:

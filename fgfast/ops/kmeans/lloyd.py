@@ -26,10 +26,9 @@ def _relocate_empty(
     return sums, counts + w - torch.bmm(donors.transpose(1, 2), w[..., None])[..., 0]
 
 
-def _means(source: PixelSource, sums: Tensor, counts: Tensor, before: Tensor) -> Tensor:
-    full = (counts > 0)[..., None]
-    means = sums / torch.where(full, counts[..., None], 1)
-    return torch.where(full, F.normalize(means, dim=2, eps=EPS) if source.cosine else means, before)
+def _means(source: PixelSource, sums: Tensor, counts: Tensor) -> Tensor:
+    means = sums / counts[..., None]
+    return F.normalize(means, dim=2, eps=EPS) if source.cosine else means
 
 
 def lloyd(source: PixelSource, centroids: Tensor, n_iter: int, tol: float, empty: str) -> LloydResult:
@@ -39,19 +38,22 @@ def lloyd(source: PixelSource, centroids: Tensor, n_iter: int, tol: float, empty
     look at the values, the loop then ends early.
     """
     host = source.device.type == "cpu"
-    limit = tol * source.variance()
+    limit = tol * source.variance() if tol else 0.0
     done = torch.zeros(source.batch, dtype=torch.bool, device=source.device)
     steps = torch.zeros(source.batch, dtype=torch.int32, device=source.device)
-    labels_before, fresh = None, False
+    labels_before, fresh, alone = None, False, host and source.batch == 1
     for _ in range(n_iter):
         labels, near, sums, counts = source.step(centroids)
-        if empty == "farthest" and not (host and bool((counts > 0).all())):
-            moved = _means(source, *_relocate_empty(source, labels, near, sums, counts), centroids)
+        if host and bool((counts > 0).all()):
+            moved = _means(source, sums, counts)
         else:
-            moved = _means(source, sums, counts, centroids)
+            if empty == "farthest":
+                sums, counts = _relocate_empty(source, labels, near, sums, counts)
+            full = counts > 0
+            moved = torch.where(full[..., None], _means(source, sums, torch.where(full, counts, 1)), centroids)
         shift = (moved - centroids).square().sum((1, 2))
         steps += ~done
-        before, centroids = centroids, torch.where(done[:, None, None], centroids, moved)
+        before, centroids = centroids, moved if alone else torch.where(done[:, None, None], centroids, moved)
         done = done | (shift <= limit)
         if labels_before is not None:
             done = done | (labels == labels_before).all(1)

@@ -25,7 +25,10 @@ from fgfast.tensors import accumulation, check_weight, exact, transformed
 
 
 class KMeansStep(NamedTuple):
-    """labels int64, sums [B, K, D] (of unit vectors for cosine), counts float32 [B, K], inertia float32 [B]."""
+    """What `kmeans_step` returns.
+
+    Labels int64, sums [B, K, D] (of unit vectors for cosine), counts float32 [B, K], inertia float32 [B].
+    """
 
     labels: Tensor
     sums: Tensor

@@ -1,0 +1,1 @@
+"""Shards: tar files of images in the WebDataset convention, with an index of where each image lies."""

@@ -1,0 +1,295 @@
+"""Options for refining pretrained networks: frozen BatchNorm, rates by layer, held encoders, averages, statistics."""
+
+import copy
+import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fgfast.config import validate
+from fgfast.data.splits import training_images
+from fgfast.errors import UserError
+from fgfast.methods.base import method_class
+from fgfast.methods.lcr import LCR, LCRConfig
+from fgfast.methods.mocov3 import MoCoV3Config
+from fgfast.methods.run_folder import load_run_encoder
+from fgfast.methods.simclr import SimCLRConfig
+from fgfast.methods.srgan import SRGAN
+from fgfast.models.frozen import freeze_batch_norm
+from fgfast.models.rationale import RationaleEncoder
+from fgfast.models.stages import last_stages
+from fgfast.run import load_checkpoint
+from fgfast.train.average import WeightAverage, take_clean_statistics
+from fgfast.train.groups import parameter_groups, set_rates
+from fgfast.train.loop import pretrain
+from fgfast.train.optim import make_optimizer
+from tests.conftest import TINY
+from tests.methods.common_checks import check_exact_resume
+from tests.methods.method_cases import build
+from tests.train.short_runs import simclr_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def start(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run, whose weights and statistics others start from."""
+    return pretrain("simclr", simclr_config(drawn, tmp_path_factory.mktemp("start") / "run", lr=1e-2))
+
+
+def statistics(net: nn.Module) -> dict[str, torch.Tensor]:
+    """The running statistics of a network, by name."""
+    return {name: x for name, x in net.state_dict().items() if "running" in name}
+
+
+def test_frozen_statistics_stay_and_the_weights_learn(drawn: Path, start: Path, tmp_path: Path) -> None:
+    run = pretrain("simclr", simclr_config(drawn, tmp_path / "run", init=str(start), freeze_bn=True))
+    before, after = (load_run_encoder(folder, "last", CPU)[0].net for folder in (start, run))
+    for name, value in statistics(before).items():
+        assert torch.equal(statistics(after)[name], value), name
+    assert not torch.equal(after.conv1[0].weight, before.conv1[0].weight)
+
+
+def test_without_it_they_move(drawn: Path, start: Path, tmp_path: Path) -> None:
+    run = pretrain("simclr", simclr_config(drawn, tmp_path / "run", init=str(start)))
+    before, after = (statistics(load_run_encoder(folder, "last", CPU)[0].net) for folder in (start, run))
+    assert not any(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, partial(nn.BatchNorm1d, affine=False)])
+def test_a_frozen_norm_is_that_of_evaluation(kind: type[nn.Module]) -> None:
+    norm, x = kind(3), torch.randn(5, 3)
+    norm(x)
+    expected = copy.deepcopy(norm).eval()(x)
+    frozen = freeze_batch_norm(norm).train()
+    assert torch.equal(frozen(x), expected)
+    assert torch.equal(copy.deepcopy(frozen).train()(x), expected)
+    assert [*frozen.state_dict()] == [*kind(3).state_dict()]
+
+
+def test_a_norm_without_statistics_is_left_alone() -> None:
+    norm = freeze_batch_norm(nn.BatchNorm1d(2, track_running_stats=False))
+    assert type(norm) is nn.BatchNorm1d
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"freeze_bn": True}, "--freeze-bn keeps the statistics of initial weights"),
+        ({"freeze_bn": True, "init": "x", "sync_bn": True}, "--sync-bn"),
+        ({"freeze_bn": True, "init": "x", "clean_stats": 10}, "--clean-stats"),
+        ({"clean_stats": 1}, "--clean-stats is 1, and one image has no variance: give 2 or more, or leave it out."),
+        ({"layer_decay": 0.0}, "--layer-decay is 0.0"),
+        ({"encoder_rate": 0.0}, "--encoder-rate is 0.0"),
+        ({"average": 1.0}, "--average is 1.0"),
+        ({"head_warmup": 1.5}, "--head-warmup is 1.5"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        validate(replace(SimCLRConfig(data="d", out="o"), **options))
+
+
+def test_rates_fall_with_the_depth_of_the_layer() -> None:
+    config = SimCLRConfig(model=TINY, size=32, hidden=16, projection=8, layer_decay=0.5, lr=1.0, warmup=0.0)
+    method = method_class("simclr")(config)
+    optimizer = make_optimizer(method, config)
+    set_rates(optimizer, config, 0, 10)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    net = method.encoder.net
+    stages = [rates[id(next(stage.parameters()))] for stage in (net.conv1, net.layer1, net.layer2, net.layer3)]
+    assert stages == sorted(set(stages))
+    assert rates[id(next(method.projector.parameters()))] == 1.0
+    assert len(rates) == len(list(method.parameters()))
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_the_encoder_has_a_rate_of_its_own(decay: float) -> None:
+    config = SimCLRConfig(model=TINY, size=32, hidden=16, projection=8, layer_decay=decay, lr=1.0, warmup=0.0)
+    rates = []
+    for ratio in (1.0, 0.1):
+        chosen = replace(config, encoder_rate=ratio)
+        method = method_class("simclr")(chosen)
+        optimizer = make_optimizer(method, chosen)
+        set_rates(optimizer, chosen, 0, 10)
+        found = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        rates.append({name: found[id(p)] for name, p in method.named_parameters()})
+    plain, slower = rates
+    for name, rate in plain.items():
+        assert slower[name] == pytest.approx(0.1 * rate if name.startswith("encoder.") else rate), name
+
+
+def test_by_default_there_are_the_two_groups_of_earlier_checkpoints() -> None:
+    config = SimCLRConfig(model=TINY, size=32, hidden=16, projection=8)
+    groups = parameter_groups(method_class("simclr")(config), config)
+    assert [set(group) for group in groups] == [{"params", "weight_decay"}] * 2
+
+
+def test_the_encoder_is_held_while_the_heads_warm_up(drawn: Path, tmp_path: Path) -> None:
+    config = simclr_config(drawn, tmp_path / "run", epochs=2, head_warmup=0.5, weight_decay=0.1)
+    pretrain("simclr", replace(config, epochs=2, out=str(tmp_path / "whole")))
+    states = [load_checkpoint(tmp_path / "whole" / f"{name}.pt", "simclr")["method"] for name in ("init", "last")]
+    weight = "encoder.net.conv1.0.weight"
+    assert not torch.equal(states[0][weight], states[1][weight])
+    method = method_class("simclr")(config)
+    optimizer = make_optimizer(method, config)
+    for step, held in ((0, True), (4, True), (5, False)):
+        set_rates(optimizer, config, step, 10)
+        of_encoder = {group["lr"] for group in optimizer.param_groups if group["encoder"]}
+        of_heads = {group["lr"] for group in optimizer.param_groups if not group["encoder"]}
+        assert (of_encoder == {0.0}) == held
+        assert min(of_heads) > 0
+
+
+def test_the_average_follows_its_recurrence() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    average = WeightAverage(net, 0.9)
+    expected = net[0].weight.detach().clone()
+    for _ in range(3):
+        with torch.no_grad():
+            net[0].weight.add_(1)
+        average.update()
+        expected = 0.9 * expected + 0.1 * net[0].weight.detach()
+    own = net[0].weight.detach().clone()
+    with average.in_use():
+        torch.testing.assert_close(net[0].weight.detach(), expected)
+    assert torch.equal(net[0].weight, own)
+
+
+def test_the_average_is_what_is_evaluated_and_exported(drawn: Path, tmp_path: Path) -> None:
+    run = pretrain("simclr", simclr_config(drawn, tmp_path / "run", average=0.9))
+    state = load_checkpoint(run / "last.pt", "simclr")
+    net = load_run_encoder(run, "last", CPU)[0].net
+    name = "conv1.0.weight"
+    assert torch.equal(net.state_dict()[name], state["average"][name])
+    assert not torch.equal(state["method"][f"encoder.net.{name}"], state["average"][name])
+    from safetensors.torch import load_file
+
+    assert torch.equal(load_file(run / "encoder.safetensors")[name], state["average"][name])
+
+
+def test_the_average_is_what_lcr_evaluates() -> None:
+    method = LCR(LCRConfig(model=TINY, size=64, base="byol", hidden=16, projection=8))
+    average = {name: x + 1 for name, x in method.encoder.net.state_dict().items()}
+    checkpoint = {"name": "lcr", "step": 1, "method": method.state_dict(), "average": average}
+    stored = method.stored_encoder(method.config, checkpoint)
+    torch.testing.assert_close(stored.net.state_dict(), average)
+
+
+def test_srgan_freezes_its_encoder_and_has_no_average() -> None:
+    config = build("srgan").config
+    norms = [
+        m for m in SRGAN(replace(config, freeze_bn=True)).train().encoder.modules() if isinstance(m, nn.BatchNorm2d)
+    ]
+    assert norms
+    assert not any(norm.training for norm in norms)
+    with pytest.raises(UserError, match="leave --average out"):
+        SRGAN(replace(config, average=0.9))
+
+
+def test_clean_statistics_of_single_images_change_nothing(drawn: Path, tmp_path: Path) -> None:
+    config = simclr_config(drawn, tmp_path / "run", clean_stats=3)
+    encoder = method_class("simclr")(config).encoder
+    before = {name: x.clone() for name, x in statistics(encoder.net).items()}
+    assert take_clean_statistics(encoder, training_images(config)[0], replace(config, batch_size=1), CPU) == 0
+    assert all(torch.equal(x, before[name]) for name, x in statistics(encoder.net).items())
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_clean_statistics_of_attention_are_new_only_where_it_is_used(
+    weighted: bool, drawn: Path, tmp_path: Path
+) -> None:
+    encoder = RationaleEncoder(TINY, size=64, weighted=weighted)
+    norm = encoder.rationale[1]
+    assert isinstance(norm, nn.BatchNorm2d)
+    norm.running_mean.fill_(9.0)
+    config = simclr_config(drawn, tmp_path / "run", clean_stats=4, size=64)
+    assert take_clean_statistics(encoder, training_images(config)[0], config, CPU) > 0
+    assert bool((norm.running_mean == 9.0).all()) != weighted
+    assert bool(norm.running_mean.any())
+
+
+def test_clean_statistics_are_those_of_whole_images(drawn: Path, tmp_path: Path) -> None:
+    run = pretrain("simclr", simclr_config(drawn, tmp_path / "run", clean_stats=12, batch_size=6))
+    encoder, config = load_run_encoder(run, "last", CPU)
+    found = {name: x.clone() for name, x in statistics(encoder.net).items()}
+    assert take_clean_statistics(encoder, training_images(config)[0], config, CPU) > 0
+    for name, value in statistics(encoder.net).items():
+        torch.testing.assert_close(value, found[name], rtol=1e-4, atol=1e-5)
+    first = next(m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d))
+    assert first.momentum == 0.1
+    assert not first.training
+
+
+@pytest.mark.parametrize(
+    "options", [{"average": 0.9}, {"clean_stats": 12}, {"layer_decay": 0.7, "head_warmup": 0.3, "average": 0.5}]
+)
+def test_a_resumed_refinement_equals_an_uninterrupted_one(
+    drawn: Path, tmp_path: Path, options: dict[str, float]
+) -> None:
+    resumed = check_exact_resume("simclr", simclr_config(drawn, tmp_path, **options), tmp_path, stop_after=4)
+    runs = (load_checkpoint(folder / "last.pt", "simclr") for folder in (resumed, tmp_path / "uninterrupted"))
+    one, other = (run.get("average", {}) for run in runs)
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"average": 0.9}, {"layer_decay": 0.7}])
+def test_other_options_of_refinement_on_resume_are_refused(
+    drawn: Path, tmp_path: Path, options: dict[str, float]
+) -> None:
+    run = pretrain("simclr", simclr_config(drawn, tmp_path / "run"))
+    with pytest.raises(UserError, match=re.escape("config.toml")):
+        pretrain("simclr", simclr_config(drawn, run, resume=True, epochs=3, **options))
+
+
+@pytest.mark.parametrize("stages", ["1", "2"])
+def test_held_stages_stay_and_the_last_learn(stages: str, drawn: Path, start: Path, tmp_path: Path) -> None:
+    run = pretrain("simclr", simclr_config(drawn, tmp_path / "run", init=str(start), stages=stages))
+    before, after = (load_run_encoder(folder, "last", CPU)[0] for folder in (start, run))
+    learning = last_stages(before, stages)
+    assert 0 < len(learning) < len([*before.net.named_parameters()])
+    for name, value in before.net.named_parameters():
+        assert torch.equal(after.net.get_parameter(name), value) == (name not in learning), name
+    for name, value in statistics(before.net).items():
+        inside = any(other.startswith(name.rpartition(".")[0] + ".") for other in learning)
+        assert torch.equal(statistics(after.net)[name], value) != inside, name
+
+
+def test_held_stages_have_no_backward_pass(start: Path, drawn: Path, tmp_path: Path) -> None:
+    config = simclr_config(drawn, tmp_path / "run", init=str(start), stages="1")
+    method = method_class("simclr")(config)
+    inputs = []
+    method.encoder.net.layer1.register_forward_hook(lambda module, given, out: inputs.append(out.requires_grad))
+    method.encoder.train()(torch.randn(2, 3, 32, 32))
+    assert inputs == [False]
+    assert not method.encoder.net.layer1.training
+    assert method.encoder.net.layer4.training
+    copied = copy.deepcopy(method.encoder).train()
+    assert not copied.net.layer1.training
+
+
+def test_stages_need_weights_and_exist(drawn: Path, start: Path, tmp_path: Path) -> None:
+    config = simclr_config(drawn, tmp_path / "run", stages="1")
+    with pytest.raises(UserError, match="--stages keeps the initial weights"):
+        validate(config)
+    with pytest.raises(UserError, match=r"--stages is 9: .* has 4 stages"):
+        method_class("simclr")(replace(config, init=str(start), stages="9"))
+    with pytest.raises(UserError, match="--stages is x"):
+        method_class("simclr")(replace(config, init=str(start), stages="x"))
+
+
+def test_weaker_colour_changes() -> None:
+    half, full, none = (
+        method_class("mocov3")(MoCoV3Config(model=TINY, color_strength=strength)).normalised_views().crops
+        for strength in (0.5, 1.0, 0.0)
+    )
+    assert any(crop.solarize for crop in full)
+    for weak, strong in zip(half, full, strict=True):
+        assert weak.jitter == pytest.approx([s / 2 for s in strong.jitter])
+        assert (weak.grayscale, weak.solarize) == pytest.approx((strong.grayscale / 2, strong.solarize / 2))
+        assert (weak.blur, weak.scale, weak.jitter_p) == (strong.blur, strong.scale, strong.jitter_p)
+    assert all(crop.jitter == (0, 0, 0, 0) and crop.grayscale == crop.solarize == 0 for crop in none)
