@@ -1,5 +1,6 @@
 """LoDisc: MoCo v3 with local discrimination; local keys see only the patches that the momentum encoder attends to."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -78,6 +79,7 @@ class LoDisc(MoCoV3):
                     f"With --no-project the predictor takes the features: give --projection {self.encoder.dim}."
                 )
         self.passes_per_image = 4 + 2 * (config.keep if config.drop_tokens else 1)
+        self.step, self.draws = 0, 0  # of training, and masks drawn in it: the seed of the next mask
 
     @classmethod
     def paper(cls, model: str | None) -> LoDiscConfig:
@@ -94,16 +96,20 @@ class LoDisc(MoCoV3):
         features, attention = self.target.attend(views)
         strategy = strategy or self.config.strategy
         images = None if self.config.drop_tokens else views
-        seed = None
-        if self.rng is not None and strategy in ("sample", "random"):
-            seed = int(torch.randint(1 << 62, (), device=self.rng.device, generator=self.rng))
-        if seed is None or self.group is None:
+        seed = self._next_seed()
+        if self.group is None or strategy not in ("sample", "random"):
             pivotal = pivotal_mask(attention, keep=self.config.keep, strategy=strategy, seed=seed, images=images)
         else:
             pivotal = self._joined_pivots(attention, strategy, seed)
             if images is not None:
                 pivotal = pivotal._replace(images=mask_images(images, pivotal.mask))
         return self.target.pool(features), pivotal
+
+    def _next_seed(self) -> int:
+        """A seed on the host, the same on every rank, of the run, the step and the draws in it: no device is asked."""
+        key = f"lodisc {self.config.seed} {self.step} {self.draws}"
+        self.draws += 1
+        return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
     def _joined_pivots(self, attention: Tensor, strategy: str, seed: int) -> PivotalMask:
         """Masks of two views [L, 2 B, heads, P], drawn as for the joined batch, of which each rank knows its images."""
@@ -131,6 +137,11 @@ class LoDisc(MoCoV3):
         local = self.contrast(q1, l2, batch) + self.contrast(q2, l1, batch)
         loss = global_ + self.config.local_weight * local
         return {"loss": loss, "global": global_.detach(), "local": local.detach()}
+
+    def before_step(self, progress: Progress) -> None:
+        """Masks of a step are drawn from its number."""
+        self.step, self.draws = progress.step, 0
+        super().before_step(progress)
 
     def after_step(self, progress: Progress) -> None:
         """Update the momentum copies ``ema_updates`` times."""

@@ -2,15 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fgfast.losses.cached import RunningStatistics
 from fgfast.models.frozen import Frozen
 from fgfast.models.probe import evaluating
+from fgfast.ranks import Ranks, gather, on_all
 
 if TYPE_CHECKING:
     from fgfast.config import TrainConfig
@@ -75,7 +79,7 @@ class WeightAverage:
 
 
 @torch.no_grad()
-def take_clean_statistics(encoder: "Backbone", images: "ImageSet", config: "TrainConfig", device: torch.device) -> int:
+def take_clean_statistics(encoder: "Backbone", images: "ImageSet", config: "TrainConfig", ranks: Ranks) -> int:
     """Compute the BatchNorm statistics of an encoder again, from full images without augmentation.
 
     Each layer's mean and variance become the averages over the batches, which are those of all other layers in training
@@ -86,7 +90,7 @@ def take_clean_statistics(encoder: "Backbone", images: "ImageSet", config: "Trai
         encoder: the network; frozen BatchNorms keep their statistics.
         images: at most ``config.clean_stats`` of them are drawn, with a fixed seed.
         config: options of the run.
-        device: device of the encoder.
+        ranks: the ranks, each of which takes all images, without those that any of them cannot read.
 
     Returns:
         Number of layers whose statistics are new.
@@ -94,15 +98,20 @@ def take_clean_statistics(encoder: "Backbone", images: "ImageSet", config: "Trai
     Source: Wu and Johnson, "Rethinking Batch in BatchNorm", 2021 (precise statistics).
     """
     from fgfast.data.loader import make_loader
+    from fgfast.data.manifest import check_images
     from fgfast.data.views import ViewSpec
 
     norms = [m for m in encoder.modules() if isinstance(m, _BatchNorm) and not isinstance(m, Frozen)]
     norms = [norm for norm in norms if norm.track_running_stats]
     if not norms:
         return 0
+    # Synchronised norms wait for each other: all ranks take the same batches, of images that each of them can read.
+    chosen = images.sample(config.clean_stats)
+    readable = on_all(ranks, lambda: check_images(chosen, threads=config.threads, lenient=True).index)
+    chosen = chosen.subset(reduce(np.intersect1d, gather(ranks, readable)))
     loader = make_loader(
-        images.sample(config.clean_stats), ViewSpec(whole=config.size).with_stats(encoder.stats), config.batch_size,
-        shuffle=False, device=device, threads=config.threads, backend=config.loader, lenient=True,
+        chosen, ViewSpec(whole=config.size).with_stats(encoder.stats), config.batch_size,
+        shuffle=False, device=ranks.device, threads=config.threads, backend=config.loader, lenient=True,
     )  # fmt: skip
     before = [(norm, norm.momentum, RunningStatistics(norm)) for norm in norms]
     try:
@@ -113,8 +122,11 @@ def take_clean_statistics(encoder: "Backbone", images: "ImageSet", config: "Trai
                 norm.training = True
             for batch in loader:
                 assert batch.whole is not None  # the specification asks for it
-                if int(batch.valid.sum()) > 1:
-                    encoder(batch.whole[batch.valid])  # with the norms of heads and of attention
+                valid = batch.valid.to(torch.uint8)
+                if ranks.world > 1:  # an image can be lost after the check
+                    dist.all_reduce(valid, dist.ReduceOp.MIN)
+                if int(valid.sum()) > 1:
+                    encoder(batch.whole[valid.bool()])  # with the norms of heads and of attention
     finally:
         loader.close()
         used = [bool(norm.num_batches_tracked) for norm in norms]

@@ -219,7 +219,7 @@ class Trainer:
         if self.step == total and self.config.clean_stats:
             progress(self.step, "computing BatchNorm statistics")
             with self._evaluated_weights(), self.gradients.whole_networks(), self.random.kept():
-                take_clean_statistics(self.method.encoder, self.kept.images, self.config, self.ranks.device)
+                take_clean_statistics(self.method.encoder, self.kept.images, self.config, self.ranks)
         self.method.after_step(Progress(self.step, total))
         progress(self.step, "loading images")
         return {"lr": lr, "grad_norm": grad_norm, **terms}

@@ -54,6 +54,8 @@ def test_shards_of_another_program_are_indexed_and_read(
     tmp_path: Path, variant: str, capsys: pytest.CaptureFixture
 ) -> None:
     root = foreign(tmp_path / "wds")
+    with pytest.raises(UserError, match="has shards without an index: write one with fgfast shard"):
+        open_images(root)
     assert main(["shard", str(root), "--index"]) == 0
     assert "2 classes (1, 10), 8 training images, 4 test images" in capsys.readouterr().out
     found = open_images(root)

@@ -140,7 +140,10 @@ def swap(one: str, two: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("corrupt", "message"),
     [
-        (lambda root: (root / "shards.json").unlink(), "has shards without an index: write one with fgfast shard"),
+        (
+            lambda root: (root / "shards.json").unlink(),
+            "were written with their index: restore its shards.json, or write",
+        ),
         (lambda root: (root / "train-000001.json").unlink(), r"train-000001\.json is missing"),
         (lambda root: (root / "shards.json").write_text("{"), r"shards\.json cannot be read"),
         (change("shards.json", banner=3), r"shards\.json was changed since it was written"),

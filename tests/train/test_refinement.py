@@ -22,6 +22,7 @@ from fgfast.methods.srgan import SRGAN
 from fgfast.models.frozen import freeze_batch_norm
 from fgfast.models.rationale import RationaleEncoder
 from fgfast.models.stages import last_stages
+from fgfast.ranks import Ranks
 from fgfast.run import load_checkpoint
 from fgfast.train.average import WeightAverage, take_clean_statistics
 from fgfast.train.groups import parameter_groups, set_rates
@@ -195,7 +196,7 @@ def test_clean_statistics_of_single_images_change_nothing(drawn: Path, tmp_path:
     config = simclr_config(drawn, tmp_path / "run", clean_stats=3)
     encoder = method_class("simclr")(config).encoder
     before = {name: x.clone() for name, x in statistics(encoder.net).items()}
-    assert take_clean_statistics(encoder, training_images(config)[0], replace(config, batch_size=1), CPU) == 0
+    assert take_clean_statistics(encoder, training_images(config)[0], replace(config, batch_size=1), Ranks()) == 0
     assert all(torch.equal(x, before[name]) for name, x in statistics(encoder.net).items())
 
 
@@ -208,7 +209,7 @@ def test_clean_statistics_of_attention_are_new_only_where_it_is_used(
     assert isinstance(norm, nn.BatchNorm2d)
     norm.running_mean.fill_(9.0)
     config = simclr_config(drawn, tmp_path / "run", clean_stats=4, size=64)
-    assert take_clean_statistics(encoder, training_images(config)[0], config, CPU) > 0
+    assert take_clean_statistics(encoder, training_images(config)[0], config, Ranks()) > 0
     assert bool((norm.running_mean == 9.0).all()) != weighted
     assert bool(norm.running_mean.any())
 
@@ -217,7 +218,7 @@ def test_clean_statistics_are_those_of_whole_images(drawn: Path, tmp_path: Path)
     run = pretrain("simclr", simclr_config(drawn, tmp_path / "run", clean_stats=12, batch_size=6))
     encoder, config = load_run_encoder(run, "last", CPU)
     found = {name: x.clone() for name, x in statistics(encoder.net).items()}
-    assert take_clean_statistics(encoder, training_images(config)[0], config, CPU) > 0
+    assert take_clean_statistics(encoder, training_images(config)[0], config, Ranks()) > 0
     for name, value in statistics(encoder.net).items():
         torch.testing.assert_close(value, found[name], rtol=1e-4, atol=1e-5)
     first = next(m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d))

@@ -7,7 +7,7 @@ import numpy as np
 from fgfast.data.imageset import EXTENSIONS, ImageSet
 from fgfast.data.inside import leads_out
 from fgfast.data.names import unescape_names
-from fgfast.data.shards.index import BEGUN, MANIFEST, REMEDY, read_index, read_manifest
+from fgfast.data.shards.index import BEGUN, MANIFEST, REMEDY, check_foreign, read_index, read_manifest
 from fgfast.data.slices import Slices
 from fgfast.errors import UserError
 
@@ -33,6 +33,7 @@ def read_shards(root: Path) -> ImageSet:
     if not (root / MANIFEST).exists():
         if (root / BEGUN).exists():
             raise UserError(f"The shards in {root} are not complete: run the same fgfast shard command again.")
+        check_foreign(root)
         raise UserError(f"{root} has shards without an index: write one with fgfast shard {root} --index.")
     manifest = read_manifest(root)
     parts = [read_index(root, entry) for entry in manifest.shards]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from fgfast.data.inside import leads_out
-from fgfast.data.names import unescape_names
+from fgfast.data.names import escape_names, unescape_names
 from fgfast.data.slices import Slice
 from fgfast.errors import UserError
 from fgfast.files import write_atomic
@@ -165,6 +165,25 @@ def read_own_index(folder: Path, name: str) -> ShardIndex:
     if index.name != name or not n or any(column is not None and len(column) != n for column in columns) or not sound:
         raise UserError(f"{path} disagrees with itself or with its name: {REMEDY}.")
     return index
+
+
+def check_foreign(folder: Path) -> None:
+    """Check that shards without shards.json are those of another program, whose index can be made from the tar files.
+
+    Raises:
+        UserError: ``fgfast shard DATA OUT`` has written them: their index says more than can be read from them.
+    """
+    for path in sorted(folder.glob("*.tar")):
+        try:
+            first = read_own_index(folder, path.stem).paths[0]
+        except UserError:  # it is missing or damaged, and written again
+            continue
+        if first.startswith(escape_names([f"{path.stem}/"])[0]):  # the path that index_shards gives
+            return
+        raise UserError(
+            f"The shards in {folder} were written with their index: restore its {MANIFEST}, or write them anew with "
+            "fgfast shard."
+        )
 
 
 def _checked(value: T, path: Path) -> T:

@@ -24,8 +24,8 @@ from fgfast.data.shards.index import (
     Entry,
     Manifest,
     ShardIndex,
+    check_foreign,
     digest_of_index,
-    read_own_index,
     write_index,
     write_manifest,
 )
@@ -63,8 +63,7 @@ def index_shards(folder: Path, *, workers: int = 1) -> Path:
         raise UserError(f"{folder} has no tar file: give the folder of the shards.")
     if (folder / BEGUN).exists():
         raise UserError(f"The shards in {folder} are not complete: run the same fgfast shard command again.")
-    if _has_own_index(tars):
-        raise UserError(f"The shards in {folder} were written with their index: restore it, or write them anew.")
+    check_foreign(folder)
     with ThreadPoolExecutor(workers) as pool:
         found = list(pool.map(_scan, tars))
     if not any(part.index.paths for part in found):
@@ -86,17 +85,6 @@ def index_shards(folder: Path, *, workers: int = 1) -> Path:
         folder, Manifest(VERSION, "", f"shards in {folder.name}", classes, [], [], 0, False, splits, entries)
     )
     return folder
-
-
-def _has_own_index(tars: list[Path]) -> bool:
-    """Whether `fgfast shard DATA OUT` has written the shards: the index then says more than can be read from them."""
-    for path in tars:
-        try:
-            first = read_own_index(path.parent, path.stem).paths[0]
-        except UserError:  # it is missing or damaged, and written again
-            continue
-        return not first.startswith(escape_names([f"{path.stem}/"])[0])  # the path that _add_image gives
-    return False
 
 
 def _scan(path: Path) -> _Found:
