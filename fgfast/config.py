@@ -179,7 +179,7 @@ class TrainConfig:
     resume: bool = False
     """Resume from RUN/last.pt if it exists."""
     compile: bool = False
-    """Compile the encoder with torch.compile."""
+    """Compile the encoder with torch.compile; the whole step compiled is no faster on a CPU."""
     micro_batch: Natural = 0
     """Images that the encoders see at a time, for batches that no card holds: heads and loss see the whole batch, with
     the same gradients, and the encoder runs once more without a graph; 0 takes all at once."""

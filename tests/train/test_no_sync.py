@@ -6,6 +6,7 @@ optimisers, run on a CPU whose tensors are as empty.
 
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fgfast import backend
 from fgfast.data.views import Batch
+from fgfast.methods import lodisc
 from fgfast.methods.base import Method, Progress
 from fgfast.ops import mask
 from fgfast.ranks import Ranks
@@ -83,6 +85,21 @@ def test_a_forward_pass_on_a_gpu_does_not_wait(case: str, monkeypatch: pytest.Mo
         method = emptied(method, "cuda")
         assert method(batch)["loss"].device.type == "cuda"
         method.after_step(Progress(1, STEPS))
+
+
+@pytest.mark.parametrize("case", ["lodisc sample", "lodisc random"])
+def test_masks_that_are_drawn_for_all_ranks_do_not_wait(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seed, which all ranks share, comes from the host."""
+    for module in (backend, mask):
+        monkeypatch.setattr(module, "missing", lambda _: None)
+    monkeypatch.setattr(pytest.importorskip("fgfast._native"), "CUDA", True)
+    monkeypatch.setattr(lodisc, "rank_and_world", lambda group: (1, 2))
+    method, batch = warm(case)
+    with FakeTensorMode(), NoWaiting():
+        method = emptied(method, "cuda")
+        method.set_group(SimpleNamespace())
+        method.set_rng(SimpleNamespace(device=torch.device("cuda")))  # drawing from it raises
+        assert method.pivots(empty(batch.views[0], "cuda"))[1].mask.device.type == "cuda"
 
 
 @pytest.mark.parametrize(
