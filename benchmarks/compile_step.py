@@ -40,7 +40,8 @@ class Steps:
 
     def __init__(self, name: str, options: dict[str, Any], variant: str, device: torch.device) -> None:
         torch.manual_seed(0)
-        self.method = method_class(name)(config_of(name, options)).to(memory_format=torch.channels_last).to(device).train()
+        method = method_class(name)(config_of(name, options)).to(memory_format=torch.channels_last)
+        self.method = method.to(device).train()
         self.batch = make_batch(self.method.views(), options["batch_size"])
         fill(self.batch, Ranks())
         self.batch = self.batch.to(device)
