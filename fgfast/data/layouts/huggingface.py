@@ -114,7 +114,7 @@ def _saved_files(folder: Path) -> Iterator[Path]:
     for name in names:
         if not isinstance(name, str) or leads_out(name):
             raise UserError(f"{folder / 'state.json'} names {name!r}, which is no file of the folder: {REMEDY}.")
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):  # a name that no file can have is a missing file too
             raise UserError(f"{folder / name} is missing: {REMEDY}.")
         yield folder / name
 
@@ -189,7 +189,7 @@ def _places(values: Any, whole: Any, origin: Path) -> tuple[np.ndarray, np.ndarr
     """First byte in the file and size of each image of a column."""
     import pyarrow as pa
 
-    if pa.types.is_struct(values.type):
+    if pa.types.is_struct(values.type) and values.type.get_field_index("bytes") >= 0:
         values = values.field("bytes")
     if values.null_count or values.type not in (pa.binary(), pa.large_binary()):
         raise UserError(f"{origin} has images outside the file: save them inside (save_to_disk and to_parquet do).")
