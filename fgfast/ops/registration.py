@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fgfast.tensors import in_func
 
-SIMPLE = frozenset((type(None), bool, int, float, str))
 PLAIN = (Tensor, nn.Parameter)  # tensors of exactly these types have no behaviour of their own
 
 
@@ -23,8 +22,6 @@ is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda _: F
 
 def _is_observed(x: Any) -> bool:
     kind = type(x)
-    if kind in SIMPLE:
-        return False
     if kind in PLAIN:  # with no more than a shape, or in a batch of torch.autograd.grad(is_grads_batched=True)
         return x.is_meta or bool(is_batched(x))
     return any(map(_is_observed, x)) if kind is list else isinstance(x, Tensor)
