@@ -18,7 +18,9 @@ import torch
 from fgfast.kernels.common import COMPILER, MOST_REGISTERS, launch_options
 from fgfast.kernels.tuned import TUNED
 
-SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB per program
+SHARED = {  # KiB per program
+    "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_103": 227, "sm_120": 99, "gfx942": 64
+}  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -38,6 +40,9 @@ class Row(NamedTuple):
     channels: int = 0  # most channels, 0 for any number
     since: tuple[int, int] = (0, 0)  # oldest Triton version with which it does not spill
     before: tuple[int, int] = (99, 0)  # oldest newer version with which it spills
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.warps, self.stages, self.shared, self.registers, self.channels))
 
     @property
     def compiles(self) -> bool:
@@ -178,6 +183,8 @@ ROWS: dict[tuple[str, str], tuple[Row, ...]] = {
     ("contrast forward", "gfx942"): SMALL_CONTRAST,
     ("contrast gradient", "gfx942"): SMALL_CONTRAST,
 }
+
+ROWS |= {(op, "sm_103"): values for (op, arch), values in ROWS.items() if arch == "sm_100"}
 
 _forced: dict[str, Row] = {}  # by operation, set by the tuner
 

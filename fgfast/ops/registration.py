@@ -5,7 +5,7 @@ torch._dynamo, which takes a second. So a custom op is called only where somethi
 transform or a subclass of Tensor. Elsewhere the same functions run in a plain torch.autograd.Function.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,17 +14,22 @@ from torch import Tensor, nn
 from fgfast.tensors import in_func
 
 PLAIN = (Tensor, nn.Parameter)  # tensors of exactly these types have no behaviour of their own
+NUMBERS = (type(None), int, str, bool, float)  # the other arguments, lists of tensors or numbers aside
 
 
 # A private name of torch; where a release lacks it, a test of batched gradients fails.
 is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda _: False)
 
 
-def _is_observed(x: Any) -> bool:
-    kind = type(x)
-    if kind in PLAIN:  # with no more than a shape, or in a batch of torch.autograd.grad(is_grads_batched=True)
-        return x.is_meta or bool(is_batched(x))
-    return any(map(_is_observed, x)) if kind is list else isinstance(x, Tensor)
+def _any_observed(arguments: Sequence[Any]) -> bool:
+    for x in arguments:
+        kind = type(x)
+        if kind in PLAIN:  # with no more than a shape, or in a batch of torch.autograd.grad(is_grads_batched=True)
+            if x.is_meta or is_batched(x):
+                return True
+        elif kind not in NUMBERS and (_any_observed(x) if kind is list else isinstance(x, Tensor)):
+            return True
+    return False
 
 
 def observed(arguments: tuple[Any, ...]) -> bool:
@@ -40,7 +45,7 @@ def observed(arguments: tuple[Any, ...]) -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._get_tracing_state() is not None
         or in_func()
-        or any(map(_is_observed, arguments))
+        or _any_observed(arguments)
     )
 
 

@@ -59,13 +59,13 @@ def unit(c: Tensor) -> Tensor:
     return torch.nn.functional.normalize(c / largest, dim=-1, eps=EPS)
 
 
-def middle(rows: Tensor, weight: Tensor) -> Tensor:
+def middle(rows: Tensor, weight: Tensor | None = None) -> Tensor:
     """Medians [B, D] of those vectors rows [B, m, D] that are finite and have a weight [B, m]; 0 if none has."""
-    good = (weight > 0)[..., None] & rows.isfinite().all(2, keepdim=True)  # [B, m, 1]
-    n = good.sum(1, keepdim=True)  # [B, 1, 1]
-    half = ((n - 1) // 2).clamp_min(0).expand(-1, -1, rows.shape[2])
-    median = torch.where(good, rows, torch.inf).sort(1).values.gather(1, half)
-    return torch.where(n > 0, median, 0)[:, 0]
+    good = rows.isfinite().all(2, keepdim=True)  # [B, m, 1]
+    good = good if weight is None else good & (weight > 0)[..., None]
+    half = (good.sum(1, keepdim=True) - 1).clamp_min(0) >> 1  # [B, 1, 1]
+    ordered = torch.where(good, rows, torch.inf).sort(1).values
+    return ordered.gather(1, half.expand(-1, -1, rows.shape[2]))[:, 0].nan_to_num(posinf=0)
 
 
 class PixelSource(ABC):

@@ -55,6 +55,16 @@ def spaced_pixels(weight: Tensor, count: int = 8) -> Tensor:
     return torch.searchsorted(rank, wanted).clamp_max(weight.shape[1] - 1)
 
 
+def spaced_of_all(pixels: int, device: torch.device, count: int = 8) -> Tensor:
+    """The indices [count] of :func:`spaced_pixels` where the weights of all pixels, at least one, are positive.
+
+    Example:
+        >>> spaced_of_all(4, torch.device("cpu"), 2).tolist()
+        [1, 3]
+    """
+    return torch.arange(pixels, 2 * count * pixels, 2 * pixels, device=device) // (2 * count)
+
+
 def philox(seed: int, images: int, patches: int, device: torch.device) -> Tensor:
     """Numbers in (0, 1) with 23 random bits, float32 [images, patches], by Philox 4x32-10.
 

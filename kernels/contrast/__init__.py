@@ -1,1 +1,4 @@
-"""The contrastive loss. Host side: :mod:`launch`; device side: :mod:`kernels`; compiled and tuned: :mod:`cases`."""
+"""The contrastive loss. Host side: :mod:`launch`; device side: :mod:`tiles`, :mod:`forward`, :mod:`gradient`.
+
+Compiled ahead of time and tuned: :mod:`cases`.
+"""

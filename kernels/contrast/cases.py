@@ -10,8 +10,9 @@ import torch
 from fgfast.ids import Ids
 from fgfast.kernels.common import MOST_REGISTERS, AotCase
 from fgfast.kernels.configs import architectures_for, contrast_row, table
-from fgfast.kernels.contrast import kernels as device_side
 from fgfast.kernels.contrast import vectors as per_vector
+from fgfast.kernels.contrast.forward import forward as forward_kernel
+from fgfast.kernels.contrast.gradient import gradient as gradient_kernel
 from fgfast.kernels.contrast.launch import FINISH_ROWS, JOIN_ROWS, backward, forward
 from fgfast.kernels.contrast.problem import CHUNK, LARGEST_D, TileShape, arithmetic, forward_registers
 from fgfast.kernels.tune import TuneCase
@@ -130,13 +131,13 @@ def _tile_cases(
                 flags |= {"SPLITS": 4} if triangular else {"partial": None}
                 registers = forward_registers(row.registers, bounded, triangular)
                 yield _case(
-                    f"{full}{' triangular' * triangular}", device_side.forward, dtype, flags, row.warps, row.stages,
+                    f"{full}{' triangular' * triangular}", forward_kernel, dtype, flags, row.warps, row.stages,
                     archs, rare, registers,
                 )  # fmt: skip
             continue
         for sides in ("x", "y", "xy") if bounded else ("x", "y"):
             flags = of_all | {"X_ROWS": "x" in sides, "Y_ROWS": "y" in sides, "ADD": False}
-            yield _case(f"{full} {sides}", device_side.gradient, dtype, flags, row.warps, row.stages, archs, rare)
+            yield _case(f"{full} {sides}", gradient_kernel, dtype, flags, row.warps, row.stages, archs, rare)
         if row.whole:  # a block of columns of another rank; without WHOLE the flag has no effect
             flags = of_all | {"X_ROWS": True, "Y_ROWS": False, "ADD": True}
-            yield _case(f"{full} x added", device_side.gradient, dtype, flags, row.warps, row.stages, archs, rare)
+            yield _case(f"{full} x added", gradient_kernel, dtype, flags, row.warps, row.stages, archs, rare)

@@ -22,6 +22,7 @@ channels, buffers for both sides and a chunk of weights) and a few numbers per v
 in their stored dtype; in backward dL/ds is rounded to bfloat16 for bfloat16 and float16 vectors; sums are float32.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,9 +30,10 @@ from torch import Tensor
 
 from fgfast.ids import Ids
 from fgfast.kernels.common import MOST_REGISTERS, cdiv, interpreted, launch_options, on_device_of, output_dtype
-from fgfast.kernels.contrast import kernels as device_side
 from fgfast.kernels.contrast import vectors as per_vector
 from fgfast.kernels.contrast import wide
+from fgfast.kernels.contrast.forward import forward as forward_kernel
+from fgfast.kernels.contrast.gradient import gradient as gradient_kernel
 from fgfast.kernels.contrast.problem import (
     SPLIT_BYTES,
     Problem,
@@ -77,7 +79,7 @@ class Losses:
             self._join_used()
         grid = (self.groups if triangular else cdiv(m, problem.tile.x), splits)
         launch(
-            device_side.forward, grid,
+            forward_kernel, grid,
             *problem.rows.arguments, *columns.arguments, *columns.copied, columns.low, columns.high,
             problem.pointer, problem.scale, *self.results, self.partial, self.used, columns.scratch(grid), m,
             columns.n, d, TRIANGULAR=triangular, SPLITS=splits, AHEAD=problem.tile.ahead,
@@ -175,7 +177,7 @@ class GradientSum:
             return
         grid = (cdiv(n, problem.tile.x), self.splits)
         launch(
-            device_side.gradient, grid,
+            gradient_kernel, grid,
             *self.x.arguments, *y.arguments, *y.copied, *problem.coefficients, y.low, y.high, problem.pointer,
             problem.scale, self.raw, y.scratch(grid), n, y.n, d, X_ROWS=x_rows, Y_ROWS=y_rows, ADD=self.launched,
             SPLITS=self.splits, CHANNELS=y.channels, **problem.options(problem.tile.registers),
@@ -207,6 +209,7 @@ class GradientSum:
         return finish(self.problem, (self.x, self.raw))[0]
 
 
+@cache
 def _small_options(d: int) -> dict[str, Any]:
     """Keyword arguments of ``inner`` and ``finish``."""
     return {"BLOCK": FINISH_ROWS, "BLOCK_D": channels_of_tile(d, 128), "UPCAST": interpreted(), "num_warps": 4}

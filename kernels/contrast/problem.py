@@ -1,5 +1,6 @@
 """What the launches of one contrast share: tile sizes, the prepared rows and columns, and how the work is divided."""
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ class TileShape(NamedTuple):
     ahead: bool = False  # forward multiplies a tile before it sums the exponentials of the one before
 
     @classmethod
+    @cache
     def of(cls, row: Row) -> "TileShape":
         """A row of the table."""
         t = row.tiles
@@ -69,9 +71,14 @@ def tile(kernel: str, device: torch.device, kind: str, channels: int, copied: bo
 
     ``copied``: rows of the table for copied columns come first.
     """
+    return TileShape.of(config(f"contrast {kernel}", device, *_kinds(kind, copied), channels=channels))
+
+
+@cache
+def _kinds(kind: str, copied: bool) -> tuple[str, ...]:
+    """The kinds of rows that serve, the most specific first."""
     kinds = {"half": ("bf16", "half"), "fp16": ("fp16", "half")}.get(kind, (kind,))
-    of_copies = tuple(f"{k} copied" for k in kinds) if copied else ()
-    return TileShape.of(config(f"contrast {kernel}", device, *of_copies, *kinds, channels=channels))
+    return (*(f"{k} copied" for k in kinds), *kinds) if copied else kinds
 
 
 def copies_pay(query: Tensor, columns: int, vectors: int, spare: int = 0) -> bool:
@@ -222,13 +229,21 @@ class Problem:
 
     def options(self, registers: int) -> dict[str, Any]:
         """Keyword arguments of both ``forward`` and ``gradient``, with a budget of registers."""
-        blocks = self.tile.options
-        if self.tile.whole:
-            blocks["BLOCK_D"] = channels_of_tile(self.rows.x.shape[1], blocks["BLOCK_D"])
-        return blocks | {
-            "NEGATIVES": self.negatives, "BOUNDED": self.bounded, "CHUNK": CHUNK, "PRECISION": self.precision,
-            "UPCAST": interpreted(), **launch_options(self.tile.warps, self.tile.stages, registers),
-        }  # fmt: skip
+        channels = self.rows.x.shape[1]
+        return _options(self.tile, channels, self.negatives, self.bounded, self.precision, registers, CHUNK)
+
+
+@cache
+def _options(
+    tile: TileShape, channels: int, negatives: str, bounded: bool, precision: str, registers: int, chunk: int
+) -> dict[str, Any]:
+    blocks = tile.options
+    if tile.whole:
+        blocks["BLOCK_D"] = channels_of_tile(channels, blocks["BLOCK_D"])
+    return blocks | {
+        "NEGATIVES": negatives, "BOUNDED": bounded, "CHUNK": chunk, "PRECISION": precision, "UPCAST": interpreted(),
+        **launch_options(tile.warps, tile.stages, registers),
+    }  # fmt: skip
 
 
 def groups_and_splits(rows: int, row_bytes: int, tile: TileShape, programs: int) -> tuple[int, int] | None:

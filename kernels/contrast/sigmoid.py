@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fgfast.kernels.common import AotCase, cdiv, interpreted, launch_options, on_device_of
 from fgfast.kernels.configs import architectures_for, table
-from fgfast.kernels.contrast.kernels import _add_product, _multiply
 from fgfast.kernels.contrast.problem import (
     SPLIT_BYTES,
     TileShape,
@@ -29,6 +28,7 @@ from fgfast.kernels.contrast.problem import (
     programs_wanted,
     tile,
 )
+from fgfast.kernels.contrast.tiles import add_product, multiply
 from fgfast.kernels.contrast.vectors import INFINITY, LOG2E, indices, load_vectors
 from fgfast.kernels.launches import launch
 
@@ -51,7 +51,7 @@ def _logit_tile(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Inner products, v (-inf in columns that do not exist), and which entries are pairs, [X, Y] each."""
-    s = _multiply(
+    s = multiply(
         x_tile, x, x_n, x_exists, y_tile, y, y_n, y_exists, D, BLOCK_X, BLOCK_Y, BLOCK_D, WHOLE, PRECISION, UPCAST
     )
     v = s * scale + bias
@@ -133,14 +133,14 @@ def sigmoid_gradient(
             of_bias += tl.sum(w, 1)
         w *= factor
         if WHOLE:
-            acc = _add_product(acc, w, y_tile, PRECISION)
+            acc = add_product(acc, w, y_tile, PRECISION)
         else:
             for start in range(0, D, BLOCK_D):
                 part = load_vectors(of_y, y_n, y_exists, start, D, BLOCK_D, UPCAST)
                 d = start + tl.arange(0, BLOCK_D)
                 mask = exists[:, None] & (d < D)[None, :]
                 at = at_row + d[None, :]
-                tl.store(at, _add_product(tl.load(at, mask=mask, other=0.0), w, part, PRECISION), mask=mask)
+                tl.store(at, add_product(tl.load(at, mask=mask, other=0.0), w, part, PRECISION), mask=mask)
             tl.debug_barrier()  # the next block reads values written by other threads of this program
     if WHOLE:
         d = tl.arange(0, BLOCK_D)

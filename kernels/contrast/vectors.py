@@ -1,6 +1,6 @@
 """Kernels of the contrastive loss that treat every vector by itself, and the loads of all of its kernels.
 
-``prepare`` comes before ``forward`` and ``gradient`` (:mod:`fgfast.kernels.contrast.kernels`), ``join``, ``inner`` and
+``prepare`` comes before ``forward`` and ``gradient`` (:mod:`fgfast.kernels.contrast.tiles`), ``join``, ``inner`` and
 ``finish`` after them.
 """
 

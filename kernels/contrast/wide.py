@@ -1,6 +1,6 @@
 r"""The gradient for vectors of more channels than a tile holds: by chunks of dL/ds and the products of a library.
 
-:func:`~fgfast.kernels.contrast.kernels.gradient` keeps the sums of its vectors in registers where a tile has all D
+:func:`~fgfast.kernels.contrast.gradient.gradient` keeps the sums of its vectors in registers where a tile has all D
 channels. Above that (256 for half precision, any D for float32) it would move them to L2 and back for each block of
 channels, which takes 5 to 10 times as long as the products. So here a chunk of W = dL/ds is written, and
 

@@ -27,6 +27,25 @@ def store_labels(labels_ptr, distances_ptr, n, inside, label, counted, distance,
 
 
 @triton.jit
+def store_numbers(
+    counts_ptr, inertia_ptr, changed_ptr, row, k, K, counts, inertia, changed,
+    LLOYD: tl.constexpr, MOVE: tl.constexpr, ATOMIC: tl.constexpr,
+):  # fmt: skip
+    """Store counts [K], inertia and the number of changed labels in a row of the results, or add them (ATOMIC)."""
+    if ATOMIC:
+        tl.atomic_add(counts_ptr + row * K + k, counts, k < K, sem="relaxed")
+        tl.atomic_add(inertia_ptr + row, tl.sum(inertia, 0), sem="relaxed")
+        if LLOYD:
+            tl.atomic_add(changed_ptr + row, tl.sum(changed, 0), sem="relaxed")
+    else:
+        tl.store(counts_ptr + row * K + k, counts, k < K)
+        if not MOVE:
+            tl.store(inertia_ptr + row, tl.sum(inertia, 0))
+            if LLOYD:
+                tl.store(changed_ptr + row, tl.sum(changed, 0))
+
+
+@triton.jit
 def step(
     x_ptr, m_ptr, bias_ptr, mu_ptr, weight_ptr, done_ptr,
     labels_ptr, distances_ptr, sums_ptr, counts_ptr, inertia_ptr, changed_ptr,
@@ -115,17 +134,7 @@ def step(
                 labels_ptr + b * N, distances_ptr + b * N, n, inside, label, counted, distance, changed, LLOYD
             )
     row = b if ATOMIC else program.to(tl.int64)
-    if ATOMIC:
-        tl.atomic_add(counts_ptr + row * K + k, counts, k < K, sem="relaxed")
-        tl.atomic_add(inertia_ptr + row, tl.sum(inertia, 0), sem="relaxed")
-        if LLOYD:
-            tl.atomic_add(changed_ptr + row, tl.sum(changed, 0), sem="relaxed")
-    else:
-        tl.store(counts_ptr + row * K + k, counts, k < K)
-        if not MOVE:
-            tl.store(inertia_ptr + row, tl.sum(inertia, 0))
-            if LLOYD:
-                tl.store(changed_ptr + row, tl.sum(changed, 0))
+    store_numbers(counts_ptr, inertia_ptr, changed_ptr, row, k, K, counts, inertia, changed, LLOYD, MOVE, ATOMIC)
     for i in tl.static_range(CHUNKS):
         target = sums_ptr + row * K * D + i * BLOCK_S + (k[None, :] * D + sum_d[:, None])
         mask = (k < K)[None, :] if EVEN else (k < K)[None, :] & (i * BLOCK_S + sum_d < D)[:, None]

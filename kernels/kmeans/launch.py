@@ -21,7 +21,7 @@ from fgfast.pixels.init import random_pixels, sample_pixels, start, trial_number
 from fgfast.pixels.options import KMeansOptions
 from fgfast.pixels.result import LloydResult, best_of
 from fgfast.pixels.source import Dense, from_relative, middle, to_relative
-from fgfast.reference.draws import spaced_pixels
+from fgfast.reference.draws import spaced_of_all, spaced_pixels
 
 GRAM = 1 << 28  # inner products in memory at a time: 1 GiB
 SAMPLES = 4096  # most samples of a program; more are drawn by torch
@@ -109,7 +109,7 @@ class Moments(NamedTuple):
 
 
 def pixels(x: Tensor, index: Tensor) -> Tensor:
-    """Pixels index [B, m] of x [B, D, N] or [B, D, H, W], as [B, m, D]."""
+    """Pixels index [B, m] or [1, m] of x [B, D, N] or [B, D, H, W], as [B, m, D]."""
     b = torch.arange(len(x), device=x.device)[:, None]
     at = (index,) if x.dim() == 3 else (index // x.shape[3], index % x.shape[3])
     return x[(b, slice(None), *at)]
@@ -125,11 +125,10 @@ def moments(x: Tensor, weight: Tensor | None, metric: str, precision: str) -> Mo
     """Moments from one read of x: a step whose only centroid is the median of a few pixels, to keep all digits."""
     ones = None if weight is None else (weight > 0).to(torch.float32)
     solver = Solver(x, 1, ones, metric, precision, True)
-    counted = torch.ones(1, solver.N, device=x.device) if ones is None else ones
-    few = spaced_pixels(counted).expand(len(x), -1)
+    few = spaced_of_all(solver.N, x.device)[None] if ones is None else spaced_pixels(ones)
     rows = pixels(x, few).to(torch.float32)
     rows = F.normalize(rows, dim=2, eps=1e-12) if metric == "cosine" else rows
-    first = middle(rows, counted.expand(len(x), -1).gather(1, few))[:, None]
+    first = middle(rows, None if ones is None else ones.gather(1, few))[:, None]
     solver.prepare(first)
     distances = torch.empty(solver.labels.shape, dtype=torch.float32, device=x.device)
     totals = solver.step(distances, torch.zeros(len(x), dtype=torch.int32, device=x.device))

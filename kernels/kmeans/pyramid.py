@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fgfast.kernels.common import MOST_REGISTERS, cdiv, interpreted, launch_options, on_device_of, output_dtype, wide
 from fgfast.kernels.configs import config, processors, row_kind
-from fgfast.kernels.kmeans import pyramid_kernels as device_side
+from fgfast.kernels.kmeans import pyramid_move, pyramid_score, pyramid_squares, pyramid_sums
 from fgfast.kernels.kmeans.launch import GRAM, SAMPLES, choose_samples, inner_products
 from fgfast.kernels.kmeans.pyramid_tiles import UNIT_BYTES, blocks, held_blocks, score_tile
 from fgfast.kernels.kmeans.step import check_centroids, power
@@ -87,7 +87,7 @@ class Levels:
         tiles = sum(cdiv(h * w, GRAM_TILE) for _, h, w in self.sizes)
         products = torch.empty(self.batch, 4, self.cells, dtype=torch.float32, device=self.device)
         launch(
-            device_side.grams, (self.batch * tiles,),
+            pyramid_squares.grams, (self.batch * tiles,),
             self.xs, self.strides, self.sizes, mu, products, tiles, self.cells, self.DP,
             FLATS=self.flats, **self.known, PAD=self.pad, BLOCK_C=GRAM_TILE, BLOCK_D=16,
             **launch_options(4, 3, MOST_REGISTERS),
@@ -96,7 +96,7 @@ class Levels:
         block = min(256, power(self.pixels))
         tiles = cdiv(self.pixels, block)
         launch(
-            device_side.squares, (self.batch * tiles,), self.sizes, products, out, *self.size, tiles, self.cells,
+            pyramid_squares.squares, (self.batch * tiles,), self.sizes, products, out, *self.size, tiles, self.cells,
             LEVELS=len(self.xs), BLOCK_N=block,
         )  # fmt: skip
         return out
@@ -106,7 +106,7 @@ class Levels:
         count, blocks = index.shape[1], self.DP // self.pad
         out = torch.empty(self.batch, count, self.channels, dtype=output_dtype(dtype), device=self.device)
         launch(
-            device_side.rows, (self.batch * cdiv(count, 16) * blocks,),
+            pyramid_squares.rows, (self.batch * cdiv(count, 16) * blocks,),
             self.xs, self.strides, self.sizes, index.contiguous(), mu, out, *self.size, count, blocks, self.DP,
             self.channels, **self.known, BLOCK=16, BLOCK_D=self.pad,
         )  # fmt: skip
@@ -165,7 +165,7 @@ class Adder:
         """Fill the parts with sums of scale_n x_n by label, of x_n - mu if ``shifted``; ``unit``: every scale is 1."""
         x = self.levels
         launch(
-            device_side.sums, (x.batch * self.units,),
+            pyramid_sums.sums, (x.batch * self.units,),
             x.xs, x.strides, x.sizes, self.parts, self.splits, self.spans, self.copies, self.weights, mu, labels, scale,
             done, *x.size, self.units, self.weights.shape[1], x.DP, self.K,
             FLATS=x.flats, SAME=self.same, ALIGNS=x.aligns, **x.known, SHIFT=shifted, UNIT=unit, PAD=x.pad,
@@ -234,7 +234,7 @@ class Solver:
         """Labels, distances, counts and inertia for the centroids that `move` prepared."""
         x = self.levels
         launch(
-            device_side.score, (x.batch * self.programs,),
+            pyramid_score.score, (x.batch * self.programs,),
             x.xs, x.strides, x.sizes, self.m, self.mu, self.scores, self.bias, self.squared_norms,
             self.squared_norms if self.weight is None else self.weight, done, self.needed, self.arrived,
             self.labels, self.distances, self.counts, self.inertia, self.changed,
@@ -255,7 +255,7 @@ class Solver:
         x = self.levels
         for lengths in (True, False) if self.cosine and not begin else (False,):
             launch(
-                device_side.move, (x.batch * self.blocks,),
+                pyramid_move.move, (x.batch * self.blocks,),
                 x.xs, x.strides, x.sizes, self.adder.parts, self.adder.splits,
                 self.squared_norms if self.weight is None else self.weight, self.scale, self.labels, self.distances,
                 self.counts, self.changed, self.lengths, self.shift, self.bias, c, self.m, self.mu, limit, done, steps,

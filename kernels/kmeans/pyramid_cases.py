@@ -9,7 +9,7 @@ import torch
 
 from fgfast.kernels.common import MOST_REGISTERS, AotCase
 from fgfast.kernels.configs import Row, architectures_for, row_kind, table
-from fgfast.kernels.kmeans import pyramid_kernels as device_side
+from fgfast.kernels.kmeans import pyramid_move, pyramid_score, pyramid_squares, pyramid_sums
 from fgfast.kernels.kmeans.pyramid import GRAM_TILE, kmeans
 from fgfast.kernels.kmeans.pyramid_tiles import blocks, held_blocks, score_tile
 from fgfast.kernels.tune import TuneCase
@@ -64,23 +64,23 @@ def aot_cases() -> Iterator[AotCase]:
             }  # fmt: skip
             rare = kind == "fp16" or layout in ("channels", "many")
             for kernel, own in (
-                (device_side.score, {"TILES": tiles}),
-                (device_side.sums, {}),
-                (device_side.move, {"BLOCK": 256, "BLOCK_D": min(row_blocks["BLOCK_M"], t["BLOCK_D"])}),
-                (device_side.grams, {"BLOCK_C": GRAM_TILE, "BLOCK_D": 16}),
-                (device_side.rows, {"BLOCK": 16, "BLOCK_D": t["BLOCK_D"]}),
-                (device_side.squares, {"BLOCK_N": 256}),
+                (pyramid_score.score, {"TILES": tiles}),
+                (pyramid_sums.sums, {}),
+                (pyramid_move.move, {"BLOCK": 256, "BLOCK_D": min(row_blocks["BLOCK_M"], t["BLOCK_D"])}),
+                (pyramid_squares.grams, {"BLOCK_C": GRAM_TILE, "BLOCK_D": 16}),
+                (pyramid_squares.rows, {"BLOCK": 16, "BLOCK_D": t["BLOCK_D"]}),
+                (pyramid_squares.squares, {"BLOCK_N": 256}),
             ):
-                once = kernel in (device_side.grams, device_side.rows, device_side.squares)
-                if once and (layout in ("channels", "many") or (kernel is device_side.squares and kind != "fp32")):
+                once = kernel in (pyramid_squares.grams, pyramid_squares.rows, pyramid_squares.squares)
+                if once and (layout in ("channels", "many") or (kernel is pyramid_squares.squares and kind != "fp32")):
                     continue
                 full = f"kmeans_pyramid {name} {kernel.__name__} {kind} {layout}"
                 warps = {
-                    device_side.score: row_blocks["warps"], device_side.sums: row.warps,
-                    device_side.move: row_blocks["MOVE_WARPS"],
+                    pyramid_score.score: row_blocks["warps"], pyramid_sums.sums: row.warps,
+                    pyramid_move.move: row_blocks["MOVE_WARPS"],
                 }.get(kernel)  # fmt: skip
-                budget = row.registers if warps else MOST_REGISTERS if kernel is device_side.grams else 0
-                stages = row_blocks["stages"] if kernel is device_side.score else row.stages
+                budget = row.registers if warps else MOST_REGISTERS if kernel is pyramid_squares.grams else 0
+                stages = row_blocks["stages"] if kernel is pyramid_score.score else row.stages
                 launch = row._replace(warps=warps or 4, stages=stages, registers=budget)
                 yield _case(full, kernel, kind, unit, flags | own, launch, archs, rare, "tuned" in name)
 
@@ -101,7 +101,7 @@ def _case(
     types["copies"] = types["splits"]
     types |= dict.fromkeys(("done_ptr", "steps_ptr", "arrived_ptr", "needed_ptr", "changed_ptr"), "*i32:16")
     types["labels_ptr"] = "*i8:16" if flags["KP"] < 128 else "*i16:16"
-    if kernel is device_side.rows:
+    if kernel is pyramid_squares.rows:
         types["out_ptr"] = f"*{kind}:16"
     constants = {n: v for n, v in flags.items() if n in kernel.arg_names}
     signature = {

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from fgfast.kernels.common import upcast
 from fgfast.kernels.kmeans.centroids import prepare_centroids, update_centroids
-from fgfast.kernels.kmeans.fused import store_labels
+from fgfast.kernels.kmeans.fused import store_labels, store_numbers
 from fgfast.kernels.kmeans.tiles import has_converged, is_finite, pixel_distances
 
 
@@ -132,17 +132,7 @@ def step_resident(
             pieces = load_tile(x_desc, b32, start, UPCAST, CHUNKS)
             sums = add_tile(sums, pieces, label, k, CHUNKS, True)
     row = b if ATOMIC else program.to(tl.int64)
-    if ATOMIC:
-        tl.atomic_add(counts_ptr + row * K + k, counts, k < K, sem="relaxed")
-        tl.atomic_add(inertia_ptr + row, tl.sum(inertia, 0), sem="relaxed")
-        if LLOYD:
-            tl.atomic_add(changed_ptr + row, tl.sum(changed, 0), sem="relaxed")
-    else:
-        tl.store(counts_ptr + row * K + k, counts, k < K)
-        if not MOVE:
-            tl.store(inertia_ptr + row, tl.sum(inertia, 0))
-            if LLOYD:
-                tl.store(changed_ptr + row, tl.sum(changed, 0))
+    store_numbers(counts_ptr, inertia_ptr, changed_ptr, row, k, K, counts, inertia, changed, LLOYD, MOVE, ATOMIC)
     for i in tl.static_range(CHUNKS):
         target = sums_ptr + row * K * D + i * WIDTH + (k[None, :, None] * D + channel[:, None, :])
         mask = (k < K)[None, :, None] if EVEN else (k < K)[None, :, None] & (i * WIDTH + channel < D)[:, None, :]

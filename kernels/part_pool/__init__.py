@@ -1,1 +1,1 @@
-"""Part pooling. Host side: :mod:`launch`; device side: :mod:`kernels`."""
+"""Part pooling. Host side: :mod:`launch`; device side: :mod:`sums`, :mod:`votes`, :mod:`gradient`."""

@@ -9,14 +9,7 @@ from torch import Tensor
 
 from fgfast.kernels.common import MOST_REGISTERS, AotCase
 from fgfast.kernels.configs import Row, architectures_for, row_kind, table
-from fgfast.kernels.part_pool.kernels import (
-    backward_kernel,
-    forward_kernel,
-    grid_kernel,
-    join_kernel,
-    map_kernel,
-    runs_kernel,
-)
+from fgfast.kernels.part_pool.gradient import backward_kernel, runs_backward_kernel
 from fgfast.kernels.part_pool.launch import (
     GRID,
     JOIN_D,
@@ -31,6 +24,8 @@ from fgfast.kernels.part_pool.launch import (
     roomy,
     run_blocks,
 )
+from fgfast.kernels.part_pool.sums import forward_kernel, join_kernel, runs_kernel
+from fgfast.kernels.part_pool.votes import grid_kernel, map_kernel
 from fgfast.kernels.tune import TuneCase
 
 
@@ -87,12 +82,16 @@ def aot_cases() -> Iterator[AotCase]:
                 flags |= blocks_of(row, 1024, voted, voted <= 16) | grid_blocks(voted, 9, 49, row.warps)
                 yield from _roomy(f"{name} map {kind} {order}", map_kernel, *args, row, archs, rare, tuned)
             runs = run_blocks(kind == "fp32")
-            for weighted in (False, True)[: 1 + (row.warps >= runs["V"])]:
+            enough = row.warps >= runs["V"]
+            for weighted in (False, True)[: 1 + enough]:
                 flags = fixed | runs | {"WEIGHTED": weighted, "ALIGN": 1} | dict.fromkeys(("l_x", "w_x", "x_x"), 1)
                 flags |= grid_blocks(RUN_PARTS, 9, 49, row.warps)
                 args, rare = (pointers | {"D": "i32:16"}, flags, "i32"), weighted or kind == "fp16"
                 full = f"{kind} small{' weighted' * weighted}"
                 yield _case(f"{name} runs {full}", runs_kernel, *args, row, archs, rare, tuned)
+                if enough and not weighted:
+                    args = pointers | {"D": "i32:16", "g_k": "i32:16"}, flags | {"g_d": 1}, "i32"
+                    yield _case(f"{name} runs backward {full}", runs_backward_kernel, *args, row, archs, rare, tuned)
                 yield from _roomy(f"{name} map {full}", map_kernel, *args, row, archs, rare, tuned)
     small = Row("fp32", {}, 4, 3, 0)  # Triton's defaults
     for kind in ("fp32", "bf16", "fp16"):

@@ -13,7 +13,7 @@ Labels [B, H, W] of another resolution are first reduced to [B, N] by majority. 
 launch (`_group_blocks`): a program owns an image and a group of its blocks of channels, and votes before it pools.
 
 Small maps whose channels do not start at multiples of 16 bytes ([B, D, 7, 7]) are read as runs that do
-(`kernels._runs_of_channels`): 16 bytes per access, where otherwise every element is one.
+(`sums._runs_of_channels`): 16 bytes per access, where otherwise every element is one.
 
 Minimum traffic: forward reads B D N elements, labels and weights, and writes B K D; backward reads B K D and writes
 B D N. Labels are read again for each block of channels, hence blocks of 256 bytes. Operations: 2 B D N K on tensor
@@ -28,14 +28,9 @@ from torch import Tensor
 from fgfast.kernels.common import MOST_REGISTERS, cdiv, interpreted, on_device_of, output_dtype, power_of_2, wide
 from fgfast.kernels.configs import Row, architecture, config, processors, row_kind
 from fgfast.kernels.launches import launch
-from fgfast.kernels.part_pool.kernels import (
-    backward_kernel,
-    forward_kernel,
-    grid_kernel,
-    join_kernel,
-    map_kernel,
-    runs_kernel,
-)
+from fgfast.kernels.part_pool.gradient import backward_kernel, runs_backward_kernel
+from fgfast.kernels.part_pool.sums import forward_kernel, join_kernel, runs_kernel
+from fgfast.kernels.part_pool.votes import grid_kernel, map_kernel
 
 JOIN_D = 32
 GRID = Row("ids", {}, 4, 3, 0, MOST_REGISTERS)  # warps, stages and registers of a separate launch of votes
@@ -100,7 +95,8 @@ def _in_runs(row: Row, x: Tensor, labels: Tensor | None, weight: Tensor | None, 
     (batch, channels, height, width), strides = x.shape, x.stride()
     pixels = height * width
     return (
-        pixels % 16 > 0 and pixels + length - 1 <= RUN_PIXELS and channels % length == 0 and parts <= RUN_PARTS
+        pixels % 16 > 0 and length <= pixels <= RUN_PIXELS - length + 1
+        and channels % length == 0 and parts <= RUN_PARTS
         and strides[1:] == (pixels, width, 1) and (batch == 1 or strides[0] % length == 0)
         and (weight is None or row.warps >= length)  # otherwise it spills
         and _flat(labels, weight) and not wide(x, labels, weight)
@@ -110,18 +106,38 @@ def _in_runs(row: Row, x: Tensor, labels: Tensor | None, weight: Tensor | None, 
 def _pool_runs(
     row: Row, features: Tensor, labels: Tensor, weight: Tensor | None, pooled: Tensor, area: Tensor, mean: bool
 ) -> None:  # fmt: skip
-    """`pool` of small maps: four programs per processor, as long as each has a block of channels."""
-    batch, channels, height, width = features.shape
+    """`pool` of small maps."""
+    _, channels, height, width = features.shape
     blocks = run_blocks(features.dtype == torch.float32)
-    d_blocks = cdiv(channels, blocks["BLOCK_D"])
-    group_blocks = cdiv(d_blocks, min(d_blocks, cdiv(4 * processors(features.device), batch)))
+    programs, group_blocks = _groups(features, blocks)
     with on_device_of(features):
         launch(
-            runs_kernel, (batch * cdiv(d_blocks, group_blocks),),
+            runs_kernel, (programs,),
             features, labels, labels if weight is None else weight, pooled, area,
             channels, pooled.shape[1], height * width, width, group_blocks,
             features.stride(0), *_strides(labels, True), *_strides(weight, True),
             MEAN=mean, WEIGHTED=weight is not None, UPCAST=interpreted(), **blocks, **row.launch,
+        )  # fmt: skip
+
+
+def _groups(x: Tensor, blocks: dict[str, int]) -> tuple[int, int]:
+    """Programs for x [B, D, h, w] and their blocks of channels: four per processor, as long as each has a block."""
+    d_blocks = cdiv(x.shape[1], blocks["BLOCK_D"])
+    group_blocks = cdiv(d_blocks, min(d_blocks, cdiv(4 * processors(x.device), len(x))))
+    return len(x) * cdiv(d_blocks, group_blocks), group_blocks
+
+
+def _write_runs(row: Row, grad: Tensor, labels: Tensor, area: Tensor, out: Tensor, mean: bool) -> None:
+    """`pool_backward` of small maps into out [B, D, h, w]."""
+    _, channels, height, width = out.shape
+    blocks = run_blocks(out.dtype == torch.float32)
+    programs, group_blocks = _groups(out, blocks)
+    with on_device_of(out):
+        launch(
+            runs_backward_kernel, (programs,),
+            grad, labels, labels, area.contiguous(), out, channels, grad.shape[1], height * width, width, group_blocks,
+            *grad.stride(), *_strides(labels, True), out.stride(0),
+            MEAN=mean, UPCAST=interpreted(), **blocks, **row.launch,
         )  # fmt: skip
 
 
@@ -262,6 +278,10 @@ def pool_backward(
     dtype = output_dtype(empty.dtype)
     out = empty if dtype == empty.dtype else torch.empty_like(empty, dtype=dtype)
     row = config("part_pool", device, row_kind(grad.dtype))
+    # With fewer warps its tiles take too many registers and too much shared memory.
+    if weight is None and row.warps >= 16 // out.element_size() and _in_runs(row, out, labels, None, n_parts):
+        _write_runs(row, grad, labels, area, out, mean)
+        return empty if out is empty else empty.copy_(out)
     flat = _flat(labels, weight, out)
     blocks = blocks_of(row, channels, n_parts, flat)
     tiles = batch * cdiv(channels, blocks["BLOCK_D"])

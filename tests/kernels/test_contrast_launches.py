@@ -12,9 +12,10 @@ from torch import Tensor
 from fgfast.ids import Ids
 from fgfast.kernels.common import interpreted
 from fgfast.kernels.contrast import cases
-from fgfast.kernels.contrast import kernels as device_side
 from fgfast.kernels.contrast import problem as kernels
 from fgfast.kernels.contrast import vectors as per_vector
+from fgfast.kernels.contrast.forward import forward
+from fgfast.kernels.contrast.gradient import gradient
 from fgfast.kernels.sanitizer import checked
 from fgfast.ops.contrast import contrastive_loss
 from tests.examples import examples
@@ -59,12 +60,12 @@ def test_addresses_beyond_32_bits(stride_n: int, stride_d: int, monkeypatch: pyt
     )  # fmt: skip
     values.fill_(1)
     for triangular in (False, True):
-        device_side.forward[(1, 1)](
+        forward[(1, 1)](
             *of_x, *of_x, None, None, None, low, high, None, 1.0, *torch.empty(3, n), partial, 1, None, n, n, d,
             TRIANGULAR=triangular, AHEAD=False, CHANNELS=0, **options,
         )  # fmt: skip
     raw = torch.zeros(n, 1, d)
-    device_side.gradient[(1, 1)](
+    gradient[(1, 1)](
         *of_x, *of_x, None, None, None, values, values, None, low, high, None, 1.0, raw, None, n, n, d,
         X_ROWS=True, Y_ROWS=True, ADD=False, CHANNELS=0, **options,
     )  # fmt: skip

@@ -18,7 +18,7 @@ import triton.language as tl
 from fgfast.kernels.common import interpreted
 from fgfast.kernels.configs import config
 from fgfast.kernels.kmeans.pyramid import Adder, Levels, count_programs
-from fgfast.kernels.kmeans.pyramid_kernels import _taps
+from fgfast.kernels.kmeans.pyramid_cells import taps
 from fgfast.kernels.kmeans.pyramid_tiles import score_tile
 from tests.examples import examples
 from tests.kernels.test_kmeans import same
@@ -343,7 +343,7 @@ def test_opcheck():
 @triton.jit
 def taps_kernel(low_ptr, fraction_ptr, length, size, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
-    low, fraction = _taps(at, length, size)
+    low, fraction = taps(at, length, size)
     tl.store(low_ptr + at, low, at < size)
     tl.store(fraction_ptr + at, fraction, at < size)
 

@@ -23,16 +23,30 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fgfast.ids import Ids
 from fgfast.kernels import configs, perturb
-from fgfast.kernels.contrast import kernels as contrast_kernels
+from fgfast.kernels.contrast import forward as contrast_forward
+from fgfast.kernels.contrast import gradient as contrast_gradient
 from fgfast.kernels.contrast import launch as contrast
 from fgfast.kernels.contrast import problem, wide
+from fgfast.kernels.contrast import tiles as contrast_tiles
 from fgfast.kernels.contrast import vectors as contrast_vectors
-from fgfast.kernels.kmeans import centroids, fused, pyramid_kernels, resident, tiles
+from fgfast.kernels.kmeans import (
+    centroids,
+    fused,
+    pyramid_cells,
+    pyramid_move,
+    pyramid_score,
+    pyramid_squares,
+    pyramid_sums,
+    resident,
+    tiles,
+)
 from fgfast.kernels.kmeans import launch as kmeans
 from fgfast.kernels.kmeans import pyramid as kmeans_pyramid
 from fgfast.kernels.kmeans import step as kmeans_step
-from fgfast.kernels.part_pool import kernels as part_pool_kernels
+from fgfast.kernels.part_pool import gradient as part_pool_gradient
 from fgfast.kernels.part_pool import launch as part_pool
+from fgfast.kernels.part_pool import sums, votes
+from fgfast.kernels.part_pool import tiles as part_pool_tiles
 from fgfast.pixels.options import KMeansOptions
 
 pytestmark = [
@@ -42,7 +56,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # of numbers that mean nothing
 ]
 MODULES = (
-    contrast_kernels, contrast_vectors, centroids, fused, pyramid_kernels, resident, tiles, part_pool_kernels,
+    contrast_tiles, contrast_forward, contrast_gradient, contrast_vectors, centroids, fused, pyramid_cells,
+    pyramid_score, pyramid_sums, pyramid_move, pyramid_squares, resident, tiles, part_pool_tiles, sums, votes,
+    part_pool_gradient,
 )  # fmt: skip
 FAR = 2**31
 ROOM = 2**46  # bytes from one storage to the next

@@ -154,6 +154,25 @@ def test_small_maps_read_in_runs_give_the_numbers_of_any_layout(problem, dirty):
     torch.testing.assert_close(out.pooled, expected.pooled, equal_nan=True)
 
 
+@examples(40)
+@given(small_maps(), st.booleans(), st.booleans())
+def test_gradients_of_small_maps_written_in_runs_are_those_of_any_layout(problem, dirty, mean):
+    from fgfast.kernels.part_pool import launch as kernels
+
+    x, labels, _ = problem
+    upstream = torch.randn(len(x), 9, x.shape[1], generator=torch.Generator().manual_seed(1)).to(x)
+    if dirty:
+        upstream[torch.rand(upstream.shape, generator=torch.Generator().manual_seed(0)).to(x.device) < 0.02] = math.nan
+    grid = labels_to_grid(labels, (x.shape[2], x.shape[3]), 9)
+    area = part_pool(x, labels, 9).area
+    images = x.new_full((len(x), x.shape[1] + 8, *x.shape[2:]), 7)  # with a gap after each
+    out, expected = (
+        kernels.pool_backward(upstream, grid, None, area, mean, like) for like in (images[:, :-8], ordered(x, "sliced"))
+    )
+    assert (images[:, -8:] == 7).all()
+    torch.testing.assert_close(out, expected, rtol=2 * torch.finfo(x.dtype).eps, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("n_parts", [3, 80])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_non_finite_gradient_affects_only_its_own_part(n_parts, value):

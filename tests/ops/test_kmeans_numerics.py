@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 import fgfast.ops.kmeans.kmeans  # noqa: F401  (registers the operations)
 from fgfast import kmeans, kmeans_step
+from fgfast.pixels.source import middle
+from fgfast.reference.draws import spaced_of_all, spaced_pixels
 from tests.examples import examples
 from tests.ops.kmeans_data import METRICS, blobs, seeds
 
@@ -129,3 +131,23 @@ def test_numbers_whose_squares_overflow_are_finite(metric, dtype, value):
         found, wide = (kmeans_step(y, y[:3], metric=metric, backend=backend) for y in (x, x.double()))
         assert torch.equal(found.labels, wide.labels)
         assert not found.inertia.isnan()
+
+
+@given(st.integers(1, 10_000), st.integers(1, 12))
+def test_pixels_are_spaced_alike_with_and_without_weights(pixels, count):
+    found = spaced_of_all(pixels, torch.device("cpu"), count)
+    assert torch.equal(found, spaced_pixels(torch.ones(1, pixels), count)[0])
+
+
+@given(seeds)
+def test_the_median_of_a_few_leaves_out_what_does_not_count(seed):
+    g = torch.Generator().manual_seed(seed)
+    rows = torch.randn(3, 8, 4, generator=g)
+    rows[torch.rand(rows.shape, generator=g) < 0.1] = torch.nan
+    rows[torch.rand(rows.shape, generator=g) < 0.05] = -torch.inf
+    weight = torch.rand(3, 8, generator=g).round()
+    for w, found in ((weight, middle(rows, weight)), (torch.ones(3, 8), middle(rows))):
+        counts = (w > 0) & rows.isfinite().all(2)
+        good = [row[keep] for row, keep in zip(rows, counts, strict=True)]
+        expected = [row.median(0).values if len(row) else torch.zeros(4) for row in good]
+        assert torch.equal(found, torch.stack(expected))

@@ -20,7 +20,9 @@ def cast_gradients(
 
     def cast(grad: Tensor | None, like: Tensor | None) -> Tensor:
         like = query if like is None else like
-        return like.new_empty(0) if grad is None else grad.to(like.dtype)
+        if grad is None:
+            return like.new_empty(0)
+        return grad if grad.dtype == like.dtype else grad.to(like.dtype)
 
     d_query, d_key, d_bank, d_temperature = grads
     return cast(d_query, query), cast(d_key, key), cast(d_bank, bank), cast(d_temperature, temperature)

@@ -44,8 +44,7 @@ def assign_tiles(
     c = centroids.to(wide)
     if metric == "cosine":
         c = unit(c)
-    few = c[:, :: -(-c.shape[1] // 8)]
-    shift = middle(few, few.new_ones(few.shape[:2]))
+    shift = middle(c[:, :: -(-c.shape[1] // 8)])
     labels = torch.empty(len(x), x.shape[2], dtype=torch.int64, device=x.device)
     sums, counts, inertia = torch.zeros_like(c), c.new_zeros(c.shape[:2]), c.new_zeros(len(x))
     for n in tiles(x):
