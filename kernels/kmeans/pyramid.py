@@ -239,7 +239,7 @@ class Solver:
             self.squared_norms if self.weight is None else self.weight, done, self.needed, self.arrived,
             self.labels, self.distances, self.counts, self.inertia, self.changed,
             *x.size, self.rows, self.strips, self.spans, self.programs, x.cells, self.blocks, x.DP, self.K,
-            FLATS=x.flats, ALIGNS=x.aligns, **x.known, COSINE=self.cosine, SHIFT=self.shifted,
+            FLATS=x.flats, SAME=self.adder.same, ALIGNS=x.aligns, **x.known, COSINE=self.cosine, SHIFT=self.shifted,
             WEIGHTED=self.weight is not None, PRECISION=self.precision, UPCAST=interpreted(), TILES=self.tiles,
             PAD=x.pad, BLOCK_N=self.tile_sizes["BLOCK_N"], KP=self.KP,
             **launch_options(self.tile_sizes["warps"], self.tile_sizes["stages"], x.row.registers),

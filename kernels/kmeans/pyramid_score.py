@@ -9,7 +9,7 @@ from fgfast.kernels.kmeans.tiles import has_converged, nearest_centroid, pixel_d
 
 
 @triton.jit
-def resize_scores(
+def _resize_scores(
     ptr, y, x, dy, dx, height, width, k, K, inside, KP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """Scores [cells, KP] of one level resized to pixels, [BLOCK_N, BLOCK_K]; a cell of weight 0 is not read."""
@@ -52,9 +52,13 @@ def _score_tile(
 def _label_strip(
     sizes, scores_ptr, bias_ptr, squares_ptr, weight_ptr, labels_ptr, distances_ptr, counts_ptr, inertia_ptr,
     changed_ptr, strip, height, width, rows, blocks, K,
-    LEVELS: tl.constexpr, COSINE: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_N: tl.constexpr, KP: tl.constexpr,
+    SAME: tl.constexpr, LEVELS: tl.constexpr, COSINE: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_N: tl.constexpr,
+    KP: tl.constexpr,
 ):  # fmt: skip
-    """Labels and distances of a strip of rows of pixels; its counts, inertia and number of changed labels."""
+    """Labels and distances of a strip of rows of pixels; its counts, inertia and number of changed labels.
+
+    SAME: cells of a level are pixels.
+    """
     k = tl.arange(0, KP)
     bias = tl.zeros([KP], tl.float32)
     for block in range(blocks):
@@ -70,9 +74,13 @@ def _label_strip(
         base = scores_ptr
         for level in tl.static_range(LEVELS):
             h, w = sizes[level][1], sizes[level][2]
-            y, dy = taps(n // width, h, height)
-            x, dx = taps(n % width, w, width)
-            dots += resize_scores(base, y, x, dy, dx, h, w, k, K, inside, KP, BLOCK_N, KP)
+            if SAME[level]:
+                at = n.to(tl.int64)[:, None] * KP + k[None, :]
+                dots += tl.load(base + at, inside[:, None] & (k < K)[None, :], other=0.0)
+            else:
+                y, dy = taps(n // width, h, height)
+                x, dx = taps(n % width, w, width)
+                dots += _resize_scores(base, y, x, dy, dx, h, w, k, K, inside, KP, BLOCK_N, KP)
             base += tl.cast(h * w, tl.int64) * KP
         best, index = nearest_centroid(dots, bias, k, K, COSINE)
         weight = tl.where(inside, 1.0, 0.0)
@@ -96,8 +104,8 @@ def score(
     xs, strides, sizes, m_ptr, mu_ptr, scores_ptr, bias_ptr, squares_ptr, weight_ptr, done_ptr, needed_ptr, arrived_ptr,
     labels_ptr, distances_ptr, counts_ptr, inertia_ptr, changed_ptr,
     height, width, rows, strips, spans, programs, cells, blocks, DP, K,
-    FLATS: tl.constexpr, ALIGNS: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr, COSINE: tl.constexpr,
-    SHIFT: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    FLATS: tl.constexpr, SAME: tl.constexpr, ALIGNS: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr,
+    COSINE: tl.constexpr, SHIFT: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     TILES: tl.constexpr, PAD: tl.constexpr, BLOCK_N: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """Scores of spans[l] cells of a level; the last program that a strip of pixels waits for also labels the strip.
@@ -142,6 +150,6 @@ def score(
             _label_strip(
                 sizes, scores_ptr, bias_ptr + b * blocks * KP, squares_ptr + n, weight_ptr + n, labels_ptr + n,
                 distances_ptr + n, counts_ptr + b * strips * KP, inertia_ptr + b * strips, changed_ptr + b * strips,
-                strip, height, width, rows, blocks, K, LEVELS, COSINE, WEIGHTED, BLOCK_N, KP,
+                strip, height, width, rows, blocks, K, SAME, LEVELS, COSINE, WEIGHTED, BLOCK_N, KP,
             )  # fmt: skip
             tl.store(arrived_ptr + strip, 0)  # for the next step

@@ -6,7 +6,6 @@ from fgfast.kernels.kmeans.step import power
 
 UNIT_BYTES = 512 << 10  # features read per program, approximately
 HELD = 4096  # sums, or scores, in the registers of a program
-ON_CHIP = 128 << 10  # bytes that stay in the cache of a program
 
 
 def held_channels(row: Row, KP: int) -> int:
@@ -36,11 +35,9 @@ def blocks(row: Row, KP: int) -> dict[str, int]:
 def score_tile(row: Row, KP: int, pad: int, size: tuple[int, ...], itemsize: int) -> tuple[int, int]:
     """Cells and channels of a tile of scores of a level (D, h, w).
 
-    Each tile reads all channels of the centroids: tiles are wide if centroids and a narrow tile do not fit on chip.
+    Each tile reads all channels of the centroids, from L2: tiles are as wide as registers and the level allow.
     """
     channels, height, width = size
     narrow = min(row.tiles["BLOCK_C"], max(16, 1024 // KP))
-    if channels * (4 * KP + narrow * itemsize) < ON_CHIP:
-        return narrow, pad
     most = min(256, 2 * HELD // (KP * itemsize), UNIT_BYTES // (channels * itemsize), power(height * width))
     return max(narrow, 1 << most.bit_length() - 1), max(16, pad // 2)

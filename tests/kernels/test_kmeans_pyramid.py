@@ -166,20 +166,20 @@ def test_many_clusters_and_more_samples_than_a_program_draws_from(monkeypatch, c
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_wide_tiles_of_scores(monkeypatch, metric):
-    monkeypatch.setattr("fgfast.kernels.kmeans.pyramid_tiles.ON_CHIP", 0)
+def test_wide_tiles_of_scores(metric):
     maps = pyramid(3, shapes=((40, 9, 9), (7, 4, 4)))
     row, narrow = Levels(maps, (9, 9)).row, 32
     assert [score_tile(row, 16, 32, (40, *m.shape[2:]), 4)[0] for m in maps] == [128, narrow]
     check(maps, 3, 9, init=spread(maps, 9, 3), n_iter=1, metric=metric)
 
 
-def test_tiles_of_scores_keep_the_centroids_on_chip_or_are_wide():
-    """For the first two levels of ResNet-50 a tile and the centroids fit in 128 KiB."""
+def test_tiles_of_scores_are_as_wide_as_registers_and_level_allow():
+    """The levels of ResNet-50; a tile reads all channels of the centroids of its level, so few tiles read them."""
     row = config("kmeans_pyramid", torch.device("cpu"), "half")
     sizes = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
-    tiles = [score_tile(row, 16, 64, size, 2) for size in sizes]
-    assert tiles == [(32, 64), (32, 64), (256, 32), (64, 32)]
+    for KP, most in ((16, 256), (32, 128), (128, 32)):
+        expected = [(most, 32), (most, 32), (most, 32), (min(most, 64), 32)]
+        assert [score_tile(row, KP, 64, size, 2) for size in sizes] == expected
 
 
 def test_no_pixel_of_positive_weight_and_an_empty_batch():
