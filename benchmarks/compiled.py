@@ -5,6 +5,7 @@ results/compilers.csv has one kernel on one architecture: how many of its cases 
 a thread of one takes, and the most bytes that one spills.
 """
 
+import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -41,12 +42,14 @@ def join_reports(reports: Sequence[Row]) -> list[Row]:
     return made
 
 
-def main(files: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    if not files:
-        print("Name the files that fgfast.kernels.aot --csv wrote, one per compiler.", file=sys.stderr)
-        return 2
-    made = join_reports([report for file in files for report in record.read(Path(file))])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description="Compare compilers by kernel.")
+    parser.add_argument("files", nargs="+", type=Path, help="what fgfast.kernels.aot --csv wrote, one per compiler")
+    try:
+        made = join_reports([report for file in parser.parse_args(arguments).files for report in record.read(file)])
+    except OSError as error:
+        parser.error(f"{error.filename} cannot be read ({error.strerror}): write it with fgfast.kernels.aot --csv.")
     record.overwrite(made, record.RESULTS / "compilers.csv")
     spilled = sum(int(value) > 0 for row in made for name, value in row.items() if name.endswith("spilled"))
     print(f"{len(made)} rows of kernel and architecture in {record.RESULTS / 'compilers.csv'}; {spilled} with spills")
@@ -54,4 +57,4 @@ def main(files: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

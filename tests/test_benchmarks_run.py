@@ -285,7 +285,10 @@ def test_reports_of_compilers_become_one_table(monkeypatch, tmp_path, capsys):
     assert (first["3.6.0 cases"], first["3.6.0 spilled"], first["3.9.0 spilled"]) == ("2", "8", "0")
     assert (second["arch"], second["3.6.0 cases"], second["3.9.0 registers"]) == ("sm_90", "0", "40")
     assert "1 with spills" in capsys.readouterr().out
-    assert compiled.main([]) == 2
+    for wrong in ([], [str(tmp_path / "nothing.csv")]):
+        with pytest.raises(SystemExit, match="2"):
+            compiled.main(wrong)
+    assert "cannot be read" in capsys.readouterr().err
 
 
 def test_the_figure_of_the_readme_is_drawn_from_stored_numbers(monkeypatch, tmp_path):
