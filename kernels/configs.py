@@ -117,6 +117,13 @@ ROWS: dict[tuple[str, str], tuple[Row, ...]] = {
         kmeans_row("fp32", 16, 32, 128, 24 << 10, 64, 4, 2, 48),
         kmeans_row("fp32 gaps", 16, 32, 128, 24 << 10, 64, 4, 2, 48),
     ),
+    # For sm_120 the compiler takes more registers: 24 Ki sums spilled up to 48 bytes, also in tiles of 16 channels.
+    ("kmeans_step", "sm_120"): (
+        kmeans_row("half", 16, 32, 128, 16 << 10, 128, 8, 2, 48, MOST_REGISTERS),
+        kmeans_row("half gaps", 16, 32, 128, 8 << 10, 128, 8, 2, 48, MOST_REGISTERS),
+        kmeans_row("fp32", 16, 32, 128, 16 << 10, 64, 8, 2, 48, MOST_REGISTERS),
+        kmeans_row("fp32 gaps", 16, 32, 128, 8 << 10, 64, 8, 2, 48, MOST_REGISTERS),
+    ),
     ("kmeans_step", "sm_90"): (kmeans_row("half aligned", 64, 64, 128, 32 << 10, 128, 8, 4, 99, MOST_REGISTERS),),
     # A step whose tiles stay in shared memory (fgfast.kernels.kmeans.resident); HELD as above.
     ("kmeans_resident", "sm_90"): (RESIDENT,),
@@ -157,6 +164,14 @@ ROWS: dict[tuple[str, str], tuple[Row, ...]] = {
         contrast_row("tf32", 8192, 64, 64, 32, 32, 8, 2, 48, 0, (0, 0), TRITON_3_9),
         contrast_row("tf32", 8192, 64, 64, 16, 32, 8, 2, 48),
     ),
+    ("contrast forward", "sm_120"): (
+        contrast_row("half", 128, 128, 64, 16, 128, 8, 2, 72),
+        contrast_row("half", 256, 64, 64, 16, 256, 8, 2, 99),
+        contrast_row("half", 8192, 64, 32, 32, 64, 8, 2, 48),
+        contrast_row("tf32", 128, 64, 32, 16, 128, 8, 2, 72, MOST_REGISTERS),
+        contrast_row("tf32", 8192, 64, 32, 32, 32, 8, 2, 48),
+    ),
+    ("contrast gradient", "sm_120"): (contrast_row("tf32", 8192, 64, 32, 32, 32, 8, 2, 64, MOST_REGISTERS),),
     ("contrast gradient", "sm_90"): (
         # For float16 a tile of all 256 channels, converted to bfloat16, would take too many registers.
         contrast_row("fp16", 128, 128, 64, 32, 128, 8, 3, 99),
