@@ -189,7 +189,8 @@ def test_each_architecture_compiles_the_rows_that_it_runs(dtype, arch):
     names = {name for _, name, _ in aot.jobs((arch,), default_only=False)}
     for kernel in ("forward", "gradient"):
         assert any(name.startswith(f"contrast {kernel}") and f" {dtype} " in name for name in names)
-    assert any(name.startswith("kmeans step") and f" {dtype} " in name for name in names)
+    steps = ("kmeans step", "kmeans assign")  # the second where the sums of a typical problem do not fit the registers
+    assert any(name.startswith(steps) and f" {dtype} " in name for name in names)
 
 
 @pytest.mark.quick
