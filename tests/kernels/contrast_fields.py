@@ -1,5 +1,6 @@
 """Random inputs of the contrastive loss, with the error bounds of the Triton kernels for them."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -149,3 +150,15 @@ fields = st.builds(
     images=st.sampled_from([1, 5]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
+
+
+def count_launches(monkeypatch: pytest.MonkeyPatch, counter: Counter[str], *modules: Any, only: Any = None) -> None:
+    """Count from now on, by name, the kernels that the modules launch; ``only``: names, all if None."""
+    for module in modules:
+
+        def counted(kernel: Any, *arguments: Any, launch: Any = module.launch, **options: Any) -> Any:
+            if only is None or kernel.fn.__name__ in only:
+                counter[kernel.fn.__name__] += 1
+            return launch(kernel, *arguments, **options)
+
+        monkeypatch.setattr(module, "launch", counted)

@@ -15,7 +15,7 @@ from fgfast.kernels.contrast import launch, problem
 from fgfast.ops.contrast import contrastive_loss, global_ids, ring
 from fgfast.ops.contrast.exchange import Ring
 from tests import ranks
-from tests.kernels.contrast_fields import CHANNELS, WHOLE, cut
+from tests.kernels.contrast_fields import CHANNELS, WHOLE, count_launches, cut
 from tests.memory import Memory
 from tests.ops.test_contrast_ring import IMAGES, evaluate, field, join
 
@@ -106,22 +106,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """The number of launches of each kernel."""
     counter: Counter[str] = Counter()
 
-    class Counted:
-        def __init__(self, kernels: Any):
-            self.kernels = kernels
-
-        def __getattr__(self, name: str) -> Any:
-            kernel = getattr(self.kernels, name)
-
-            class Launcher:
-                def __getitem__(self, grid: Any) -> Any:
-                    counter[name] += 1
-                    return kernel[grid]
-
-            return Launcher()
-
-    for module, name in ((problem, "per_vector"), (launch, "per_vector"), (launch, "device_side")):
-        monkeypatch.setattr(module, name, Counted(getattr(module, name)))
+    count_launches(monkeypatch, counter, problem, launch)
     return counter
 
 

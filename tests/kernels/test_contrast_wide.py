@@ -18,7 +18,17 @@ from fgfast.kernels.contrast import blocks, launch, wide, wide_cases
 from fgfast.kernels.contrast import problem as kernels
 from fgfast.kernels.sanitizer import checked
 from tests.examples import examples
-from tests.kernels.contrast_fields import CHANNELS, DEVICE, NEGATIVES, Field, assert_within_bounds, cut, fields, seeds
+from tests.kernels.contrast_fields import (
+    CHANNELS,
+    DEVICE,
+    NEGATIVES,
+    Field,
+    assert_within_bounds,
+    count_launches,
+    cut,
+    fields,
+    seeds,
+)
 from tests.memory import Memory
 
 pytestmark = pytest.mark.slow
@@ -61,13 +71,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count(wide._Weigher, "weigh")
     count(wide, "_multiply_add")
 
-    class Kernels:
-        def __getattr__(self, name: str) -> Any:
-            counter[name] += 1
-            return getattr(kernels_of_launch, name)
-
-    kernels_of_launch = launch.device_side
-    monkeypatch.setattr(launch, "device_side", Kernels())
+    count_launches(monkeypatch, counter, launch, only=("forward", "gradient"))
     monkeypatch.setattr(wide, "chunk_sizes", lambda *unused: (32, 32))
     return counter
 
