@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fgfast.tensors import in_func
 
 PLAIN = (Tensor, nn.Parameter)  # tensors of exactly these types have no behaviour of their own
-NUMBERS = (type(None), int, str, bool, float)  # the other arguments, lists of tensors or numbers aside
+SIMPLE = (type(None), int, str, bool, float)  # types of the other arguments, beside lists of tensors
 
 
 # A private name of torch; where a release lacks it, a test of batched gradients fails.
@@ -27,7 +27,7 @@ def _any_observed(arguments: Sequence[Any]) -> bool:
         if kind in PLAIN:  # with no more than a shape, or in a batch of torch.autograd.grad(is_grads_batched=True)
             if x.is_meta or is_batched(x):
                 return True
-        elif kind not in NUMBERS and (_any_observed(x) if kind is list else isinstance(x, Tensor)):
+        elif kind not in SIMPLE and (_any_observed(x) if kind is list else isinstance(x, Tensor)):
             return True
     return False
 
