@@ -6,7 +6,7 @@ import triton.language as tl
 from fgfast.kernels.contrast.tiles import (
     any_present,
     blocks_before,
-    compare_ids,
+    counted_pairs,
     keep_range,
     may_overlap,
     multiply,
@@ -69,7 +69,7 @@ def _add_tile(
     s, _ = scale_tile(s, x_factor, x_bias, copied, y_block, Y, y_inverse, True, BLOCK_Y)
     if COMPARE_IDS:
         _, y_present = load_inverse(y_inverse, y_n, y_exists)
-        positive, counted = compare_ids(x_ids, x_n, x_present, y_ids, y_n, y_present, NEGATIVES)
+        positive, counted = counted_pairs(x_ids, x_n, x_present, y_ids, y_n, y_present, NEGATIVES)
         positive_logits = tl.where(positive, s, 0.0)
         positives += tl.sum(positive_logits, 1)
         count += tl.sum(positive.to(tl.float32), 1)

@@ -6,7 +6,7 @@ import triton.language as tl
 from fgfast.kernels.contrast.tiles import (
     add_product,
     any_present,
-    compare_ids,
+    counted_pairs,
     keep_range,
     may_overlap,
     multiply,
@@ -65,7 +65,7 @@ def _gradient_tile(
     # Bounded weights are finite, and absent vectors are 0 in the products below.
     s, factor = scale_tile(s, x_factor, None, copied, y_block, Y, y_inverse, not BOUNDED, BLOCK_Y)
     if COMPARE_IDS:
-        positive, counted = compare_ids(x_ids, x_n, x_present, y_ids, y_n, y_present, NEGATIVES)
+        positive, counted = counted_pairs(x_ids, x_n, x_present, y_ids, y_n, y_present, NEGATIVES)
         s = tl.where(counted, s, -INFINITY)
 
     rows, rows_present = y_n, y_present

@@ -97,7 +97,7 @@ def _equal_ids(x, x_stride, x_n, x_present, y, y_stride, y_n, y_present):
 
 
 @triton.jit
-def compare_ids(x_ids, x_n, x_present, y_ids, y_n, y_present, NEGATIVES: tl.constexpr):
+def counted_pairs(x_ids, x_n, x_present, y_ids, y_n, y_present, NEGATIVES: tl.constexpr):
     """Positive pairs, and pairs in the denominator of the loss (positive or negative), bool [X, Y] each."""
     x_image, x_part, x_view, x_stride_image, x_stride_part, x_stride_view = x_ids
     y_image, y_part, y_view, y_stride_image, y_stride_part, y_stride_view = y_ids

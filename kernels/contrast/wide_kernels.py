@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fgfast.kernels.common import upcast
-from fgfast.kernels.contrast.tiles import compare_ids
+from fgfast.kernels.contrast.tiles import counted_pairs
 from fgfast.kernels.contrast.vectors import INFINITY, id_range, indices, load_inverse, load_vectors, logit_scale
 
 
@@ -79,7 +79,7 @@ def _store_weights(
         inverse, y_present = load_inverse(y_inverse, y_n, y_exists)
         s = s * x_factor[:, None] * inverse[None, :]
         if COMPARE_IDS:
-            positive, counted = compare_ids(x_ids, x_n, x_present, y_ids, y_n, y_present, NEGATIVES)
+            positive, counted = counted_pairs(x_ids, x_n, x_present, y_ids, y_n, y_present, NEGATIVES)
         else:
             counted = x_present[:, None] & y_present[None, :]
         s = tl.where(counted, s, -INFINITY)
