@@ -26,9 +26,10 @@ SHARED = {  # KiB per program
 class Row(NamedTuple):
     """One row of the table: its kind, tile sizes, warps, stages and limits.
 
-    ``kind`` is "half" (bfloat16 and float16) or "fp32"; for kmeans_step also "half aligned" (rows of pixels or channels
-    start at multiples of 16 elements) and "half gaps" (not aligned, with gaps between rows); for the contrast the kind
-    of products: "half", "bf16", "fp16", "tf32" or "ieee", with " copied" where columns are copied (large problems).
+    ``kind`` is "half" (bfloat16 and float16) or "fp32"; for kmeans_step also with " aligned" (rows of pixels or
+    channels start at multiples of 16 elements) or " gaps" (not aligned, with gaps between rows); for the contrast the
+    kind of products: "half", "bf16", "fp16", "tf32" or "ieee", with " copied" where columns are copied (large problems)
+    and " held" where forward also keeps channels of the rows in registers (bounded logits).
     """
 
     kind: str
@@ -58,27 +59,33 @@ class Row(NamedTuple):
 def contrast_row(
     kind: str, most: int, x: int, y: int, compared: int, d: int, warps: int, stages: int, shared: int,
     registers: int = 0, since: tuple[int, int] = (0, 0), before: tuple[int, int] = (99, 0), *, ahead: bool = False,
+    held: int = 0, flipped: bool = False,
 ) -> Row:  # fmt: skip
     """A row for up to ``most`` channels, all in one tile if d equals ``most``.
 
     ``x``: vectors that a program keeps; ``y``: vectors per step; ``compared``: vectors whose ids are compared at a
-    time; ``d``: channels at a time; ``ahead``: forward multiplies a tile before it sums the one before.
+    time; ``d``: channels at a time; ``ahead``: forward multiplies a tile before it sums the one before; ``held``:
+    channels of the rows that forward keeps in registers; ``flipped``: it computes one triangle by transposed tiles.
     """
     tiles = {"BLOCK_X": x, "BLOCK_Y": y, "BLOCK_S": compared, "BLOCK_D": d, "WHOLE": int(d == most)}
-    if ahead:
-        tiles["AHEAD"] = 1
+    options = {"AHEAD": int(ahead), "HELD": held, "FLIPPED": int(flipped)}
+    tiles |= {name: value for name, value in options.items() if value}
     return Row(kind, tiles, warps, stages, shared, registers, most, since, before)
 
 
 def kmeans_row(
-    kind: str, n: int, d: int, s: int, held: int, most: int, warps: int, stages: int, shared: int, registers: int = 0
-) -> Row:
+    kind: str, n: int, d: int, s: int, held: int, most: int, warps: int, stages: int, shared: int, registers: int = 0,
+    *, programs: int = 0,
+) -> Row:  # fmt: skip
     """A row of kmeans_step.
 
     ``n``, ``d``: pixels and channels of a tile of scores; ``s``: channels of a tile of sums; ``held``: padded sums that
-    a program keeps in registers, 96 or 128 per thread; ``most``: padded clusters of such a program.
+    a program keeps in registers, 96 or 128 per thread, 0 to read pixels twice; ``most``: padded clusters of such a
+    program; ``programs``: of two reads, on a processor at a time.
     """
     tiles = {"BLOCK_N": n, "BLOCK_D": d, "BLOCK_S": s, "HELD": held, "MOST_K": most}
+    if programs:
+        tiles["PROGRAMS"] = programs
     return Row(kind, tiles, warps, stages, shared, registers)
 
 
@@ -88,6 +95,7 @@ SMALL_CONTRAST = (
     contrast_row("tf32", 8192, 32, 32, 32, 32, 4, 1, 48),
     contrast_row("ieee", 8192, 32, 32, 32, 32, 4, 1, 48),
 )
+TWO_READS = kmeans_row("fp32 aligned", 64, 32, 64, 0, 64, 4, 3, 99, MOST_REGISTERS, programs=2)
 RESIDENT = Row("half", {"BLOCK_N": 32, "HELD": 24 << 10}, 8, 3, 227, MOST_REGISTERS, 0, TRITON_3_8)
 
 ROWS: dict[tuple[str, str], tuple[Row, ...]] = {
@@ -124,7 +132,13 @@ ROWS: dict[tuple[str, str], tuple[Row, ...]] = {
         kmeans_row("fp32", 16, 32, 128, 16 << 10, 64, 8, 2, 48, MOST_REGISTERS),
         kmeans_row("fp32 gaps", 16, 32, 128, 8 << 10, 64, 8, 2, 48, MOST_REGISTERS),
     ),
-    ("kmeans_step", "sm_90"): (kmeans_row("half aligned", 64, 64, 128, 32 << 10, 128, 8, 4, 99, MOST_REGISTERS),),
+    # Float32 pixels, whose scores take tiles of 16 pixels and no tensor core where the sums stay in registers, are read
+    # twice by two kernels, which is predicted to be five times faster. With gaps, or unaligned, that spills.
+    ("kmeans_step", "sm_90"): (
+        kmeans_row("half aligned", 64, 64, 128, 32 << 10, 128, 8, 4, 99, MOST_REGISTERS),
+        TWO_READS,
+    ),
+    ("kmeans_step", "sm_100"): (TWO_READS,),
     # A step whose tiles stay in shared memory (fgfast.kernels.kmeans.resident); HELD as above.
     ("kmeans_resident", "sm_90"): (RESIDENT,),
     ("kmeans_resident", "sm_100"): (RESIDENT,),
@@ -148,9 +162,16 @@ ROWS: dict[tuple[str, str], tuple[Row, ...]] = {
     ),
     ("contrast forward", "sm_90"): (
         # A tile ahead would spill 8 bytes in float16 where logits are unbounded; with Triton 3.9 also in bfloat16.
-        contrast_row("fp16 copied", 128, 128, 64, 16, 128, 4, 3, 99, 0, TRITON_3_8),
-        contrast_row("half copied", 128, 128, 64, 16, 128, 4, 3, 99, 0, TRITON_3_8, TRITON_3_9, ahead=True),
-        contrast_row("half copied", 128, 128, 64, 16, 128, 4, 3, 99, 0, TRITON_3_9),
+        contrast_row("fp16 copied", 128, 128, 64, 16, 128, 4, 3, 99, 0, TRITON_3_8, flipped=True),
+        contrast_row(
+            "half copied", 128, 128, 64, 16, 128, 4, 3, 99, 0, TRITON_3_8, TRITON_3_9, ahead=True, flipped=True
+        ),
+        contrast_row("half copied", 128, 128, 64, 16, 128, 4, 3, 99, 0, TRITON_3_9, flipped=True),
+        # Two programs on a processor at 256 channels: with all of the rows in shared memory there would be one.
+        # With Triton 3.9 128 of 256 channels in registers spill 8 bytes, and 384 of 512 spill 56.
+        contrast_row("half held", 256, 128, 64, 8, 64, 4, 2, 113, MOST_REGISTERS, TRITON_3_8, TRITON_3_9, held=128),
+        contrast_row("half held", 256, 128, 64, 8, 64, 4, 2, 113, MOST_REGISTERS, TRITON_3_9, held=64),
+        contrast_row("half held", 512, 128, 64, 8, 64, 8, 3, 224, MOST_REGISTERS, TRITON_3_8, TRITON_3_9, held=384),
         contrast_row("half copied", 256, 128, 64, 32, 256, 8, 3, 163, MOST_REGISTERS, TRITON_3_8, ahead=True),
         contrast_row("half", 256, 128, 128, 32, 256, 8, 2, 200),
         contrast_row("half", 8192, 128, 128, 32, 64, 8, 3, 99),

@@ -55,7 +55,7 @@ class Driver:
         self.arch, self.shared, self.utils = arch, shared, self
 
     def get_current_device(self) -> int:
-        return 0
+        return list(RATES).index(self.arch)  # Triton keeps what it compiled by this number
 
     def get_current_stream(self, _device: int) -> int:
         return 0
@@ -163,6 +163,8 @@ def pretend(arch: str, processors: int, shared: int, known: Collection[str] = ()
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    from fgfast.kernels import configs
+
     found: list[Launch] = []
     original = JITFunction.run
 
@@ -193,6 +195,7 @@ def pretend(arch: str, processors: int, shared: int, known: Collection[str] = ()
         if module_name.startswith("fgfast.kernels")
         for name in answers.keys() & vars(module).keys()
     ]
+    configs._find.cache_clear()  # of another architecture
     before = driver._active
     exchange = torch.cuda._exchange_device, torch.cuda._maybe_exchange_device
     try:
@@ -210,3 +213,4 @@ def pretend(arch: str, processors: int, shared: int, known: Collection[str] = ()
         torch.cuda._exchange_device, torch.cuda._maybe_exchange_device = exchange
         for module, name, value in replaced:
             setattr(module, name, value)
+        configs._find.cache_clear()

@@ -14,7 +14,7 @@ from fgfast.kernels.contrast import vectors as per_vector
 from fgfast.kernels.contrast.forward import forward as forward_kernel
 from fgfast.kernels.contrast.gradient import gradient as gradient_kernel
 from fgfast.kernels.contrast.launch import FINISH_ROWS, JOIN_ROWS, backward, forward
-from fgfast.kernels.contrast.problem import CHUNK, LARGEST_D, TileShape, arithmetic, forward_registers
+from fgfast.kernels.contrast.problem import CHUNK, HELD_TRIANGLE, LARGEST_D, TileShape, arithmetic, forward_registers
 from fgfast.kernels.tune import TuneCase
 
 
@@ -99,7 +99,7 @@ def aot_cases() -> Iterator[AotCase]:
     for kernel in ("forward", "gradient"):
         rows = list(table(f"contrast {kernel}"))
         for arch, row_name, row in rows:
-            kind = row.kind.removesuffix(" copied")
+            kind = row.kind.removesuffix(" copied").removesuffix(" held")
             dtypes = {"half": ("bf16", "fp16"), "fp16": ("fp16",), "bf16": ("bf16",)}.get(kind, ("fp32",))
             of_float16 = [r for a, _, r in rows if a == arch and r.kind == row.kind.replace("half", "fp16")]
             if kind == "half" and any(r.channels >= row.channels for r in of_float16):
@@ -107,12 +107,12 @@ def aot_cases() -> Iterator[AotCase]:
             archs, tuned = architectures_for(f"contrast {kernel}", arch, row), "tuned" in row_name
             for dtype in dtypes:
                 name = f"{kernel} {arch} {dtype} {row.kind} D{row.channels}{' tuned' * tuned}"
-                for case in _tile_cases(name, kernel, dtype, row.kind, TileShape.of(row), archs):
+                for case in _tile_cases(name, kernel, dtype, row.kind, TileShape.of(row), row.channels, archs):
                     yield case._replace(tuned=tuned, registers=case.registers or row.registers, shared=row.shared)
 
 
 def _tile_cases(
-    name: str, kernel: str, dtype: str, kind: str, row: TileShape, archs: tuple[str, ...]
+    name: str, kernel: str, dtype: str, kind: str, row: TileShape, channels: int, archs: tuple[str, ...]
 ) -> Iterator[AotCase]:
     """Cases of one row: bounded or not; all pairs or one triangle; the sides that the gradient is taken for."""
     rare = dtype == "fp16" and not kind.startswith("fp16")  # as for bfloat16 but for one instruction
@@ -120,14 +120,15 @@ def _tile_cases(
         "NEGATIVES": "all", "SPLITS": 1, "CHUNK": CHUNK, "PRECISION": "tf32" if kind.startswith("tf32") else "ieee",
         "UPCAST": False,
     }  # fmt: skip
-    fixed["CHANNELS"] = row.d if row.copied else 0
+    fixed["CHANNELS"] = channels if row.copied else 0
     if not row.copied:
         fixed |= dict.fromkeys(("y_copy", "y_factor", "y_bias", "scratch"))
-    for bounded in (True, False):
+    for bounded in (True,) if row.held else (True, False):
         full, of_all = f"{name} {'bounded' if bounded else 'online'}", fixed | {"BOUNDED": bounded}
         if kernel == "forward":
-            for triangular in (False, True) if bounded else (False,):
-                flags = of_all | {"AHEAD": row.ahead, "TRIANGULAR": triangular}
+            fits = bounded and not (row.held and channels > HELD_TRIANGLE)
+            for triangular in (False, True) if fits else (False,):
+                flags = of_all | row.of_forward(triangular)
                 flags |= {"SPLITS": 4} if triangular else {"partial": None}
                 registers = forward_registers(row.registers, bounded, triangular)
                 yield _case(

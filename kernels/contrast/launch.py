@@ -82,8 +82,7 @@ class Losses:
             forward_kernel, grid,
             *problem.rows.arguments, *columns.arguments, *columns.copied, columns.low, columns.high,
             problem.pointer, problem.scale, *self.results, self.partial, self.used, columns.scratch(grid), m,
-            columns.n, d, TRIANGULAR=triangular, SPLITS=splits, AHEAD=problem.tile.ahead,
-            CHANNELS=columns.channels,
+            columns.n, d, SPLITS=splits, CHANNELS=columns.channels, **problem.tile.of_forward(triangular),
             **problem.options(forward_registers(problem.tile.registers, problem.bounded, triangular)),
         )  # fmt: skip
         self.used += splits

@@ -18,6 +18,8 @@ LARGEST_N = 2**31 - 2**20  # indices are 32-bit integers, also those of the bloc
 SPLIT_BYTES = 32 << 20  # most bytes of the partial results of splits
 TRIANGULAR_TILES = 8  # tiles per program of ``forward`` from which one triangle is faster: an estimate, not measured
 COPIED_FROM = 1 << 24  # logits from which columns are copied, 10 us of products on an H200: an estimate, not measured
+HELD_FROM = 129  # channels from which rows of the kind "held" are faster: fewer fit into shared memory
+HELD_TRIANGLE = 256  # most channels with which they have room for one triangle
 COPY_BYTES = 32 << 20  # most bytes of copies that exceed the memory bound otherwise
 CHUNK = 256  # blocks whose ranges of image ids a program reads at a time
 NEGATIVES = ("all", "other_images", "same_image")
@@ -36,6 +38,8 @@ class TileShape(NamedTuple):
     registers: int = 0
     copied: bool = False  # columns are read from a copy
     ahead: bool = False  # forward multiplies a tile before it sums the exponentials of the one before
+    held: int = 0  # channels of the rows that forward keeps in registers
+    flipped: bool = False  # forward computes the tiles of one triangle as their transposes
 
     @classmethod
     @cache
@@ -43,12 +47,20 @@ class TileShape(NamedTuple):
         """A row of the table."""
         t = row.tiles
         sizes = (t["BLOCK_X"], t["BLOCK_Y"], t["BLOCK_S"], t["BLOCK_D"], bool(t["WHOLE"]))
-        copied = row.kind.endswith(" copied")
-        return cls(*sizes, row.warps, row.stages, row.registers, copied, bool(t.get("AHEAD", 0)))
+        copied, options = (
+            row.kind.endswith((" copied", " held")),
+            [t.get(name, 0) for name in ("AHEAD", "HELD", "FLIPPED")],
+        )
+        return cls(*sizes, row.warps, row.stages, row.registers, copied, bool(options[0]), options[1], bool(options[2]))
 
     @property
     def options(self) -> dict[str, Any]:
         return {"BLOCK_X": self.x, "BLOCK_Y": self.y, "BLOCK_S": self.compared, "BLOCK_D": self.d, "WHOLE": self.whole}
+
+    def of_forward(self, triangular: bool) -> dict[str, Any]:
+        """Constants of ``forward`` alone, for all logits or for one triangle."""
+        flipped = self.flipped and triangular
+        return {"TRIANGULAR": triangular, "AHEAD": self.ahead and not flipped, "HELD": self.held, "FLIPPED": flipped}
 
 
 def arithmetic(dtype: torch.dtype, precision: str) -> str:
@@ -66,19 +78,23 @@ def programs_wanted(device: torch.device) -> int:
     return 2 * processors(device) if device.type == "cuda" else 1
 
 
-def tile(kernel: str, device: torch.device, kind: str, channels: int, copied: bool = False) -> TileShape:
+def tile(
+    kernel: str, device: torch.device, kind: str, channels: int, copied: bool = False, held: bool = False
+) -> TileShape:
     """Tile sizes of ``kernel`` ("forward" or "gradient") for vectors with this many channels.
 
-    ``copied``: rows of the table for copied columns come first.
+    ``copied``: rows of the table for copied columns come first, and with ``held`` those that keep channels in registers
+    before them.
     """
-    return TileShape.of(config(f"contrast {kernel}", device, *_kinds(kind, copied), channels=channels))
+    return TileShape.of(config(f"contrast {kernel}", device, *_kinds(kind, copied, held), channels=channels))
 
 
 @cache
-def _kinds(kind: str, copied: bool) -> tuple[str, ...]:
+def _kinds(kind: str, copied: bool, held: bool) -> tuple[str, ...]:
     """The kinds of rows that serve, the most specific first."""
     kinds = {"half": ("bf16", "half"), "fp16": ("fp16", "half")}.get(kind, (kind,))
-    return (*(f"{k} copied" for k in kinds), *kinds) if copied else kinds
+    endings = [" held"] * (copied and held) + [" copied"] * copied + [""]
+    return tuple(k + ending for ending in endings for k in kinds)
 
 
 def copies_pay(query: Tensor, columns: int, vectors: int, spare: int = 0) -> bool:
@@ -170,7 +186,11 @@ class Problem:
         self.bounded = normalize and self.pointer is None and self.scale <= BOUNDED
         kind = arithmetic(query.dtype, precision)
         self.precision = "tf32" if kind == "tf32" else "ieee"
-        self.tile = tile(kernel, query.device, kind, query.shape[1], copied)
+        # Channels in registers go through a product, which only finite numbers survive: those of bounded logits, since
+        # a vector with others has no finite logit anyway.
+        most = HELD_TRIANGLE if as_columns[0] else LARGEST_D
+        held = kernel == "forward" and self.bounded and HELD_FROM <= query.shape[1] <= most
+        self.tile = tile(kernel, query.device, kind, query.shape[1], copied, held)
         self.programs = programs_wanted(query.device)
         self.rows = Side(query, query_ids, self.tile.y, as_columns[0] and self.tile.copied)
         self.keys = self.rows

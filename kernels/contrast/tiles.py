@@ -20,7 +20,10 @@ Arguments that belong together are tuples: vectors (x, stride_n, stride_d), ids 
 import triton
 import triton.language as tl
 
+from fgfast.kernels.common import Constant, upcast
 from fgfast.kernels.contrast.vectors import HIGHEST, INFINITY, LOWEST, indices, load_inverse, load_vectors
+
+PIECE = Constant(64)  # channels at a time where the rows stay in registers
 
 
 @triton.jit
@@ -130,6 +133,50 @@ def multiply(
             of_x = load_vectors(x, x_n, x_present, start, D, BLOCK_D, UPCAST)
             of_y = load_vectors(y, y_n, y_present, start, D, BLOCK_D, UPCAST)
             s = tl.dot(of_x, tl.trans(of_y), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def load_pieces(x, n, wanted, D, CHANNELS: tl.constexpr, HELD: tl.constexpr, UPCAST: tl.constexpr):
+    """All channels of vectors n, in pieces [N, PIECE] of which the first HELD channels stay in registers.
+
+    The compiler takes the left factor of a product from registers where it is a product itself: here one with the unit
+    matrix, which changes no finite number.
+    """
+    d = tl.arange(0, PIECE)
+    pieces = ()
+    for i in tl.static_range((CHANNELS + PIECE - 1) // PIECE):
+        piece = load_vectors(x, n, wanted, i * PIECE, D, PIECE, UPCAST)
+        if i * PIECE < HELD:
+            unit = (d[:, None] == d[None, :]).to(piece.dtype)
+            piece = tl.dot(piece, unit, input_precision="ieee").to(piece.dtype)
+            if not UPCAST:  # converted here, not where it is used: the float32 numbers would stay alive until then
+                piece = tl.inline_asm_elementwise(
+                    "mov.b32 $0, $1;", "=r,r", [piece], dtype=piece.dtype, is_pure=False, pack=2
+                )
+        pieces += (piece,)  # type: ignore[assignment]
+        tl.debug_barrier()  # one piece after the other
+    return pieces
+
+
+@triton.jit
+def multiply_pieces(
+    x_pieces, copy, block, CHANNELS: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, UPCAST: tl.constexpr
+):
+    """<x_i, y_j> [X, Y] of the pieces of x and one block of the copy of y."""
+    d = tl.arange(0, PIECE)
+    first = copy + tl.full([], BLOCK_Y * CHANNELS, tl.int64) * block
+    at = first + tl.arange(0, BLOCK_Y)[:, None] * CHANNELS + d[None, :]
+    pieces = ()
+    for i in tl.static_range((CHANNELS + PIECE - 1) // PIECE):
+        if (i + 1) * PIECE <= CHANNELS:
+            piece = tl.load(at + i * PIECE)
+        else:
+            piece = tl.load(at + i * PIECE, (d + i * PIECE < CHANNELS)[None, :], 0.0)
+        pieces += (upcast(piece, UPCAST),)  # type: ignore[assignment]
+    s = tl.zeros([BLOCK_X, BLOCK_Y], tl.float32)
+    for i in tl.static_range((CHANNELS + PIECE - 1) // PIECE):
+        s = tl.dot(x_pieces[i], tl.trans(pieces[i]), s, input_precision="ieee")
     return s
 
 

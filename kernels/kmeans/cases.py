@@ -16,6 +16,7 @@ from fgfast.kernels.kmeans.step import (
     GROUPS,
     LANES,
     UPDATE_BLOCKS,
+    assign_blocks,
     kinds,
     kmeans_step,
     resident_blocks,
@@ -190,7 +191,7 @@ def _step_cases(
         )
         yield make("plain", fused.step, plain, LLOYD=True, **off, **flags)
     else:
-        pixels, sums = ({n: t[n] for n in ("BLOCK_N", other, "BLOCK_K")} for other in ("BLOCK_D", "BLOCK_S"))
-        yield make("assign", tiles.assign, pixels, LLOYD=True, COSINE=layout.cosine)
+        yield make("assign", tiles.assign, assign_blocks(t, precision), LLOYD=True, COSINE=layout.cosine)
+        sums = {name: t[name] for name in ("BLOCK_N", "BLOCK_S", "BLOCK_K")}
         unit = not (layout.weighted or layout.cosine)
         yield make("sum", tiles.sum_pixels, sums, LLOYD=True, UNIT=unit)

@@ -71,8 +71,12 @@ def tile(row: Row, channels: int, clusters: int, narrow: bool = False) -> dict[s
     scarce = narrow and t["BLOCK_N"] == 16 and not row.kind.startswith("fp32")
     scarce = scarce and (t["CHUNKS"] == MOST_CHUNKS or (channels % t["BLOCK_S"] > 0 and sums > 16 << 10))
     if t["BLOCK_K"] > t.pop("MOST_K") or t["CHUNKS"] > MOST_CHUNKS or sums > t["HELD"] or scarce:
-        t |= {"HELD": 0, "BLOCK_N": 32, "BLOCK_S": min(64, t["BLOCK_S"])}
-        t["BLOCK_D"] = min(16 if row.kind.startswith("fp32") else 32, t["BLOCK_S"])
+        t |= {"PROGRAMS": t.get("PROGRAMS", 1), "PIECES": int(t["HELD"] == 0)}
+        if t["HELD"]:
+            t |= {"HELD": 0, "BLOCK_N": 32, "BLOCK_S": min(64, t["BLOCK_S"])}
+            t["BLOCK_D"] = min(16 if row.kind.startswith("fp32") else 32, t["BLOCK_S"])
+        elif narrow and t["BLOCK_K"] >= 64:
+            t["BLOCK_N"] = min(32, t["BLOCK_N"])
         t["BLOCK_K"] = min(64, t["BLOCK_K"])
         t["CHUNKS"] = cdiv(channels, t["BLOCK_S"])
         return t
@@ -124,6 +128,11 @@ def described(x: Tensor, flat: bool, across: int) -> bool:
 def step_blocks(t: dict[str, int], plain: bool) -> dict[str, int]:
     """Tile sizes of a launch of `step`; ``plain``: it neither prepares nor moves centroids."""
     return {name: t[name] for name in STEP_BLOCKS} | ({"BLOCK_D": t["PLAIN_D"]} if plain else {})
+
+
+def assign_blocks(t: dict[str, int], precision: str) -> dict[str, Any]:
+    """Tile sizes of a launch of `assign`, and whether it makes float32 products of three pieces on tensor cores."""
+    return {"PIECES": bool(t["PIECES"]) and precision == "ieee"} | {n: t[n] for n in ("BLOCK_N", "BLOCK_D", "BLOCK_K")}
 
 
 def splits(batch: int, tiles: int, affordable: int, processors: int) -> int:
@@ -212,7 +221,7 @@ class Solver:
         self.width = self.N if flat else width
         n_tiles = cdiv(self.N, t["BLOCK_N"])
         affordable = int(PARTIAL_FRACTION * self.N * x.element_size() / (8 * clusters))
-        self.splits = splits(self.batch, n_tiles, affordable, processors(x.device))
+        self.splits = splits(self.batch, n_tiles, affordable, processors(x.device) * t.get("PROGRAMS", 1))
         self.program_tiles = cdiv(n_tiles, self.splits)
         self.splits = max(1, cdiv(n_tiles, max(1, self.program_tiles)))
         self.single = self.splits == 1 and bool(t["HELD"])  # one program per problem, in one launch
@@ -321,7 +330,7 @@ class Solver:
             tiles.assign, (rows,),
             self.x, self.m, self.bias, self.mu, weight, done, self.labels, distances, self.scale, out.inertia,
             out.changed, *sizes, **self.common, LLOYD=lloyd, COSINE=self.cosine, **options(MOST_REGISTERS),
-            **{name: t[name] for name in ("BLOCK_N", "BLOCK_D", "BLOCK_K")},
+            **assign_blocks(t, self.common["PRECISION"]),
         )  # fmt: skip
         launch(
             tiles.sum_pixels, (rows * (self.DP // t["BLOCK_S"]) * (self.KP // t["BLOCK_K"]),),

@@ -150,6 +150,25 @@ def _leading_bits(x):
 
 
 @triton.jit
+def _rounded(x):
+    """Float32 x rounded to the 11 bits of a tf32 number."""
+    return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def full_product(x, m, acc):
+    """Acc + <x, m> of float32 numbers, from three tf32 products: within 2^-21 |x| |m| of each term.
+
+    x is its leading 11 bits, the next 11 and a rest of at most 2^-23 |x|, which is left out, as is the product of the
+    second pieces.
+    """
+    leading, of_m = _rounded(x), _rounded(m)
+    acc = tl.dot(leading, _rounded(m - of_m), acc, input_precision="tf32")
+    acc = tl.dot(_rounded(x - leading), of_m, acc, input_precision="tf32")
+    return tl.dot(leading, of_m, acc, input_precision="tf32")
+
+
+@triton.jit
 def add_product(acc, xt, factor, PRECISION: tl.constexpr):
     """Acc [BLOCK_D, BLOCK_K] + xt [BLOCK_D, BLOCK_N] x factor, float32 [BLOCK_N, BLOCK_K].
 
@@ -206,9 +225,12 @@ def assign(
     stride_b, stride_d, stride_y, stride_x,
     FLAT: tl.constexpr, EVEN: tl.constexpr, COSINE: tl.constexpr, SHIFT: tl.constexpr, WEIGHTED: tl.constexpr,
     LLOYD: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    PIECES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Labels, factors in the sums and partial inertia; with LLOYD also distances and changed labels, as in `step`."""
+    """Labels, factors in the sums and partial inertia; with LLOYD also distances and changed labels, as in `step`.
+
+    PIECES: float32 products are made of three on tensor cores.
+    """
     program = tl.program_id(0).to(tl.int64)
     b, split = program // SPLITS, program % SPLITS
     if has_converged(done_ptr, b, LLOYD):
@@ -235,7 +257,10 @@ def assign(
                 m = tl.load(m_ptr + (b * DP + first + d[:, None]) * KP + k[None, :])
                 y = relative(x, mu_ptr + b * DP + first + d, COSINE)
                 squares += tl.sum(y * y, 1)
-                dots = tl.dot(y if SHIFT else x, m, dots, input_precision=PRECISION)
+                if PIECES:
+                    dots = full_product(y if SHIFT else x, m, dots)
+                else:
+                    dots = tl.dot(y if SHIFT else x, m, dots, input_precision=PRECISION)
             lower, at = nearest_centroid(dots, tl.load(bias_ptr + b * KP + k), k, K, COSINE)
             index = tl.where(lower < best, low + at, index)
             best = tl.minimum(best, lower)

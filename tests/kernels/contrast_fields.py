@@ -20,6 +20,7 @@ NEGATIVES = kernels.NEGATIVES
 WHOLE = kernels.TileShape(16, 32, 16, 64, True, 4, 2)
 CHANNELS = kernels.TileShape(16, 32, 16, 16, False, 4, 2)
 COPIED = kernels.TileShape(16, 32, 16, 64, True, 4, 2, copied=True, ahead=True)
+HELD = COPIED._replace(d=128, ahead=False, held=64)  # one piece of channels in registers
 
 
 def cut(patch: pytest.MonkeyPatch, tile: kernels.TileShape, programs: int = 1) -> None:

@@ -17,6 +17,7 @@ from tests.kernels.contrast_fields import (
     COPIED,
     DEVICE,
     FAR,
+    HELD,
     NEGATIVES,
     WHOLE,
     Field,
@@ -45,7 +46,7 @@ options = st.fixed_dictionaries(
 
 @pytest.mark.quick
 @examples(10)
-@given(fields, options, st.sampled_from([WHOLE, CHANNELS, COPIED]), st.sampled_from([1, 9]))
+@given(fields, options, st.sampled_from([WHOLE, CHANNELS, COPIED, HELD]), st.sampled_from([1, 9]))
 def test_values_and_every_gradient_are_those_of_the_definition(
     field: Field, options: dict[str, Any], tile: kernels.TileShape, programs: int
 ) -> None:
@@ -57,16 +58,16 @@ def test_values_and_every_gradient_are_those_of_the_definition(
 @pytest.mark.parametrize("negatives", NEGATIVES)
 @pytest.mark.parametrize("same", [False, True], ids=["key", "same"])
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("tile", [WHOLE, COPIED], ids=["masked", "copied"])
+@pytest.mark.parametrize("tile", [WHOLE, COPIED, HELD], ids=["masked", "copied", "held"])
 def test_each_path_of_the_kernels(
     negatives: str, same: bool, normalize: bool, tile: kernels.TileShape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut(monkeypatch, tile)
-    assert_within_bounds(Field(3, same=same), negatives=negatives, normalize=normalize)
+    assert_within_bounds(Field(3, d=90 if tile.held else 21, same=same), negatives=negatives, normalize=normalize)
 
 
 @pytest.mark.parametrize("same", [False, True], ids=["key", "same"])
-@pytest.mark.parametrize("tile", [WHOLE, CHANNELS, COPIED], ids=["whole", "channels", "copied"])
+@pytest.mark.parametrize("tile", [WHOLE, CHANNELS, COPIED, HELD], ids=["whole", "channels", "copied", "held"])
 def test_splits_of_columns_change_nothing(same: bool, tile: kernels.TileShape, monkeypatch: pytest.MonkeyPatch) -> None:
     cut(monkeypatch, tile, programs=16)
     assert_within_bounds(Field(4, t=130, bank=70, same=same, images=2))
@@ -106,7 +107,7 @@ def test_a_single_gradient_is_the_one_of_all(which: str) -> None:
 @examples(6)
 @given(
     seed=seeds, negatives=st.sampled_from(NEGATIVES), normalize=st.booleans(), same=st.booleans(),
-    tile=st.sampled_from([WHOLE, COPIED]),
+    tile=st.sampled_from([WHOLE, COPIED, HELD]),
 )  # fmt: skip
 def test_contents_of_absent_vectors_affect_nothing(
     seed: int, negatives: str, normalize: bool, same: bool, tile: kernels.TileShape
@@ -130,7 +131,7 @@ def check_contents_of_absent_vectors(seed: int, negatives: str, normalize: bool,
 
 @pytest.mark.parametrize("junk", [torch.nan, torch.inf])
 @pytest.mark.parametrize("temperature", [0.1, 0.01], ids=["bounded", "online"])
-@pytest.mark.parametrize("tile", [WHOLE, COPIED], ids=["masked", "copied"])
+@pytest.mark.parametrize("tile", [WHOLE, COPIED, HELD], ids=["masked", "copied", "held"])
 def test_nan_and_infinity_in_present_vectors_give_nan(
     junk: float, temperature: float, tile: kernels.TileShape, monkeypatch: pytest.MonkeyPatch
 ) -> None:

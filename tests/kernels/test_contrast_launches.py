@@ -50,7 +50,8 @@ def test_addresses_beyond_32_bits(stride_n: int, stride_d: int, monkeypatch: pyt
     values, ids = torch.ones(n), torch.zeros(n, dtype=torch.int64)
     of_x = (x, stride_n, stride_d, values, ids, ids, ids, 1, 1, 1)
     low, high = ids[:1], ids[:1]
-    options = kernels.TileShape(16, 16, 16, 16, True, 4, 2).options | {
+    tile = kernels.TileShape(16, 16, 16, 16, True, 4, 2)
+    options = tile.options | {
         "NEGATIVES": "all", "BOUNDED": True, "SPLITS": 1, "CHUNK": 16, "PRECISION": "ieee", "UPCAST": True
     }  # fmt: skip
     partial = torch.zeros(2, 3, n)
@@ -62,7 +63,7 @@ def test_addresses_beyond_32_bits(stride_n: int, stride_d: int, monkeypatch: pyt
     for triangular in (False, True):
         forward[(1, 1)](
             *of_x, *of_x, None, None, None, low, high, None, 1.0, *torch.empty(3, n), partial, 1, None, n, n, d,
-            TRIANGULAR=triangular, AHEAD=False, CHANNELS=0, **options,
+            CHANNELS=0, **options, **tile.of_forward(triangular),
         )  # fmt: skip
     raw = torch.zeros(n, 1, d)
     gradient[(1, 1)](
@@ -110,6 +111,8 @@ CUTS = {  # tile, programs, and the expected groups of rows and splits of column
     "one program": (WHOLE, 1, (1, 1)),
     "groups": (kernels.TileShape(16, 16, 16, 64, True, 4, 2), 3, (3, 1)),
     "copied": (kernels.TileShape(16, 16, 16, 64, True, 4, 2, copied=True, ahead=True), 3, (3, 1)),
+    "flipped": (kernels.TileShape(16, 16, 16, 64, True, 4, 2, copied=True, flipped=True), 3, (3, 1)),
+    "held": (kernels.TileShape(16, 16, 16, 64, True, 4, 2, copied=True, held=64), 3, (3, 1)),
     "splits": (kernels.TileShape(32, 16, 16, 16, False, 4, 2), 15, (3, 5)),
 }
 
