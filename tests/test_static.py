@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("triton")
 
 from benchmarks.static import __main__ as command
 from benchmarks.static import cases, disassembly, plot, table, tiles, units
-from benchmarks.static.capture import check_arch
+from benchmarks.static.capture import check_arch, pretend
 from benchmarks.static.disassembly import Missing, parse
 from benchmarks.static.machine import Machine, Moved, Piece
 from benchmarks.static.rates import RATES
@@ -246,6 +247,20 @@ def test_a_second_wait_for_the_same_barrier_is_a_retry() -> None:
     machine = Machine(function, 8, H200, {}, {-1: Moved({"tma": [Piece(64_000.0)] * 2})}, "bf16")
     machine.body(None)
     assert len(machine.state.phases) == 1
+
+
+def test_each_architecture_has_its_own_rows_and_code_in_one_process() -> None:
+    from triton.runtime import driver
+
+    from fgfast.kernels import configs
+
+    numbers = set()
+    for arch in ("sm_90", "sm_120", "sm_90"):
+        with pretend(arch, 132, configs.SHARED[arch]):
+            row = configs.config("contrast forward", torch.device("cuda"), "half", channels=256)
+            numbers.add(driver.active.get_current_device())
+        assert row in configs.ROWS["contrast forward", arch]
+    assert len(numbers) == 2
 
 
 def test_an_unknown_architecture_is_one_sentence(capsys, monkeypatch) -> None:
