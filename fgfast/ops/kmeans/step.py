@@ -1,4 +1,4 @@
-"""One step of k-means: labels, and the sums of the new centroids, from one read of the pixels."""
+"""One step of k-means: labels, and the sums of the new centroids, from one or two reads of the pixels."""
 
 import math
 from typing import NamedTuple
@@ -121,7 +121,7 @@ def kmeans_step(
     deterministic: bool = True,
     backend: str | None = None,
 ) -> KMeansStep:
-    r"""Assign each pixel to its nearest centroid and sum the pixels of each, in one read of the pixels.
+    r"""Assign each pixel to its nearest centroid and sum the pixels of each, reading the pixels once or twice.
 
     .. math:: labels_n = \min \arg\min_k |x_n - c_k|^2, \quad sums_k = \sum_{n: labels_n = k} w_n x_n, \quad
               inertia = \sum_n w_n |x_n - c_{labels_n}|^2
