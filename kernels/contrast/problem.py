@@ -47,11 +47,9 @@ class TileShape(NamedTuple):
         """A row of the table."""
         t = row.tiles
         sizes = (t["BLOCK_X"], t["BLOCK_Y"], t["BLOCK_S"], t["BLOCK_D"], bool(t["WHOLE"]))
-        copied, options = (
-            row.kind.endswith((" copied", " held")),
-            [t.get(name, 0) for name in ("AHEAD", "HELD", "FLIPPED")],
-        )
-        return cls(*sizes, row.warps, row.stages, row.registers, copied, bool(options[0]), options[1], bool(options[2]))
+        copied = row.kind.endswith((" copied", " held"))
+        flags = bool(t.get("AHEAD", 0)), t.get("HELD", 0), bool(t.get("FLIPPED", 0))
+        return cls(*sizes, row.warps, row.stages, row.registers, copied, *flags)
 
     @property
     def options(self) -> dict[str, Any]:
