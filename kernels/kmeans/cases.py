@@ -40,6 +40,12 @@ def tune_cases(device: str = "cuda", images: int = 32, side: int = 64) -> Iterat
             for n, d, s, held, warps, stages in sizes
             if d <= s
         ]
+        if dtype == torch.float32:  # two reads
+            others = product((32, 64, 128), (16, 32, 64), (4, 8), (2, 3), (1, 2, 3))
+            rows += [
+                kmeans_row("fp32 aligned", n, d, 64, 0, 64, warps, stages, 0, MOST_REGISTERS, programs=programs)
+                for n, d, warps, stages, programs in others
+            ]
         yield TuneCase("kmeans_step", rows, partial(kmeans_step, x, start, None, "euclidean", "ieee", True))
 
 
