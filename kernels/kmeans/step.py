@@ -71,7 +71,7 @@ def tile(row: Row, channels: int, clusters: int, narrow: bool = False) -> dict[s
     scarce = narrow and t["BLOCK_N"] == 16 and not row.kind.startswith("fp32")
     scarce = scarce and (t["CHUNKS"] == MOST_CHUNKS or (channels % t["BLOCK_S"] > 0 and sums > 16 << 10))
     if t["BLOCK_K"] > t.pop("MOST_K") or t["CHUNKS"] > MOST_CHUNKS or sums > t["HELD"] or scarce:
-        t |= {"PROGRAMS": t.get("PROGRAMS", 1), "PIECES": int(t["HELD"] == 0)}
+        t["PIECES"] = int(t["HELD"] == 0)
         if t["HELD"]:
             t |= {"HELD": 0, "BLOCK_N": 32, "BLOCK_S": min(64, t["BLOCK_S"])}
             t["BLOCK_D"] = min(16 if row.kind.startswith("fp32") else 32, t["BLOCK_S"])

@@ -224,3 +224,26 @@ def test_the_cases_for_compilation_name_every_argument() -> None:
         names = list(case.signature)
         assert names == list(case.kernel.arg_names), case.name
         assert {n for n in names if case.signature[n] == "constexpr"} == set(case.constexprs), case.name
+
+
+@pytest.mark.parametrize(
+    ("channels", "same", "temperature", "held"),
+    [
+        (128, False, 0.1, False),  # all channels fit into shared memory
+        (129, False, 0.1, True),
+        (512, False, 0.1, True),
+        (256, True, 0.1, True),
+        (257, True, 0.1, False),  # no room for the sums of one triangle
+        (256, False, 0.01, False),  # unbounded logits: infinities count
+    ],
+)
+def test_rows_stay_in_registers_where_logits_are_bounded(
+    channels: int, same: bool, temperature: float, held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    tile = kernels.TileShape(16, 16, 16, 64, True, 4, 2, copied=True)
+    monkeypatch.setattr(kernels, "tile", lambda *given: (asked.append(given[-1]), tile)[1])
+    x, ids = torch.ones(4, channels), Ids(*torch.zeros(3, 4, dtype=torch.int64))
+    key = (None, None) if same else (x, ids)
+    kernels.Problem("forward", x, ids, None, temperature, "all", True, "ieee", None, *key, True, (same, True))
+    assert asked == [held]
