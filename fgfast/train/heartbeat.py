@@ -77,6 +77,8 @@ class _Other:
 
     beat: Beat = field(default_factory=Beat)
     beaten: float = 0.0
+    seen: float = 0.0
+    """When its last beat was read; ``beaten`` is later where this process stood still itself."""
     behind: float = math.inf
     """Since when it has been behind others by the same number of calls."""
     gone: float = math.inf
@@ -84,7 +86,7 @@ class _Other:
 
     def see(self, beat: Beat, now: float) -> None:
         if beat.number != self.beat.number:
-            self.beaten = now
+            self.beaten = self.seen = now
         if beat.calls != self.beat.calls:
             self.behind = math.inf
         self.beat = beat
@@ -118,7 +120,7 @@ class Heartbeat:
         store.set_timeout(timedelta(seconds=2 * timeout + 60))  # longer than here: torch would print a warning
         now = time.monotonic()
         self._stood = self._went_on = 0.0  # seconds for which this process stood still itself, and when that ended
-        self._others = {r: _Other(beaten=now) for r in range(len(members)) if r != rank}
+        self._others = {r: _Other(beaten=now, seen=now) for r in range(len(members)) if r != rank}
         self._beat = Beat()
         self._asked = now  # when the last exchange that is done began
         self._exchanged, self._lost, self._suspicious, self._stop = now, False, False, False
@@ -287,7 +289,7 @@ class Heartbeat:
         if self.host is None:
             return Verdict(f"The store at which the ranks meet does not answer: {REMEDY}.", self.rank)
         here = [r for r, m in enumerate(self.members) if r != self.host and m.host == self.members[self.rank].host]
-        printer = min((r for r in here if _runs(self.members[r])), default=self.rank)
+        printer = min((r for r in here if _runs(self.members[r]) and self._answers(r)), default=self.rank)
         ended = self._lost or not _runs(self.members[self.host])
         return self._accuse([self.host], self._how(ended, limit), printer)
 
@@ -298,7 +300,7 @@ class Heartbeat:
             return Verdict(f"Rank {self.rank} (process {me.process} on {me.host}) {how}: {REMEDY}.", self.rank)
         member = self.members[ranks[0]]
         more = {0: "", 1: ", and another one too,"}.get(len(ranks) - 1, f", and {len(ranks) - 1} others too,")
-        living = [r for r in range(len(self.members)) if r not in ranks and not self._has_left(r)]
+        living = [r for r in range(len(self.members)) if r not in ranks and self._answers(r)]
         sentence = f"Rank {ranks[0]} (process {member.process} on {member.host}){more} {how}: {REMEDY}."
         return Verdict(sentence, min(living) if printer is None else printer)
 
@@ -307,8 +309,12 @@ class Heartbeat:
             return "has ended without a word, perhaps killed or out of memory"
         return f"has not answered for {limit:.0f} s{' (--rank-timeout)' if limit == self.timeout else ''}"
 
-    def _has_left(self, rank: int) -> bool:
-        return rank != self.rank and bool(self._others[rank].beat.left)
+    def _answers(self, rank: int) -> bool:
+        """Whether a rank is there to print: one that is silent, but not yet for long enough to be accused, may not be."""
+        if rank == self.rank:
+            return True
+        other = self._others[rank]
+        return not other.beat.left and self._asked - other.seen < 3 * self.interval
 
     def _is_still(self, rank: int, now: float, limit: float) -> bool:
         """Whether a rank has not beaten for ``limit`` seconds, or has missed two beats and its process is gone."""
