@@ -99,8 +99,8 @@ def resident_tile(row: Row, channels: int, clusters: int) -> dict[str, int] | No
     It does not if the sums do not fit the registers, or tiles, centroids and the exchanged scores the shared memory;
     nor if channels are not whole groups, or a third of the padded channels were empty.
     """
-    wide, clusters = GROUPS * LANES, power(clusters)
-    chunks = cdiv(channels, wide)
+    wide, chunks = GROUPS * LANES, cdiv(channels, GROUPS * LANES)
+    spare, clusters = clusters < power(clusters) and chunks < 4, power(clusters)  # with 4 chunks registers run out
     padded, pixels, ahead = chunks * wide, row.tiles["BLOCK_N"], row.stages - 1
     needed = padded * (2 * (ahead * pixels + clusters) + 4 * ahead) + 4 * GROUPS * pixels * clusters
     if channels % LANES or 2 * padded > 3 * channels or padded * clusters > row.tiles["HELD"]:
@@ -110,12 +110,14 @@ def resident_tile(row: Row, channels: int, clusters: int) -> dict[str, int] | No
     return row.tiles | {
         "num_warps": row.warps, "num_stages": row.stages, "registers": row.registers, "BLOCK_D": 32, "BLOCK_S": wide,
         "BLOCK_K": clusters, "CHUNKS": chunks, "BLOCK_C": min(wide, 2048 // clusters), "HELD": 1, "RESIDENT": 1,
+        "SPARE": int(spare),
     }  # fmt: skip
 
 
 def resident_blocks(t: dict[str, int]) -> dict[str, int]:
     """Tile sizes of a launch of `step_resident`."""
-    return {name: t[name] for name in ("BLOCK_N", "BLOCK_K", "CHUNKS", "BLOCK_C")} | {"STAGES": t["num_stages"]}
+    names = ("BLOCK_N", "BLOCK_K", "CHUNKS", "BLOCK_C", "SPARE")
+    return {name: t[name] for name in names} | {"STAGES": t["num_stages"]}
 
 
 def described(x: Tensor, flat: bool, across: int) -> bool:

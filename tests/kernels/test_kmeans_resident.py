@@ -47,6 +47,15 @@ def test_step_equals_reference(seed, batch, pixels, channels, clusters, dtype):
     check_step(x, blobs(seed + 1, batch, clusters, channels, dtype=dtype))
 
 
+@pytest.mark.parametrize("clusters", [15, 16, 32, 33, 64])
+def test_squares_take_the_last_column_of_scores_only_if_no_centroid_has_it(clusters):
+    x, c = blobs(11, 1, 70, 256, dtype=torch.float16), blobs(12, 1, clusters, 256)
+    x[0, 40] = c[0, -1]
+    step = check_step(x, c)
+    assert is_resident(x, clusters)
+    assert step.labels[0, 40] == clusters - 1
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_non_finite_pixel_affects_only_the_inertia(value):
     x, c = blobs(7, 2, 70, 256, dtype=torch.bfloat16), blobs(8, 2, 5, 256)
