@@ -310,7 +310,7 @@ class Heartbeat:
         return f"has not answered for {limit:.0f} s{' (--rank-timeout)' if limit == self.timeout else ''}"
 
     def _answers(self, rank: int) -> bool:
-        """Whether a rank is there to print: one that is silent, but not yet for long enough to be accused, may not be."""
+        """Whether a rank is there to print: one that is silent, but not for long enough to be accused, may not be."""
         if rank == self.rank:
             return True
         other = self._others[rank]
