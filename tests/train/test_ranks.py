@@ -226,7 +226,7 @@ def test_a_rank_that_is_silent_itself_is_not_asked_to_print() -> None:
         heart._closed.set()
         heart._stop = True
         heart._wake.set()
-        time.sleep(0.6)
+        time.sleep(0.6)  # so much later is the second silent: three of its intervals, of 2 s before it is accused
     assert last._decided.wait(10)
     error = last.explain(RuntimeError("Connection closed by peer"))
     assert re.search("Rank 0 .* has not answered for 2 s", str(error))
