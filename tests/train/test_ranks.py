@@ -55,7 +55,8 @@ def _run(rank: int, port: int, scenario: str) -> int:
         with joined("cpu") as members:
             heart = heartbeat._current
             assert heart is not None
-            heart.interval = 0.3
+            heart.interval = 0.6
+            heart._wake.set()  # it waits for the interval of before, and the others take it for silent by the new one
             if "stopped" in scenario or "hangs" in scenario:
                 heart.timeout = 8.0  # from here on: a busy machine may take longer to join
             dist.barrier()
