@@ -317,13 +317,16 @@ class Heartbeat:
         return not other.beat.left and self._asked - other.seen < 3 * self.interval
 
     def _is_still(self, rank: int, now: float, limit: float) -> bool:
-        """Whether a rank has not beaten for ``limit`` seconds, or has missed two beats and its process is gone."""
+        """Whether a rank has not beaten for ``limit`` seconds, or has missed two beats and its process is gone.
+
+        Only what was read counts: while the store does not answer, nothing is known of any rank but its host.
+        """
         other = self._others[rank]
         if now - other.beaten < 2.5 * self.interval:
             return False
         if other.gone == math.inf and not _runs(self.members[rank]):
             other.gone = now
-        return now - other.beaten > limit or self._asked > other.gone  # it may have left properly just before
+        return self._asked > min(other.beaten + limit, other.gone)  # it may have left properly just before
 
     def _patience(self) -> float:
         """Seconds without a beat after which a rank is dead, once a collective has failed."""
