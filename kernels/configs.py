@@ -59,16 +59,17 @@ class Row(NamedTuple):
 def contrast_row(
     kind: str, most: int, x: int, y: int, compared: int, d: int, warps: int, stages: int, shared: int,
     registers: int = 0, since: tuple[int, int] = (0, 0), before: tuple[int, int] = (99, 0), *, ahead: bool = False,
-    held: int = 0, flipped: bool = False,
+    held: int = 0, flipped: bool = False, triangle: bool = True,
 ) -> Row:  # fmt: skip
     """A row for up to ``most`` channels, all in one tile if d equals ``most``.
 
     ``x``: vectors that a program keeps; ``y``: vectors per step; ``compared``: vectors whose ids are compared at a
     time; ``d``: channels at a time; ``ahead``: forward multiplies a tile before it sums the one before; ``held``:
-    channels of the rows that forward keeps in registers; ``flipped``: it computes one triangle by transposed tiles.
+    channels of the rows that forward keeps in registers; ``flipped``: it computes one triangle by transposed tiles;
+    ``triangle``: it may compute one triangle.
     """
     tiles = {"BLOCK_X": x, "BLOCK_Y": y, "BLOCK_S": compared, "BLOCK_D": d, "WHOLE": int(d == most)}
-    options = {"AHEAD": int(ahead), "HELD": held, "FLIPPED": int(flipped)}
+    options = {"AHEAD": int(ahead), "HELD": held, "FLIPPED": int(flipped), "ALL": int(not triangle)}
     tiles |= {name: value for name, value in options.items() if value}
     return Row(kind, tiles, warps, stages, shared, registers, most, since, before)
 
@@ -176,11 +177,20 @@ ROWS: dict[tuple[str, str], tuple[Row, ...]] = {
         contrast_row("half", 256, 128, 128, 32, 256, 8, 2, 200),
         contrast_row("half", 8192, 128, 128, 32, 64, 8, 3, 99),
     ),
+    # Products go to tensor memory, which leaves a thread the registers of 64 columns. One triangle is predicted to take
+    # as long as all tiles: a thread reads a row of a tile, so the sums of a column take five shuffles.
     ("contrast forward", "sm_100"): (
+        contrast_row(
+            "half copied", 128, 128, 64, 16, 128, 4, 3, 81, MOST_REGISTERS, TRITON_3_8, ahead=True, triangle=False
+        ),
+        contrast_row("half copied", 256, 128, 32, 16, 256, 4, 3, 113, MOST_REGISTERS, TRITON_3_8, triangle=False),
+        contrast_row(
+            "half copied", 512, 128, 32, 16, 512, 8, 3, 225, MOST_REGISTERS, TRITON_3_8, ahead=True, triangle=False
+        ),
         contrast_row("half", 128, 128, 64, 16, 128, 8, 2, 72, MOST_REGISTERS),
         contrast_row("half", 256, 64, 64, 16, 256, 8, 2, 99, MOST_REGISTERS),
-        contrast_row("half", 8192, 64, 64, 32, 64, 8, 2, 48, 0, (0, 0), TRITON_3_9),
-        contrast_row("half", 8192, 64, 64, 16, 64, 8, 2, 48),
+        contrast_row("half", 8192, 128, 128, 32, 64, 8, 3, 99, 0, TRITON_3_8, triangle=False),
+        contrast_row("half", 8192, 64, 64, 32, 64, 8, 2, 48, 0, (0, 0), TRITON_3_8),
         contrast_row("tf32", 128, 64, 32, 16, 128, 8, 2, 72, MOST_REGISTERS),
         contrast_row("tf32", 8192, 64, 64, 32, 32, 8, 2, 48, 0, (0, 0), TRITON_3_9),
         contrast_row("tf32", 8192, 64, 64, 16, 32, 8, 2, 48),
@@ -206,13 +216,18 @@ ROWS: dict[tuple[str, str], tuple[Row, ...]] = {
         contrast_row("half", 256, 128, 32, 16, 256, 8, 3, 163, MOST_REGISTERS),
         contrast_row("half", 8192, 128, 64, 32, 64, 8, 3, 99),
     ),
-    # Chunks of dL/ds. The logits of float32 vectors come from a library. On sm_90 two programs fit on a processor with
-    # 128 registers, so that one writes while the other multiplies.
+    ("contrast gradient", "sm_100"): (
+        contrast_row("bf16 copied", 128, 128, 32, 16, 128, 4, 4, 77, MOST_REGISTERS, TRITON_3_8),
+        contrast_row("bf16 copied", 256, 128, 32, 16, 256, 8, 3, 131, MOST_REGISTERS, TRITON_3_8),
+    ),
+    # Chunks of dL/ds. The logits of float32 vectors come from a library. On sm_90 and sm_100 two programs fit on a
+    # processor with 128 registers, so that one writes while the other multiplies.
     ("contrast weights", "default"): (
         contrast_row("half", 8192, 128, 128, 32, 64, 8, 3, 99, MOST_REGISTERS),
         contrast_row("fp32", 8192, 64, 64, 32, 32, 4, 1, 48, MOST_REGISTERS),
     ),
     ("contrast weights", "sm_90"): (contrast_row("half", 8192, 128, 128, 16, 64, 8, 3, 99, 128),),
+    ("contrast weights", "sm_100"): (contrast_row("half", 8192, 128, 128, 16, 64, 8, 3, 99, 128, TRITON_3_8),),
     # The gradient of the sigmoid loss has the rows above but for float32, where it keeps one more tile in registers.
     ("contrast sigmoid gradient", "default"): (contrast_row("ieee", 8192, 64, 64, 32, 16, 8, 2, 48, MOST_REGISTERS),),
     ("contrast sigmoid gradient", "gfx942"): SMALL_CONTRAST[-1:],

@@ -60,23 +60,27 @@ def small() -> dict[str, Any]:
 
 
 def goals() -> list[dict[str, Any]]:
-    """The launches of the goals on sm_90; those whose recorded facts are still valid are not compiled again."""
+    """The launches of the goals; those whose recorded facts are still valid are not compiled again."""
     rows = table.read(table.PATH)
-    known = {r["key"]: r for r in rows if r["key"] and (r["arch"], r["triton"]) == ("sm_90", triton.__version__)}
     found = []
-    for goal in cases.goals():
-        if goal.op == "pivotal_mask":
-            continue
-        launched = cases.captured(goal, "sm_90", H200, known)
-        products = max(1, sum(launch.name in cases.PRODUCTS for launch in launched))
-        for launch in launched:
-            name = {"kernel": goal.op, "shape": goal.shape, "dtype": goal.dtype, "launch": launch.name}
-            if launch.key in known:
-                found.append(known[launch.key] | name | {"most": None})
-            elif launch.cubin:
-                row = table.of(model.predict(launch, H200, goal.flops_done // products), H200)
-                before = [table.instructions(r) for r in known.values() if name.items() <= r.items()]
-                found.append(row | name | {"most": max(before, default=None)})
+    for arch in ("sm_90", "sm_100"):
+        known = {r["key"]: r for r in rows if r["key"] and (r["arch"], r["triton"]) == (arch, triton.__version__)}
+        rates = RATES[arch]
+        for goal in cases.goals():
+            if goal.op == "pivotal_mask":
+                continue
+            launched = cases.captured(goal, arch, rates, known)
+            products = sum(launch.name in cases.PRODUCTS for launch in launched)
+            for launch in launched:
+                name = {
+                    "kernel": goal.op, "shape": goal.shape, "dtype": goal.dtype, "arch": arch, "launch": launch.name
+                }  # fmt: skip
+                if launch.key in known:
+                    found.append(known[launch.key] | name | {"most": None})
+                elif launch.cubin:
+                    row = table.of(model.predict(launch, rates, goal.done_by(launch, products)), rates)
+                    before = [table.instructions(r) for r in known.values() if name.items() <= r.items()]
+                    found.append(row | name | {"most": max(before, default=None)})
     return found
 
 

@@ -30,6 +30,11 @@ class Goal(NamedTuple):
     kind: str = "bf16"
     flops_done: int = 0  # of the products that the kernels make: more than the fewest where tiles are made again
 
+    def done_by(self, launch: Launch, launches: int) -> int:
+        """Flops of one of the launches of :data:`PRODUCTS`; one triangle is half of all logits."""
+        done = self.flops_done // max(1, launches)
+        return done // 2 if launch.arguments.get("TRIANGULAR") else done
+
 
 PRODUCTS = ("forward", "gradient")  # kernels whose loops over tiles depend on data
 
@@ -148,7 +153,7 @@ def goals() -> Iterator[Goal]:
                 _contrast(d, True, False),
                 forward,
                 product // 2,
-                flops_done=product // 2,
+                flops_done=product,
             )
             yield Goal(
                 "contrast gradient",

@@ -57,7 +57,7 @@ def predictions(goal: cases.Goal, arch: str) -> list[tuple[Prediction, int]]:
         sizes = {name: value for name, value in launch.arguments.items() if isinstance(value, int)}
         kind = (launch.name, launch.key, launch.grid, launch.flops, launch.bytes, repr(sizes))
         alike.setdefault(kind, []).append(launch)
-    return [(predict(group[0], rates, goal.flops_done // max(1, products)), len(group)) for group in alike.values()]
+    return [(predict(group[0], rates, goal.done_by(group[0], products)), len(group)) for group in alike.values()]
 
 
 def limit(goal: cases.Goal, rates: Rates) -> float:

@@ -126,7 +126,7 @@ def _tile_cases(
     for bounded in (True,) if row.held else (True, False):
         full, of_all = f"{name} {'bounded' if bounded else 'online'}", fixed | {"BOUNDED": bounded}
         if kernel == "forward":
-            fits = bounded and not (row.held and channels > HELD_TRIANGLE)
+            fits = bounded and row.triangle and not (row.held and channels > HELD_TRIANGLE)
             for triangular in (False, True) if fits else (False,):
                 flags = of_all | row.of_forward(triangular)
                 flags |= {"SPLITS": 4} if triangular else {"partial": None}

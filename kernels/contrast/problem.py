@@ -40,6 +40,7 @@ class TileShape(NamedTuple):
     ahead: bool = False  # forward multiplies a tile before it sums the exponentials of the one before
     held: int = 0  # channels of the rows that forward keeps in registers
     flipped: bool = False  # forward computes the tiles of one triangle as their transposes
+    triangle: bool = True  # forward may compute one triangle
 
     @classmethod
     @cache
@@ -48,7 +49,7 @@ class TileShape(NamedTuple):
         t = row.tiles
         sizes = (t["BLOCK_X"], t["BLOCK_Y"], t["BLOCK_S"], t["BLOCK_D"], bool(t["WHOLE"]))
         copied = row.kind.endswith((" copied", " held"))
-        flags = bool(t.get("AHEAD", 0)), t.get("HELD", 0), bool(t.get("FLIPPED", 0))
+        flags = bool(t.get("AHEAD", 0)), t.get("HELD", 0), bool(t.get("FLIPPED", 0)), not t.get("ALL", 0)
         return cls(*sizes, row.warps, row.stages, row.registers, copied, *flags)
 
     @property
@@ -270,14 +271,14 @@ def groups_and_splits(rows: int, row_bytes: int, tile: TileShape, programs: int)
     The sums of columns need a slot per group, those of rows one per split: 12 bytes per row and slot, in total at most
     SPLIT_BYTES plus the bytes of x. A group has an even number of blocks of rows, for an equal number of tiles per
     group. Of the pairs that occupy the device, the one with the fewest splits is taken. None for few tiles, for which
-    the slots cost too much.
+    the slots cost too much, and for tiles that are not for triangles.
 
     Example:
         >>> groups_and_splits(65_536, 512, TileShape(128, 128, 32, 256, True, 8, 2), 264)
         (64, 4)
     """
     blocks = cdiv(rows, tile.x)
-    if blocks * cdiv(rows, tile.y) < TRIANGULAR_TILES * programs:
+    if not tile.triangle or blocks * cdiv(rows, tile.y) < TRIANGULAR_TILES * programs:
         return None
     slots = (SPLIT_BYTES + rows * row_bytes) // (12 * rows)
     for splits in range(1, programs + 1):

@@ -202,9 +202,9 @@ def test_groups_and_splits_occupy_the_device_in_bounded_memory(rows: int, row_by
 
 
 @pytest.mark.skipif(not interpreted(), reason="counts products in the interpreter")
-@pytest.mark.parametrize("change", ["none", "key", "same_image", "unbounded", "few"])
+@pytest.mark.parametrize("change", ["none", "key", "same_image", "unbounded", "few", "tile"])
 def test_all_logits_are_computed_where_one_triangle_is_not_faster(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut(monkeypatch, WHOLE, programs=2)
+    cut(monkeypatch, WHOLE._replace(triangle=change != "tile"), programs=2)
     field = Field(0, m=16 if change == "few" else 37, same=change != "key", bank=None)
     options = {
         "negatives": "same_image" if change == "same_image" else "all",
