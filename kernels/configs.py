@@ -346,10 +346,10 @@ def _hides(first: Row, row: Row) -> bool:
 
 
 def architectures_for(op: str, arch: str, row: Row) -> tuple[str, ...]:
-    """The architectures that may use a row of ``op`` listed under ``arch``."""
+    """The architectures that may use a row of ``op`` listed under ``arch``, with the installed compiler."""
     if arch != "default":
         return (arch,)
     return tuple(
         a for a, most in SHARED.items()
-        if row.shared <= most and not any(r.kind == row.kind for r in ROWS.get((op, a), ()))
+        if row.shared <= most and not any(r.kind == row.kind and r.compiles for r in ROWS.get((op, a), ()))
     )  # fmt: skip

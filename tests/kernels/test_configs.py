@@ -145,13 +145,17 @@ def test_a_row_that_spills_with_a_compiler_is_not_used_by_it(case, sides, monkey
 @pytest.mark.quick
 @pytest.mark.parametrize("compiler", [(3, 6), (3, 7), (3, 8), (3, 9), (3, 10)])
 def test_every_compiler_has_a_row_for_every_kind(compiler, monkeypatch):
+    """Which is compiled ahead of time for the architecture."""
     monkeypatch.setattr(configs, "COMPILER", compiler)
     for op, arch in configs.ROWS:
         kinds = {row.kind for row in configs.ROWS[op, "default"]} if (op, "default") in configs.ROWS else set()
         for kind in kinds - {"half gaps", "fp32 gaps"}:
             most = max(row.channels for row in configs.ROWS[op, "default"] if row.kind == kind)
             wanted = (kind, "half") if kind.startswith("half") else (kind,)
-            assert configs.choose(op, arch, configs.SHARED.get(arch, 99), wanted, most), (op, arch, kind)
+            row = configs.choose(op, arch, configs.SHARED.get(arch, 99), wanted, most)
+            assert row, (op, arch, kind)
+            listed = [where for where, _, other in configs.table(op) if other == row]
+            assert any(arch in ("default", *configs.architectures_for(op, w, row)) for w in listed), (op, arch, kind)
 
 
 def test_every_kernel_is_launched_as_on_a_gpu():
