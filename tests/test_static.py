@@ -298,13 +298,16 @@ def test_kernels_of_the_goals_do_not_spill(launches) -> None:
     assert [(row["arch"], row["launch"]) for row in launches if int(row["spilled"])] == []
 
 
-@pytest.mark.parametrize(("arch", "product"), [("sm_90", "HGMMA"), ("sm_100", "UTCHMMA")])
-def test_logits_are_products_of_many_warps_with_copies_beside_them(launches, arch: str, product: str) -> None:
+@pytest.mark.parametrize(("arch", "product", "fewest"), [("sm_90", "HGMMA", 0), ("sm_100", "UTCHMMA", 1)])
+def test_logits_are_products_of_many_warps_with_copies_beside_them(
+    launches, arch: str, product: str, fewest: int
+) -> None:
+    """``fewest``: copies that an asynchronous wait leaves under way."""
     rows = [row for row in launches if row["kernel"].startswith("contrast") and row["launch"] in cases.PRODUCTS]
     rows = [row for row in rows if row["arch"] == arch]
     assert {row["product"] for row in rows} == {product}
     assert all(int(row["n_async"]) > 0 for row in rows)
-    assert arch != "sm_100" or all(int(row["depth"]) > 0 for row in rows)
+    assert all(int(row["depth"]) >= fewest for row in rows)
 
 
 def test_instructions_of_a_tile_are_as_few_as_recorded(launches) -> None:

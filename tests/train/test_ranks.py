@@ -252,7 +252,7 @@ def test_a_store_that_does_not_answer_accuses_its_host_alone(monkeypatch: pytest
     third.host = 0
     second._stop = True
     second._wake.set()
-    time.sleep(0.5)
+    time.sleep(0.5)  # so much older than what is read last is the second's beat: it would be accused before the host
     third.store = Silent()
     assert third._decided.wait(10)
     for heart in (first, second, third):
