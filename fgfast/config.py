@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, TypeVar, get_args, get_type_hints
@@ -129,12 +130,14 @@ class TrainConfig:
     """Fraction of the steps used for linear warm-up; then the learning rate falls to 0 as half a cosine."""
     head_warmup: Fraction = 0.0
     """Fraction of the steps in which the encoder is held and only its heads learn; then its own schedule begins."""
-    encoder_rate: Positive = 1.0
-    """Learning rate of the encoder relative to --lr, which the heads have (try 0.1 or less from pretrained weights)."""
+    encoder_rate: Annotated[float | Literal["auto"], Range(0, open=True)] = AUTO
+    """Learning rate of the encoder relative to --lr, which the heads have; auto takes 0.1 from pretrained weights (of
+    timm or of a file), 1 otherwise."""
     layer_decay: Annotated[float, Range(0, 1, open=True)] = 1.0
     """Learning rate of each layer of the encoder relative to that of the layer after it; 1 gives all the same."""
-    freeze_bn: bool = False
-    """Keep the BatchNorm statistics of the encoder as they are in the initial weights; scales and shifts learn."""
+    freeze_bn: Literal["auto", "on", "off"] = AUTO
+    """Keep the BatchNorm statistics of the encoder as they are in the initial weights, while scales and shifts learn;
+    auto keeps those of pretrained weights (of timm or of a file)."""
     stages: str = "all"
     """Last stages of the encoder (blocks of a ViT) that learn: a number, or all; those before them keep the initial
     weights and statistics, and need no backward pass."""
@@ -242,18 +245,18 @@ def with_values(config: C, values: dict[str, Any], source: str) -> C:
         key = name.replace("-", "_")
         if key not in fields:
             raise UserError(f"{source} sets {name!r}, which {type(config).__name__} does not have: remove it.")
-        hint, shown = hints[key], shorten(repr(value))
-        choices = get_args(hint)
-        if choices and value not in choices:
-            raise UserError(f"{source} sets {name} = {shown}: choose one of {', '.join(map(str, choices))}.")
-        if hint is float and type(value) is int:
+        kind = _kind(hints[key])
+        if kind is float and type(value) is int:
             value = float(value)
         if key == "save_every" and type(value) is int:  # as earlier versions wrote it
             value = str(value)
-        if (not choices and not isinstance(value, hint)) or (hint is int and isinstance(value, bool)):
-            raise UserError(f"{source} sets {name} = {shown}: give a value of type {hint.__name__}.")
+        if key == "freeze_bn" and type(value) is bool:  # likewise
+            value = "on" if value else "off"
+        if remedy := _misfit(value, hints[key]):
+            raise UserError(f"{source} sets {name} = {shorten(repr(value))}: {remedy}.")
         for wanted in getattr(ranges[key], "__metadata__", ()):
-            check_range(f"{source} sets {name}, which", value, wanted)
+            if isinstance(value, int | float):
+                check_range(f"{source} sets {name}, which", value, wanted)
         if isinstance(value, str):
             check_text(f"{source}: {name}", value)
         checked[key] = value
@@ -266,12 +269,40 @@ def parse_values(config: "DataclassInstance", pairs: dict[str, str], source: str
     values: dict[str, Any] = {}
     for name, text in pairs.items():
         hint = hints.get(name.replace("-", "_"), str)
+        kind = _kind(hint)
         try:
-            values[name] = _SWITCHES[text.lower()] if hint is bool else hint(text) if hint in (int, float) else text
+            if text in _words(hint):
+                values[name] = text
+            elif kind is bool or name.replace("-", "_") == "freeze_bn":  # which was a switch in earlier versions
+                values[name] = _SWITCHES[text.lower()]
+            else:
+                values[name] = kind(text) if kind in (int, float) else text
         except (KeyError, ValueError):
             wrong = f"{source} sets {name} = {shorten(repr(text))}"
-            raise UserError(f"{wrong}: give a value of type {hint.__name__}.") from None
+            raise UserError(f"{wrong}: {_misfit(None, hint)}.") from None
     return values
+
+
+def _words(hint: Any) -> tuple[str, ...]:
+    """The words that an option takes: of ``Literal["a", "b"]`` and of ``float | Literal["a"]``."""
+    literals = [part for part in (hint, *get_args(hint)) if typing.get_origin(part) is Literal]
+    return tuple(word for literal in literals for word in get_args(literal))
+
+
+def _kind(hint: Any) -> type:
+    """The type of an option, beside the words that it takes."""
+    if typing.get_origin(hint) is Literal:
+        return str
+    return get_args(hint)[0] if get_args(hint) else hint
+
+
+def _misfit(value: object, hint: Any) -> str:
+    """What to give in place of a value that does not have the type of an option; empty if it has."""
+    kind, words = _kind(hint), _words(hint)
+    if words and kind is str:
+        return "" if value in words else f"choose one of {', '.join(words)}"
+    fits = value in words or (isinstance(value, kind) and not (kind is int and isinstance(value, bool)))
+    return "" if fits else f"give a value of type {kind.__name__}{''.join(f', or {word}' for word in words)}"
 
 
 def validate(config: TrainConfig) -> None:
@@ -289,12 +320,12 @@ def validate(config: TrainConfig) -> None:
     channel_values("--mean", config.mean, Range(0, 1))
     channel_values("--std", config.std, Range(0, open=True))
     Interval.parse(str(config.save_every))
-    if config.freeze_bn and config.init == "none":
+    if config.freeze_bn == "on" and config.init == "none":
         raise UserError("--freeze-bn keeps the statistics of initial weights: give them by --init, or leave it out.")
     if config.stages != "all" and config.init == "none":
         raise UserError("--stages keeps the initial weights of other stages: give weights by --init, or leave it out.")
     for name, other in (("--sync-bn", config.sync_bn), ("--clean-stats", config.clean_stats)):
-        if config.freeze_bn and other:
+        if config.freeze_bn == "on" and other:
             raise UserError(f"--freeze-bn keeps the statistics that {name} computes: leave one of them out.")
     if config.clean_stats == 1:
         raise UserError("--clean-stats is 1, and one image has no variance: give 2 or more, or leave it out.")
@@ -359,8 +390,12 @@ def check_range(name: str, value: float, wanted: Range) -> None:
 
 
 def check_ranges(config: TrainConfig) -> None:
-    """Raise a UserError for an option outside its range."""
+    """Raise a UserError for an option outside its range, or that is none of the words that it takes."""
+    hints = get_type_hints(type(config))
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
+        if _words(hints[name]) and (remedy := _misfit(value, hints[name])):
+            raise UserError(f"{flag(name)} is {shorten(repr(value))}: {remedy}.")
         for wanted in getattr(hint, "__metadata__", ()):
-            check_range(flag(name), value, wanted)
+            if value != AUTO:
+                check_range(flag(name), value, wanted)

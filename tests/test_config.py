@@ -136,6 +136,8 @@ def test_errors_are_one_line() -> None:
         (["simclr", "--config", "missing.toml"], "missing.toml is missing"),
         (["simclr", "--config"], "has no value"),
         (["color", "--preset", "paper"], "no --preset paper"),
+        (["simclr", "--encoder-rate", "x"], r"--encoder-rate got 'x' and takes FLOAT\|{auto}: "),
+        (["simclr", "--freeze-bn"], "--freeze-bn"),
     ],
 )
 def test_wrong_arguments_are_refused(words: list[str], message: str) -> None:

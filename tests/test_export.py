@@ -31,10 +31,10 @@ from fgfast.run import save_checkpoint
 from tests.conftest import TINY
 
 CNN = SimCLRConfig(
-    data="sets/birds", model=TINY, size=32, hidden=16, projection=8, device="cpu", threads=1, freeze_bn=True,
+    data="sets/birds", model=TINY, size=32, hidden=16, projection=8, device="cpu", threads=1, freeze_bn="on",
     mean="0.5,0.4,0.6", std="0.2,0.3,0.5", interpolation="bicubic",
 )  # fmt: skip
-VIT = replace(CNN, model="test_vit", freeze_bn=False, interpolation="bilinear")
+VIT = replace(CNN, model="test_vit", freeze_bn="off", interpolation="bilinear")
 SRGAN = SRGANConfig(model="srgan", size=16, width=4, blocks=1, device="cpu", threads=1)
 COLOR = ColorConfig(model=TINY, size=32, device="cpu", threads=1)
 LCR = LCRConfig(model=TINY, size=64, device="cpu", threads=1)

@@ -61,7 +61,7 @@ def _first_sentence(error: str) -> str:
     if "╭" not in error and len(rules) > 1:  # plain: the title is above the first rule
         lines, rules = lines[2:], [i - 2 for i in rules[1:]]
     text = " ".join(lines[: rules[0]] if rules else lines).strip().rstrip(".") or "The arguments do not parse"
-    optional = re.match(r"Error parsing (\S+): no type matching \{None\}\|(\S+) could .* from \['(.*?)'\]", text)
+    optional = re.match(r"Error parsing (\S+): no type matching (?:\{None\}\|)?(\S+) could .* from \['(.*?)'\]", text)
     return "{0} got {2!r} and takes {1}".format(*optional.groups()) if optional else text
 
 

@@ -111,7 +111,7 @@ class Comparison:
 
     def _check_stored_rows(self) -> None:
         """Refuse to mix stored rows and tuning of other settings with new ones in a table."""
-        from fgfast.methods.run_folder import read_run, resolve_stats
+        from fgfast.methods.run_folder import read_run, resolve
         from fgfast.train.resume import ANY_TIME, check_options
 
         stored, complete = self._rows(), self._complete()
@@ -132,8 +132,8 @@ class Comparison:
             if before.is_dir() and before.resolve() != data.resolve():
                 raise UserError(f"{run} was trained on {before}, not on {data}: give another --out.")
             if grows and (config.init == "timm" or Path(config.init).exists()):
-                # earlier versions may have used other input statistics than new runs would
-                config = resolve_stats(replace(config, resume=False))[0]
+                # new runs would follow the weights where earlier versions did not
+                config = resolve(replace(config, resume=False))[0]
             tuned = ("lr",) if self.lrs and entry.trained else ()
             check_options(run, config, may_change=(*ANY_TIME, *tuned))
 

@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import torch
 
-from fgfast.config import TrainConfig, parse_values, with_values
+from fgfast.config import AUTO, TrainConfig, flag, parse_values, with_values
 from fgfast.data.normalise import IMAGENET, InputStats
 from fgfast.errors import UserError
 from fgfast.methods.base import METHODS, Method, build_encoder, method_class
 from fgfast.methods.input_stats import stats_of_weights
+from fgfast.methods.refining import PLAIN, with_refinement
 from fgfast.models.backbone import Backbone
 from fgfast.models.input_stats import stats_from_texts
 from fgfast.models.weights import load_tensors
@@ -25,7 +26,7 @@ Checkpoint = Literal["init", "last"]
 def read_run(run: Path) -> tuple[str, TrainConfig]:
     """The method's name and the configuration of a run folder.
 
-    Input statistics that it does not name are ImageNet's: earlier versions used them for every network.
+    What it does not name is as in earlier versions: ImageNet's input statistics for every network, no refinement.
 
     Raises:
         UserError: the folder is not a run folder, or its config.toml names no method.
@@ -35,34 +36,55 @@ def read_run(run: Path) -> tuple[str, TrainConfig]:
         wrong = f"has method = {name!r}" if name else "names no method"
         raise UserError(f"{run / 'config.toml'} {wrong}: correct it to one of {', '.join(METHODS)}.")
     config = with_values(method_class(name).Config(), values, str(run / "config.toml"))
-    return name, _with_stats(config, stats_from_texts(vars(config), f"In {run / 'config.toml'} "))
+    stats = stats_from_texts(vars(config), f"In {run / 'config.toml'} ")
+    return name, with_refinement(_with_stats(config, stats), PLAIN)
 
 
 def _with_stats(config: TrainConfig, stats: InputStats) -> TrainConfig:
     return with_values(config, {**stats.texts()}, "The input statistics")
 
 
-def complete_stats(config: TrainConfig, run: TrainConfig) -> TrainConfig:
-    """The configuration with input statistics as given, else those of a run.
+def complete_as(run: TrainConfig, config: TrainConfig) -> TrainConfig:
+    """The configuration with what it leaves to auto as in that of a run: input statistics and refinement.
 
     Raises:
-        UserError: one does not have its form.
+        UserError: a statistic does not have its form.
     """
-    return _with_stats(config, stats_from_texts(vars(config), "--", stats_from_texts(vars(run), "--")))
+    stats = stats_from_texts(vars(config), "--", stats_from_texts(vars(run), "--"))
+    return with_refinement(_with_stats(config, stats), vars(run))
 
 
-def resolve_stats(config: TrainConfig) -> tuple[TrainConfig, str]:
-    """The configuration with all input statistics: as given, else those of the run that it resumes or of its weights.
+def resolve(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """The configuration with nothing left to auto that follows from the run that it resumes or its initial weights.
 
     Returns:
-        The configuration; and a sentence for the log if the statistics are not ImageNet's or not those of the weights.
+        The configuration; and sentences for the log on what a reader would not expect of random weights.
 
     Raises:
         UserError: a statistic does not have its form, or the run or the weights cannot be read.
     """
     run = Path(config.out)
     if config.resume and has_checkpoint(run):
-        return complete_stats(config, read_run(run)[1]), ""
+        return complete_as(read_run(run)[1], config), []
+    config, note = resolve_stats(config)
+    notes = [note] if note else []
+    resolved = with_refinement(config)
+    if chosen := [name for name in PLAIN if getattr(config, name) == AUTO and getattr(resolved, name) != PLAIN[name]]:
+        now = " ".join(f"{flag(name)} {getattr(resolved, name)}" for name in chosen)
+        before = " ".join(f"{flag(name)} {PLAIN[name]}" for name in chosen)
+        notes.append(f"the initial weights are pretrained, so auto is {now} (as for random weights: {before})")
+    return resolved, notes
+
+
+def resolve_stats(config: TrainConfig) -> tuple[TrainConfig, str]:
+    """The configuration with all input statistics: as given, else those of its weights.
+
+    Returns:
+        The configuration; and a sentence for the log if the statistics are not ImageNet's or not those of the weights.
+
+    Raises:
+        UserError: a statistic does not have its form, or the weights cannot be read.
+    """
     of_weights, why = stats_of_weights(config)
     stats = stats_from_texts(vars(config), "--", of_weights)
     note = "" if config.init == "none" or stats == of_weights == IMAGENET else f"input statistics: {stats} ({why})"
@@ -83,7 +105,7 @@ def load_run_encoder(
         UserError: the run or the checkpoint is missing, belongs to another method or does not fit the settings.
     """
     name, stored = read_run(run)
-    config = complete_stats(with_values(stored, parse_values(stored, settings or {}, "--set"), "--set"), stored)
+    config = complete_as(stored, with_values(stored, parse_values(stored, settings or {}, "--set"), "--set"))
     config = replace(config, out=str(run))  # where the run is now, which names the images that it holds out
     state = _load(run, checkpoint, name)
     return _ready(method_class(name).stored_encoder(config, state), device), config
@@ -98,7 +120,7 @@ def load_network(config: TrainConfig, device: torch.device) -> tuple[Backbone, T
     Raises:
         UserError: timm has no such network, or the weights cannot be read or do not fit.
     """
-    config, note = resolve_stats(config)
+    config, note = resolve_stats(with_refinement(config, PLAIN))
     if note:
         log.warning("%s", note)
     return _ready(build_encoder(config), device), config

@@ -7,6 +7,7 @@ from torch import nn
 
 from fgfast.config import TrainConfig
 from fgfast.errors import UserError
+from fgfast.methods.refining import encoder_rate
 
 
 def parameter_groups(method: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -20,8 +21,8 @@ def parameter_groups(method: nn.Module, config: TrainConfig) -> list[dict[str, A
     Raises:
         UserError: the layers of the encoder are not known.
     """
-    params = [p for p in method.parameters() if p.requires_grad]
-    if config.encoder_rate == config.layer_decay == 1 and not config.head_warmup:
+    params, rate = [p for p in method.parameters() if p.requires_grad], encoder_rate(config)
+    if rate == config.layer_decay == 1 and not config.head_warmup:
         return _by_decay(params, config)
     net = method.get_submodule("encoder.net")
     layers = _layers(net, config) if config.layer_decay < 1 else {}
@@ -30,7 +31,7 @@ def parameter_groups(method: nn.Module, config: TrainConfig) -> list[dict[str, A
     groups = []
     for layer in sorted(set(of_encoder.values())):
         own = [p for p in params if of_encoder.get(id(p)) == layer]
-        scale = config.encoder_rate * config.layer_decay ** (last - layer)
+        scale = rate * config.layer_decay ** (last - layer)
         groups += [{**group, "scale": scale, "encoder": True} for group in _by_decay(own, config, marked=True)]
     rest = [p for p in params if id(p) not in of_encoder]
     groups += [{**group, "scale": 1.0, "encoder": False} for group in _by_decay(rest, config, marked=True)]

@@ -10,7 +10,7 @@ from fgfast.data.splits import pretext_splits
 from fgfast.errors import UserError
 from fgfast.info import require, versions
 from fgfast.methods.base import Method, method_class
-from fgfast.methods.run_folder import resolve_stats
+from fgfast.methods.run_folder import resolve
 from fgfast.ranks import Ranks
 from fgfast.train.compiling import check_compiler
 from fgfast.train.distributed import check_equal, joined
@@ -50,7 +50,7 @@ def pretrain(method: str | type[Method], config: TrainConfig, *, train: bool = T
 def _pretrain(kind: type[Method], config: TrainConfig, ranks: Ranks, *, train: bool) -> Path:
     if config.compile and train:
         check_compiler(ranks.device)
-    config, note = resolve_stats(config)
+    config, notes = resolve(config)
     splits = pretext_splits(config)
     listed, description = splits.pretext(), splits.describe()
     options = {flag(name): value for name, value in vars(config).items() if name not in ("device", "threads")}
@@ -79,6 +79,6 @@ def _pretrain(kind: type[Method], config: TrainConfig, ranks: Ranks, *, train: b
         if ranks.first and (resumed is None or resumed.step < length.total):
             print(description, file=sys.stderr, flush=True)  # before the parts are discovered, which takes time
         trainer = Trainer(built, kept, description, ranks, length, claim)
-        trainer.notes += [note] if note else []
+        trainer.notes += notes
         trainer.train(resumed)
     return run

@@ -17,7 +17,7 @@ from fgfast.errors import UserError
 from fgfast.files import clear_leftovers, is_leftover, write_atomic
 from fgfast.info import versions
 from fgfast.methods.base import METHODS, Method
-from fgfast.methods.run_folder import complete_stats, read_run
+from fgfast.methods.run_folder import complete_as, read_run
 from fgfast.ranks import Ranks, on_first
 from fgfast.run import has_checkpoint, load_newest, save_checkpoint
 from fgfast.train.length import Length
@@ -216,7 +216,7 @@ def record_resumption(method: Method, resumed: Resumed, images: str = "") -> Non
 def check_options(run: Path, config: TrainConfig, may_change: tuple[str, ...]) -> TrainConfig:
     """Check that ``config`` has the options that the run was started with, except for those that may change.
 
-    Input statistics that it does not give are those of the run.
+    What it leaves to auto is as in the run.
 
     Returns:
         The options of the run.
@@ -225,7 +225,7 @@ def check_options(run: Path, config: TrainConfig, may_change: tuple[str, ...]) -
         UserError: an option differs; the message names it and both values.
     """
     _, before = read_run(run)
-    for name, value in vars(complete_stats(config, before)).items():
+    for name, value in vars(complete_as(before, config)).items():
         if name not in may_change and getattr(before, name, value) != value:
             raise UserError(
                 f"{run} was started with {flag(name)} {getattr(before, name)}, not {value}: "

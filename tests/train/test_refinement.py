@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,16 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from fgfast.config import validate
+from fgfast.config import parse_values, validate, with_values
 from fgfast.data.splits import training_images
 from fgfast.errors import UserError
 from fgfast.methods.base import method_class
 from fgfast.methods.lcr import LCR, LCRConfig
 from fgfast.methods.mocov3 import MoCoV3Config
-from fgfast.methods.run_folder import load_run_encoder
+from fgfast.methods.refining import with_refinement
+from fgfast.methods.run_folder import load_network, load_run_encoder, read_run
 from fgfast.methods.simclr import SimCLRConfig
 from fgfast.methods.srgan import SRGAN
-from fgfast.models.frozen import freeze_batch_norm
+from fgfast.models.frozen import Frozen, freeze_batch_norm
 from fgfast.models.rationale import RationaleEncoder
 from fgfast.models.stages import last_stages
 from fgfast.ranks import Ranks
@@ -48,7 +50,7 @@ def statistics(net: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_frozen_statistics_stay_and_the_weights_learn(drawn: Path, start: Path, tmp_path: Path) -> None:
-    run = pretrain("simclr", simclr_config(drawn, tmp_path / "run", init=str(start), freeze_bn=True))
+    run = pretrain("simclr", simclr_config(drawn, tmp_path / "run", init=str(start), freeze_bn="on"))
     before, after = (load_run_encoder(folder, "last", CPU)[0].net for folder in (start, run))
     for name, value in statistics(before).items():
         assert torch.equal(statistics(after)[name], value), name
@@ -59,6 +61,83 @@ def test_without_it_they_move(drawn: Path, start: Path, tmp_path: Path) -> None:
     run = pretrain("simclr", simclr_config(drawn, tmp_path / "run", init=str(start)))
     before, after = (statistics(load_run_encoder(folder, "last", CPU)[0].net) for folder in (start, run))
     assert not any(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.fixture
+def weights(start: Path, tmp_path: Path) -> Path:
+    """The weights of the short run as a library without runs would store them."""
+    file = tmp_path / "weights.pth"
+    torch.save(load_run_encoder(start, "last", CPU)[0].net.state_dict(), file)
+    return file
+
+
+def test_weights_of_a_file_are_refined_by_default(drawn: Path, start: Path, weights: Path, tmp_path: Path) -> None:
+    run = pretrain("simclr", simclr_config(drawn, tmp_path / "run", init=str(weights)))
+    before, after = (statistics(load_run_encoder(folder, "last", CPU)[0].net) for folder in (start, run))
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    groups = load_checkpoint(run / "last.pt", "simclr")["optimizer"]["param_groups"]
+    assert {group["scale"] for group in groups if group["encoder"]} == {0.1}
+    line = (
+        "the initial weights are pretrained, so auto is --freeze-bn on --encoder-rate 0.1 "
+        "(as for random weights: --freeze-bn off --encoder-rate 1.0)"
+    )
+    assert line in (run / "log.txt").read_text()
+    pretrain("simclr", simclr_config(drawn, run, init=str(weights), epochs=3, resume=True))
+    stored = read_run(run)[1]
+    assert (stored.freeze_bn, stored.encoder_rate) == ("on", 0.1)
+    with pytest.raises(UserError, match=re.escape("--freeze-bn on, not off")):
+        pretrain("simclr", simclr_config(drawn, run, init=str(weights), epochs=4, resume=True, freeze_bn="off"))
+
+
+def test_what_auto_stands_for_follows_the_weights(start: Path, weights: Path, tmp_path: Path) -> None:
+    refined, plain = ("on", 0.1), ("off", 1.0)
+    kept = Path(shutil.copytree(start, tmp_path / "kept"))
+    text = (kept / "config.toml").read_text()
+    (kept / "config.toml").write_text(text.replace('freeze_bn = "off"', 'freeze_bn = "on"'))
+    cases = [
+        ({}, plain),
+        ({"init": "timm"}, refined),
+        ({"init": str(weights)}, refined),
+        ({"init": str(weights), "sync_bn": True}, ("off", 0.1)),
+        ({"init": str(weights), "clean_stats": 10}, ("off", 0.1)),
+        ({"init": str(weights), "preset": "paper"}, plain),
+        ({"init": str(weights), "freeze_bn": "off", "encoder_rate": 0.5}, ("off", 0.5)),
+        ({"init": str(start)}, plain),
+        ({"init": str(start / "encoder.safetensors")}, plain),
+        ({"init": str(kept)}, refined),
+        ({"init": str(kept / "last.pt")}, refined),
+    ]
+    for options, expected in cases:
+        config = with_refinement(SimCLRConfig(**options))
+        assert (config.freeze_bn, config.encoder_rate) == expected, options
+
+
+@pytest.mark.parametrize(("lines", "kept"), [("", "off"), ("freeze_bn = false\n", "off"), ("freeze_bn = true\n", "on")])
+def test_runs_of_earlier_versions_are_as_they_were(start: Path, tmp_path: Path, lines: str, kept: str) -> None:
+    """They knew no auto, and --freeze-bn was a switch."""
+    run = Path(shutil.copytree(start, tmp_path / "run"))
+    text = (run / "config.toml").read_text().replace('init = "none"', 'init = "timm"')
+    rest = re.sub(r"(?m)^(freeze_bn|encoder_rate) = .*\n", "", text)
+    assert len(rest.splitlines()) == len(text.splitlines()) - 2
+    (run / "config.toml").write_text(lines + rest)
+    config = read_run(run)[1]
+    assert (config.freeze_bn, config.encoder_rate) == (kept, 1.0)
+
+
+def test_an_encoder_without_a_run_is_not_refined(weights: Path) -> None:
+    config = SimCLRConfig(model=TINY, size=32, init=str(weights))
+    assert not any(isinstance(module, Frozen) for module in load_network(config, CPU)[0].modules())
+
+
+def test_words_of_a_text_are_options(drawn: Path) -> None:
+    config = simclr_config(drawn, Path("out"))
+    texts = {"freeze_bn": "false", "encoder_rate": "auto"}, {"freeze-bn": "on", "encoder_rate": "0.5"}
+    found = [parse_values(config, text, "--set") for text in texts]
+    assert [[*values.values()] for values in found] == [[False, "auto"], ["on", 0.5]]
+    assert [with_values(config, values, "--set").freeze_bn for values in found] == ["off", "on"]
+    for text, message in (({"freeze_bn": "yess"}, "choose one of auto, on, off"), ({"encoder_rate": "x"}, "or auto")):
+        with pytest.raises(UserError, match=message):
+            parse_values(config, text, "--set")
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm1d, partial(nn.BatchNorm1d, affine=False)])
@@ -80,12 +159,14 @@ def test_a_norm_without_statistics_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"freeze_bn": True}, "--freeze-bn keeps the statistics of initial weights"),
-        ({"freeze_bn": True, "init": "x", "sync_bn": True}, "--sync-bn"),
-        ({"freeze_bn": True, "init": "x", "clean_stats": 10}, "--clean-stats"),
+        ({"freeze_bn": "on"}, "--freeze-bn keeps the statistics of initial weights"),
+        ({"freeze_bn": "on", "init": "x", "sync_bn": True}, "--sync-bn"),
+        ({"freeze_bn": "on", "init": "x", "clean_stats": 10}, "--clean-stats"),
         ({"clean_stats": 1}, "--clean-stats is 1, and one image has no variance: give 2 or more, or leave it out."),
         ({"layer_decay": 0.0}, "--layer-decay is 0.0"),
         ({"encoder_rate": 0.0}, "--encoder-rate is 0.0"),
+        ({"encoder_rate": "slow"}, "--encoder-rate is 'slow': give a value of type float, or auto."),
+        ({"freeze_bn": True}, "--freeze-bn is True: choose one of auto, on, off."),
         ({"average": 1.0}, "--average is 1.0"),
         ({"head_warmup": 1.5}, "--head-warmup is 1.5"),
     ],
@@ -184,7 +265,7 @@ def test_the_average_is_what_lcr_evaluates() -> None:
 def test_srgan_freezes_its_encoder_and_has_no_average() -> None:
     config = build("srgan").config
     norms = [
-        m for m in SRGAN(replace(config, freeze_bn=True)).train().encoder.modules() if isinstance(m, nn.BatchNorm2d)
+        m for m in SRGAN(replace(config, freeze_bn="on")).train().encoder.modules() if isinstance(m, nn.BatchNorm2d)
     ]
     assert norms
     assert not any(norm.training for norm in norms)
