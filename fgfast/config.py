@@ -254,8 +254,8 @@ def with_values(config: C, values: dict[str, Any], source: str) -> C:
             value = "on" if value else "off"
         if remedy := _misfit(value, hints[key]):
             raise UserError(f"{source} sets {name} = {shorten(repr(value))}: {remedy}.")
-        for wanted in getattr(ranges[key], "__metadata__", ()):
-            if isinstance(value, int | float):
+        if value not in _words(hints[key]):
+            for wanted in getattr(ranges[key], "__metadata__", ()):
                 check_range(f"{source} sets {name}, which", value, wanted)
         if isinstance(value, str):
             check_text(f"{source}: {name}", value)
@@ -393,9 +393,9 @@ def check_ranges(config: TrainConfig) -> None:
     """Raise a UserError for an option outside its range, or that is none of the words that it takes."""
     hints = get_type_hints(type(config))
     for name, hint in get_type_hints(type(config), include_extras=True).items():
-        value = getattr(config, name)
-        if _words(hints[name]) and (remedy := _misfit(value, hints[name])):
+        value, words = getattr(config, name), _words(hints[name])
+        if words and (remedy := _misfit(value, hints[name])):
             raise UserError(f"{flag(name)} is {shorten(repr(value))}: {remedy}.")
-        for wanted in getattr(hint, "__metadata__", ()):
-            if value != AUTO:
+        if value not in words:
+            for wanted in getattr(hint, "__metadata__", ()):
                 check_range(flag(name), value, wanted)
