@@ -131,13 +131,14 @@ class TrainConfig:
     head_warmup: Fraction = 0.0
     """Fraction of the steps in which the encoder is held and only its heads learn; then its own schedule begins."""
     encoder_rate: Annotated[float | Literal["auto"], Range(0, open=True)] = AUTO
-    """Learning rate of the encoder relative to --lr, which the heads have; auto takes 0.1 from pretrained weights (of
-    timm or of a file), 1 otherwise."""
+    """Learning rate of the encoder relative to --lr, which the heads have; auto takes 0.1 from weights of timm or of
+    a file, that of the run from weights of a run, and 1 from random ones or with --preset paper."""
     layer_decay: Annotated[float, Range(0, 1, open=True)] = 1.0
     """Learning rate of each layer of the encoder relative to that of the layer after it; 1 gives all the same."""
     freeze_bn: Literal["auto", "on", "off"] = AUTO
     """Keep the BatchNorm statistics of the encoder as they are in the initial weights, while scales and shifts learn;
-    auto keeps those of pretrained weights (of timm or of a file)."""
+    auto keeps those of timm or of a file, and does from a run as that run did, but not with --sync-bn, --clean-stats or
+    --preset paper."""
     stages: str = "all"
     """Last stages of the encoder (blocks of a ViT) that learn: a number, or all; those before them keep the initial
     weights and statistics, and need no backward pass."""
@@ -321,12 +322,12 @@ def validate(config: TrainConfig) -> None:
     channel_values("--std", config.std, Range(0, open=True))
     Interval.parse(str(config.save_every))
     if config.freeze_bn == "on" and config.init == "none":
-        raise UserError("--freeze-bn keeps the statistics of initial weights: give them by --init, or leave it out.")
+        raise UserError("--freeze-bn on keeps the statistics of initial weights: give --init, or --freeze-bn off.")
     if config.stages != "all" and config.init == "none":
         raise UserError("--stages keeps the initial weights of other stages: give weights by --init, or leave it out.")
     for name, other in (("--sync-bn", config.sync_bn), ("--clean-stats", config.clean_stats)):
         if config.freeze_bn == "on" and other:
-            raise UserError(f"--freeze-bn keeps the statistics that {name} computes: leave one of them out.")
+            raise UserError(f"--freeze-bn on keeps what {name} computes: give --freeze-bn off, or leave {name} out.")
     if config.clean_stats == 1:
         raise UserError("--clean-stats is 1, and one image has no variance: give 2 or more, or leave it out.")
     for name in ("micro_batch", "accumulate"):

@@ -28,7 +28,7 @@ from fgfast.models.checkpoints import load_dictionary
 
 log = logging.getLogger("fgfast")
 
-LAST, PREVIOUS, ENCODER = "last.pt", "previous.pt", "encoder.safetensors"
+INIT, LAST, PREVIOUS, ENCODER = "init.pt", "last.pt", "previous.pt", "encoder.safetensors"
 
 
 class UnreadableError(UserError):

@@ -2,16 +2,20 @@
 
 import csv
 import json
+import re
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fgfast.compare import Comparison, Entry
+from fgfast.compare.entries import run_config
 from fgfast.data.normalise import IMAGENET, InputStats
 from fgfast.errors import UserError
+from fgfast.methods.simclr import SimCLR, SimCLRConfig
 from fgfast.models.backbone import Backbone
 from fgfast.run import save_encoder
 from tests.conftest import TINY
@@ -92,6 +96,31 @@ def test_rows_of_other_input_statistics_are_refused(drawn: Path, tmp_path: Path)
         comparison(drawn, tmp_path / "out", seeds=[0, 1], **options).run()
     as_before = {**options, "shared": options["shared"] | IMAGENET.texts()}
     comparison(drawn, tmp_path / "out", seeds=[0, 1], **as_before).run()
+
+
+def test_rows_of_runs_that_were_not_refined_are_refused(drawn: Path, tmp_path: Path) -> None:
+    """Earlier versions refined pretrained weights only if asked: such rows cannot stand beside refined ones."""
+    save_encoder(tmp_path / "w.safetensors", Backbone(TINY, size=32).net, TINY)
+    options: dict[str, Any] = {"methods": ["start"], "baseline": "", "protocols": ["knn"]}
+    options["shared"] = SHARED | {"init": str(tmp_path / "w.safetensors")}
+    comparison(drawn, tmp_path / "out", seeds=[0], **options).run()
+    (file,) = (tmp_path / "out").glob("runs/*/start/seed0/config.toml")
+    file.write_text(re.sub(r"(?m)^(freeze_bn|encoder_rate) = .*\n", "", file.read_text()))
+    comparison(drawn, tmp_path / "out", seeds=[0], **options).run()  # no new run
+    with pytest.raises(UserError, match=r"was started with --encoder-rate 1\.0, not 0\.1"):
+        comparison(drawn, tmp_path / "out", seeds=[0, 1], **options).run()
+    as_before = {**options, "shared": options["shared"] | {"freeze_bn": False, "encoder_rate": 1}}
+    comparison(drawn, tmp_path / "out", seeds=[0, 1], **as_before).run()
+
+
+def test_an_entry_may_have_the_settings_of_a_paper(tmp_path: Path) -> None:
+    shared = {"model": TINY, "size": 32}
+    entries = [Entry.parse(text) for text in ("simclr:preset=paper,hidden=64", "color", "simclr")]
+    paper, color, small = (run_config(entry, shared, Path("set"), tmp_path, 0) for entry in entries)
+    assert paper == replace(SimCLR.paper(TINY), size=32, hidden=64, data="set", out=paper.out, seed=0, resume=True)
+    assert (color.model, small.hidden) == (TINY, SimCLRConfig().hidden)
+    assert run_config(entries[2], {"preset": "paper"}, Path("set"), tmp_path, 0).hidden == SimCLR.paper(None).hidden
+    assert run_config(entries[1], {"preset": "paper"}, Path("set"), tmp_path, 0).model == "resnet18"
 
 
 def test_rates_are_tuned_on_held_out_training_images(drawn: Path, tmp_path: Path) -> None:

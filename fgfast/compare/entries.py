@@ -65,6 +65,8 @@ class Entry:
 def run_config(entry: Entry, shared: dict[str, Any], data: Path, runs: Path, seed: int) -> TrainConfig:
     """The configuration of one run; shared settings that only other methods have are left out.
 
+    Settings override those of preset=paper, and these the defaults.
+
     Args:
         entry: the method and its settings, which override the shared ones.
         shared: settings of all runs; "{seed}" in a text becomes the seed.
@@ -75,7 +77,11 @@ def run_config(entry: Entry, shared: dict[str, Any], data: Path, runs: Path, see
     Raises:
         UserError: a setting is unknown, reserved, or of the wrong type.
     """
-    config = method_class(entry.method).Config()
+    kind = method_class(entry.method)
+    config = kind.Config()
+    preset, model = (entry.values.get(name, shared.get(name)) for name in ("preset", "model"))
+    if preset == "paper" and "preset" in vars(config):
+        config = kind.paper(model)
     known = vars(config).keys() - (set() if config.takes_unlabelled else {"unlabelled"})
     values = {k: v.replace("{seed}", str(seed)) if isinstance(v, str) else v for k, v in shared.items()}
     texts = {k: v for k, v in values.items() if isinstance(v, str) and k.replace("-", "_") in known}

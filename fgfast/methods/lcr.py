@@ -80,7 +80,7 @@ class LCR(ObjectiveMethod):
       constant decay, and no max-pooling for maps of 14 x 14 (here: output_stride in ``--model-args``).
 
     The released runs start from supervised ImageNet weights: give them by ``--init``. The defaults are for sets of
-    thousands of small images.
+    thousands of small images, and refine such weights more gently than the release does (``--preset paper``).
 
     Source: Shu, van den Hengel, Liu, "Learning Common Rationale to Improve Self-Supervised Representation for
     Fine-Grained Visual Recognition Problems", CVPR 2023.

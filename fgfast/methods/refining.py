@@ -4,21 +4,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fgfast.config import AUTO, TrainConfig
-from fgfast.run import has_checkpoint, read_options
+from fgfast.config import AUTO, TrainConfig, with_values
+from fgfast.run import ENCODER, INIT, LAST, PREVIOUS, read_options
 
 C = TypeVar("C", bound=TrainConfig)
-REFINED: dict[str, Any] = {"freeze_bn": "on", "encoder_rate": 0.1}
-"""What auto stands for where the initial weights are pretrained; chosen by the trials in benchmarks/RESULTS.md."""
 PLAIN: dict[str, Any] = {"freeze_bn": "off", "encoder_rate": 1.0}
-"""What auto stands for elsewhere."""
+"""What auto stands for with random weights."""
+PRETRAINED: dict[str, Any] = {"freeze_bn": "on", "encoder_rate": 0.1}
+"""What auto stands for with pretrained weights: the statistics by the controlled runs in benchmarks/RESULTS.md, and a
+rate which at the default --lr is between those tried there."""
 
 
 def with_refinement(config: C, default: dict[str, Any] | None = None) -> C:
     """The configuration with ``freeze_bn`` and ``encoder_rate`` as given, and in place of auto what they stand for.
 
-    Weights of timm or of a file are pretrained; those of a run are if this run was started from such weights and kept
-    their statistics. Statistics that are computed by ``sync_bn`` or ``clean_stats`` are not kept.
+    Weights of timm or of a file are pretrained; those of a run are trained further as the run was. Statistics that are
+    computed by ``sync_bn`` or ``clean_stats`` are not kept, and ``--preset paper`` trains all weights like random ones.
 
     Args:
         config: the options.
@@ -36,7 +37,7 @@ def with_refinement(config: C, default: dict[str, Any] | None = None) -> C:
     if not missing:
         return config
     if default is None:
-        default = REFINED if _pretrained(config) else PLAIN
+        default = _of_weights(config)
         if config.sync_bn or config.clean_stats:
             default = default | {"freeze_bn": "off"}
     return replace(config, **{name: default[name] for name in missing})
@@ -50,15 +51,21 @@ def encoder_rate(config: TrainConfig) -> float:
         (1.0, 0.1)
     """
     rate = with_refinement(config).encoder_rate
-    return 1.0 if rate == AUTO else rate
+    assert rate != AUTO
+    return rate
 
 
-def _pretrained(config: TrainConfig) -> bool:
-    """Whether the initial weights are pretrained; ``--preset paper`` trains them as its authors do."""
+def _of_weights(config: TrainConfig) -> dict[str, Any]:
     if config.init == "none" or getattr(config, "preset", "") == "paper":
-        return False
+        return PLAIN
     path = Path(config.init)
-    run = path if path.is_dir() else path.parent
-    if config.init == "timm" or not (has_checkpoint(run) and (run / "config.toml").is_file()):
-        return True
-    return read_options(run)[1].get("freeze_bn") in ("on", True)
+    run = path.parent if path.name in (ENCODER, INIT, LAST, PREVIOUS) and path.is_file() else path
+    file = run / "config.toml"
+    if config.init == "timm" or not file.is_file():
+        return PRETRAINED
+    method, values = read_options(run)
+    if not method:  # a file of another program
+        return PRETRAINED
+    own = {name: value for name, value in values.items() if name in PLAIN and value != AUTO}
+    stored = with_values(TrainConfig(), own, str(file))
+    return PLAIN | {name: getattr(stored, name) for name in own}

@@ -16,7 +16,7 @@ from fgfast.methods.refining import PLAIN, with_refinement
 from fgfast.models.backbone import Backbone
 from fgfast.models.input_stats import stats_from_texts
 from fgfast.models.weights import load_tensors
-from fgfast.run import has_checkpoint, load_checkpoint, load_newest, read_options
+from fgfast.run import INIT, has_checkpoint, load_checkpoint, load_newest, read_options
 
 log = logging.getLogger("fgfast")
 
@@ -168,7 +168,7 @@ def load_run_method(run: Path, checkpoint: Checkpoint, name: str, config: TrainC
 
 def _load(run: Path, checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     if checkpoint == "init":
-        return load_checkpoint(run / "init.pt", name)
+        return load_checkpoint(run / INIT, name)
     state, notes = load_newest(run, name)
     for note in notes:
         log.warning("%s", note)

@@ -18,7 +18,7 @@ from fgfast.parts.discover import write_maps
 from fgfast.parts.folder import holds_earlier, is_complete, is_whole, read_centroids, weights_digest
 from fgfast.parts.sources import DiscoveryConfig, Source
 from fgfast.ranks import on_all, on_first, ranks_of, share_first
-from fgfast.run import save_encoder
+from fgfast.run import INIT, save_encoder
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -94,7 +94,7 @@ class Rounds:
     def _encoder_of_start(self, encoder: Backbone, run: Path, device: torch.device) -> Backbone:
         if self.start and weights_digest(encoder.net) == self.start:
             return encoder
-        kept = run / f"parts_{self.round}" / WEIGHTS if self.round else run / "init.pt"
+        kept = run / f"parts_{self.round}" / WEIGHTS if self.round else run / INIT
         first = self.build()
         first.stats = encoder.stats
         try:

@@ -22,6 +22,7 @@ from fgfast.data.views import Batch, ViewSpec
 from fgfast.errors import UserError
 from fgfast.methods.base import Method, Progress
 from fgfast.methods.chunked import ChunkedMethod
+from fgfast.methods.refining import with_refinement
 from fgfast.models.sync_bn import synchronise_batch_norm
 from fgfast.ranks import Ranks
 from fgfast.train.average import WeightAverage
@@ -39,7 +40,7 @@ def plan_step(kind: type[Method], config: TrainConfig, world: int = 1) -> Plan:
 
     Args:
         kind: the method.
-        config: its options, with the images of a rank as batch size; initial weights are not read.
+        config: its options, with the images of a rank as batch size; no initial weights are read.
         world: number of ranks.
 
     Raises:
@@ -56,7 +57,7 @@ def plan_step(kind: type[Method], config: TrainConfig, world: int = 1) -> Plan:
         raise UserError("--compile decides itself what it keeps for the backward pass: plan without it.")
     if config.shard == "fsdp" and world == 1:
         raise UserError("--shard fsdp divides a network among GPUs: give --gpus 2 or more, or leave it out.")
-    method = _build(kind, replace(config, init="none"))
+    method = _build(kind, replace(with_refinement(config), init="none"))
     check_step(method)
     method.to(memory_format=torch.channels_last).train()
     try:

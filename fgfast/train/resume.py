@@ -19,7 +19,7 @@ from fgfast.info import versions
 from fgfast.methods.base import METHODS, Method
 from fgfast.methods.run_folder import complete_as, read_run
 from fgfast.ranks import Ranks, on_first
-from fgfast.run import has_checkpoint, load_newest, save_checkpoint
+from fgfast.run import INIT, has_checkpoint, load_newest, save_checkpoint
 from fgfast.train.length import Length
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ def _start_run(method: Method, run: Path, description: str, images: "Kept | None
 
         store_set(run / IMAGES, images.images, images.records, images.held_out)
     state = {"name": method.name, "step": 0, "method": method.state_dict(), "input": method.encoder.stats.texts()}
-    save_checkpoint(run / "init.pt", state)
+    save_checkpoint(run / INIT, state)
 
 
 def _write_config(

@@ -11,15 +11,16 @@ import pytest
 import torch
 from torch import nn
 
+from fgfast.cli.parse import parse_method
 from fgfast.config import parse_values, validate, with_values
 from fgfast.data.splits import training_images
 from fgfast.errors import UserError
 from fgfast.methods.base import method_class
 from fgfast.methods.lcr import LCR, LCRConfig
 from fgfast.methods.mocov3 import MoCoV3Config
-from fgfast.methods.refining import with_refinement
+from fgfast.methods.refining import encoder_rate, with_refinement
 from fgfast.methods.run_folder import load_network, load_run_encoder, read_run
-from fgfast.methods.simclr import SimCLRConfig
+from fgfast.methods.simclr import SimCLR, SimCLRConfig
 from fgfast.methods.srgan import SRGAN
 from fgfast.models.frozen import Frozen, freeze_batch_norm
 from fgfast.models.rationale import RationaleEncoder
@@ -30,6 +31,7 @@ from fgfast.train.average import WeightAverage, take_clean_statistics
 from fgfast.train.groups import parameter_groups, set_rates
 from fgfast.train.loop import pretrain
 from fgfast.train.optim import make_optimizer
+from fgfast.train.plan import plan_step
 from tests.conftest import TINY
 from tests.methods.common_checks import check_exact_resume
 from tests.methods.method_cases import build
@@ -91,9 +93,15 @@ def test_weights_of_a_file_are_refined_by_default(drawn: Path, start: Path, weig
 
 def test_what_auto_stands_for_follows_the_weights(start: Path, weights: Path, tmp_path: Path) -> None:
     refined, plain = ("on", 0.1), ("off", 1.0)
-    kept = Path(shutil.copytree(start, tmp_path / "kept"))
-    text = (kept / "config.toml").read_text()
-    (kept / "config.toml").write_text(text.replace('freeze_bn = "off"', 'freeze_bn = "on"'))
+    kept, untrained, other = (Path(shutil.copytree(start, tmp_path / name)) for name in ("kept", "untrained", "other"))
+    text = (start / "config.toml").read_text()
+    for before, after in (('freeze_bn = "off"', 'freeze_bn = "on"'), ("encoder_rate = 1.0", "encoder_rate = 0.2")):
+        text = text.replace(before, after)
+    (kept / "config.toml").write_text(text)
+    for name in ("last.pt", "previous.pt", "encoder.safetensors"):
+        (untrained / name).unlink(missing_ok=True)
+    (other / "config.toml").write_text("of = 'another program'")
+    shutil.copy(weights, kept / "imagenet.pth")
     cases = [
         ({}, plain),
         ({"init": "timm"}, refined),
@@ -104,12 +112,35 @@ def test_what_auto_stands_for_follows_the_weights(start: Path, weights: Path, tm
         ({"init": str(weights), "freeze_bn": "off", "encoder_rate": 0.5}, ("off", 0.5)),
         ({"init": str(start)}, plain),
         ({"init": str(start / "encoder.safetensors")}, plain),
-        ({"init": str(kept)}, refined),
-        ({"init": str(kept / "last.pt")}, refined),
+        ({"init": str(untrained / "init.pt")}, plain),
+        ({"init": str(kept / "imagenet.pth")}, refined),
+        ({"init": str(other)}, refined),
+        ({"init": str(kept)}, ("on", 0.2)),
+        ({"init": str(kept / "last.pt")}, ("on", 0.2)),
+        ({"init": str(kept), "sync_bn": True}, ("off", 0.2)),
     ]
     for options, expected in cases:
         config = with_refinement(SimCLRConfig(**options))
         assert (config.freeze_bn, config.encoder_rate) == expected, options
+
+
+def test_a_planned_step_is_refined_too() -> None:
+    """Without an encoder whose BatchNorms keep their statistics, a batch in chunks would be refused."""
+    config = SimCLRConfig(model=TINY, size=32, batch_size=8, device="cpu", amp="off", init="timm", micro_batch=4)
+    assert plan_step(SimCLR, config).most["parameters"] > 0
+    with pytest.raises(UserError, match="BatchNorm"):
+        plan_step(SimCLR, replace(config, freeze_bn="off"))
+
+
+def test_options_of_a_refined_run_serve_other_weights_with_auto(drawn: Path, weights: Path, tmp_path: Path) -> None:
+    run = pretrain("simclr", simclr_config(drawn, tmp_path / "run", init=str(weights)), train=False)
+    words = ["simclr", "--config", str(run / "config.toml"), "--init", "none", "--out", str(tmp_path / "other")]
+    config = parse_method(words)[1]
+    with pytest.raises(UserError, match=re.escape("give --init, or --freeze-bn off.")):
+        validate(config)
+    config = parse_method([*words, "--freeze-bn", "auto", "--encoder-rate", "auto"])[1]
+    validate(config)
+    assert encoder_rate(config) == 1
 
 
 @pytest.mark.parametrize(("lines", "kept"), [("", "off"), ("freeze_bn = false\n", "off"), ("freeze_bn = true\n", "on")])
@@ -122,6 +153,19 @@ def test_runs_of_earlier_versions_are_as_they_were(start: Path, tmp_path: Path, 
     (run / "config.toml").write_text(lines + rest)
     config = read_run(run)[1]
     assert (config.freeze_bn, config.encoder_rate) == (kept, 1.0)
+
+
+def test_an_earlier_run_is_resumed_as_it_began(drawn: Path, weights: Path, tmp_path: Path) -> None:
+    given = {"init": str(weights), "freeze_bn": "off", "encoder_rate": 1.0}
+    run = pretrain("simclr", simclr_config(drawn, tmp_path / "run", epochs=1, **given))
+    whole = pretrain("simclr", simclr_config(drawn, tmp_path / "whole", epochs=2, **given))
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(re.sub(r"(?m)^(freeze_bn|encoder_rate) = .*\n", "", text))
+    pretrain("simclr", simclr_config(drawn, run, epochs=2, init=str(weights), resume=True))
+    groups = load_checkpoint(run / "last.pt", "simclr")["optimizer"]["param_groups"]
+    assert len(groups) == 2
+    assert not any("scale" in group for group in groups)
+    assert read_run(run)[1].freeze_bn == read_run(whole)[1].freeze_bn == "off"
 
 
 def test_an_encoder_without_a_run_is_not_refined(weights: Path) -> None:
@@ -159,7 +203,7 @@ def test_a_norm_without_statistics_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"freeze_bn": "on"}, "--freeze-bn keeps the statistics of initial weights"),
+        ({"freeze_bn": "on"}, "--freeze-bn on keeps the statistics of initial weights"),
         ({"freeze_bn": "on", "init": "x", "sync_bn": True}, "--sync-bn"),
         ({"freeze_bn": "on", "init": "x", "clean_stats": 10}, "--clean-stats"),
         ({"clean_stats": 1}, "--clean-stats is 1, and one image has no variance: give 2 or more, or leave it out."),

@@ -18,13 +18,13 @@ CPU = torch.device("cpu")
 
 
 def _hold(rank: int, port: int, world: int, data: str, folder: str) -> None:
-    """A run whose networks are whole on every rank, and one that shards them."""
+    """A run from pretrained weights whose networks are whole on every rank, and one that shards them."""
     ranks.join(rank, world, port)
     from fgfast.train.loop import pretrain
 
     for shard in ("none", "fsdp"):
         config = simclr_config(
-            Path(data), Path(folder) / shard, init=f"{folder}/start", stages="1", shard=shard, optimizer="sgd"
+            Path(data), Path(folder) / shard, init=f"{folder}/weights.pth", stages="1", shard=shard, optimizer="sgd"
         )
         pretrain("simclr", config)
 
@@ -33,11 +33,14 @@ def test_held_stages_stay_on_every_rank(drawn: Path, tmp_path: Path) -> None:
     from fgfast.train.loop import pretrain
 
     pretrain("simclr", simclr_config(drawn, tmp_path / "start", lr=1e-2))
+    torch.save(load_run_encoder(tmp_path / "start", "last", CPU)[0].net.state_dict(), tmp_path / "weights.pth")
     ranks.start(_hold, ranks.free_port(), 2, str(drawn), str(tmp_path), ranks=2)
     start, whole, sharded = (load_run_encoder(tmp_path / n, "last", CPU)[0] for n in ("start", "none", "fsdp"))
     learning = last_stages(start, "1")
     for name, value in start.net.named_parameters():
         assert torch.equal(whole.net.get_parameter(name), value) == (name not in learning), name
+    for name, value in start.net.named_buffers():
+        assert torch.equal(whole.net.get_buffer(name), value), name
     torch.testing.assert_close(sharded.net.state_dict(), whole.net.state_dict(), rtol=1e-5, atol=1e-6)
 
 
