@@ -15,6 +15,7 @@ from fgfast.compare import Comparison, Entry
 from fgfast.compare.entries import run_config
 from fgfast.data.normalise import IMAGENET, InputStats
 from fgfast.errors import UserError
+from fgfast.methods.refining import PLAIN
 from fgfast.methods.simclr import SimCLR, SimCLRConfig
 from fgfast.models.backbone import Backbone
 from fgfast.run import save_encoder
@@ -105,11 +106,11 @@ def test_rows_of_runs_that_were_not_refined_are_refused(drawn: Path, tmp_path: P
     options["shared"] = SHARED | {"init": str(tmp_path / "w.safetensors")}
     comparison(drawn, tmp_path / "out", seeds=[0], **options).run()
     (file,) = (tmp_path / "out").glob("runs/*/start/seed0/config.toml")
-    file.write_text(re.sub(r"(?m)^(freeze_bn|encoder_rate) = .*\n", "", file.read_text()))
+    file.write_text(re.sub(rf"(?m)^({'|'.join(PLAIN._fields)}) = .*\n", "", file.read_text()))
     comparison(drawn, tmp_path / "out", seeds=[0], **options).run()  # no new run
-    with pytest.raises(UserError, match=r"was started with --encoder-rate 1\.0, not 0\.1"):
+    with pytest.raises(UserError, match=r"was started with --head-warmup 0\.0, not 0\.3"):
         comparison(drawn, tmp_path / "out", seeds=[0, 1], **options).run()
-    as_before = {**options, "shared": options["shared"] | {"freeze_bn": False, "encoder_rate": 1}}
+    as_before = {**options, "shared": options["shared"] | PLAIN._asdict() | {"freeze_bn": False}}
     comparison(drawn, tmp_path / "out", seeds=[0, 1], **as_before).run()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fgfast.config import TrainConfig
 from fgfast.errors import UserError
 from fgfast.methods.input_stats import input_stats
-from fgfast.methods.refining import with_refinement
+from fgfast.methods.refining import refinement
 from fgfast.models.backbone import Backbone, parse_model_args
 from fgfast.models.frozen import freeze_batch_norm
 from fgfast.models.probe import evaluating
@@ -94,7 +94,7 @@ class Method(nn.Module):
 
     def normalised_views(self) -> "ViewSpec":
         """:meth:`views`, resized and normalised for the encoder: what loaders are given."""
-        return self.views().with_color(self.config.color_strength).with_stats(self.encoder.stats)
+        return self.views().with_color(refinement(self.config).color_strength).with_stats(self.encoder.stats)
 
     def forward(self, batch: "Batch") -> dict[str, Tensor]:
         """Losses of a batch: "loss" is minimised, the other entries are only logged."""
@@ -277,7 +277,7 @@ def build_encoder(config: TrainConfig, kind: Callable[..., Backbone] = Backbone)
 
 def hold_as_asked(encoder: Backbone, config: TrainConfig) -> None:
     """Hold the BatchNorm statistics and the stages of an encoder that ``--freeze-bn`` and ``--stages`` name."""
-    if with_refinement(config).freeze_bn == "on":
+    if refinement(config).freeze_bn == "on":
         freeze_batch_norm(encoder.net)
     if config.stages != "all":
         hold_stages(encoder, config.stages)

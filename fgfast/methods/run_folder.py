@@ -12,7 +12,7 @@ from fgfast.data.normalise import IMAGENET, InputStats
 from fgfast.errors import UserError
 from fgfast.methods.base import METHODS, Method, build_encoder, method_class
 from fgfast.methods.input_stats import stats_of_weights
-from fgfast.methods.refining import PLAIN, with_refinement
+from fgfast.methods.refining import PLAIN, refinement, with_refinement
 from fgfast.models.backbone import Backbone
 from fgfast.models.input_stats import stats_from_texts
 from fgfast.models.weights import load_tensors
@@ -51,7 +51,7 @@ def complete_as(run: TrainConfig, config: TrainConfig) -> TrainConfig:
         UserError: a statistic does not have its form.
     """
     stats = stats_from_texts(vars(config), "--", stats_from_texts(vars(run), "--"))
-    return with_refinement(_with_stats(config, stats), vars(run))
+    return with_refinement(_with_stats(config, stats), refinement(run))
 
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
@@ -69,10 +69,10 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     config, note = resolve_stats(config)
     notes = [note] if note else []
     resolved = with_refinement(config)
-    if chosen := [name for name in PLAIN if getattr(config, name) == AUTO and getattr(resolved, name) != PLAIN[name]]:
-        now = " ".join(f"{flag(name)} {getattr(resolved, name)}" for name in chosen)
-        before = " ".join(f"{flag(name)} {PLAIN[name]}" for name in chosen)
-        notes.append(f"the initial weights are pretrained, so auto is {now} (as for random weights: {before})")
+    now, plain = refinement(resolved)._asdict(), PLAIN._asdict()
+    if chosen := [name for name in plain if getattr(config, name) == AUTO and now[name] != plain[name]]:
+        new, old = (" ".join(f"{flag(name)} {how[name]}" for name in chosen) for how in (now, plain))
+        notes.append(f"the initial weights are pretrained, so auto is {new} (as for random weights: {old})")
     return resolved, notes
 
 

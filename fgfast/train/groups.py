@@ -7,7 +7,7 @@ from torch import nn
 
 from fgfast.config import TrainConfig
 from fgfast.errors import UserError
-from fgfast.methods.refining import encoder_rate
+from fgfast.methods.refining import refinement
 
 
 def parameter_groups(method: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -21,8 +21,8 @@ def parameter_groups(method: nn.Module, config: TrainConfig) -> list[dict[str, A
     Raises:
         UserError: the layers of the encoder are not known.
     """
-    params, rate = [p for p in method.parameters() if p.requires_grad], encoder_rate(config)
-    if rate == config.layer_decay == 1 and not config.head_warmup:
+    params, how = [p for p in method.parameters() if p.requires_grad], refinement(config)
+    if how.encoder_rate == config.layer_decay == 1 and not how.head_warmup:
         return _by_decay(params, config)
     net = method.get_submodule("encoder.net")
     layers = _layers(net, config) if config.layer_decay < 1 else {}
@@ -31,7 +31,7 @@ def parameter_groups(method: nn.Module, config: TrainConfig) -> list[dict[str, A
     groups = []
     for layer in sorted(set(of_encoder.values())):
         own = [p for p in params if of_encoder.get(id(p)) == layer]
-        scale = rate * config.layer_decay ** (last - layer)
+        scale = how.encoder_rate * config.layer_decay ** (last - layer)
         groups += [{**group, "scale": scale, "encoder": True} for group in _by_decay(own, config, marked=True)]
     rest = [p for p in params if id(p) not in of_encoder]
     groups += [{**group, "scale": 1.0, "encoder": False} for group in _by_decay(rest, config, marked=True)]
@@ -65,7 +65,7 @@ def set_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, 
         The learning rate of what stands on the encoder.
     """
     lr, decay = config.learning_rate(step, total), config.weight_decay_at(step, total)
-    held = round(config.head_warmup * total)
+    held = round(refinement(config).head_warmup * total)
     of_encoder = 0.0 if step < held else config.learning_rate(step - held, total - held)
     for i, group in enumerate(optimizer.param_groups):
         group["lr"] = (of_encoder if group.get("encoder") else lr) * group.get("scale", 1.0)

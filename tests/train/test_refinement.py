@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from fgfast.cli.parse import parse_method
-from fgfast.config import parse_values, validate, with_values
+from fgfast.config import AUTO, flag, parse_values, validate, with_values
 from fgfast.data.splits import training_images
 from fgfast.errors import UserError
 from fgfast.methods.base import method_class
 from fgfast.methods.lcr import LCR, LCRConfig
 from fgfast.methods.mocov3 import MoCoV3Config
-from fgfast.methods.refining import encoder_rate, with_refinement
+from fgfast.methods.refining import PLAIN, PRETRAINED, Refinement, refinement
 from fgfast.methods.run_folder import load_network, load_run_encoder, read_run
 from fgfast.methods.simclr import SimCLR, SimCLRConfig
 from fgfast.methods.srgan import SRGAN
@@ -38,6 +38,7 @@ from tests.methods.method_cases import build
 from tests.train.short_runs import simclr_config
 
 CPU = torch.device("cpu")
+OPTIONS = re.compile(rf"(?m)^({'|'.join(PLAIN._fields)}) = .*\n")
 
 
 @pytest.fixture(scope="module")
@@ -78,21 +79,27 @@ def test_weights_of_a_file_are_refined_by_default(drawn: Path, start: Path, weig
     before, after = (statistics(load_run_encoder(folder, "last", CPU)[0].net) for folder in (start, run))
     assert all(torch.equal(after[name], value) for name, value in before.items())
     groups = load_checkpoint(run / "last.pt", "simclr")["optimizer"]["param_groups"]
-    assert {group["scale"] for group in groups if group["encoder"]} == {0.1}
+    assert {group["scale"] for group in groups if group["encoder"]} == {0.05}
     line = (
-        "the initial weights are pretrained, so auto is --freeze-bn on --encoder-rate 0.1 "
-        "(as for random weights: --freeze-bn off --encoder-rate 1.0)"
+        "so auto is --head-warmup 0.3 --encoder-rate 0.05 --freeze-bn on --color-strength 0.25 "
+        "(as for random weights: --head-warmup 0.0 --encoder-rate 1.0 --freeze-bn off --color-strength 1.0)"
     )
     assert line in (run / "log.txt").read_text()
     pretrain("simclr", simclr_config(drawn, run, init=str(weights), epochs=3, resume=True))
-    stored = read_run(run)[1]
-    assert (stored.freeze_bn, stored.encoder_rate) == ("on", 0.1)
+    assert refinement(read_run(run)[1]) == PRETRAINED
     with pytest.raises(UserError, match=re.escape("--freeze-bn on, not off")):
         pretrain("simclr", simclr_config(drawn, run, init=str(weights), epochs=4, resume=True, freeze_bn="off"))
 
 
+def test_views_follow_the_weights(drawn: Path, weights: Path, tmp_path: Path) -> None:
+    auto, weak, strong = (
+        SimCLR(simclr_config(drawn, tmp_path / "run", init=str(weights), **given)).normalised_views()
+        for given in ({}, {"color_strength": 0.25}, {"color_strength": 1.0})
+    )
+    assert auto == weak != strong
+
+
 def test_what_auto_stands_for_follows_the_weights(start: Path, weights: Path, tmp_path: Path) -> None:
-    refined, plain = ("on", 0.1), ("off", 1.0)
     kept, untrained, other = (Path(shutil.copytree(start, tmp_path / name)) for name in ("kept", "untrained", "other"))
     text = (start / "config.toml").read_text()
     for before, after in (('freeze_bn = "off"', 'freeze_bn = "on"'), ("encoder_rate = 1.0", "encoder_rate = 0.2")):
@@ -102,26 +109,27 @@ def test_what_auto_stands_for_follows_the_weights(start: Path, weights: Path, tm
         (untrained / name).unlink(missing_ok=True)
     (other / "config.toml").write_text("of = 'another program'")
     shutil.copy(weights, kept / "imagenet.pth")
+    computed, of_run = PRETRAINED._replace(freeze_bn="off"), PLAIN._replace(freeze_bn="on", encoder_rate=0.2)
+    given = {"freeze_bn": "off", "encoder_rate": 0.5, "head_warmup": 0.0, "color_strength": 0.0}
     cases = [
-        ({}, plain),
-        ({"init": "timm"}, refined),
-        ({"init": str(weights)}, refined),
-        ({"init": str(weights), "sync_bn": True}, ("off", 0.1)),
-        ({"init": str(weights), "clean_stats": 10}, ("off", 0.1)),
-        ({"init": str(weights), "preset": "paper"}, plain),
-        ({"init": str(weights), "freeze_bn": "off", "encoder_rate": 0.5}, ("off", 0.5)),
-        ({"init": str(start)}, plain),
-        ({"init": str(start / "encoder.safetensors")}, plain),
-        ({"init": str(untrained / "init.pt")}, plain),
-        ({"init": str(kept / "imagenet.pth")}, refined),
-        ({"init": str(other)}, refined),
-        ({"init": str(kept)}, ("on", 0.2)),
-        ({"init": str(kept / "last.pt")}, ("on", 0.2)),
-        ({"init": str(kept), "sync_bn": True}, ("off", 0.2)),
+        ({}, PLAIN),
+        ({"init": "timm"}, PRETRAINED),
+        ({"init": str(weights)}, PRETRAINED),
+        ({"init": str(weights), "sync_bn": True}, computed),
+        ({"init": str(weights), "clean_stats": 10}, computed),
+        ({"init": str(weights), "preset": "paper"}, PLAIN),
+        ({"init": str(weights), **given}, Refinement(**given)),
+        ({"init": str(start)}, PLAIN),
+        ({"init": str(start / "encoder.safetensors")}, PLAIN),
+        ({"init": str(untrained / "init.pt")}, PLAIN),
+        ({"init": str(kept / "imagenet.pth")}, PRETRAINED),
+        ({"init": str(other)}, PRETRAINED),
+        ({"init": str(kept)}, of_run),
+        ({"init": str(kept / "last.pt")}, of_run),
+        ({"init": str(kept), "sync_bn": True}, of_run._replace(freeze_bn="off")),
     ]
     for options, expected in cases:
-        config = with_refinement(SimCLRConfig(**options))
-        assert (config.freeze_bn, config.encoder_rate) == expected, options
+        assert refinement(SimCLRConfig(**options)) == expected, options
 
 
 def test_a_planned_step_is_refined_too() -> None:
@@ -138,9 +146,9 @@ def test_options_of_a_refined_run_serve_other_weights_with_auto(drawn: Path, wei
     config = parse_method(words)[1]
     with pytest.raises(UserError, match=re.escape("give --init, or --freeze-bn off.")):
         validate(config)
-    config = parse_method([*words, "--freeze-bn", "auto", "--encoder-rate", "auto"])[1]
+    config = parse_method(words + [word for name in Refinement._fields for word in (flag(name), AUTO)])[1]
     validate(config)
-    assert encoder_rate(config) == 1
+    assert refinement(config) == PLAIN
 
 
 @pytest.mark.parametrize(("lines", "kept"), [("", "off"), ("freeze_bn = false\n", "off"), ("freeze_bn = true\n", "on")])
@@ -148,24 +156,23 @@ def test_runs_of_earlier_versions_are_as_they_were(start: Path, tmp_path: Path, 
     """They knew no auto, and --freeze-bn was a switch."""
     run = Path(shutil.copytree(start, tmp_path / "run"))
     text = (run / "config.toml").read_text().replace('init = "none"', 'init = "timm"')
-    rest = re.sub(r"(?m)^(freeze_bn|encoder_rate) = .*\n", "", text)
-    assert len(rest.splitlines()) == len(text.splitlines()) - 2
+    rest = OPTIONS.sub("", text)
+    assert len(rest.splitlines()) == len(text.splitlines()) - len(PLAIN)
     (run / "config.toml").write_text(lines + rest)
-    config = read_run(run)[1]
-    assert (config.freeze_bn, config.encoder_rate) == (kept, 1.0)
+    assert refinement(read_run(run)[1]) == PLAIN._replace(freeze_bn=kept)
 
 
 def test_an_earlier_run_is_resumed_as_it_began(drawn: Path, weights: Path, tmp_path: Path) -> None:
-    given = {"init": str(weights), "freeze_bn": "off", "encoder_rate": 1.0}
+    given = {"init": str(weights), **PLAIN._asdict()}
     run = pretrain("simclr", simclr_config(drawn, tmp_path / "run", epochs=1, **given))
     whole = pretrain("simclr", simclr_config(drawn, tmp_path / "whole", epochs=2, **given))
     text = (run / "config.toml").read_text()
-    (run / "config.toml").write_text(re.sub(r"(?m)^(freeze_bn|encoder_rate) = .*\n", "", text))
+    (run / "config.toml").write_text(OPTIONS.sub("", text))
     pretrain("simclr", simclr_config(drawn, run, epochs=2, init=str(weights), resume=True))
     groups = load_checkpoint(run / "last.pt", "simclr")["optimizer"]["param_groups"]
     assert len(groups) == 2
     assert not any("scale" in group for group in groups)
-    assert read_run(run)[1].freeze_bn == read_run(whole)[1].freeze_bn == "off"
+    assert refinement(read_run(run)[1]) == refinement(read_run(whole)[1]) == PLAIN
 
 
 def test_an_encoder_without_a_run_is_not_refined(weights: Path) -> None:
