@@ -129,16 +129,17 @@ class TrainConfig:
     warmup: Fraction = 0.05
     """Fraction of the steps used for linear warm-up; then the learning rate falls to 0 as half a cosine."""
     head_warmup: Annotated[float | Literal["auto"], Range(0, 1)] = AUTO
-    """Fraction of the steps in which the encoder is held and only its heads learn; then its own schedule begins. This
-    and the next two, and --color-strength, are auto by default: 0, 1, off and 1 for random weights or with --preset
-    paper; 0.3, 0.05, on and 0.25 for weights of timm or of a file; as in the run for weights of a run."""
+    """Fraction of the steps in which the encoder is held and only its heads learn; then its own schedule begins.
+    auto: 0.3 from weights of timm or of a file, as in the run from those of a run, and 0 otherwise."""
     encoder_rate: Annotated[float | Literal["auto"], Range(0, open=True)] = AUTO
-    """Learning rate of the encoder relative to --lr, which the heads have (auto: see --head-warmup)."""
+    """Learning rate of the encoder relative to --lr, which the heads have. auto: 0.05 from weights of timm or of
+    a file, as in the run from those of a run, and 1 otherwise."""
     layer_decay: Annotated[float, Range(0, 1, open=True)] = 1.0
     """Learning rate of each layer of the encoder relative to that of the layer after it; 1 gives all the same."""
     freeze_bn: Literal["auto", "on", "off"] = AUTO
-    """Keep the BatchNorm statistics of the encoder as they are in the initial weights, while scales and shifts learn
-    (auto: see --head-warmup; off with --sync-bn or --clean-stats)."""
+    """Keep the BatchNorm statistics of the encoder as they are in the initial weights, while scales and shifts
+    learn. auto: on from weights of timm or of a file, as in the run from those of a run, and off otherwise, and with
+    --sync-bn or --clean-stats."""
     stages: str = "all"
     """Last stages of the encoder (blocks of a ViT) that learn: a number, or all; those before them keep the initial
     weights and statistics, and need no backward pass."""
@@ -156,7 +157,8 @@ class TrainConfig:
     """Smallest fraction of the image area that a crop covers."""
     color_strength: Annotated[float | Literal["auto"], Range(0, 1)] = AUTO
     """Colour changes of the views relative to those of the method: strength of jitter, probability of grey and
-    solarise; 0 leaves colours as they are (auto: see --head-warmup)."""
+    solarise; 0 leaves colours as they are. auto: 0.25 from weights of timm or of a file, as in the run from those of a
+    run, and 1 otherwise."""
     seed: Natural = 0
     """Seed of the weights, the views and the order of the images."""
     holdout: Annotated[float, Range(0, 0.9)] = 0.0

@@ -52,8 +52,8 @@ class LoDisc(MoCoV3):
     Peculiarities of the release that are not the default, each with its switch: training bypasses the projector
     (``--no-project``); the momentum encoder is updated four times per step (``--ema-updates 4``); the patch embedding
     is trained although a flag is set to freeze it (``--no-freeze-patch-embed``). Its runs start from supervised
-    ImageNet weights: give them by ``--init``, which by default learn at a tenth of the rate. Batch size and learning
-    rate were not released: those of ``--preset paper`` are MoCo v3's for a ViT.
+    ImageNet weights: give them by ``--init``, refined gently by default. Batch size and learning rate were not
+    released: those of ``--preset paper`` are MoCo v3's for a ViT.
 
     Source: Shi, Wei, Nie, Huang, "LoDisc: Learning Global-Local Discriminative Features for Self-Supervised
     Fine-Grained Visual Recognition", 2024.
