@@ -23,6 +23,7 @@ from fgfast.data.layouts import open_images
 from fgfast.data.layouts.folders import image_set
 from fgfast.data.splits import labelled_splits, pretext_splits, training_images
 from fgfast.errors import UserError
+from fgfast.methods.refining import PLAIN
 from fgfast.methods.run_folder import read_run
 from fgfast.methods.supervised import SupervisedConfig
 from tests.data import trees
@@ -232,7 +233,7 @@ def test_the_description_of_a_run_says_what_is_not_used(tmp_path: Path) -> None:
 
 
 def test_the_description_in_config_toml_is_no_option(tmp_path: Path) -> None:
-    of_weights = {"mean": "0.5,0.5,0.5", "std": "0.5,0.5,0.5", "interpolation": "bicubic"}
+    of_weights = {"mean": "0.5,0.5,0.5", "std": "0.5,0.5,0.5", "interpolation": "bicubic", **PLAIN._asdict()}
     config = SupervisedConfig(data="a b", out="c", lr=0.5, **of_weights)
     text = to_toml(config, "supervised", images='data: "a" \\ [b] = ö; left out: c')
     assert text.startswith('# data: "a"')
