@@ -257,9 +257,8 @@ def with_values(config: C, values: dict[str, Any], source: str) -> C:
             value = "on" if value else "off"
         if remedy := _misfit(value, hints[key]):
             raise UserError(f"{source} sets {name} = {shorten(repr(value))}: {remedy}.")
-        if value not in _words(hints[key]):
-            for wanted in getattr(ranges[key], "__metadata__", ()):
-                check_range(f"{source} sets {name}, which", value, wanted)
+        for wanted in () if value in _words(hints[key]) else getattr(ranges[key], "__metadata__", ()):
+            check_range(f"{source} sets {name}, which", value, wanted)
         if isinstance(value, str):
             check_text(f"{source}: {name}", value)
         checked[key] = value
@@ -294,9 +293,7 @@ def _words(hint: Any) -> tuple[str, ...]:
 
 def _kind(hint: Any) -> type:
     """The type of an option, beside the words that it takes."""
-    if typing.get_origin(hint) is Literal:
-        return str
-    return get_args(hint)[0] if get_args(hint) else hint
+    return str if typing.get_origin(hint) is Literal else next(iter(get_args(hint)), hint)
 
 
 def _misfit(value: object, hint: Any) -> str:
@@ -394,11 +391,10 @@ def check_range(name: str, value: float, wanted: Range) -> None:
 
 def check_ranges(config: TrainConfig) -> None:
     """Raise a UserError for an option outside its range, or that is none of the words that it takes."""
-    hints = get_type_hints(type(config))
-    for name, hint in get_type_hints(type(config), include_extras=True).items():
-        value, words = getattr(config, name), _words(hints[name])
-        if words and (remedy := _misfit(value, hints[name])):
+    hints, ranges = get_type_hints(type(config)), get_type_hints(type(config), include_extras=True)
+    for name, hint in hints.items():
+        value, words = getattr(config, name), _words(hint)
+        if words and (remedy := _misfit(value, hint)):
             raise UserError(f"{flag(name)} is {shorten(repr(value))}: {remedy}.")
-        if value not in words:
-            for wanted in getattr(hint, "__metadata__", ()):
-                check_range(flag(name), value, wanted)
+        for wanted in () if value in words else getattr(ranges[name], "__metadata__", ()):
+            check_range(flag(name), value, wanted)

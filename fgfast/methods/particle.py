@@ -146,8 +146,7 @@ class PARTICLE(ChunkedMethod):
     never applied; momentum capped in early steps. Crops are resized bilinearly unless the weights say otherwise
     (released: bicubic). Also left out: the dense CRF of the ViT recipe, as its package no longer builds; its drop path
     of 0.1 (give ``--model-args drop_path_rate=0.1``); the constant momentum of the CNN recipe, which rises to 1 here.
-    Give the weights from which the authors start by ``--init PATH``; unless ``--preset
-    paper`` is given, they are refined gently, as all pretrained weights are.
+    Weights from which the authors start: ``--init PATH``, refined gently unless ``--preset paper`` is given.
 
     Source: Saha and Maji, "PARTICLE: Part Discovery and Contrastive Learning for Fine-grained Recognition", 2023;
     Henaff et al., "Efficient Visual Pretraining with Contrastive Detection", 2021.

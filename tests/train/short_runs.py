@@ -4,6 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from fgfast.methods.simclr import SimCLRConfig
 from tests.conftest import TINY
 
@@ -15,3 +18,8 @@ def simclr_config(data: Path, out: Path, **values: Any) -> SimCLRConfig:
         projection=8, device="cpu", threads=1, amp="off",
     )  # fmt: skip
     return replace(config, **values)
+
+
+def statistics(net: nn.Module) -> dict[str, torch.Tensor]:
+    """The running statistics of a network, by name."""
+    return {name: x for name, x in net.state_dict().items() if "running" in name}
